@@ -1,0 +1,40 @@
+"""The one rule of attention, and its dense form."""
+
+import jax
+import jax.numpy as jnp
+
+from esolm_jax.labels import Tokens
+
+
+def visible(q_rank, q_in_context, k_rank, k_in_context):
+    """Whether a query may read a key: the rule that every model of the family shares.
+
+        rank_k + [not in_context_q] <= rank_q           if in_context_k
+        not in_context_q  and  rank_k == rank_q         otherwise
+
+    Args are integer ranks and boolean flags of broadcastable shapes; returns bool of the
+    broadcast shape. Every token sees itself.
+    """
+    reads_context = k_rank + jnp.where(q_in_context, 0, 1) <= q_rank
+    reads_query_copy = ~q_in_context & (k_rank == q_rank)
+    return jnp.where(k_in_context, reads_context, reads_query_copy)
+
+
+def dense_mask(q: Tokens, k: Tokens) -> jax.Array:
+    """The rule for all pairs: bool [B, Tq, Tk]."""
+    return visible(
+        q.rank[:, :, None], q.in_context[:, :, None], k.rank[:, None, :], k.in_context[:, None, :]
+    )
+
+
+def attend(q_BHTK, k_BHSK, v_BHSK, mask_BTS):
+    """Softmax attention with scale 1/√K; scores and softmax in float32, head-major for the CPU.
+
+    Returns [B, H, T, K] in the dtype of v. Masked keys get a probability of exactly zero, so
+    what is invisible cannot reach the result even in the last bit.
+    """
+    scale = q_BHTK.shape[-1] ** -0.5
+    scores = jnp.einsum("bhtk,bhsk->bhts", q_BHTK, k_BHSK, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask_BTS[:, None], scores * scale, -jnp.inf)
+    probs = jax.nn.softmax(scores, axis=-1).astype(v_BHSK.dtype)
+    return jnp.einsum("bhts,bhsk->bhtk", probs, v_BHSK)

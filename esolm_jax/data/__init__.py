@@ -1,0 +1,11 @@
+"""The way of the data: documents -> tokens -> windows -> shards -> batches.
+
+    sources.py    the documents of a split, one str at a time
+    tokenizer.py  text <-> token ids (SentencePiece or bytes)
+    windows.py    token documents -> windows of at most L tokens -> records
+    build.py      prepare(): runs the three above once, and writes ArrayRecord shards
+    manifest.py   what was prepared, from what, how: manifest.json
+    reader.py     Grain readers: batches {'x': int32 [B, L], 'valid': bool [B, L]}
+
+Everything before the reader streams, so memory does not grow with the corpus.
+"""

@@ -1,0 +1,195 @@
+"""prepare(): documents -> tokenizer -> windows -> ArrayRecord shards and a manifest."""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+from tqdm import tqdm
+
+from esolm_jax.data import sources, windows
+from esolm_jax.data.manifest import (
+    MANIFEST_FILE,
+    UNIGRAM_FILE,
+    Manifest,
+    compare,
+    content_fields,
+    load_manifest,
+    tokenizer_entry,
+    write_manifest,
+)
+from esolm_jax.data.tokenizer import KINDS, Tokenizer, from_config
+from esolm_jax.errors import UserError, nearest
+
+SHARD_WINDOWS = 65536
+
+
+def prepare(config: Any, directory: str | Path, *, progress: bool = True) -> Manifest:
+    """Prepares the data of `config` in `directory`, all of it or nothing; returns the manifest.
+
+    If `directory` already holds the same data, made from the same source, it is left as it is.
+    Raises UserError for bad config or input, and rather than overwrite anything else.
+    """
+    check_config(config)
+    directory = Path(os.path.abspath(os.path.expanduser(directory)))
+    if (directory / MANIFEST_FILE).exists():
+        return _already_prepared(config, directory)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(
+            f"config.data.dir: {directory} is not empty and holds no {MANIFEST_FILE}; choose "
+            "another directory"
+        )
+    with _partial(directory) as partial:
+        source_hash = sources.source_hash(config)
+        tokenizer = from_config(config, lambda: sources.documents(config, "train"))
+        tokenizer.save(partial)
+        splits = {
+            split: _write_split(config, split, tokenizer, partial, progress)
+            for split in sources.SPLITS
+        }
+        manifest = Manifest(
+            directory=partial,
+            source=config.data.source,
+            source_hash=source_hash,
+            data=content_fields(config),
+            tokenizer=tokenizer_entry(tokenizer),
+            seq_len=config.data.seq_len,
+            packing=config.data.packing,
+            dtype=windows.record_dtype(tokenizer.mask_id),
+            splits=splits,
+        )
+        write_manifest(manifest)
+        os.rename(partial, directory)  # fails if somebody filled `directory` in the meantime
+    return load_manifest(directory)
+
+
+def check_config(config: Any) -> None:
+    """Raises UserError for the values of config.data that can be judged without the data."""
+    data = config.data
+    for name, allowed in (("packing", windows.PACKINGS), ("tokenizer", KINDS)):
+        if data[name] not in allowed:
+            raise UserError(
+                f"config.data.{name}={data[name]!r}: allowed are {', '.join(allowed)}"
+                f"{nearest(str(data[name]), allowed)}"
+            )
+    if data.seq_len < 1:
+        raise UserError(f"config.data.seq_len={data.seq_len}: must be at least 1")
+    if data.source != "shakespeare" and not 0 < data.holdout < 0.5:
+        raise UserError(f"config.data.holdout={data.holdout}: must lie in (0, 0.5)")
+
+
+def _already_prepared(config: Any, directory: Path) -> Manifest:
+    manifest = load_manifest(directory)
+    compare(manifest, content_fields(config))
+    advice = "choose another config.data.dir, or delete that one"
+    source_hash = sources.source_hash(config)
+    if manifest.source_hash != source_hash:
+        raise UserError(
+            f"{directory} was prepared from other content of config.data.source="
+            f"{config.data.source!r} (hash {manifest.source_hash[:12]}, now {source_hash[:12]}): "
+            f"{advice}"
+        )
+    if config.data.tokenizer == "sentencepiece" and config.data.tokenizer_path:
+        now = from_config(config, lambda: ()).fingerprint
+        if manifest.tokenizer["fingerprint"] != now:
+            raise UserError(
+                f"{directory} was prepared with another model in config.data.tokenizer_path="
+                f"{config.data.tokenizer_path!r}: {advice}"
+            )
+    print(f"already prepared: {directory}")
+    return manifest
+
+
+@contextlib.contextmanager
+def _partial(directory: Path) -> Iterator[Path]:
+    """A fresh sibling of `directory` to write in and then rename; removed on any error.
+
+    It is locked, so what a killed run left can be told from a run that is still writing.
+    """
+    partial = directory.with_name(f".{directory.name}.preparing")
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        handle = os.open(partial, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"config.data.dir: cannot write {partial}: {error}") from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise UserError(f"config.data.dir: another run is preparing {directory}") from error
+    try:
+        for left in partial.iterdir():
+            left.unlink()
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    finally:
+        os.close(handle)
+
+
+def _write_split(
+    config: Any, split: str, tokenizer: Tokenizer, directory: Path, progress: bool
+) -> dict[str, Any]:
+    """Writes the shards of one split (for train also the unigram counts); its manifest entry."""
+    entry = {"documents": 0, "bytes": 0, "tokens": 0, "windows": 0}
+    digest = hashlib.sha256()
+    counts = np.zeros(tokenizer.vocab_size, np.int64)
+    dtype = windows.record_dtype(tokenizer.mask_id)
+    bar = tqdm(desc=split, unit=" documents", disable=not progress)
+
+    def token_documents() -> Iterator[list[int]]:
+        for text in sources.documents(config, split):
+            entry["documents"] += 1
+            entry["bytes"] += len(text.encode("utf-8"))
+            bar.set_postfix_str(f"{entry['bytes'] / 1e6:.1f} MB", refresh=False)
+            bar.update()
+            yield tokenizer.encode(text)
+
+    def records() -> Iterator[bytes]:
+        packed = windows.pack(
+            config.data.packing, token_documents(), config.data.seq_len, tokenizer.eos_id
+        )
+        for window in packed:
+            record = windows.to_record(window, dtype)
+            entry["windows"] += 1
+            entry["tokens"] += len(window)
+            digest.update(record)
+            if split == "train":
+                np.add.at(counts, window, 1)
+            yield record
+
+    with bar:
+        entry["shards"] = _write_shards(records(), directory, split)
+    if split == "train":
+        np.save(directory / UNIGRAM_FILE, counts)
+    entry["sha256"] = digest.hexdigest()
+    return entry
+
+
+def _write_shards(records: Iterator[bytes], directory: Path, split: str) -> list[dict[str, Any]]:
+    shards: list[dict[str, Any]] = []
+    writer = None
+    try:
+        for i, record in enumerate(records):
+            if i % SHARD_WINDOWS == 0:
+                if writer:
+                    writer.close()
+                file = f"{split}-{len(shards):05d}.array_record"
+                # A group of one record: random access reads no more than it needs.
+                writer = ArrayRecordWriter(str(directory / file), "group_size:1")
+                shards.append({"file": file, "windows": 0})
+            writer.write(record)
+            shards[-1]["windows"] += 1
+    finally:
+        if writer:
+            writer.close()
+    for shard in shards:
+        shard["size_bytes"] = (directory / shard["file"]).stat().st_size
+    return shards

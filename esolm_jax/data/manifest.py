@@ -1,0 +1,144 @@
+"""The manifest: what was prepared, from what, and how (manifest.json beside the shards)."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from esolm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from esolm_jax.errors import UserError, nearest
+
+VERSION = 1
+MANIFEST_FILE = "manifest.json"
+UNIGRAM_FILE = "unigram.npy"
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What lies in `directory`.
+
+    data: the fields of config.data that decide the content (see content_fields).
+    tokenizer: kind, fingerprint, vocab_size, mask_id, bos_id, eos_id, pad_id.
+    splits: name -> {documents, bytes (UTF-8, of the documents), tokens (valid, in the windows),
+        windows, sha256 (of all records, joined), shards: [{file, windows, size_bytes}]}.
+    """
+
+    directory: Path
+    source: str
+    source_hash: str
+    data: dict[str, Any]
+    tokenizer: dict[str, Any]
+    seq_len: int
+    packing: str
+    dtype: str
+    splits: dict[str, dict[str, Any]]
+    version: int = VERSION
+
+    @property
+    def vocab_size(self) -> int:
+        return self.tokenizer["vocab_size"]
+
+    @property
+    def mask_id(self) -> int:
+        return self.tokenizer["mask_id"]
+
+    @property
+    def pad_id(self) -> int:
+        return self.tokenizer["pad_id"]
+
+    def split(self, name: str) -> dict[str, Any]:
+        """The entry of one split. Raises UserError if there is no such split."""
+        if name not in self.splits:
+            raise UserError(
+                f"split {name!r}: allowed are {', '.join(self.splits)}{nearest(name, self.splits)}"
+            )
+        return self.splits[name]
+
+    def shard_paths(self, split: str) -> list[str]:
+        return [str(self.directory / shard["file"]) for shard in self.split(split)["shards"]]
+
+    def unigram_counts(self) -> np.ndarray:
+        """How often each token stands in the train split: int64 [vocab_size]."""
+        return np.load(self.directory / UNIGRAM_FILE)
+
+    def load_tokenizer(self) -> Tokenizer:
+        """The tokenizer in `directory`. Raises UserError if it is not the one that was used."""
+        tokenizer = load_tokenizer(self.directory)
+        if tokenizer.fingerprint != self.tokenizer["fingerprint"]:
+            raise UserError(f"{self.directory}: the tokenizer is not the one of {MANIFEST_FILE}")
+        return tokenizer
+
+
+def tokenizer_entry(tokenizer: Tokenizer) -> dict[str, Any]:
+    names = ("kind", "fingerprint", "vocab_size", "mask_id", "bos_id", "eos_id", "pad_id")
+    return {name: getattr(tokenizer, name) for name in names}
+
+
+def content_fields(config: Any) -> dict[str, Any]:
+    """The fields of config.data that decide what is prepared, for this source and tokenizer."""
+    names = ["source", "seq_len", "packing", "tokenizer"]
+    if config.data.tokenizer == "sentencepiece":
+        names += ["vocab_size", "tokenizer_path"]
+    if config.data.source != "shakespeare":
+        names += ["train", "validation", "test", "holdout", "text_field"]
+    return {name: config.data[name] for name in names}
+
+
+def write_manifest(manifest: Manifest) -> None:
+    entries = dataclasses.asdict(manifest)
+    directory = entries.pop("directory")  # not written, so that prepared data can be moved
+    Path(directory, MANIFEST_FILE).write_text(json.dumps(entries, indent=2) + "\n")
+
+
+def load_manifest(directory: str | Path) -> Manifest:
+    """Reads manifest.json and looks that every shard is there, whole.
+
+    Raises UserError if anything is missing, corrupt, or of another version.
+    """
+    directory = Path(directory)
+    path = directory / MANIFEST_FILE
+    try:
+        entries = json.loads(path.read_text("utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(
+            f"{directory}: no prepared data here; run `python -m esolm_jax.prepare` first, or "
+            "set config.data.dir to where they lie"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    version = entries.get("version") if isinstance(entries, dict) else None
+    if version != VERSION:
+        raise UserError(f"{path}: version {version!r}, but {VERSION} is wanted; prepare again")
+    try:
+        manifest = Manifest(directory=directory, **entries)
+        shards = [shard for split in manifest.splits.values() for shard in split["shards"]]
+        wanted = {shard["file"]: shard["size_bytes"] for shard in shards}
+    except (TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}: corrupt: {error!r}; prepare again") from error
+    for file, size in wanted.items():
+        shard = directory / file
+        actual = shard.stat().st_size if shard.is_file() else None
+        if actual != size:
+            state = "is missing" if actual is None else f"has {actual} bytes, not {size}"
+            raise UserError(f"{shard}: the shard {state}; delete {directory} and prepare again")
+    return manifest
+
+
+def check(manifest: Manifest, config: Any) -> None:
+    """Raises UserError if the prepared data are not what config.data asks to read."""
+    wanted = content_fields(config)
+    names = ("source", "seq_len", "packing", "tokenizer", "vocab_size")
+    compare(manifest, {name: wanted[name] for name in names if name in wanted})
+
+
+def compare(manifest: Manifest, wanted: dict[str, Any]) -> None:
+    """Raises UserError naming the first field of `wanted` that was prepared with another value."""
+    for name, value in wanted.items():
+        prepared = manifest.data.get(name)
+        if prepared != value:
+            raise UserError(
+                f"{manifest.directory} was prepared with config.data.{name}={prepared!r}, but "
+                f"{value!r} is wanted: choose another config.data.dir, or delete that one"
+            )

@@ -1,0 +1,201 @@
+"""Text <-> token ids: SentencePiece, or plain UTF-8 bytes.
+
+Both tokenizers have the same attributes: kind, vocab_size (with the specials, without the mask),
+mask_id (== vocab_size, one past the last real token), bos_id, eos_id, pad_id, and fingerprint.
+Both have encode, decode and save. Decoding drops BOS and PAD, and shows EOS as '[EOS]' and the
+mask as '[MASK]'.
+"""
+
+import hashlib
+import io
+import random
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+
+from esolm_jax.errors import UserError, nearest
+
+KINDS = ("sentencepiece", "bytes")
+MODEL_FILE = "tokenizer.model"
+BYTES_FILE = "tokenizer.bytes"
+# The trainer holds its text, so it sees at most SAMPLE_LINES lines of at most LINE characters.
+SAMPLE_LINES = 200_000
+LINE = 256
+SPACE = "\u2581"  # SentencePiece's own sign for a space
+
+
+class Bytes:
+    """UTF-8 bytes: ids 0..255, then BOS, EOS, PAD. Lossless, and needs no training."""
+
+    kind = "bytes"
+    vocab_size = mask_id = 259
+    bos_id, eos_id, pad_id = 256, 257, 258
+    fingerprint = "utf-8-bytes-v1"
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, without specials."""
+        return list(text.encode("utf-8"))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`; bytes that are not UTF-8 become U+FFFD. ValueError: id out of range."""
+        return _render(self, ids, lambda run: bytes(run).decode("utf-8", errors="replace"))
+
+    def save(self, directory: str | Path) -> None:
+        Path(directory, BYTES_FILE).write_text(self.fingerprint + "\n")
+
+
+class SentencePiece:
+    """A SentencePiece model; its own training makes it lossless on any text."""
+
+    kind = "sentencepiece"
+
+    def __init__(self, proto: bytes, where: str = MODEL_FILE):
+        """`proto`: the bytes of a .model file. Raises UserError if unusable; `where` names it."""
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=proto)
+        except RuntimeError as error:
+            raise UserError(f"{where}: not a SentencePiece model: {error}") from error
+        self.proto = proto
+        self.fingerprint = hashlib.sha256(proto).hexdigest()
+        self.vocab_size = self.mask_id = self._model.vocab_size()
+        self.bos_id, self.eos_id = self._model.bos_id(), self._model.eos_id()
+        for name, value in (("BOS", self.bos_id), ("EOS", self.eos_id)):
+            if value < 0:
+                raise UserError(f"{where}: the model has no {name} token, and one is needed")
+        # Padding is only filler, never seen by the loss, so EOS can stand in for it.
+        self.pad_id = self._model.pad_id() if self._model.pad_id() >= 0 else self.eos_id
+        # The sign U+2581 itself would come back as a space, so it is spelled in bytes.
+        self._space = [self._model.piece_to_id(f"<0x{b:02X}>") for b in SPACE.encode()]
+        self._has_bytes = self._model.unk_id() not in self._space
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, without specials."""
+        if not self._has_bytes or SPACE not in text:
+            return self._model.encode(text)
+        first, *rest = text.split(SPACE)
+        ids = self._model.encode(first)
+        for part in rest:
+            ids += self._space + self._model.encode(part)
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`. ValueError: id out of range."""
+        return _render(self, ids, self._model.decode)
+
+    def save(self, directory: str | Path) -> None:
+        Path(directory, MODEL_FILE).write_bytes(self.proto)
+
+
+Tokenizer = Bytes | SentencePiece
+
+
+def _render(tokenizer: Tokenizer, ids: Iterable[int], text_of: Callable[[list], str]) -> str:
+    shown = {  # in this order, because PAD may be EOS
+        tokenizer.pad_id: "",
+        tokenizer.bos_id: "",
+        tokenizer.eos_id: "[EOS]",
+        tokenizer.mask_id: "[MASK]",
+    }
+    out, run = [], []
+    for i in map(int, ids):
+        if not 0 <= i <= tokenizer.mask_id:
+            raise ValueError(f"token id {i} is not in 0..{tokenizer.mask_id}")
+        if i in shown:
+            out += [text_of(run) if run else "", shown[i]]
+            run = []
+        else:
+            run.append(i)
+    return "".join(out) + (text_of(run) if run else "")
+
+
+def load_tokenizer(directory: str | Path) -> Tokenizer:
+    """The tokenizer that save() left in `directory`. Raises UserError if there is none."""
+    model = Path(directory, MODEL_FILE)
+    if model.is_file():
+        return SentencePiece(model.read_bytes(), str(model))
+    if Path(directory, BYTES_FILE).is_file():
+        return Bytes()
+    raise UserError(f"{directory}: holds no tokenizer ({MODEL_FILE} or {BYTES_FILE})")
+
+
+def from_config(config: Any, train_documents: Callable[[], Iterable[str]]) -> Tokenizer:
+    """The tokenizer that config.data asks for; a SentencePiece model is trained if none is given.
+
+    `train_documents` is called only for training. Raises UserError.
+    """
+    data = config.data
+    if data.tokenizer == "bytes":
+        return Bytes()
+    if data.tokenizer != "sentencepiece":
+        raise UserError(
+            f"config.data.tokenizer={data.tokenizer!r}: allowed are {', '.join(KINDS)}"
+            f"{nearest(data.tokenizer, KINDS)}"
+        )
+    if not data.tokenizer_path:
+        return train_sentencepiece(train_documents(), data.vocab_size)
+    where = f"config.data.tokenizer_path={data.tokenizer_path!r}"
+    try:
+        tokenizer = SentencePiece(Path(data.tokenizer_path).expanduser().read_bytes(), where)
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read: {error}") from error
+    if tokenizer.vocab_size != data.vocab_size:
+        raise UserError(
+            f"config.data.vocab_size={data.vocab_size}: the model of config.data.tokenizer_path "
+            f"has {tokenizer.vocab_size} tokens; set config.data.vocab_size to that"
+        )
+    return tokenizer
+
+
+def train_sentencepiece(documents: Iterable[str], vocab_size: int) -> SentencePiece:
+    """Trains a lossless byte-fallback BPE model; equal documents give an equal model.
+
+    Raises UserError if SentencePiece refuses `vocab_size`.
+    """
+    proto = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(_sample(_lines(documents))),
+            model_writer=proto,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,  # a character outside the vocabulary is spelled in bytes
+            character_coverage=0.9999,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            user_defined_symbols=["\n"],
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=3,
+            num_threads=1,  # is written in the model, so it must not depend on the machine
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as error:
+        reason = str(error).rsplit("] ", 1)[-1]
+        raise UserError(
+            f"config.data.vocab_size={vocab_size}: SentencePiece refuses it: {reason}"
+        ) from error
+    return SentencePiece(proto.getvalue())
+
+
+def _lines(documents: Iterable[str]) -> Iterator[str]:
+    for text in documents:
+        for line in text.replace(SPACE, "").split("\n"):
+            for start in range(0, len(line), LINE):
+                yield line[start : start + LINE]
+
+
+def _sample(lines: Iterable[str]) -> list[str]:
+    """An even sample of the lines (reservoir), the same on every run."""
+    rng = random.Random(0)
+    kept: list[str] = []
+    for i, line in enumerate(lines):
+        if i < SAMPLE_LINES:
+            kept.append(line)
+        elif (place := rng.randrange(i + 1)) < SAMPLE_LINES:
+            kept[place] = line
+    return kept

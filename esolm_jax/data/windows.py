@@ -1,0 +1,57 @@
+"""Packing: token documents -> windows of at most L tokens -> records.
+
+A record is the window's valid tokens alone, little-endian; a record shorter than L says that
+the rest of its window is padding. The generators hold one document and one window, no more.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+PACKINGS = ("wrap", "pad")
+
+
+def record_dtype(mask_id: int) -> str:
+    """'<u2' if every id up to `mask_id` fits in 16 bits, else '<u4'."""
+    return "<u2" if mask_id < 2**16 else "<u4"
+
+
+def wrap(documents: Iterable[list[int]], length: int, eos_id: int) -> Iterator[list[int]]:
+    """Documents, each closed by EOS, joined, and cut every `length`; the last may be short."""
+    buffer: list[int] = []
+    for tokens in documents:
+        buffer += tokens
+        buffer.append(eos_id)
+        whole = len(buffer) - len(buffer) % length
+        for start in range(0, whole, length):
+            yield buffer[start : start + length]
+        del buffer[:whole]
+    if buffer:
+        yield buffer
+
+
+def pad(documents: Iterable[list[int]], length: int, eos_id: int) -> Iterator[list[int]]:
+    """One document a window: its first `length` tokens, and EOS if there is room for it."""
+    for tokens in documents:
+        yield (tokens[:length] + [eos_id])[:length]
+
+
+def pack(
+    packing: str, documents: Iterable[list[int]], length: int, eos_id: int
+) -> Iterator[list[int]]:
+    """`wrap` or `pad`, by name."""
+    return {"wrap": wrap, "pad": pad}[packing](documents, length, eos_id)
+
+
+def to_record(window: list[int], dtype: str) -> bytes:
+    return np.asarray(window, dtype).tobytes()
+
+
+def from_record(
+    record: bytes, dtype: str, length: int, pad_id: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns x int32 [length], filled up with `pad_id`, and valid bool [length]."""
+    tokens = np.frombuffer(record, dtype)
+    x = np.full(length, pad_id, np.int32)
+    x[: len(tokens)] = tokens
+    return x, np.arange(length) < len(tokens)

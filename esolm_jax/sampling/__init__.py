@@ -1,0 +1,1 @@
+"""Sampling: schedule (orders, step sizes) → passes (host tables) → decode (jitted cached loop)."""

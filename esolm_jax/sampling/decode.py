@@ -1,0 +1,146 @@
+"""The decoding loop: one jitted program over an explicit KV cache, for every family.
+
+Known tokens, the cache and the tables of the passes go in; what a pass does is read off the tables
+(see passes.py), so the loop knows no family.
+"""
+
+import functools
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from esolm_jax import model as model_lib
+from esolm_jax.labels import Tokens
+from esolm_jax.model import KVCache, ModelConfig
+from esolm_jax.sampling.passes import Passes
+
+
+@flax.struct.dataclass
+class Tables:
+    """Passes on the device; `order` and `rank` padded so that every window lies inside."""
+
+    order: jax.Array  # int32 [B, L + W]
+    rank: jax.Array  # int32 [L + W]
+    start: jax.Array  # int32 [steps], as all below
+    first: jax.Array
+    size: jax.Array
+    end: jax.Array
+    bidirectional_below: jax.Array
+
+
+@flax.struct.dataclass
+class State:
+    """What a pass hands to the next.
+
+    Attributes:
+      known: int32 [B, L + W + 1], the tokens in generation order (behind the start token if AR).
+      cache: KVCache of L + W slots.
+      logits: float32 [B, L + W, V] at each rank when it was generated, or None.
+    """
+
+    known: jax.Array
+    cache: KVCache
+    logits: jax.Array | None
+
+
+def _window(tables: Tables, state: State, i, width: int, passes: "Static") -> Tokens:
+    """The labelled tokens of pass i, [B, width]; filler gets a rank that nobody reads."""
+    start = tables.start[i]
+    slot = start + jnp.arange(width)
+    batch = tables.order.shape[0]
+    position = jax.lax.dynamic_slice_in_dim(tables.order, start, width, axis=1)
+    text = jax.lax.dynamic_slice_in_dim(state.known, start, width, axis=1)
+    rank = jax.lax.dynamic_slice_in_dim(tables.rank, start, width)
+    rank = jnp.where(slot < tables.bidirectional_below[i], 0, rank)
+    rank = jnp.where(slot < tables.end[i], rank, model_lib.UNREAD_RANK)
+    is_known = slot < tables.first[i] + passes.shift
+    return Tokens(
+        token=jnp.where(is_known[None], text, passes.unknown),
+        position=position,
+        rank=jnp.broadcast_to(rank, (batch, width)),
+        in_context=jnp.ones((batch, width), bool),
+    )
+
+
+def _put(array, update, start, keep_P):
+    """Writes the kept columns of update [B, P, …] into array at [:, start:start + P]."""
+    old = jax.lax.dynamic_slice_in_dim(array, start, update.shape[1], axis=1)
+    keep = keep_P.reshape(1, -1, *[1] * (array.ndim - 2))
+    return jax.lax.dynamic_update_slice_in_dim(array, jnp.where(keep, update, old), start, axis=1)
+
+
+@flax.struct.dataclass
+class Static:
+    """The parts of Passes that are compiled in."""
+
+    unknown: int = flax.struct.field(pytree_node=False)
+    shift: int = flax.struct.field(pytree_node=False)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "choice", "static", "width", "generated"),
+    donate_argnames="state",
+)  # fmt: skip
+def _run(config, params, tables, state, row_keys_B, low, high, *, choice, static, width, generated):
+    """Passes low … high − 1, all of one window width, generating at most `generated` tokens."""
+    apply = model_lib.bind(config)
+
+    def one_pass(i, state):
+        tokens = _window(tables, state, i, width, static)
+        start, first = tables.start[i], tables.first[i]
+        logits, cache = apply(
+            params, tokens, cache=state.cache, start=start, predict=(first - start, generated)
+        )
+        position = jax.lax.dynamic_slice_in_dim(tables.order, first, generated, axis=1)
+        chosen = choice(logits, position, row_keys_B)
+        keep = jnp.arange(generated) < tables.size[i]
+        known = _put(state.known, chosen, first + static.shift, keep)
+        if state.logits is not None:
+            logits = _put(state.logits, logits, first, keep)
+        else:
+            logits = None
+        return State(known, cache, logits)
+
+    return jax.lax.fori_loop(low, high, one_pass, state)
+
+
+def decode(
+    config: ModelConfig, params, passes: Passes, choice, key, *, with_logits: bool = False
+):
+    """Runs all passes and returns int32 [B, L] tokens in text order.
+
+    Args:
+      passes: tables for B rows; see passes.py.
+      choice: Choice, or any hashable callable of the same form.
+      key: one key; row b draws from fold_in(key, b).
+      with_logits: also return float32 [B, L, V], by rank, the logits each token was drawn from
+        (mask token not excluded).
+    """
+    batch, length = passes.order.shape
+    segments = passes.segments()
+    margin = max(width for _, _, width in segments)
+    pad = ((0, 0), (0, margin))
+    tables = Tables(
+        order=jnp.pad(passes.order, pad),
+        rank=jnp.pad(passes.rank, pad[1]),
+        **{
+            name: jnp.asarray(getattr(passes, name))
+            for name in ("start", "first", "size", "end", "bidirectional_below")
+        },
+    )
+    state = State(
+        known=jnp.full((batch, length + margin + 1), passes.start_token, jnp.int32),
+        cache=KVCache.empty(config, batch, length + margin),
+        logits=jnp.zeros((batch, length + margin, config.vocab_size)) if with_logits else None,
+    )
+    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
+    static = Static(passes.unknown, passes.shift)
+    for low, high, width in segments:
+        generated = int(passes.size[low:high].max())
+        state = _run(config, params, tables, state, row_keys, low, high, choice=choice,
+                     static=static, width=width, generated=generated)  # fmt: skip
+    by_rank = state.known[:, passes.shift : passes.shift + length]
+    text = jnp.zeros_like(by_rank)
+    text = jnp.put_along_axis(text, tables.order[:, :length], by_rank, axis=1, inplace=False)
+    return (text, state.logits[:, :length]) if with_logits else text
