@@ -9,7 +9,7 @@ import pytest
 from golden_files import close, model, vectors
 
 from esolm_jax.sampling import decode, passes, schedule
-from esolm_jax.sampling.choose import Choice, nucleus
+from esolm_jax.sampling.choose import Choice, keep_top_k, nucleus
 
 MASK = 66
 KEY = jax.random.key(0)
@@ -136,11 +136,18 @@ def test_ancestral_schedule(alpha_0, num_steps):
     assert abs(np.mean(nfe) - golden[f"mean_nfe_diffusion:{name}"]) <= error
 
 
-@pytest.mark.parametrize("top_p", [0.9, 0.5])
-def test_nucleus(top_p):
+FILTERS = {
+    "filtered_p09": lambda logits: nucleus(logits, 0.9),
+    "filtered_p05": lambda logits: nucleus(logits, 0.5),
+    "filtered_k5": lambda logits: keep_top_k(logits, 5),
+}
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_filters(name):
     golden = vectors("12_top_p")
-    filtered = nucleus(jnp.asarray(golden["logits"]), top_p)
-    want = golden[f"filtered_p0{int(top_p * 10)}"]
+    filtered = FILTERS[name](jnp.asarray(golden["logits"]))
+    want = golden[name]
     np.testing.assert_array_equal(np.isneginf(filtered), np.isneginf(want) | (want < -1e5))
     kept = ~np.isneginf(filtered)
     close(filtered[kept], want[kept])

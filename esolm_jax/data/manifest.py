@@ -80,7 +80,9 @@ def content_fields(config: Any) -> dict[str, Any]:
     """The fields of config.data that decide what is prepared, for this source and tokenizer."""
     names = ["source", "seq_len", "packing", "tokenizer"]
     if config.data.tokenizer == "sentencepiece":
-        names += ["vocab_size", "tokenizer_path"]
+        names.append("tokenizer_path")
+        if not config.data.tokenizer_path:  # a given model has the vocabulary it has
+            names.append("vocab_size")
     if config.data.source != "shakespeare":
         names += ["train", "validation", "test", "holdout", "text_field"]
     return {name: config.data[name] for name in names}
@@ -129,7 +131,7 @@ def load_manifest(directory: str | Path) -> Manifest:
 def check(manifest: Manifest, config: Any) -> None:
     """Raises UserError if the prepared data are not what config.data asks to read."""
     wanted = content_fields(config)
-    names = ("source", "seq_len", "packing", "tokenizer", "vocab_size")
+    names = ("source", "seq_len", "packing", "tokenizer", "tokenizer_path", "vocab_size")
     compare(manifest, {name: wanted[name] for name in names if name in wanted})
 
 

@@ -91,11 +91,13 @@ class TrainReader:
         return self
 
     def __next__(self) -> Batch:
-        return next(self._iterator)
+        # Copied, because workers hand over shared memory, which must not outlive them.
+        return {name: np.array(value) for name, value in next(self._iterator).items()}
 
     def close(self) -> None:
-        """Ends the worker processes."""
-        self._iterator.close()
+        """Ends the reading threads and worker processes; without it Grain complains at exit."""
+        # Setting a state closes what runs and forgets it; close() alone keeps it until exit.
+        self._iterator.set_state(self._iterator.get_state())
 
 
 def num_windows(manifest: Manifest, split: str, max_windows: int = 0) -> int:

@@ -292,7 +292,8 @@ def _read_tfds(config: Any, split: str, spec: str) -> Iterator[str]:
         rows = builder.as_data_source(spec)
     except Exception as error:  # no such split, or prepared in a format without random access
         raise UserError(f"{where}: {error}") from error
-    if field not in (has := builder.info.features):
-        raise UserError(f"{where}: no field config.data.text_field={field!r}; has: {', '.join(has)}")
+    if field not in builder.info.features:
+        fields = ", ".join(builder.info.features)
+        raise UserError(f"{where}: no field config.data.text_field={field!r}; has: {fields}")
     for i in range(len(rows)):
         yield _text(rows[i][field], f"{where}, example {i}: field {field!r}")

@@ -121,9 +121,11 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
 
 
 def from_config(config: Any, train_documents: Callable[[], Iterable[str]]) -> Tokenizer:
-    """The tokenizer that config.data asks for; a SentencePiece model is trained if none is given.
+    """The tokenizer that config.data asks for.
 
-    `train_documents` is called only for training. Raises UserError.
+    A SentencePiece model that config.data.tokenizer_path names is taken as it is; else one of
+    config.data.vocab_size tokens is trained, and only then `train_documents` is called.
+    Raises UserError.
     """
     data = config.data
     if data.tokenizer == "bytes":
@@ -137,15 +139,9 @@ def from_config(config: Any, train_documents: Callable[[], Iterable[str]]) -> To
         return train_sentencepiece(train_documents(), data.vocab_size)
     where = f"config.data.tokenizer_path={data.tokenizer_path!r}"
     try:
-        tokenizer = SentencePiece(Path(data.tokenizer_path).expanduser().read_bytes(), where)
+        return SentencePiece(Path(data.tokenizer_path).expanduser().read_bytes(), where)
     except OSError as error:
         raise UserError(f"{where}: cannot be read: {error}") from error
-    if tokenizer.vocab_size != data.vocab_size:
-        raise UserError(
-            f"config.data.vocab_size={data.vocab_size}: the model of config.data.tokenizer_path "
-            f"has {tokenizer.vocab_size} tokens; set config.data.vocab_size to that"
-        )
-    return tokenizer
 
 
 def train_sentencepiece(documents: Iterable[str], vocab_size: int) -> SentencePiece:

@@ -21,6 +21,12 @@ def nucleus(logits_BPV, top_p: float):
     return jnp.where(kept, logits_BPV, -jnp.inf)
 
 
+def keep_top_k(logits_BPV, top_k: int):
+    """Keeps the `top_k` likeliest tokens (and ties of the last); −∞ elsewhere."""
+    kth = jax.lax.top_k(logits_BPV, top_k)[0][..., -1:]
+    return jnp.where(logits_BPV >= kth, logits_BPV, -jnp.inf)
+
+
 def gumbel(row_keys_B, position_BP, vocab_size: int):
     """Standard Gumbel noise float32 [B, P, V], keyed by row and text position alone, so that a
     token's draw depends neither on its neighbours in the batch nor on the schedule.
@@ -43,11 +49,13 @@ class Choice:
       mask_id: never chosen.
       temperature: 0 = greedy.
       top_p: nucleus, in (0, 1]; 1 = off.
+      top_k: 0 = off. Applied before the nucleus.
     """
 
     mask_id: int
     temperature: float = 1.0
     top_p: float = 1.0
+    top_k: int = 0
 
     def __call__(self, logits_BPV, position_BP, row_keys_B):
         """int32 [B, P]: argmax(nucleus(logits / temperature) + Gumbel noise)."""
@@ -55,6 +63,8 @@ class Choice:
         if self.temperature == 0:
             return jnp.argmax(logits_BPV, axis=-1).astype(jnp.int32)
         logits_BPV = logits_BPV / self.temperature
+        if self.top_k:
+            logits_BPV = keep_top_k(logits_BPV, self.top_k)
         if self.top_p < 1:
             logits_BPV = nucleus(logits_BPV, self.top_p)
         noise = self.noise(row_keys_B, position_BP, logits_BPV.shape[-1])

@@ -44,7 +44,7 @@ class State:
     logits: jax.Array | None
 
 
-def _window(tables: Tables, state: State, i, width: int, passes: "Static") -> Tokens:
+def _window(tables: Tables, state: State, i, width: int, static: "Static") -> Tokens:
     """The labelled tokens of pass i, [B, width]; filler gets a rank that nobody reads."""
     start = tables.start[i]
     slot = start + jnp.arange(width)
@@ -54,9 +54,9 @@ def _window(tables: Tables, state: State, i, width: int, passes: "Static") -> To
     rank = jax.lax.dynamic_slice_in_dim(tables.rank, start, width)
     rank = jnp.where(slot < tables.bidirectional_below[i], 0, rank)
     rank = jnp.where(slot < tables.end[i], rank, model_lib.UNREAD_RANK)
-    is_known = slot < tables.first[i] + passes.shift
+    is_known = slot < tables.first[i] + static.shift
     return Tokens(
-        token=jnp.where(is_known[None], text, passes.unknown),
+        token=jnp.where(is_known[None], text, static.unknown),
         position=position,
         rank=jnp.broadcast_to(rank, (batch, width)),
         in_context=jnp.ones((batch, width), bool),
@@ -106,8 +106,9 @@ def _run(config, params, tables, state, row_keys_B, low, high, *, choice, static
 
 
 def decode(
-    config: ModelConfig, params, passes: Passes, choice, key, *, with_logits: bool = False
-):
+    config: ModelConfig, params, passes: Passes, choice, key, *,
+    with_logits: bool = False, dry_run: bool = False,
+):  # fmt: skip
     """Runs all passes and returns int32 [B, L] tokens in text order.
 
     Args:
@@ -116,6 +117,7 @@ def decode(
       key: one key; row b draws from fold_in(key, b).
       with_logits: also return float32 [B, L, V], by rank, the logits each token was drawn from
         (mask token not excluded).
+      dry_run: compile, but run no pass.
     """
     batch, length = passes.order.shape
     segments = passes.segments()
@@ -138,7 +140,8 @@ def decode(
     static = Static(passes.unknown, passes.shift)
     for low, high, width in segments:
         generated = int(passes.size[low:high].max())
-        state = _run(config, params, tables, state, row_keys, low, high, choice=choice,
+        stop = low if dry_run else high
+        state = _run(config, params, tables, state, row_keys, low, stop, choice=choice,
                      static=static, width=width, generated=generated)  # fmt: skip
     by_rank = state.known[:, passes.shift : passes.shift + length]
     text = jnp.zeros_like(by_rank)

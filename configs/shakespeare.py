@@ -1,0 +1,31 @@
+"""The quickstart: a small Eso-LM (B) on the plays of Shakespeare, for a laptop CPU.
+
+    bash launch/quickstart.sh
+"""
+
+from esolm_jax.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.objective = "eso_b"
+    config.alpha_0 = 0.25
+    config.data.source = "shakespeare"
+    config.data.seq_len = 128
+    config.data.vocab_size = 1024
+    config.model.width = 128
+    config.model.blocks = 4
+    config.model.heads = 4
+    config.model.dropout = 0.0
+    config.train.batch_size = 32
+    config.train.steps = 1500
+    config.train.log_every = 25
+    config.train.eval_every = 250
+    config.train.eval_windows = 256
+    config.train.checkpoint_every = 250
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.warmup_steps = 100
+    config.optimizer.schedule = "cosine"
+    config.optimizer.ema = 0.99
+    config.sample.top_p = 0.9
+    return config

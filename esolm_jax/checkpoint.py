@@ -1,0 +1,159 @@
+"""Checkpoints: the only module that talks to Orbax.
+
+A checkpoint is WORKDIR/checkpoints/<step> with four items: `params` and `ema` (each restorable
+alone), `optimizer` (step, optimizer state, random key), and `meta` (JSON: the resolved config, the
+data cursor, the tokenizer's identity, the code version).
+"""
+
+import pathlib
+
+import jax
+import orbax.checkpoint as ocp
+from ml_collections import ConfigDict
+from orbax.checkpoint import checkpoint_managers as policies
+
+from esolm_jax.errors import UserError
+from esolm_jax.train_step import TrainState
+
+FOLDER = "checkpoints"
+METRIC = "nelbo"
+
+
+def _options(keep_last: int, keep_best: int) -> ocp.CheckpointManagerOptions:
+    keep = [policies.LatestN(n=keep_last)]
+    if keep_best:
+        keep.append(
+            policies.BestN(
+                get_metric_fn=lambda metrics: metrics[METRIC],
+                reverse=True,  # the lowest NELBO is the best
+                n=keep_best,
+                keep_checkpoints_without_metrics=False,
+            )
+        )
+    return ocp.CheckpointManagerOptions(
+        preservation_policy=policies.AnyPreservationPolicy(keep),
+        cleanup_tmp_directories=True,  # of saves that were killed midway
+    )
+
+
+class Checkpoints:
+    """The checkpoints of a workdir, to be written by `train`.
+
+    Saves are asynchronous: `save` returns when the arrays are copied; call `close` at the end.
+    """
+
+    def __init__(self, workdir: pathlib.Path, *, keep_last: int, keep_best: int):
+        self._manager = ocp.CheckpointManager(
+            pathlib.Path(workdir).resolve() / FOLDER, options=_options(keep_last, keep_best)
+        )
+
+    @property
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, meta: dict, *, nelbo: float | None = None) -> None:
+        """Saves under the state's step; `nelbo` (validation, nats per token) ranks it."""
+        step = int(state.step)
+        if step == self._manager.latest_step():
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params),
+                ema=ocp.args.StandardSave(state.ema),
+                optimizer=ocp.args.StandardSave(_optimizer_item(state)),
+                meta=ocp.args.JsonSave(meta),
+            ),
+            metrics=None if nelbo is None else {METRIC: float(nelbo)},
+        )
+
+    def restore(self, like: TrainState) -> tuple[TrainState, dict]:
+        """The latest state, placed as `like` (arrays or ShapeDtypeStructs with shardings), and
+        its meta."""
+        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        restored = self._manager.restore(
+            self.latest_step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(like.params),
+                ema=ocp.args.StandardRestore(like.ema),
+                optimizer=ocp.args.StandardRestore(_optimizer_item(like)),
+                meta=ocp.args.JsonRestore(),
+            ),
+        )
+        state = TrainState(params=restored.params, ema=restored.ema, **restored.optimizer)
+        return state, restored.meta
+
+    def close(self) -> None:
+        """Waits for saves under way."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def _optimizer_item(state: TrainState) -> dict:
+    return {"step": state.step, "opt_state": state.opt_state, "key": state.key}
+
+
+def _reader(workdir) -> tuple[ocp.CheckpointManager, int]:
+    folder = pathlib.Path(workdir).resolve() / FOLDER
+    if not folder.is_dir():
+        raise UserError(
+            f"--workdir={workdir}: no checkpoints here (there is no {FOLDER}/ in it); "
+            "run `python -m esolm_jax.train` first"
+        )
+    manager = ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True))
+    step = manager.latest_step()
+    if step is None:
+        raise UserError(f"--workdir={workdir}: {FOLDER}/ holds no finished checkpoint")
+    return manager, step
+
+
+def read_meta(workdir) -> dict:
+    """The meta of the latest checkpoint. UserError if the workdir has none."""
+    manager, step = _reader(workdir)
+    with manager:
+        try:
+            return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        except (KeyError, ValueError, FileNotFoundError) as error:
+            raise UserError(
+                f"--workdir={workdir}: {FOLDER}/{step} is not a checkpoint of esolm_jax"
+            ) from error
+
+
+def saved_config(workdir) -> ConfigDict:
+    """The resolved config of the latest checkpoint, locked."""
+    return ConfigDict(read_meta(workdir)["config"]).lock()
+
+
+def restore_weights(workdir, which: str, like) -> tuple[dict, int]:
+    """Weights of the latest checkpoint and its step.
+
+    Args:
+      which: "ema" or "raw".
+      like: pytree of ShapeDtypeStruct with shardings, of the model's parameters.
+
+    Raises:
+      UserError: the checkpoint is of a model of other sizes.
+    """
+    manager, step = _reader(workdir)
+    item = {"ema": "ema", "raw": "params"}[which]
+    with manager:
+        saved = manager.item_metadata(step)[item]
+        _check_shapes(workdir, saved, like)
+        restored = manager.restore(
+            step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(like)})
+        )
+    return restored[item], step
+
+
+def _check_shapes(workdir, saved, like) -> None:
+    def shapes(tree):
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {jax.tree_util.keystr(path): tuple(leaf.shape) for path, leaf in leaves}
+
+    have, want = shapes(getattr(saved, "tree", saved)), shapes(like)
+    for name in sorted(have.keys() | want.keys()):
+        if have.get(name) != want.get(name):
+            raise UserError(
+                f"--workdir={workdir}: a checkpoint of another model: parameter {name} has shape "
+                f"{have.get(name)} there, {want.get(name)} in config.model"
+            )

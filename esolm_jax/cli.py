@@ -1,0 +1,76 @@
+"""The command line that all verbs share: --config=FILE --workdir=DIR --config.field=value …"""
+
+import pathlib
+import re
+import sys
+from collections.abc import Callable
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from esolm_jax import config as config_lib
+from esolm_jax.errors import UserError, nearest
+
+_SAVED = pathlib.Path(__file__).with_name("saved_config.py")
+
+
+def _flag_value(argv: list[str], name: str) -> str | None:
+    """The value of --name=value or --name value, before flags are parsed."""
+    for i, arg in enumerate(argv):
+        if match := re.fullmatch(rf"--?{name}(?:=(.*))?", arg):
+            return match[1] if match[1] is not None else (argv[i + 1 : i + 2] or [None])[0]
+    return None
+
+
+def _check_overrides(argv: list[str]) -> None:
+    """Unknown --config.x fields, with the nearest name; ml_collections would print a traceback."""
+    known = config_lib.flat(config_lib.default_config())
+    for arg in argv:
+        if match := re.match(r"--?(?:no)?config\.([^=]+)", arg):
+            if match[1] not in known:
+                raise UserError(f"config.{match[1]}: unknown field{nearest(match[1], known)}")
+
+
+def _define_flags(argv: list[str], verb: str, reads_checkpoint: bool) -> None:
+    workdir, config = _flag_value(argv, "workdir"), _flag_value(argv, "config")
+    flags.DEFINE_string("workdir", None, "Where the run keeps its data, checkpoints and results.")
+    if not workdir:
+        raise UserError(f"--workdir is missing: python -m esolm_jax.{verb} --workdir=DIR …")
+    default = f"{_SAVED}:{workdir}" if reads_checkpoint else None
+    if not config and default is None:
+        raise UserError(f"--config is missing: python -m esolm_jax.{verb} --config=configs/….py …")
+    if config and not pathlib.Path(config.split(":")[0]).is_file():
+        raise UserError(f"--config={config}: no such file")
+    config_flags.DEFINE_config_file("config", default, "The run's config file.", lock_config=True)
+
+
+def run(main: Callable[[ConfigDict, pathlib.Path], None], *, reads_checkpoint: bool = False):
+    """Runs `main(config, workdir)` with a validated config; bad input ends with one line, code 2.
+
+    With `reads_checkpoint`, --config may be left out: it is the one saved in the workdir.
+    """
+
+    def parse(argv):
+        verb = pathlib.Path(argv[0]).stem
+        _check_overrides(argv)
+        _define_flags(argv, verb, reads_checkpoint)
+        try:
+            rest = flags.FLAGS(argv)
+        except flags.Error as error:
+            raise UserError(str(error)) from error
+        if len(rest) > 1:
+            raise UserError(f"{rest[1]!r}: not a flag; write --name=value")
+        return rest
+
+    def body(argv):
+        del argv
+        config = flags.FLAGS.config
+        config_lib.validate(config)
+        main(config, pathlib.Path(flags.FLAGS.workdir))
+
+    logging.set_verbosity(logging.ERROR)  # Orbax and Grain warn about their own defaults
+    try:
+        app.run(body, flags_parser=parse)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,117 @@
+"""python -m esolm_jax.evaluate --workdir=DIR: perplexity bounds of the checkpoint in DIR."""
+
+import json
+import math
+import pathlib
+
+import jax
+
+from esolm_jax import assemble, cli, likelihood, sharding
+from esolm_jax import model as model_lib
+from esolm_jax.data.reader import eval_batches, num_windows, unigram_perplexity
+from esolm_jax.errors import UserError
+from esolm_jax.likelihood import Estimate
+
+
+def _figures(bound: str, estimate: Estimate, tokens_per_byte: float, **settings) -> dict:
+    """An estimate in the units people compare: perplexity, bits per token and per byte."""
+    bits = estimate.nll / math.log(2)
+    return {
+        "bound": bound,
+        **settings,
+        "nll_per_token": estimate.nll,
+        "standard_error": None if math.isnan(estimate.standard_error) else estimate.standard_error,
+        "perplexity": estimate.perplexity,
+        "bits_per_token": bits,
+        "bits_per_byte": bits * tokens_per_byte,
+        "num_tokens": estimate.num_tokens,
+    }
+
+
+def evaluate(config, workdir: pathlib.Path) -> dict:
+    """All bounds that the config asks for, as a JSON-able dict.
+
+    Raises:
+      UserError: the data or their tokenizer are not the model's; a bound the family has not.
+    """
+    e = config.eval
+    if e.num_orders and config.objective not in ("ar", "eso_b"):
+        raise UserError(
+            f"config.eval.num_orders={e.num_orders}: must be 0 with objective "
+            f"{config.objective}; only eso_b has an any-order likelihood"
+        )
+    mesh = sharding.make_mesh(config.mesh.data)
+    if e.batch_size % mesh.size:
+        raise UserError(
+            f"config.eval.batch_size={e.batch_size}: must be a multiple of the {mesh.size} devices"
+        )
+    manifest = assemble.load_data(config, workdir)
+    trained = assemble.load_trained(config, workdir, e.weights, mesh)
+    assemble.check_same_tokenizer(manifest, trained.meta)
+    apply = model_lib.bind(trained.config)
+    split = manifest.split(e.split)
+    windows = num_windows(manifest, e.split, e.max_windows)
+
+    def batches():
+        return eval_batches(
+            manifest, e.split, batch_size=e.batch_size, max_windows=e.max_windows,
+            process_index=jax.process_index(), process_count=jax.process_count(),
+        )  # fmt: skip
+
+    common = {"seed": config.seed, "total": math.ceil(windows / e.batch_size)}
+    tokens_per_byte = split["tokens"] / split["bytes"]
+    estimate = likelihood.make_nelbo(apply, config, trained.special, mesh)(
+        trained.params, batches(), num_samples=e.num_samples, progress="NELBO", **common
+    )
+    exact = config.objective == "ar"
+    results = [
+        _figures("exact" if exact else "nelbo", estimate, tokens_per_byte,
+                 num_samples=1 if exact else e.num_samples)
+    ]  # fmt: skip
+    if e.num_orders and not exact:
+        importance_weighted = likelihood.make_importance_weighted(
+            apply, config, trained.special, mesh
+        )
+        estimate = importance_weighted(
+            trained.params, batches(), num_orders=e.num_orders, progress="any-order", **common
+        )
+        results.append(
+            _figures("importance_weighted", estimate, tokens_per_byte, num_orders=e.num_orders)
+        )
+    return {
+        "split": e.split,
+        "windows": windows,
+        "num_tokens": estimate.num_tokens,
+        "results": results,
+        "unigram_perplexity": unigram_perplexity(manifest, e.split),
+        "objective": config.objective,
+        "alpha_0": config.alpha_0,
+        "trained_alpha_0": trained.meta["config"]["alpha_0"],
+        "weights": e.weights,
+        "step": trained.step,
+        "seed": config.seed,
+    }
+
+
+def main(config, workdir: pathlib.Path) -> None:
+    figures = evaluate(config, workdir)
+    for result in figures["results"]:
+        error = result["standard_error"]
+        print(
+            f"{result['bound']}: perplexity {result['perplexity']:.2f}, "
+            f"{result['nll_per_token']:.4f} nats per token"
+            + (f" ± {error:.4f}" if error else "")
+            + f", {result['bits_per_byte']:.3f} bits per byte"
+        )
+    print(
+        f"on {figures['num_tokens']:,} tokens of the {figures['split']} split; "
+        f"a unigram model has perplexity {figures['unigram_perplexity']:.1f}"
+    )
+    path = workdir / "evaluate.json"
+    path.write_text(json.dumps(figures, indent=2) + "\n")
+    print(f"wrote {path}")
+    print(f"next: python -m esolm_jax.sample --workdir={workdir}")
+
+
+if __name__ == "__main__":
+    cli.run(main, reads_checkpoint=True)

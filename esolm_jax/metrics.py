@@ -1,0 +1,108 @@
+"""Metrics of a training run: JSONL and TensorBoard files, a progress bar, the learning curve."""
+
+import json
+import os
+import pathlib
+import time
+
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+FILE = "metrics.jsonl"
+
+
+def read(workdir: pathlib.Path) -> list[dict]:
+    """All lines of WORKDIR/metrics.jsonl, in order of step; a torn last line is left out."""
+    path = workdir / FILE
+    lines = path.read_text().splitlines() if path.exists() else []
+    entries = []
+    for line in lines:
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return entries
+
+
+def _keep_until(workdir: pathlib.Path, step: int) -> None:
+    """Drops what a killed run wrote after the checkpoint that is resumed: it is written again."""
+    kept = [entry for entry in read(workdir) if entry["step"] <= step]
+    draft = workdir / (FILE + ".tmp")
+    draft.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+    os.replace(draft, workdir / FILE)
+
+
+class Metrics:
+    """Writes metrics to WORKDIR/metrics.jsonl and WORKDIR/tensorboard, and shows progress.
+
+    Every entry has `step`; what depends on the clock is under `timing`, so that two runs with the
+    same numbers have the same entries but for that.
+    """
+
+    def __init__(self, workdir: pathlib.Path, *, step: int, steps: int, tokens_per_step: int):
+        _keep_until(workdir, step)
+        self._file = open(workdir / FILE, "a", buffering=1)
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        self._bar = tqdm(initial=step, total=steps, desc="train", unit="step", mininterval=1.0)
+        self._tokens_per_step = tokens_per_step
+        self._last = (step, time.perf_counter())
+
+    def advance(self) -> None:
+        self._bar.update()
+
+    def log(self, step: int, values: dict[str, float], *, timed: bool = False) -> None:
+        entry: dict = {"step": step, **values}
+        if timed:
+            then, at = self._last
+            self._last = (step, time.perf_counter())
+            speed = (step - then) * self._tokens_per_step / (self._last[1] - at)
+            entry["timing"] = {"tokens_per_second": round(speed, 1)}
+            self._board.add_scalar("tokens_per_second", speed, step)
+            self._bar.set_postfix_str(f"loss {values['loss']:.3f}, {speed:,.0f} tokens/s")
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        self._file.write(json.dumps(entry) + "\n")
+
+    def say(self, message: str) -> None:
+        """Prints a line above the progress bar."""
+        self._bar.write(message)
+
+    def pause(self) -> None:
+        """Leaves out of the next speed what happened since the last log (evaluation, saving)."""
+        self._last = (self._bar.n, time.perf_counter())
+
+    def close(self) -> None:
+        self._bar.close()
+        self._file.close()
+        self._board.close()
+
+
+def plot_learning_curve(workdir: pathlib.Path, *, baseline: float | None = None) -> pathlib.Path:
+    """Draws WORKDIR/learning_curve.png from metrics.jsonl: perplexity bounds against steps.
+
+    `baseline`: perplexity of a unigram model, drawn as a line.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import numpy as np
+    from matplotlib import pyplot
+
+    entries = read(workdir)
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for name, label, style in (
+        ("loss", "training loss", {"color": "0.7", "linewidth": 1}),
+        ("validation_nelbo", "validation (EMA weights)", {"color": "C0", "marker": "o"}),
+    ):
+        points = [(e["step"], e[name]) for e in entries if name in e]
+        if points:
+            steps, nats = zip(*points, strict=True)
+            axes.plot(steps, np.exp(nats), label=label, **style)
+    if baseline:
+        axes.axhline(baseline, color="C3", linestyle="--", label=f"unigram model ({baseline:.0f})")
+    axes.set(yscale="log", xlabel="step", ylabel="perplexity (upper bound)")
+    axes.legend()
+    path = workdir / "learning_curve.png"
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path

@@ -1,0 +1,35 @@
+"""AdamW behind a global-norm clip, warm-up, and an exponential moving average of the weights."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def learning_rate(config) -> optax.Schedule:
+    """Linear warm-up from 0, then constant, or a half cosine down to 0 at train.steps."""
+    o = config.optimizer
+    warmup = optax.linear_schedule(0.0, o.learning_rate, o.warmup_steps)
+    if o.schedule == "cosine":
+        after = optax.cosine_decay_schedule(
+            o.learning_rate, max(1, config.train.steps - o.warmup_steps)
+        )
+    else:
+        after = optax.constant_schedule(o.learning_rate)
+    return optax.join_schedules([warmup, after], [o.warmup_steps]) if o.warmup_steps else after
+
+
+def make(config) -> optax.GradientTransformation:
+    o = config.optimizer
+    return optax.chain(
+        optax.clip_by_global_norm(o.clip),
+        optax.adamw(
+            learning_rate(config), b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay
+        ),
+    )
+
+
+def update_ema(ema, params, decay: float, num_updates):
+    """ema ← d·ema + (1−d)·params with d = min(decay, (1+n)/(10+n)) at the n-th update, n >= 1."""
+    n = num_updates.astype(jnp.float32)
+    d = jnp.minimum(decay, (1.0 + n) / (10.0 + n))
+    return jax.tree.map(lambda e, p: e - (1.0 - d) * (e - p), ema, params)

@@ -1,0 +1,25 @@
+"""python -m esolm_jax.prepare --config=FILE --workdir=DIR: text → tokenizer → packed windows."""
+
+import pathlib
+
+from esolm_jax import cli, assemble
+from esolm_jax.data import build
+from esolm_jax.data.reader import unigram_perplexity
+
+
+def main(config, workdir: pathlib.Path) -> None:
+    directory = assemble.data_dir(config, workdir)
+    manifest = build.prepare(config, directory)
+    for name, split in manifest.splits.items():
+        print(
+            f"{name:>10}: {split['documents']:,} documents, {split['tokens']:,} tokens "
+            f"({split['bytes'] / max(1, split['tokens']):.2f} bytes each), "
+            f"{split['windows']:,} windows of {manifest.seq_len}, "
+            f"unigram perplexity {unigram_perplexity(manifest, name):.1f}"
+        )
+    print(f"wrote {directory}/manifest.json, the tokenizer and the windows beside it")
+    print(f"next: python -m esolm_jax.train --config=… --workdir={workdir}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

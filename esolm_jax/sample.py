@@ -1,0 +1,106 @@
+"""python -m esolm_jax.sample --workdir=DIR: texts from the checkpoint in DIR."""
+
+import json
+import pathlib
+import time
+
+import jax
+import numpy as np
+
+from esolm_jax import assemble, cli, sharding
+from esolm_jax.data.tokenizer import load_tokenizer
+from esolm_jax.errors import UserError
+from esolm_jax.sampling import decode, passes, schedule
+from esolm_jax.sampling.choose import Choice
+
+
+def make_schedule(config, length: int) -> schedule.Schedule:
+    """The orders and step sizes that config.sample asks for, drawn from config.sample.seed.
+
+    Raises:
+      UserError: the family cannot be sampled by that schedule.
+    """
+    s, rng = config.sample, np.random.default_rng(config.sample.seed)
+    if s.schedule == "left_to_right" or config.objective == "ar":
+        if s.schedule == "ancestral" and s.steps == 0 or s.schedule == "left_to_right":
+            return schedule.left_to_right(s.num, length)
+        raise UserError(
+            f"config.sample.schedule={s.schedule!r}, sample.steps={s.steps}: objective ar "
+            "generates left to right, one token per step; leave both at their defaults"
+        )
+    if config.objective == "bd3":
+        if s.schedule != "ancestral":
+            raise UserError(
+                f"config.sample.schedule={s.schedule!r}: must be ancestral or left_to_right with "
+                "objective bd3, which generates block by block"
+            )
+        return schedule.blockwise(rng, s.num, length, config.block_length, s.steps)
+    if s.schedule == "ancestral":
+        return schedule.ancestral(rng, s.num, length, config.alpha_0, s.steps)
+    shuffle = s.schedule == "shuffled_strided"
+    return schedule.strided(rng, s.num, length, config.alpha_0, s.steps, shuffle=shuffle)
+
+
+def sample(config, workdir: pathlib.Path) -> dict:
+    """Samples config.sample.num texts; returns them with how they were made, JSON-able."""
+    s = config.sample
+    trained = assemble.load_trained(config, workdir, s.weights, sharding.make_mesh(1))
+    tokenizer = load_tokenizer(workdir / "tokenizer")
+    drawn = make_schedule(config, config.data.seq_len)
+    plan = passes.plan(
+        config, drawn, mask_id=trained.special.mask, start_token=trained.special.start
+    )
+    choice = Choice(
+        mask_id=trained.special.mask, temperature=s.temperature, top_p=s.top_p, top_k=s.top_k
+    )
+    key = jax.random.key(s.seed)
+
+    def run(**kwargs):
+        begin = time.perf_counter()
+        text = np.asarray(decode.decode(trained.config, trained.params, plan, choice, key, **kwargs))
+        return text, time.perf_counter() - begin
+
+    _, compile_seconds = run(dry_run=True)
+    token_ids, seconds = run()
+    return {
+        "texts": [tokenizer.decode(row.tolist()) for row in token_ids],
+        "token_ids": token_ids.tolist(),
+        "order": drawn.order.tolist(),
+        "step_sizes": drawn.step_sizes.tolist(),
+        "num_diffusion": drawn.num_diffusion,
+        "nfe": len(drawn.step_sizes),
+        "compile_seconds": compile_seconds,
+        "seconds": seconds,
+        "tokens_per_second": token_ids.size / seconds,
+        "objective": config.objective,
+        "alpha_0": config.alpha_0,
+        "schedule": s.schedule,
+        "temperature": s.temperature,
+        "top_p": s.top_p,
+        "top_k": s.top_k,
+        "seed": s.seed,
+        "weights": s.weights,
+        "step": trained.step,
+    }
+
+
+def main(config, workdir: pathlib.Path) -> None:
+    figures = sample(config, workdir)
+    for i, text in enumerate(figures["texts"]):
+        print(f"--- sample {i} " + "-" * 60)
+        print(text)
+    print("-" * 71)
+    print(
+        f"{len(figures['texts'])} texts of {config.data.seq_len} tokens in "
+        f"{figures['seconds']:.2f} s (and {figures['compile_seconds']:.1f} s to compile): "
+        f"{figures['tokens_per_second']:,.0f} tokens/s, NFE {figures['nfe']}, of which the first "
+        f"{figures['num_diffusion']} tokens by diffusion"
+    )
+    path = workdir / "samples.json"
+    path.write_text(json.dumps(figures) + "\n")
+    print(f"wrote {path}")
+    print(f"next: python -m esolm_jax.sample --workdir={workdir} --config.sample.seed=1")
+
+
+if __name__ == "__main__":
+    cli.run(main, reads_checkpoint=True)

@@ -1,0 +1,165 @@
+"""python -m esolm_jax.train --config=FILE --workdir=DIR: trains, or resumes what lies in DIR."""
+
+import json
+import pathlib
+import signal
+
+import jax
+
+import esolm_jax
+from esolm_jax import assemble, checkpoint, cli, likelihood, objectives, sharding, train_step
+from esolm_jax import config as config_lib
+from esolm_jax import metrics as metrics_lib
+from esolm_jax import model as model_lib
+from esolm_jax import optimizer as optimizer_lib
+from esolm_jax.data.manifest import Manifest
+from esolm_jax.data.reader import TrainReader, eval_batches, unigram_perplexity
+from esolm_jax.errors import UserError
+from esolm_jax.train_step import TrainState
+
+# What may change between a run and its resumption.
+_FREE = (
+    "train.steps", "train.log_every", "train.eval_", "train.checkpoint_every", "train.keep_",
+    "eval.", "sample.", "data.dir", "data.workers", "mesh.",
+)  # fmt: skip
+
+
+class Run:
+    """A training run: what is fixed about it, and how its parts are made."""
+
+    def __init__(self, config, workdir: pathlib.Path):
+        self.config, self.workdir = config, workdir
+        self.manifest: Manifest = assemble.load_data(config, workdir)
+        self.mesh = sharding.make_mesh(config.mesh.data)
+        self.model = assemble.model_config(config, self.manifest.tokenizer)
+        self.apply = model_lib.bind(self.model)
+        self.special = assemble.special_ids(self.manifest.tokenizer)
+        self.phases = objectives.phases(config, self.special, low_variance=config.low_variance)
+        fractions = {phase.name: phase.fraction for phase in self.phases}
+        config_lib.validate_batch(config, fractions, self.mesh.size)
+        if config.eval.batch_size % self.mesh.size:
+            raise UserError(
+                f"config.eval.batch_size={config.eval.batch_size}: must be a multiple of the "
+                f"{self.mesh.size} devices"
+            )
+        self.optimizer = optimizer_lib.make(config)
+
+    def initial_state(self) -> TrainState:
+        """Freshly drawn from config.seed, born in its place on the mesh."""
+
+        def make(key):
+            params_key, noise_key = jax.random.split(key)
+            params = model_lib.init(self.model, params_key)
+            return train_step.init_state(params, self.optimizer, noise_key)
+
+        whole = sharding.replicated(self.mesh)
+        return jax.jit(make, out_shardings=whole)(jax.random.key(self.config.seed))
+
+    def restore_or_init(self, checkpoints) -> tuple[TrainState, int]:
+        """The latest checkpoint's state and data cursor, or a fresh state at cursor 0."""
+        if checkpoints.latest_step is None:
+            return self.initial_state(), 0
+        meta = checkpoint.read_meta(self.workdir)
+        assemble.check_same_fields(self.config, meta, lambda name: not name.startswith(_FREE))
+        assemble.check_same_tokenizer(self.manifest, meta)
+        state, meta = checkpoints.restore(self.initial_state())
+        return state, meta["cursor"]
+
+    def meta(self, cursor: int) -> dict:
+        return {
+            "config": self.config.to_dict(),
+            "cursor": cursor,
+            "tokenizer": self.manifest.tokenizer,
+            "version": esolm_jax.__version__,
+        }
+
+
+class _StopSignal:
+    """SIGTERM and SIGINT end the run after the step under way, with a checkpoint."""
+
+    def __init__(self):
+        self.received = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number, frame):
+        del number, frame
+        self.received = True
+
+
+def _train(run: Run, checkpoints, state: TrainState, cursor: int) -> TrainState:
+    config, t = run.config, run.config.train
+    step_fn = train_step.make_train_step(
+        config, run.apply, run.phases, run.special.mask, run.mesh, run.optimizer
+    )
+    estimate = likelihood.make_nelbo(run.apply, config, run.special, run.mesh)
+    reader = TrainReader(
+        run.manifest, batch_size=t.batch_size, seed=config.seed, workers=config.data.workers,
+        process_index=jax.process_index(), process_count=jax.process_count(), cursor=cursor,
+    )  # fmt: skip
+    first = int(state.step)
+    tokens_per_step = t.batch_size * config.data.seq_len
+    metrics = metrics_lib.Metrics(
+        run.workdir, step=first, steps=t.steps, tokens_per_step=tokens_per_step
+    )
+    stop = _StopSignal()
+    for step in range(first + 1, t.steps + 1):
+        state, values = step_fn(state, sharding.put_batch(next(reader), run.mesh))
+        metrics.advance()
+        last = step == t.steps or stop.received
+        if step % t.log_every == 0 or last:
+            metrics.log(step, {k: float(v) for k, v in values.items()}, timed=True)
+        nelbo = None
+        if step % t.eval_every == 0 or step == t.steps:
+            nelbo = _validate(run, estimate, state)
+            metrics.log(step, {"validation_nelbo": nelbo})
+        if step % t.checkpoint_every == 0 or last:
+            checkpoints.save(state, run.meta(reader.cursor), nelbo=nelbo)
+            metrics.pause()
+        if stop.received:
+            metrics.say(f"stopped at step {step}; run the same command again to go on")
+            break
+    reader.close()
+    metrics.close()
+    return state
+
+
+def _validate(run: Run, estimate, state: TrainState) -> float:
+    """NELBO of a part of the validation split under the EMA weights, nats per token."""
+    config = run.config
+    batches = eval_batches(
+        run.manifest, "validation", batch_size=config.eval.batch_size,
+        max_windows=config.train.eval_windows,
+        process_index=jax.process_index(), process_count=jax.process_count(),
+    )  # fmt: skip
+    return estimate(state.ema, batches, num_samples=1, seed=config.seed).nll
+
+
+def main(config, workdir: pathlib.Path) -> None:
+    run = Run(config, workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    checkpoints = checkpoint.Checkpoints(
+        workdir, keep_last=config.train.keep_last, keep_best=config.train.keep_best
+    )
+    state, cursor = run.restore_or_init(checkpoints)
+    if cursor:
+        print(f"resuming {workdir} at step {int(state.step)}")
+    (workdir / "tokenizer").mkdir(exist_ok=True)
+    run.manifest.load_tokenizer().save(workdir / "tokenizer")
+    (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    count = sum(a.size for a in jax.tree.leaves(state.params))
+    print(
+        f"{config.objective}, alpha_0 = {config.alpha_0}: {count:,} parameters, "
+        f"{config.train.batch_size} x {config.data.seq_len} tokens a step on {run.mesh.size} "
+        f"{jax.devices()[0].platform} device(s)"
+    )
+    _train(run, checkpoints, state, cursor)
+    checkpoints.close()
+    baseline = unigram_perplexity(run.manifest, "validation")
+    curve = metrics_lib.plot_learning_curve(workdir, baseline=baseline)
+    print(f"wrote {workdir}/checkpoints, {workdir}/{metrics_lib.FILE}, {curve}")
+    print(f"next: python -m esolm_jax.evaluate --workdir={workdir}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
