@@ -17,6 +17,7 @@ def get_config():
     config.model.blocks = 4
     config.model.heads = 4
     config.model.dropout = 0.0
+    config.model.unroll = 4
     config.train.batch_size = 32
     config.train.steps = 1500
     config.train.log_every = 25

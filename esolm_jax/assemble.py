@@ -37,6 +37,7 @@ def model_config(config, tokenizer: dict) -> model_lib.ModelConfig:
         cond_width=m.cond_width,
         dropout=m.dropout,
         dtype=m.dtype,
+        unroll=m.unroll,
     )
 
 

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 
 from esolm_jax.labels import Tokens
 
+MASKED = -1e30  # float32 scores vanish beside it
+
 
 def visible(q_rank, q_in_context, k_rank, k_in_context):
     """Whether a query may read a key: the rule that every model of the family shares.
@@ -30,11 +32,11 @@ def dense_mask(q: Tokens, k: Tokens) -> jax.Array:
 def attend(q_BHTK, k_BHSK, v_BHSK, mask_BTS):
     """Softmax attention with scale 1/√K; scores and softmax in float32, head-major for the CPU.
 
-    Returns [B, H, T, K] in the dtype of v. Masked keys get a probability of exactly zero, so
-    what is invisible cannot reach the result even in the last bit.
+    Returns [B, H, T, K] in the dtype of v. A masked key's score is lost in the bias and its
+    probability is exactly zero, so what is invisible cannot reach the result even in the last bit.
     """
-    scale = q_BHTK.shape[-1] ** -0.5
+    bias_BTS = jnp.where(mask_BTS, 0.0, MASKED)
+    q_BHTK = q_BHTK * q_BHTK.shape[-1] ** -0.5
     scores = jnp.einsum("bhtk,bhsk->bhts", q_BHTK, k_BHSK, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask_BTS[:, None], scores * scale, -jnp.inf)
-    probs = jax.nn.softmax(scores, axis=-1).astype(v_BHSK.dtype)
+    probs = jax.nn.softmax(scores + bias_BTS[:, None], axis=-1).astype(v_BHSK.dtype)
     return jnp.einsum("bhts,bhsk->bhtk", probs, v_BHSK)

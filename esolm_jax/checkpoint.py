@@ -100,7 +100,16 @@ def _reader(workdir) -> tuple[ocp.CheckpointManager, int]:
             f"--workdir={workdir}: no checkpoints here (there is no {FOLDER}/ in it); "
             "run `python -m esolm_jax.train` first"
         )
-    manager = ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True))
+    manager = ocp.CheckpointManager(
+        folder,
+        options=ocp.CheckpointManagerOptions(read_only=True),
+        item_handlers={
+            "params": ocp.StandardCheckpointHandler(),
+            "ema": ocp.StandardCheckpointHandler(),
+            "optimizer": ocp.StandardCheckpointHandler(),
+            "meta": ocp.JsonCheckpointHandler(),
+        },
+    )
     step = manager.latest_step()
     if step is None:
         raise UserError(f"--workdir={workdir}: {FOLDER}/ holds no finished checkpoint")

@@ -45,6 +45,7 @@ def default_config() -> ConfigDict:
     model.cond_width = 128  # of the time embedding behind adaLN; 0 = no adaLN
     model.dropout = 0.1
     model.dtype = "float32"  # compute dtype: float32 | bfloat16
+    model.unroll = 1  # blocks per iteration of the scan over blocks; all of them on a CPU
 
     config.mesh = mesh = ConfigDict()
     mesh.data = -1  # devices that share a batch; -1 = all
@@ -131,6 +132,7 @@ _CHECKS: dict[str, Check] = {
     "model.cond_width": _at_least(0),
     "model.dropout": _FRACTION,
     "model.dtype": _one_of("float32", "bfloat16"),
+    "model.unroll": _at_least(1),
     "mesh.data": ((lambda v: v == -1 or v >= 1), "-1 (all devices) or at least 1"),
     "optimizer.learning_rate": _POSITIVE,
     "optimizer.b1": _FRACTION,

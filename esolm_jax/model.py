@@ -29,6 +29,8 @@ class ModelConfig:
       cond_width: C, width of the time embedding behind adaLN; 0 = no adaLN (AR).
       dropout: rate, applied after attention and MLP, in training only.
       dtype: compute dtype; parameters, norms, softmax and logits are float32.
+      unroll: blocks per iteration of the scan over blocks: more is faster on a CPU and slower to
+        compile.
     """
 
     vocab_size: int
@@ -38,6 +40,7 @@ class ModelConfig:
     cond_width: int
     dropout: float = 0.0
     dtype: str = "float32"
+    unroll: int = 1
 
 
 @flax.struct.dataclass
@@ -264,7 +267,7 @@ class Transformer(nnx.Module):
 
         carry = (self.embedding(tokens.token), cache)
         layers = (stacked, jnp.arange(config.blocks), seeds)
-        (h_BTD, cache), _ = jax.lax.scan(block_step, carry, layers)
+        (h_BTD, cache), _ = jax.lax.scan(block_step, carry, layers, unroll=config.unroll)
         if predict is not None:
             h_BTD = _take(h_BTD, *predict)
         shift, scale = self.final_modulation(cond_BC)

@@ -1,5 +1,6 @@
 """python -m esolm_jax.train --config=FILE --workdir=DIR: trains, or resumes what lies in DIR."""
 
+import contextlib
 import json
 import pathlib
 import signal
@@ -103,24 +104,23 @@ def _train(run: Run, checkpoints, state: TrainState, cursor: int) -> TrainState:
         run.workdir, step=first, steps=t.steps, tokens_per_step=tokens_per_step
     )
     stop = _StopSignal()
-    for step in range(first + 1, t.steps + 1):
-        state, values = step_fn(state, sharding.put_batch(next(reader), run.mesh))
-        metrics.advance()
-        last = step == t.steps or stop.received
-        if step % t.log_every == 0 or last:
-            metrics.log(step, {k: float(v) for k, v in values.items()}, timed=True)
-        nelbo = None
-        if step % t.eval_every == 0 or step == t.steps:
-            nelbo = _validate(run, estimate, state)
-            metrics.log(step, {"validation_nelbo": nelbo})
-        if step % t.checkpoint_every == 0 or last:
-            checkpoints.save(state, run.meta(reader.cursor), nelbo=nelbo)
-            metrics.pause()
-        if stop.received:
-            metrics.say(f"stopped at step {step}; run the same command again to go on")
-            break
-    reader.close()
-    metrics.close()
+    with contextlib.closing(reader), contextlib.closing(metrics):
+        for step in range(first + 1, t.steps + 1):
+            state, values = step_fn(state, sharding.put_batch(next(reader), run.mesh))
+            metrics.advance()
+            last = step == t.steps or stop.received
+            if step % t.log_every == 0 or last:
+                metrics.log(step, {k: float(v) for k, v in values.items()}, timed=True)
+            nelbo = None
+            if step % t.eval_every == 0 or step == t.steps:
+                nelbo = _validate(run, estimate, state)
+                metrics.log(step, {"validation_nelbo": nelbo})
+            if step % t.checkpoint_every == 0 or last:
+                checkpoints.save(state, run.meta(reader.cursor), nelbo=nelbo)
+                metrics.pause()
+            if stop.received:
+                metrics.say(f"stopped at step {step}; run the same command again to go on")
+                break
     return state
 
 
