@@ -9,7 +9,7 @@ from esolm_jax.config import default_config
 def get_config():
     config = default_config()
     config.objective = "eso_b"
-    config.alpha_0 = 0.25
+    config.alpha_0 = 0.5
     config.data.source = "shakespeare"
     config.data.seq_len = 128
     config.data.vocab_size = 1024
@@ -18,7 +18,7 @@ def get_config():
     config.model.heads = 4
     config.model.dropout = 0.0
     config.model.unroll = 4
-    config.train.batch_size = 32
+    config.train.batch_size = 16
     config.train.steps = 1500
     config.train.log_every = 25
     config.train.eval_every = 250

@@ -68,9 +68,7 @@ class Checkpoints:
         )
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict]:
-        """The latest state, placed as `like` (arrays or ShapeDtypeStructs with shardings), and
-        its meta."""
-        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        """The latest state, placed as `like` (ShapeDtypeStructs with shardings), and its meta."""
         restored = self._manager.restore(
             self.latest_step,
             args=ocp.args.Composite(

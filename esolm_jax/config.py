@@ -110,12 +110,14 @@ def _between(low, high) -> Check:
 
 _POSITIVE = (lambda v: v > 0), "above 0"
 _FRACTION = (lambda v: 0 <= v < 1), "in [0, 1)"
+_SEED = (lambda v: 0 <= v < 2**32), "in [0, 2**32)"
 _SOURCE = (
     lambda v: v in ("shakespeare", "text") or (v.startswith("tfds:") and len(v) > 5),
     "shakespeare, text or tfds:<name>",
 )
 
 _CHECKS: dict[str, Check] = {
+    "seed": _SEED,
     "alpha_0": _between(0, 1),
     "kappa": ((lambda v: 0 < v < 1), "between 0 and 1, both excluded"),
     "block_length": _at_least(1),
@@ -164,6 +166,7 @@ _CHECKS: dict[str, Check] = {
     "sample.temperature": _at_least(0),
     "sample.top_p": ((lambda v: 0 < v <= 1), "in (0, 1]"),
     "sample.top_k": _at_least(0),
+    "sample.seed": _SEED,
     "sample.weights": _one_of("ema", "raw"),
 }
 

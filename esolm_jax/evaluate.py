@@ -1,12 +1,11 @@
 """python -m esolm_jax.evaluate --workdir=DIR: perplexity bounds of the checkpoint in DIR."""
 
-import json
 import math
 import pathlib
 
 import jax
 
-from esolm_jax import assemble, cli, likelihood, sharding
+from esolm_jax import assemble, cli, likelihood, results, sharding
 from esolm_jax import model as model_lib
 from esolm_jax.data.reader import eval_batches, num_windows, unigram_perplexity
 from esolm_jax.errors import UserError
@@ -64,7 +63,7 @@ def evaluate(config, workdir: pathlib.Path) -> dict:
         trained.params, batches(), num_samples=e.num_samples, progress="NELBO", **common
     )
     exact = config.objective == "ar"
-    results = [
+    bounds = [
         _figures("exact" if exact else "nelbo", estimate, tokens_per_byte,
                  num_samples=1 if exact else e.num_samples)
     ]  # fmt: skip
@@ -75,14 +74,14 @@ def evaluate(config, workdir: pathlib.Path) -> dict:
         estimate = importance_weighted(
             trained.params, batches(), num_orders=e.num_orders, progress="any-order", **common
         )
-        results.append(
+        bounds.append(
             _figures("importance_weighted", estimate, tokens_per_byte, num_orders=e.num_orders)
         )
     return {
         "split": e.split,
         "windows": windows,
         "num_tokens": estimate.num_tokens,
-        "results": results,
+        "results": bounds,
         "unigram_perplexity": unigram_perplexity(manifest, e.split),
         "objective": config.objective,
         "alpha_0": config.alpha_0,
@@ -108,7 +107,7 @@ def main(config, workdir: pathlib.Path) -> None:
         f"a unigram model has perplexity {figures['unigram_perplexity']:.1f}"
     )
     path = workdir / "evaluate.json"
-    path.write_text(json.dumps(figures, indent=2) + "\n")
+    results.write_json(path, figures)
     print(f"wrote {path}")
     print(f"next: python -m esolm_jax.sample --workdir={workdir}")
 

@@ -1,12 +1,13 @@
 """Metrics of a training run: JSONL and TensorBoard files, a progress bar, the learning curve."""
 
 import json
-import os
 import pathlib
 import time
 
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
+
+from esolm_jax import results
 
 FILE = "metrics.jsonl"
 
@@ -27,9 +28,7 @@ def read(workdir: pathlib.Path) -> list[dict]:
 def _keep_until(workdir: pathlib.Path, step: int) -> None:
     """Drops what a killed run wrote after the checkpoint that is resumed: it is written again."""
     kept = [entry for entry in read(workdir) if entry["step"] <= step]
-    draft = workdir / (FILE + ".tmp")
-    draft.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
-    os.replace(draft, workdir / FILE)
+    results.write_text(workdir / FILE, "".join(json.dumps(entry) + "\n" for entry in kept))
 
 
 class Metrics:

@@ -7,7 +7,7 @@ import time
 import jax
 import numpy as np
 
-from esolm_jax import assemble, cli, sharding
+from esolm_jax import assemble, cli, results, sharding
 from esolm_jax.data.tokenizer import load_tokenizer
 from esolm_jax.errors import UserError
 from esolm_jax.sampling import decode, passes, schedule
@@ -97,7 +97,7 @@ def main(config, workdir: pathlib.Path) -> None:
         f"{figures['num_diffusion']} tokens by diffusion"
     )
     path = workdir / "samples.json"
-    path.write_text(json.dumps(figures) + "\n")
+    results.write_text(path, json.dumps(figures) + "\n")
     print(f"wrote {path}")
     print(f"next: python -m esolm_jax.sample --workdir={workdir} --config.sample.seed=1")
 

@@ -1,18 +1,18 @@
 """python -m esolm_jax.train --config=FILE --workdir=DIR: trains, or resumes what lies in DIR."""
 
 import contextlib
-import json
 import pathlib
 import signal
 
 import jax
 
 import esolm_jax
-from esolm_jax import assemble, checkpoint, cli, likelihood, objectives, sharding, train_step
+from esolm_jax import assemble, checkpoint, cli, likelihood, objectives, results, sharding
 from esolm_jax import config as config_lib
 from esolm_jax import metrics as metrics_lib
 from esolm_jax import model as model_lib
 from esolm_jax import optimizer as optimizer_lib
+from esolm_jax import train_step
 from esolm_jax.data.manifest import Manifest
 from esolm_jax.data.reader import TrainReader, eval_batches, unigram_perplexity
 from esolm_jax.errors import UserError
@@ -45,25 +45,25 @@ class Run:
             )
         self.optimizer = optimizer_lib.make(config)
 
-    def initial_state(self) -> TrainState:
-        """Freshly drawn from config.seed, born in its place on the mesh."""
-
-        def make(key):
-            params_key, noise_key = jax.random.split(key)
-            params = model_lib.init(self.model, params_key)
-            return train_step.init_state(params, self.optimizer, noise_key)
-
-        whole = sharding.replicated(self.mesh)
-        return jax.jit(make, out_shardings=whole)(jax.random.key(self.config.seed))
+    def _make_state(self) -> TrainState:
+        params_key, noise_key = jax.random.split(jax.random.key(self.config.seed))
+        params = model_lib.init(self.model, params_key)
+        return train_step.init_state(params, self.optimizer, noise_key)
 
     def restore_or_init(self, checkpoints) -> tuple[TrainState, int]:
-        """The latest checkpoint's state and data cursor, or a fresh state at cursor 0."""
+        """The latest checkpoint's state and data cursor, or a fresh state at cursor 0; born in
+        its place on the mesh."""
+        whole = sharding.replicated(self.mesh)
         if checkpoints.latest_step is None:
-            return self.initial_state(), 0
+            return jax.jit(self._make_state, out_shardings=whole)(), 0
         meta = checkpoint.read_meta(self.workdir)
         assemble.check_same_fields(self.config, meta, lambda name: not name.startswith(_FREE))
         assemble.check_same_tokenizer(self.manifest, meta)
-        state, meta = checkpoints.restore(self.initial_state())
+        like = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole),
+            jax.eval_shape(self._make_state),
+        )
+        state, meta = checkpoints.restore(like)
         return state, meta["cursor"]
 
     def meta(self, cursor: int) -> dict:
@@ -146,7 +146,7 @@ def main(config, workdir: pathlib.Path) -> None:
         print(f"resuming {workdir} at step {int(state.step)}")
     (workdir / "tokenizer").mkdir(exist_ok=True)
     run.manifest.load_tokenizer().save(workdir / "tokenizer")
-    (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    results.write_json(workdir / "config.json", config.to_dict())
     count = sum(a.size for a in jax.tree.leaves(state.params))
     print(
         f"{config.objective}, alpha_0 = {config.alpha_0}: {count:,} parameters, "

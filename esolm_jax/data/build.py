@@ -146,11 +146,14 @@ def _write_split(
 
     def token_documents() -> Iterator[list[int]]:
         for text in sources.documents(config, split):
+            tokens = tokenizer.encode(text)
+            if config.data.packing == "pad" and len(tokens) > config.data.seq_len:
+                text = tokenizer.decode(tokens[: config.data.seq_len])  # what the window keeps
             entry["documents"] += 1
             entry["bytes"] += len(text.encode("utf-8"))
             bar.set_postfix_str(f"{entry['bytes'] / 1e6:.1f} MB", refresh=False)
             bar.update()
-            yield tokenizer.encode(text)
+            yield tokens
 
     def records() -> Iterator[bytes]:
         packed = windows.pack(

@@ -21,8 +21,8 @@ class Manifest:
 
     data: the fields of config.data that decide the content (see content_fields).
     tokenizer: kind, fingerprint, vocab_size, mask_id, bos_id, eos_id, pad_id.
-    splits: name -> {documents, bytes (UTF-8, of the documents), tokens (valid, in the windows),
-        windows, sha256 (of all records, joined), shards: [{file, windows, size_bytes}]}.
+    splits: name -> {documents, bytes (UTF-8, of the text in the windows), tokens (valid, in the
+        windows), windows, sha256 (of all records, joined), shards: [{file, windows, size_bytes}]}.
     """
 
     directory: Path

