@@ -8,7 +8,7 @@ setup(
     description="Esoteric Language Models (Eso-LMs) in JAX: diffusion and autoregression in one",
     packages=find_packages(include=["esolm_jax", "esolm_jax.*"]),
     python_requires=">=3.11",
-    # Lower bounds are the versions the tests run on; upper bounds end before the next that may break.
+    # Lower bounds are what the tests ran on; upper bounds end before what may break.
     install_requires=[
         "absl-py>=2.5.1,<3",
         "array_record>=0.8.6,<0.9",

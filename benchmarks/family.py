@@ -115,8 +115,14 @@ def plot(rows: list[dict], path: pathlib.Path) -> None:
         axes.plot(*zip(*points, strict=True), label=label, **style)
 
     curve("eso_b", "perplexity", "Eso-LM (B), NELBO", color="C0", marker="o")
-    curve("eso_b", "importance_weighted_perplexity", "Eso-LM (B), importance-weighted",
-          color="C0", marker="o", linestyle=":")  # fmt: skip
+    curve(
+        "eso_b",
+        "importance_weighted_perplexity",
+        "Eso-LM (B), importance-weighted",
+        color="C0",
+        marker="o",
+        linestyle=":",
+    )
     curve("eso_a", "perplexity", "Eso-LM (A), NELBO", color="C1", marker="s")
     labels = {"ar": "AR (exact)", "mdlm": "MDLM", "bd3": "BD3-LM, block length 4"}
     for (objective, label), color in zip(labels.items(), ("C2", "C3", "C4"), strict=True):

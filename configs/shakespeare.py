@@ -1,6 +1,6 @@
 """The quickstart: a small Eso-LM (B) on the plays of Shakespeare, for a laptop CPU.
 
-    bash launch/quickstart.sh
+bash launch/quickstart.sh
 """
 
 from esolm_jax.config import default_config

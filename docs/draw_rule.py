@@ -28,18 +28,22 @@ def panels():
     weight, o = MASKED.astype(np.float32), objectives
     yield "AR", o.label_ar(X, VALID, start=START)
     yield "MDLM", o.label_mdlm(X, VALID, MASKED, weight, mask=MASK)
-    yield "Eso-LM (B), diffusion", o.label_eso_b_diffusion(
-        X, VALID, MASKED, RANDOM, weight, mask=MASK
+    yield (
+        "Eso-LM (B), diffusion",
+        o.label_eso_b_diffusion(X, VALID, MASKED, RANDOM, weight, mask=MASK),
     )
-    yield "Eso-LM (A), diffusion", o.label_eso_a_diffusion(
-        X, VALID, MASKED, RANDOM, weight, mask=MASK
+    yield (
+        "Eso-LM (A), diffusion",
+        o.label_eso_a_diffusion(X, VALID, MASKED, RANDOM, weight, mask=MASK),
     )
     yield "BD3-LM, blocks of 2", o.label_bd3(X, VALID, MASKED, weight, mask=MASK, block_length=2)
-    yield "Eso-LM (B), sequential", o.label_eso_b_sequential(
-        X, VALID, MASKED, LEFT_TO_RIGHT, weight, mask=MASK
+    yield (
+        "Eso-LM (B), sequential",
+        o.label_eso_b_sequential(X, VALID, MASKED, LEFT_TO_RIGHT, weight, mask=MASK),
     )
-    yield "Eso-LM (A), sequential", o.label_eso_a_sequential(
-        X, VALID, MASKED, NATURAL, weight, mask=MASK
+    yield (
+        "Eso-LM (A), sequential",
+        o.label_eso_a_sequential(X, VALID, MASKED, NATURAL, weight, mask=MASK),
     )
 
 
@@ -72,15 +76,17 @@ def main():
     legend = cells[-1]
     legend.axis("off")
     legend.text(
-        0, 0.95,
+        0,
+        0.95,
         "row: query      column: key, its rank below it\n\n"
         "blue: key in context,\n    rank_k + [query is a copy] ≤ rank_q\n\n"
         "orange: key is a query copy,\n    query is one too, and rank_k = rank_q\n\n"
         "x: known token   M: mask\n"
         "subscript: position in the text\n\n"
         "two streams: the query copy first,\n    then the context copy",
-        va="top", fontsize=10,
-    )  # fmt: skip
+        va="top",
+        fontsize=10,
+    )
     path = pathlib.Path(__file__).with_name("rule.png")
     figure.savefig(path, dpi=110)
     print(f"wrote {path}")

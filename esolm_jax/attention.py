@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from esolm_jax.kv_cache import KVCache
 from esolm_jax.labels import Tokens
 
 MASKED = -1e30  # float32 scores vanish beside it
@@ -22,7 +23,7 @@ def visible(q_rank, q_in_context, k_rank, k_in_context):
     return jnp.where(k_in_context, reads_context, reads_query_copy)
 
 
-def dense_mask(q: Tokens, k: Tokens) -> jax.Array:
+def dense_mask(q: Tokens, k: Tokens | KVCache) -> jax.Array:
     """The rule for all pairs: bool [B, Tq, Tk]."""
     return visible(
         q.rank[:, :, None], q.in_context[:, :, None], k.rank[:, None, :], k.in_context[:, None, :]

@@ -217,15 +217,31 @@ def validate(config: ConfigDict) -> None:
         _fail_unless(is_right(fields[name]), name, fields[name], allowed)
     fixed_alpha = {"ar": 0.0, "mdlm": 1.0, "bd3": 1.0}.get(config.objective)
     if fixed_alpha is not None:
-        _fail_unless(config.alpha_0 == fixed_alpha, "alpha_0", config.alpha_0,
-                     f"{fixed_alpha} with objective {config.objective}")  # fmt: skip
-    _fail_unless(not config.low_variance or config.alpha_0 == 1, "low_variance",
-                 config.low_variance, f"False unless alpha_0 is 1 (it is {config.alpha_0})")  # fmt: skip
-    _fail_unless(config.model.width % (2 * config.model.heads) == 0, "model.width",
-                 config.model.width, f"a multiple of 2 x model.heads = {2 * config.model.heads}")  # fmt: skip
+        _fail_unless(
+            config.alpha_0 == fixed_alpha,
+            "alpha_0",
+            config.alpha_0,
+            f"{fixed_alpha} with objective {config.objective}",
+        )
+    _fail_unless(
+        not config.low_variance or config.alpha_0 == 1,
+        "low_variance",
+        config.low_variance,
+        f"False unless alpha_0 is 1 (it is {config.alpha_0})",
+    )
+    _fail_unless(
+        config.model.width % (2 * config.model.heads) == 0,
+        "model.width",
+        config.model.width,
+        f"a multiple of 2 x model.heads = {2 * config.model.heads}",
+    )
     if config.objective == "bd3":
-        _fail_unless(config.data.seq_len % config.block_length == 0, "block_length",
-                     config.block_length, f"a divisor of data.seq_len = {config.data.seq_len}")  # fmt: skip
+        _fail_unless(
+            config.data.seq_len % config.block_length == 0,
+            "block_length",
+            config.block_length,
+            f"a divisor of data.seq_len = {config.data.seq_len}",
+        )
 
 
 def validate_batch(config: ConfigDict, fractions: dict[str, float], devices: int) -> None:

@@ -53,9 +53,13 @@ def evaluate(config, workdir: pathlib.Path) -> dict:
 
     def batches():
         return eval_batches(
-            manifest, e.split, batch_size=e.batch_size, max_windows=e.max_windows,
-            process_index=jax.process_index(), process_count=jax.process_count(),
-        )  # fmt: skip
+            manifest,
+            e.split,
+            batch_size=e.batch_size,
+            max_windows=e.max_windows,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
 
     common = {"seed": config.seed, "total": math.ceil(windows / e.batch_size)}
     tokens_per_byte = split["tokens"] / split["bytes"]
@@ -64,9 +68,13 @@ def evaluate(config, workdir: pathlib.Path) -> dict:
     )
     exact = config.objective == "ar"
     bounds = [
-        _figures("exact" if exact else "nelbo", estimate, tokens_per_byte,
-                 num_samples=1 if exact else e.num_samples)
-    ]  # fmt: skip
+        _figures(
+            "exact" if exact else "nelbo",
+            estimate,
+            tokens_per_byte,
+            num_samples=1 if exact else e.num_samples,
+        )
+    ]
     if e.num_orders and not exact:
         importance_weighted = likelihood.make_importance_weighted(
             apply, config, trained.special, mesh

@@ -96,10 +96,12 @@ def make_nelbo(apply, config, special: objectives.Special, mesh):
         tokens = 0
         for i, count, batch in _batches(batches, mesh, progress, total):
             keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), i), draws)
-            sums = np.array([
-                np.asarray(draw(params, key, batch["x"], batch["valid"]), np.float64).sum()
-                for key in keys
-            ])  # fmt: skip
+            sums = np.array(
+                [
+                    np.asarray(draw(params, key, batch["x"], batch["valid"]), np.float64).sum()
+                    for key in keys
+                ]
+            )
             nll += sums.mean()
             variance += sums.var(ddof=1) / draws if draws > 1 else (0.0 if exact else np.nan)
             tokens += count

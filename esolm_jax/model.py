@@ -6,17 +6,16 @@ jit plain pytrees of parameters: `init` and `bind` convert between the two views
 
 import dataclasses
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from esolm_jax.attention import attend, dense_mask
+from esolm_jax.kv_cache import KVCache
 from esolm_jax.labels import Tokens
 
 ROPE_BASE = 10_000.0
 TIME_FREQUENCIES = 256
-UNREAD_RANK = jnp.iinfo(jnp.int32).max  # the rank of a slot that nobody may read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,29 +40,6 @@ class ModelConfig:
     dropout: float = 0.0
     dtype: str = "float32"
     unroll: int = 1
-
-
-@flax.struct.dataclass
-class KVCache:
-    """Keys and values of the slots seen so far, with the rank that says who may read them.
-
-    Attributes:
-      key, value: [N, B, H, S, K] in the compute dtype.
-      rank: int32 [B, S]; all slots are in context; UNREAD_RANK where the slot is empty.
-    """
-
-    key: jax.Array
-    value: jax.Array
-    rank: jax.Array
-
-    @classmethod
-    def empty(cls, config: ModelConfig, batch: int, slots: int) -> "KVCache":
-        shape = (config.blocks, batch, config.heads, slots, config.width // config.heads)
-        return cls(
-            key=jnp.zeros(shape, config.dtype),
-            value=jnp.zeros(shape, config.dtype),
-            rank=jnp.full((batch, slots), UNREAD_RANK, jnp.int32),
-        )
 
 
 def _uniform_fan_in(key, shape, dtype=jnp.float32):
@@ -240,14 +216,13 @@ class Transformer(nnx.Module):
             training, likelihood and sampling all use.
 
         Returns:
-          (logits float32 [B, P, V], mask token not yet excluded; the cache after the pass, or None).
+          (logits float32 [B, P, V], mask token not yet excluded; the cache after the pass or None)
         """
         config = self.config
         keys = tokens
         if cache is not None:
-            rank = jax.lax.dynamic_update_slice(cache.rank, tokens.rank, (0, start))
-            cache = cache.replace(rank=rank)
-            keys = Tokens(rank, rank, rank, jnp.ones_like(rank, bool))
+            cache = cache.write_ranks(start, tokens.rank)
+            keys = cache
         mask_BTS = dense_mask(tokens, keys)
         cos, sin = rope_angles(tokens.position, config.width // config.heads)
         cond_BC = self._condition(sigma_B)
@@ -261,7 +236,7 @@ class Transformer(nnx.Module):
             modulation = block.modulation(cond_BC)
             q, k, v = block.project(h_BTD, modulation, cos, sin)
             if cache is not None:
-                cache = _write(cache, index, start, k, v)
+                cache = cache.write(index, start, k, v)
                 k, v = cache.key[index], cache.value[index]
             return (block.combine(h_BTD, attend(q, k, v, mask_BTS), modulation, seed), cache), None
 
@@ -284,15 +259,6 @@ def _take(h_BTD, offset, count: int):
     if isinstance(offset, int):
         return h_BTD[:, offset : offset + count]
     return jnp.take(h_BTD, offset + jnp.arange(count), axis=1, mode="clip")
-
-
-def _write(cache: KVCache, index, start, k_BHTK, v_BHTK) -> KVCache:
-    """Puts keys and values of block `index` in slots [start, start + T)."""
-    at = (index, 0, 0, start, 0)
-    return cache.replace(
-        key=jax.lax.dynamic_update_slice(cache.key, k_BHTK[None], at),
-        value=jax.lax.dynamic_update_slice(cache.value, v_BHTK[None], at),
-    )
 
 
 def init(config: ModelConfig, key) -> dict:

@@ -79,9 +79,7 @@ def label_ar(x, valid, *, start: int) -> Labelled:
 def label_mdlm(x, valid, masked, weight, *, mask: int) -> Labelled:
     """MDLM: z_t, all of one rank (bidirectional); padding is of a later rank, so unread."""
     order_BL = _index(x)
-    tokens = _stream(
-        jnp.where(masked, mask, x), order_BL, jnp.where(valid, 0, 1), in_context=True
-    )
+    tokens = _stream(jnp.where(masked, mask, x), order_BL, jnp.where(valid, 0, 1), in_context=True)
     return _labelled(tokens, x, valid, order_BL, weight)
 
 
@@ -152,6 +150,11 @@ def _diffusion_noise(key, valid, alpha_0: float, times_per_row: int, low_varianc
     return masked, jnp.where(masked, weight, 0.0)
 
 
+def _no_noise(label, key, x, valid):
+    del key
+    return label(x, valid)
+
+
 def _diffusion(label, key, x, valid, *, alpha_0, low_variance, shuffled, times_per_row=1):
     key_noise, key_order = jax.random.split(key)
     masked, weight = _diffusion_noise(key_noise, valid, alpha_0, times_per_row, low_variance)
@@ -190,8 +193,7 @@ def phases(config, special: Special, *, low_variance: bool) -> tuple[Phase, ...]
     diffusion = partial(_diffusion, alpha_0=alpha_0, low_variance=low_variance)
     match config.objective:
         case "ar":
-            label = lambda key, x, valid: label_ar(x, valid, start=special.start)  # noqa: E731
-            return (Phase("ar", 1.0, label),)
+            return (Phase("ar", 1.0, partial(_no_noise, partial(label_ar, start=special.start))),)
         case "mdlm":
             label = partial(label_mdlm, mask=mask)
             return (Phase("diffusion", 1.0, partial(diffusion, label, shuffled=False)),)

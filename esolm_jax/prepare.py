@@ -2,7 +2,7 @@
 
 import pathlib
 
-from esolm_jax import cli, assemble
+from esolm_jax import assemble, cli
 from esolm_jax.data import build
 from esolm_jax.data.reader import unigram_perplexity
 

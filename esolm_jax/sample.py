@@ -57,9 +57,10 @@ def sample(config, workdir: pathlib.Path) -> dict:
 
     def run(**kwargs):
         begin = time.perf_counter()
-        text = np.asarray(decode.decode(trained.config, trained.params, plan, choice, key, **kwargs))
-        return text, time.perf_counter() - begin
+        text = decode.decode(trained.config, trained.params, plan, choice, key, **kwargs)
+        return np.asarray(text), time.perf_counter() - begin
 
+    print(f"compiling, then {len(drawn.step_sizes)} passes for {s.num} texts …", flush=True)
     _, compile_seconds = run(dry_run=True)
     token_ids, seconds = run()
     return {

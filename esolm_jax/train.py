@@ -7,12 +7,20 @@ import signal
 import jax
 
 import esolm_jax
-from esolm_jax import assemble, checkpoint, cli, likelihood, objectives, results, sharding
+from esolm_jax import (
+    assemble,
+    checkpoint,
+    cli,
+    likelihood,
+    objectives,
+    results,
+    sharding,
+    train_step,
+)
 from esolm_jax import config as config_lib
 from esolm_jax import metrics as metrics_lib
 from esolm_jax import model as model_lib
 from esolm_jax import optimizer as optimizer_lib
-from esolm_jax import train_step
 from esolm_jax.data.manifest import Manifest
 from esolm_jax.data.reader import TrainReader, eval_batches, unigram_perplexity
 from esolm_jax.errors import UserError
@@ -20,9 +28,17 @@ from esolm_jax.train_step import TrainState
 
 # What may change between a run and its resumption.
 _FREE = (
-    "train.steps", "train.log_every", "train.eval_", "train.checkpoint_every", "train.keep_",
-    "eval.", "sample.", "data.dir", "data.workers", "mesh.",
-)  # fmt: skip
+    "train.steps",
+    "train.log_every",
+    "train.eval_",
+    "train.checkpoint_every",
+    "train.keep_",
+    "eval.",
+    "sample.",
+    "data.dir",
+    "data.workers",
+    "mesh.",
+)
 
 
 class Run:
@@ -95,15 +111,21 @@ def _train(run: Run, checkpoints, state: TrainState, cursor: int) -> TrainState:
     )
     estimate = likelihood.make_nelbo(run.apply, config, run.special, run.mesh)
     reader = TrainReader(
-        run.manifest, batch_size=t.batch_size, seed=config.seed, workers=config.data.workers,
-        process_index=jax.process_index(), process_count=jax.process_count(), cursor=cursor,
-    )  # fmt: skip
+        run.manifest,
+        batch_size=t.batch_size,
+        seed=config.seed,
+        workers=config.data.workers,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        cursor=cursor,
+    )
     first = int(state.step)
     tokens_per_step = t.batch_size * config.data.seq_len
     metrics = metrics_lib.Metrics(
         run.workdir, step=first, steps=t.steps, tokens_per_step=tokens_per_step
     )
     stop = _StopSignal()
+    metrics.say("compiling the training step (the first step takes as long as that)")
     with contextlib.closing(reader), contextlib.closing(metrics):
         for step in range(first + 1, t.steps + 1):
             state, values = step_fn(state, sharding.put_batch(next(reader), run.mesh))
@@ -128,10 +150,13 @@ def _validate(run: Run, estimate, state: TrainState) -> float:
     """NELBO of a part of the validation split under the EMA weights, nats per token."""
     config = run.config
     batches = eval_batches(
-        run.manifest, "validation", batch_size=config.eval.batch_size,
+        run.manifest,
+        "validation",
+        batch_size=config.eval.batch_size,
         max_windows=config.train.eval_windows,
-        process_index=jax.process_index(), process_count=jax.process_count(),
-    )  # fmt: skip
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
     return estimate(state.ema, batches, num_samples=1, seed=config.seed).nll
 
 

@@ -114,9 +114,13 @@ def make_train_step(config, apply, phases: Sequence[Phase], mask_id: int, mesh, 
         labelled = label_batch(phases, noise_key, batch["x"], batch["valid"])
         labelled = jax.lax.with_sharding_constraint(labelled, sharding.rows(mesh))
         losses, grads = loss_and_grads(
-            apply, state.params, labelled, mask_id, accumulation=accumulation,
+            apply,
+            state.params,
+            labelled,
+            mask_id,
+            accumulation=accumulation,
             dropout_key=dropout_key if config.model.dropout else None,
-        )  # fmt: skip
+        )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = optimizer_lib.update_ema(state.ema, params, config.optimizer.ema, state.step + 1)

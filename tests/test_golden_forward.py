@@ -7,7 +7,6 @@ from golden_files import close, model, vectors
 
 from esolm_jax import loss, noise, objectives
 from esolm_jax.attention import dense_mask
-from esolm_jax.objectives import Special
 
 MASK = 66
 
@@ -78,7 +77,9 @@ def test_sequential(case):
     close(labelled.weight * nll, golden["recon_loss"])
     mask = np.asarray(dense_mask(labelled.tokens, labelled.tokens))
     length = x.shape[1]
-    np.testing.assert_array_equal(mask[:, :length][predicted], golden["attn_mask"][:, :length][predicted])
+    np.testing.assert_array_equal(
+        mask[:, :length][predicted], golden["attn_mask"][:, :length][predicted]
+    )
 
 
 def test_bidirectional():
@@ -110,9 +111,12 @@ def test_time_embedding():
     golden = vectors("08_mdlm")
     reference = model("weights_dit")
     labelled = objectives.label_mdlm(
-        golden["x0"], np.ones(golden["x0"].shape, bool), golden["xt"] == MASK,
-        np.zeros(golden["x0"].shape), mask=MASK,
-    )  # fmt: skip
+        golden["x0"],
+        np.ones(golden["x0"].shape, bool),
+        golden["xt"] == MASK,
+        np.zeros(golden["x0"].shape),
+        mask=MASK,
+    )
     logits, _ = model_lib.bind(reference.config)(
         reference.params, labelled.tokens, sigma_B=golden["sigma_nonzero"]
     )

@@ -115,7 +115,9 @@ def test_ar(start, greedy):
     text, logits = run(golden, plan, choice)
     if start == "none":  # the start token is the first of the text
         text = np.insert(text, 0, first[start], axis=1)
-    np.testing.assert_array_equal(text, golden["greedy_samples" if greedy else "gumbel_samples_p09"])
+    np.testing.assert_array_equal(
+        text, golden["greedy_samples" if greedy else "gumbel_samples_p09"]
+    )
     close(logits, golden["greedy_step_logits" if greedy else "gumbel_step_logits"])
 
 

@@ -1,4 +1,4 @@
-"""Whole training losses, their gradients and optimizer steps against the published implementation."""
+"""Training losses, their gradients and optimizer steps against the published implementation."""
 
 import jax
 import numpy as np

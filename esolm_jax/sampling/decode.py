@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from esolm_jax import model as model_lib
+from esolm_jax.kv_cache import UNREAD_RANK, KVCache
 from esolm_jax.labels import Tokens
-from esolm_jax.model import KVCache, ModelConfig
+from esolm_jax.model import ModelConfig
 from esolm_jax.sampling.passes import Passes
 
 
@@ -53,7 +54,7 @@ def _window(tables: Tables, state: State, i, width: int, static: "Static") -> To
     text = jax.lax.dynamic_slice_in_dim(state.known, start, width, axis=1)
     rank = jax.lax.dynamic_slice_in_dim(tables.rank, start, width)
     rank = jnp.where(slot < tables.bidirectional_below[i], 0, rank)
-    rank = jnp.where(slot < tables.end[i], rank, model_lib.UNREAD_RANK)
+    rank = jnp.where(slot < tables.end[i], rank, UNREAD_RANK)
     is_known = slot < tables.first[i] + static.shift
     return Tokens(
         token=jnp.where(is_known[None], text, static.unknown),
@@ -79,9 +80,10 @@ class Static:
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "choice", "static", "width", "generated"),
+    jax.jit,
+    static_argnames=("config", "choice", "static", "width", "generated"),
     donate_argnames="state",
-)  # fmt: skip
+)
 def _run(config, params, tables, state, row_keys_B, low, high, *, choice, static, width, generated):
     """Passes low … high − 1, all of one window width, generating at most `generated` tokens."""
     apply = model_lib.bind(config)
@@ -106,9 +108,15 @@ def _run(config, params, tables, state, row_keys_B, low, high, *, choice, static
 
 
 def decode(
-    config: ModelConfig, params, passes: Passes, choice, key, *,
-    with_logits: bool = False, dry_run: bool = False,
-):  # fmt: skip
+    config: ModelConfig,
+    params,
+    passes: Passes,
+    choice,
+    key,
+    *,
+    with_logits: bool = False,
+    dry_run: bool = False,
+):
     """Runs all passes and returns int32 [B, L] tokens in text order.
 
     Args:
@@ -141,8 +149,19 @@ def decode(
     for low, high, width in segments:
         generated = int(passes.size[low:high].max())
         stop = low if dry_run else high
-        state = _run(config, params, tables, state, row_keys, low, stop, choice=choice,
-                     static=static, width=width, generated=generated)  # fmt: skip
+        state = _run(
+            config,
+            params,
+            tables,
+            state,
+            row_keys,
+            low,
+            stop,
+            choice=choice,
+            static=static,
+            width=width,
+            generated=generated,
+        )
     by_rank = state.known[:, passes.shift : passes.shift + length]
     text = jnp.zeros_like(by_rank)
     text = jnp.put_along_axis(text, tables.order[:, :length], by_rank, axis=1, inplace=False)

@@ -67,8 +67,9 @@ def _tables(order, step_sizes, *, start, end, rank, bidirectional_below, **rest)
         np.broadcast_to(a, first.shape).astype(np.int32)
         for a in (start, first, step_sizes, end, bidirectional_below)
     )
-    return Passes(order.astype(np.int32), rank.astype(np.int32), start, first, size, end, below,
-                  **rest)  # fmt: skip
+    return Passes(
+        order.astype(np.int32), rank.astype(np.int32), start, first, size, end, below, **rest
+    )
 
 
 def _last_pass(step_sizes: np.ndarray):
@@ -80,23 +81,46 @@ def _last_pass(step_sizes: np.ndarray):
 def ar(order: np.ndarray, step_sizes: np.ndarray, *, mask_id: int, start_token: int) -> Passes:
     """One token per pass, each fed to predict the next; the order is the identity."""
     slot = np.arange(order.shape[1])
-    return _tables(order, step_sizes, start=slot, end=slot + 1, rank=slot, bidirectional_below=0,
-                   unknown=mask_id, shift=1, start_token=start_token)  # fmt: skip
+    return _tables(
+        order,
+        step_sizes,
+        start=slot,
+        end=slot + 1,
+        rank=slot,
+        bidirectional_below=0,
+        unknown=mask_id,
+        shift=1,
+        start_token=start_token,
+    )
 
 
 def eso_b(order: np.ndarray, step_sizes: np.ndarray, *, mask_id: int) -> Passes:
     """Each pass holds what the last one generated (as context) and its own masks."""
     schedule_lib.check(order, step_sizes)
     rank = np.arange(order.shape[1])
-    return _tables(order, step_sizes, start=_last_pass(step_sizes), end=np.cumsum(step_sizes),
-                   rank=rank, bidirectional_below=0, unknown=mask_id)  # fmt: skip
+    return _tables(
+        order,
+        step_sizes,
+        start=_last_pass(step_sizes),
+        end=np.cumsum(step_sizes),
+        rank=rank,
+        bidirectional_below=0,
+        unknown=mask_id,
+    )
 
 
 def mdlm(order: np.ndarray, step_sizes: np.ndarray, *, mask_id: int) -> Passes:
     """Every pass runs the whole canvas, and nothing of the cache outlives it."""
     length = order.shape[1]
-    return _tables(order, step_sizes, start=0, end=length, rank=np.zeros(length),
-                   bidirectional_below=0, unknown=mask_id)  # fmt: skip
+    return _tables(
+        order,
+        step_sizes,
+        start=0,
+        end=length,
+        rank=np.zeros(length),
+        bidirectional_below=0,
+        unknown=mask_id,
+    )
 
 
 def bd3(order: np.ndarray, step_sizes: np.ndarray, *, mask_id: int, block_length: int) -> Passes:
@@ -107,22 +131,32 @@ def bd3(order: np.ndarray, step_sizes: np.ndarray, *, mask_id: int, block_length
     new_block = np.diff(block, prepend=0) > 0
     start = (block - new_block) * block_length
     rank = np.arange(order.shape[1]) // block_length
-    return _tables(order, step_sizes, start=start, end=(block + 1) * block_length, rank=rank,
-                   bidirectional_below=0, unknown=mask_id)  # fmt: skip
+    return _tables(
+        order,
+        step_sizes,
+        start=start,
+        end=(block + 1) * block_length,
+        rank=rank,
+        bidirectional_below=0,
+        unknown=mask_id,
+    )
 
 
-def eso_a(
-    order: np.ndarray, step_sizes: np.ndarray, *, mask_id: int, num_diffusion: int
-) -> Passes:
+def eso_a(order: np.ndarray, step_sizes: np.ndarray, *, mask_id: int, num_diffusion: int) -> Passes:
     """Diffusion: known tokens see each other, so each pass runs them all again. Sequential: the
     diffusion tokens are cached by one pass, then as (B)."""
     first = np.cumsum(step_sizes) - step_sizes
     cached = first > num_diffusion  # the prefix is in the cache, with its final ranks
     start = np.where(cached, _last_pass(step_sizes), 0)
-    return _tables(order, step_sizes, start=start, end=np.cumsum(step_sizes),
-                   rank=np.arange(order.shape[1]),
-                   bidirectional_below=np.minimum(first, num_diffusion),
-                   unknown=mask_id)  # fmt: skip
+    return _tables(
+        order,
+        step_sizes,
+        start=start,
+        end=np.cumsum(step_sizes),
+        rank=np.arange(order.shape[1]),
+        bidirectional_below=np.minimum(first, num_diffusion),
+        unknown=mask_id,
+    )
 
 
 def plan(config, schedule: Schedule, *, mask_id: int, start_token: int) -> Passes:

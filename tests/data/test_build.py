@@ -19,8 +19,17 @@ from esolm_jax.errors import UserError
 
 def make_config(train, **data):
     defaults = dict(
-        source="text", train=str(train), validation="", test="", holdout=0.2, text_field="text",
-        tfds_dir="", seq_len=16, packing="wrap", tokenizer="bytes", tokenizer_path="",
+        source="text",
+        train=str(train),
+        validation="",
+        test="",
+        holdout=0.2,
+        text_field="text",
+        tfds_dir="",
+        seq_len=16,
+        packing="wrap",
+        tokenizer="bytes",
+        tokenizer_path="",
         vocab_size=300,
     )
     return ml_collections.ConfigDict({"seed": 0, "data": defaults | data})
@@ -101,7 +110,7 @@ def test_same_again_is_left_alone(corpus, tmp_path, capsys):
 def test_other_data_are_refused(corpus, tmp_path):
     manifest = prepare(make_config(corpus), tmp_path / "data")
     for change in (dict(seq_len=32), dict(packing="pad"), dict(holdout=0.1)):
-        (name, value), = change.items()
+        ((name, value),) = change.items()
         message = f"config.data.{name}={manifest.data[name]!r}, but {value!r} is wanted: choose"
         with pytest.raises(UserError, match=message):
             prepare(make_config(corpus, **change), tmp_path / "data")

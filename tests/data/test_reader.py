@@ -22,8 +22,16 @@ def manifest(tmp_path_factory):
         rows = [json.dumps({"text": f"{split[0]} {i} " + "z" * (i % 9)}) for i in range(count)]
         paths[split].write_text("\n".join(rows))
     data = dict(
-        source="text", **{s: str(p) for s, p in paths.items()}, holdout=0.1, text_field="text",
-        tfds_dir="", seq_len=12, packing="pad", tokenizer="bytes", tokenizer_path="", vocab_size=0,
+        source="text",
+        **{s: str(p) for s, p in paths.items()},
+        holdout=0.1,
+        text_field="text",
+        tfds_dir="",
+        seq_len=12,
+        packing="pad",
+        tokenizer="bytes",
+        tokenizer_path="",
+        vocab_size=0,
     )
     config = ml_collections.ConfigDict({"seed": 0, "data": data})
     return prepare(config, directory / "data", progress=False)
@@ -34,20 +42,24 @@ def take(count, reader):
 
 
 def rows(batches):
-    return [bytes(x[v].astype(np.uint8)) for b in batches for x, v in zip(b["x"], b["valid"])]
+    return [
+        bytes(x[v].astype(np.uint8))
+        for b in batches
+        for x, v in zip(b["x"], b["valid"], strict=True)
+    ]
 
 
 def join(shards):
     """Global batches from the batches of every process: row j is row j // P of process j % P."""
     return [
         {k: np.stack([s[k] for s in step], 1).reshape(-1, step[0][k].shape[-1]) for k in step[0]}
-        for step in zip(*shards)
+        for step in zip(*shards, strict=True)
     ]
 
 
 def assert_equal(one, two):
     assert len(one) == len(two)
-    for a, b in zip(one, two):
+    for a, b in zip(one, two, strict=True):
         for key in ("x", "valid"):
             assert a[key].dtype == b[key].dtype
             np.testing.assert_array_equal(a[key], b[key])
@@ -80,9 +92,7 @@ def test_global_batches_do_not_depend_on_processes(manifest, processes):
     split = [
         take(
             15,
-            TrainReader(
-                manifest, batch_size=8, seed=1, process_index=i, process_count=processes
-            ),
+            TrainReader(manifest, batch_size=8, seed=1, process_index=i, process_count=processes),
         )
         for i in range(processes)
     ]
@@ -103,9 +113,12 @@ def test_resume_is_exact_across_epochs(manifest, steps):
 def test_resume_with_other_batch_size_and_processes(manifest):
     whole = rows(take(15, TrainReader(manifest, batch_size=8, seed=1)))
     shards = [
-        take(5, TrainReader(
-            manifest, batch_size=6, seed=1, process_index=i, process_count=2, cursor=40
-        ))
+        take(
+            5,
+            TrainReader(
+                manifest, batch_size=6, seed=1, process_index=i, process_count=2, cursor=40
+            ),
+        )
         for i in range(2)
     ]
     assert rows(join(shards)) == whole[40:70]

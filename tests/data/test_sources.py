@@ -14,7 +14,12 @@ from esolm_jax.errors import UserError
 
 def config(**data):
     defaults = dict(
-        source="text", train="", validation="", test="", holdout=0.2, text_field="text",
+        source="text",
+        train="",
+        validation="",
+        test="",
+        holdout=0.2,
+        text_field="text",
         tfds_dir="",
     )
     return ml_collections.ConfigDict({"seed": 0, "data": defaults | data})
