@@ -75,8 +75,6 @@ def run(objective: str, alpha_0: float, workdir: pathlib.Path) -> dict:
         "test_tokens": figures["num_tokens"],
         "training_tokens": figures["step"] * config.train.batch_size * config.data.seq_len,
     }
-    if objective == "eso_b" and alpha_0 == 0:  # one order only: the NELBO is the likelihood
-        row["exact"] = True
     if weighted := bounds.get("importance_weighted"):
         row["importance_weighted_perplexity"] = weighted["perplexity"]
         row["num_orders"] = weighted["num_orders"]

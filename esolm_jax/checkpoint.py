@@ -24,7 +24,7 @@ def _options(keep_last: int, keep_best: int) -> ocp.CheckpointManagerOptions:
     if keep_best:
         keep.append(
             policies.BestN(
-                get_metric_fn=lambda metrics: metrics[METRIC],
+                get_metric_fn=_nelbo,
                 reverse=True,  # the lowest NELBO is the best
                 n=keep_best,
                 keep_checkpoints_without_metrics=False,
@@ -32,8 +32,14 @@ def _options(keep_last: int, keep_best: int) -> ocp.CheckpointManagerOptions:
         )
     return ocp.CheckpointManagerOptions(
         preservation_policy=policies.AnyPreservationPolicy(keep),
+        best_fn=_nelbo,  # without it Orbax would not write the metrics, and forget them
+        best_mode="min",
         cleanup_tmp_directories=True,  # of saves that were killed midway
     )
+
+
+def _nelbo(metrics: dict) -> float:
+    return metrics[METRIC]
 
 
 class Checkpoints:

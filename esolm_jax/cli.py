@@ -34,14 +34,24 @@ def _check_overrides(argv: list[str]) -> None:
 def _define_flags(argv: list[str], verb: str, reads_checkpoint: bool) -> None:
     workdir, config = _flag_value(argv, "workdir"), _flag_value(argv, "config")
     flags.DEFINE_string("workdir", None, "Where the run keeps its data, checkpoints and results.")
+    if any(re.match(r"--?help", arg) for arg in argv):
+        return
     if not workdir:
         raise UserError(f"--workdir is missing: python -m esolm_jax.{verb} --workdir=DIR …")
+    if pathlib.Path(workdir).exists() and not pathlib.Path(workdir).is_dir():
+        raise UserError(f"--workdir={workdir}: is a file; it must be a folder, or not there yet")
     default = f"{_SAVED}:{workdir}" if reads_checkpoint else None
     if not config and default is None:
         raise UserError(f"--config is missing: python -m esolm_jax.{verb} --config=configs/….py …")
     if config and not pathlib.Path(config.split(":")[0]).is_file():
         raise UserError(f"--config={config}: no such file")
     config_flags.DEFINE_config_file("config", default, "The run's config file.", lock_config=True)
+
+
+def config_file() -> str:
+    """What --config was, for the hint at a command that needs it again."""
+    known = "config" in flags.FLAGS and flags.FLAGS.is_parsed()
+    return flags.FLAGS["config"].config_filename if known else "FILE"
 
 
 def run(main: Callable[[ConfigDict, pathlib.Path], None], *, reads_checkpoint: bool = False):

@@ -17,6 +17,8 @@ def _figures(bound: str, estimate: Estimate, tokens_per_byte: float, **settings)
     bits = estimate.nll / math.log(2)
     return {
         "bound": bound,
+        "num_samples": None,
+        "num_orders": None,
         **settings,
         "nll_per_token": estimate.nll,
         "standard_error": None if math.isnan(estimate.standard_error) else estimate.standard_error,
@@ -66,7 +68,7 @@ def evaluate(config, workdir: pathlib.Path) -> dict:
     estimate = likelihood.make_nelbo(apply, config, trained.special, mesh)(
         trained.params, batches(), num_samples=e.num_samples, progress="NELBO", **common
     )
-    exact = config.objective == "ar"
+    exact = config.alpha_0 == 0  # ar, and Eso-LM left to right
     bounds = [
         _figures(
             "exact" if exact else "nelbo",

@@ -3,6 +3,7 @@
 import contextlib
 import pathlib
 import signal
+import sys
 
 import jax
 
@@ -36,8 +37,12 @@ _FREE = (
     "eval.",
     "sample.",
     "data.dir",
+    "data.train",  # the prepared data are what counts
+    "data.validation",
+    "data.test",
     "data.workers",
     "mesh.",
+    "model.unroll",
 )
 
 
@@ -92,19 +97,22 @@ class Run:
 
 
 class _StopSignal:
-    """SIGTERM and SIGINT end the run after the step under way, with a checkpoint."""
+    """SIGTERM and SIGINT end the run after the step under way, with a checkpoint; a second one
+    ends it at once."""
 
     def __init__(self):
-        self.received = False
+        self.received: int | None = None  # the signal's number
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._receive)
 
     def _receive(self, number, frame):
-        del number, frame
-        self.received = True
+        del frame
+        self.received = number
+        signal.signal(number, signal.SIG_DFL)
 
 
-def _train(run: Run, checkpoints, state: TrainState, cursor: int) -> TrainState:
+def _train(run: Run, checkpoints, state: TrainState, cursor: int) -> int | None:
+    """Runs the steps that are left; returns the signal that ended them early, if one did."""
     config, t = run.config, run.config.train
     step_fn = train_step.make_train_step(
         config, run.apply, run.phases, run.special.mask, run.mesh, run.optimizer
@@ -130,20 +138,20 @@ def _train(run: Run, checkpoints, state: TrainState, cursor: int) -> TrainState:
         for step in range(first + 1, t.steps + 1):
             state, values = step_fn(state, sharding.put_batch(next(reader), run.mesh))
             metrics.advance()
-            last = step == t.steps or stop.received
-            if step % t.log_every == 0 or last:
+            if step % t.log_every == 0 or step == t.steps:
                 metrics.log(step, {k: float(v) for k, v in values.items()}, timed=True)
             nelbo = None
             if step % t.eval_every == 0 or step == t.steps:
                 nelbo = _validate(run, estimate, state)
                 metrics.log(step, {"validation_nelbo": nelbo})
-            if step % t.checkpoint_every == 0 or last:
+            stopping = stop.received is not None
+            if step % t.checkpoint_every == 0 or step == t.steps or stopping:
                 checkpoints.save(state, run.meta(reader.cursor), nelbo=nelbo)
                 metrics.pause()
-            if stop.received:
+            if stopping and step < t.steps:
                 metrics.say(f"stopped at step {step}; run the same command again to go on")
-                break
-    return state
+                return stop.received
+    return None
 
 
 def _validate(run: Run, estimate, state: TrainState) -> float:
@@ -178,8 +186,10 @@ def main(config, workdir: pathlib.Path) -> None:
         f"{config.train.batch_size} x {config.data.seq_len} tokens a step on {run.mesh.size} "
         f"{jax.devices()[0].platform} device(s)"
     )
-    _train(run, checkpoints, state, cursor)
+    stopped_by = _train(run, checkpoints, state, cursor)
     checkpoints.close()
+    if stopped_by:
+        sys.exit(128 + stopped_by)
     baseline = unigram_perplexity(run.manifest, "validation")
     curve = metrics_lib.plot_learning_curve(workdir, baseline=baseline)
     print(f"wrote {workdir}/checkpoints, {workdir}/{metrics_lib.FILE}, {curve}")

@@ -1,4 +1,4 @@
-"""The committed vectors of the published implementation (tests/golden), and models with their weights."""
+"""The committed vectors of the published implementation, and models with their weights."""
 
 import functools
 import pathlib

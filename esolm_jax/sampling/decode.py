@@ -18,19 +18,6 @@ from esolm_jax.sampling.passes import Passes
 
 
 @flax.struct.dataclass
-class Tables:
-    """Passes on the device; `order` and `rank` padded so that every window lies inside."""
-
-    order: jax.Array  # int32 [B, L + W]
-    rank: jax.Array  # int32 [L + W]
-    start: jax.Array  # int32 [steps], as all below
-    first: jax.Array
-    size: jax.Array
-    end: jax.Array
-    bidirectional_below: jax.Array
-
-
-@flax.struct.dataclass
 class State:
     """What a pass hands to the next.
 
@@ -45,19 +32,19 @@ class State:
     logits: jax.Array | None
 
 
-def _window(tables: Tables, state: State, i, width: int, static: "Static") -> Tokens:
+def _window(passes: Passes, state: State, i, width: int) -> Tokens:
     """The labelled tokens of pass i, [B, width]; filler gets a rank that nobody reads."""
-    start = tables.start[i]
+    start = passes.start[i]
     slot = start + jnp.arange(width)
-    batch = tables.order.shape[0]
-    position = jax.lax.dynamic_slice_in_dim(tables.order, start, width, axis=1)
+    batch = passes.order.shape[0]
+    position = jax.lax.dynamic_slice_in_dim(passes.order, start, width, axis=1)
     text = jax.lax.dynamic_slice_in_dim(state.known, start, width, axis=1)
-    rank = jax.lax.dynamic_slice_in_dim(tables.rank, start, width)
-    rank = jnp.where(slot < tables.bidirectional_below[i], 0, rank)
-    rank = jnp.where(slot < tables.end[i], rank, UNREAD_RANK)
-    is_known = slot < tables.first[i] + static.shift
+    rank = jax.lax.dynamic_slice_in_dim(passes.rank, start, width)
+    rank = jnp.where(slot < passes.bidirectional_below[i], 0, rank)
+    rank = jnp.where(slot < passes.end[i], rank, UNREAD_RANK)
+    is_known = slot < passes.first[i] + passes.shift
     return Tokens(
-        token=jnp.where(is_known[None], text, static.unknown),
+        token=jnp.where(is_known[None], text, passes.unknown),
         position=position,
         rank=jnp.broadcast_to(rank, (batch, width)),
         in_context=jnp.ones((batch, width), bool),
@@ -71,38 +58,28 @@ def _put(array, update, start, keep_P):
     return jax.lax.dynamic_update_slice_in_dim(array, jnp.where(keep, update, old), start, axis=1)
 
 
-@flax.struct.dataclass
-class Static:
-    """The parts of Passes that are compiled in."""
-
-    unknown: int = flax.struct.field(pytree_node=False)
-    shift: int = flax.struct.field(pytree_node=False)
-
-
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "choice", "static", "width", "generated"),
+    static_argnames=("config", "choice", "width", "generated"),
     donate_argnames="state",
 )
-def _run(config, params, tables, state, row_keys_B, low, high, *, choice, static, width, generated):
+def _run(config, params, passes, state, row_keys_B, low, high, *, choice, width, generated):
     """Passes low … high − 1, all of one window width, generating at most `generated` tokens."""
     apply = model_lib.bind(config)
 
     def one_pass(i, state):
-        tokens = _window(tables, state, i, width, static)
-        start, first = tables.start[i], tables.first[i]
+        tokens = _window(passes, state, i, width)
+        start, first = passes.start[i], passes.first[i]
         logits, cache = apply(
             params, tokens, cache=state.cache, start=start, predict=(first - start, generated)
         )
-        position = jax.lax.dynamic_slice_in_dim(tables.order, first, generated, axis=1)
+        position = jax.lax.dynamic_slice_in_dim(passes.order, first, generated, axis=1)
         chosen = choice(logits, position, row_keys_B)
-        keep = jnp.arange(generated) < tables.size[i]
-        known = _put(state.known, chosen, first + static.shift, keep)
+        keep = jnp.arange(generated) < passes.size[i]
+        known = _put(state.known, chosen, first + passes.shift, keep)
         if state.logits is not None:
-            logits = _put(state.logits, logits, first, keep)
-        else:
-            logits = None
-        return State(known, cache, logits)
+            state = state.replace(logits=_put(state.logits, logits, first, keep))
+        return state.replace(known=known, cache=cache)
 
     return jax.lax.fori_loop(low, high, one_pass, state)
 
@@ -130,39 +107,27 @@ def decode(
     batch, length = passes.order.shape
     segments = passes.segments()
     margin = max(width for _, _, width in segments)
-    pad = ((0, 0), (0, margin))
-    tables = Tables(
-        order=jnp.pad(passes.order, pad),
-        rank=jnp.pad(passes.rank, pad[1]),
-        **{
-            name: jnp.asarray(getattr(passes, name))
-            for name in ("start", "first", "size", "end", "bidirectional_below")
-        },
-    )
+    passes = passes.padded(margin)
     state = State(
         known=jnp.full((batch, length + margin + 1), passes.start_token, jnp.int32),
         cache=KVCache.empty(config, batch, length + margin),
         logits=jnp.zeros((batch, length + margin, config.vocab_size)) if with_logits else None,
     )
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
-    static = Static(passes.unknown, passes.shift)
     for low, high, width in segments:
-        generated = int(passes.size[low:high].max())
-        stop = low if dry_run else high
         state = _run(
             config,
             params,
-            tables,
+            passes,
             state,
             row_keys,
             low,
-            stop,
+            low if dry_run else high,
             choice=choice,
-            static=static,
             width=width,
-            generated=generated,
+            generated=int(passes.size[low:high].max()),
         )
     by_rank = state.known[:, passes.shift : passes.shift + length]
     text = jnp.zeros_like(by_rank)
-    text = jnp.put_along_axis(text, tables.order[:, :length], by_rank, axis=1, inplace=False)
+    text = jnp.put_along_axis(text, passes.order[:, :length], by_rank, axis=1, inplace=False)
     return (text, state.logits[:, :length]) if with_logits else text

@@ -15,8 +15,9 @@ The families differ in these tables alone:
     eso_a, sequential as eso_b, after one pass over the prefix  0 in the diffusion prefix, else j
 """
 
-import dataclasses
+from typing import Self
 
+import flax.struct
 import numpy as np
 
 from esolm_jax.errors import UserError
@@ -24,12 +25,13 @@ from esolm_jax.sampling import schedule as schedule_lib
 from esolm_jax.sampling.schedule import Schedule
 
 
-@dataclasses.dataclass(frozen=True)
+@flax.struct.dataclass
 class Passes:
-    """Tables of the passes, all numpy int32.
+    """Tables of the passes, all int32; a pytree, so that the decoding loop takes it as it is.
 
     Attributes:
       order: [B, L]; rank: [L], the rank of each slot unless it lies below `bidirectional_below`.
+        (`padded` makes both longer.)
       start, first, size, end, bidirectional_below: [steps], slots as described above; slots below
         `bidirectional_below` are of rank 0.
       unknown: the token that stands for what is not known yet.
@@ -44,9 +46,14 @@ class Passes:
     size: np.ndarray
     end: np.ndarray
     bidirectional_below: np.ndarray
-    unknown: int
-    shift: int = 0
-    start_token: int = 0
+    unknown: int = flax.struct.field(pytree_node=False)
+    shift: int = flax.struct.field(pytree_node=False, default=0)
+    start_token: int = flax.struct.field(pytree_node=False, default=0)
+
+    def padded(self, margin: int) -> Self:
+        """With `margin` more slots in `order` and `rank`, so that every window lies inside."""
+        order = np.pad(self.order, ((0, 0), (0, margin)))
+        return self.replace(order=order, rank=np.pad(self.rank, (0, margin)))
 
     def segments(self) -> list[tuple[int, int, int]]:
         """Runs of passes (from, to, width) that share one compiled width.

@@ -1,0 +1,380 @@
+"""The verbs: bad input ends with one line and code 2; every objective goes the whole way."""
+
+import json
+import math
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiny_run
+from tiny_run import FILE, LENGTH, arguments, command, quick
+
+ROOT = pathlib.Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures(quick.__name__)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Fields of config.data that name prepared bytes, packed by `wrap`."""
+    return tiny_run.write_data(tmp_path_factory.mktemp("wrap"))
+
+
+@pytest.fixture(scope="module")
+def padded(tmp_path_factory):
+    return tiny_run.write_data(tmp_path_factory.mktemp("pad"), **{"data.packing": "pad"})
+
+
+def trained(folder, fields, *args):
+    args = [f"--workdir={folder}", f"--config={FILE}", *arguments(fields), *args]
+    assert command("train", *args) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def eso_b(data, tmp_path_factory, quick):
+    """A workdir with an Eso-LM (B) trained at alpha_0 = 0.5."""
+    overrides = ["--config.sample.top_k", "7", "--config.sample.temperature=0.5"]
+    return trained(tmp_path_factory.mktemp("eso_b"), data | {"objective": "eso_b"}, *overrides)
+
+
+@pytest.fixture(scope="module")
+def ar(data, tmp_path_factory, quick):
+    return trained(tmp_path_factory.mktemp("ar"), data | {"objective": "ar"})
+
+
+@pytest.fixture(scope="module")
+def mdlm(data, tmp_path_factory, quick):
+    return trained(tmp_path_factory.mktemp("mdlm"), data | {"objective": "mdlm"})
+
+
+@pytest.fixture(scope="module")
+def bd3(data, tmp_path_factory, quick):
+    return trained(tmp_path_factory.mktemp("bd3"), data | {"objective": "bd3"})
+
+
+@pytest.fixture
+def refused(capsys):
+    """refused(verb, args, *parts): the command ends with code 2 and one line with the parts."""
+
+    def check(verb, args, *parts):
+        capsys.readouterr()
+        code = command(verb, *args)
+        printed = capsys.readouterr()
+        assert code == 2
+        assert_one_line(printed.err, *parts)
+        assert printed.out == ""
+
+    return check
+
+
+def assert_one_line(stderr, *parts):
+    lines = stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), stderr
+    for part in parts:
+        assert part in lines[0]
+
+
+def test_process_ends_with_code_2_and_one_line(tmp_path):
+    def start(verb, *args):
+        return subprocess.Popen(
+            [sys.executable, "-m", f"esolm_jax.{verb}", f"--workdir={tmp_path}", *args],
+            cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    processes = [
+        (start("sample"), "no checkpoints here"),
+        (start("train", f"--config={FILE}", "--config.alpha_0=2"), "config.alpha_0=2.0"),
+    ]
+    for process, told in processes:
+        stdout, stderr = process.communicate(timeout=100)
+        assert process.returncode == 2
+        assert_one_line(stderr, told)
+        assert stdout == ""
+
+
+# Flags.
+
+
+@pytest.mark.parametrize("verb", ["prepare", "train", "evaluate", "sample"])
+def test_missing_workdir(refused, verb):
+    refused(verb, [f"--config={FILE}"], "--workdir is missing", f"esolm_jax.{verb}")
+
+
+@pytest.mark.parametrize("verb", ["prepare", "train"])
+def test_missing_config(refused, verb, tmp_path):
+    refused(verb, [f"--workdir={tmp_path}"], "--config is missing", f"esolm_jax.{verb}")
+
+
+@pytest.mark.parametrize("verb", ["train", "sample"])
+def test_no_such_config_file(refused, verb, tmp_path):
+    args = [f"--workdir={tmp_path}", "--config=configs/nothing.py"]
+    refused(verb, args, "--config=configs/nothing.py: no such file")
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("--config.alpha0=1", "config.alpha0: unknown field (did you mean 'alpha_0'?)"),
+        (
+            "--config.train.batchsize=1",
+            "config.train.batchsize: unknown field (did you mean 'train",
+        ),
+        ("--config.model=1", "config.model: unknown field"),
+        ("--config.zzz", "config.zzz: unknown field"),
+        ("--config.alpha_0=2", "config.alpha_0=2.0: must be in [0, 1]"),
+        ("--config.objective=eso_c", "one of ar, mdlm, bd3, eso_a, eso_b (did you mean 'eso_"),
+        ("--config.alpha_0=half", "config.alpha_0"),
+        ("--config.train.steps=1.5", "config.train.steps"),
+        ("--config.train.steps=many", "config.train.steps"),
+        ("--config.low_variance=2", "config.low_variance"),
+        ("--confg=x", "confg"),
+        ("stray", "'stray': not a flag"),
+    ],
+)
+def test_bad_flag(refused, override, told, tmp_path):
+    refused("train", [f"--workdir={tmp_path}", f"--config={FILE}", override], told)
+
+
+def test_overrides_reach_the_run(eso_b):
+    saved = json.loads((eso_b / "config.json").read_text())
+    assert saved["sample"]["top_k"] == 7 and saved["sample"]["temperature"] == 0.5
+    assert saved["data"]["seq_len"] == LENGTH
+    assert command("sample", f"--workdir={eso_b}", "--config.sample.top_k=6") == 0
+    figures = json.loads((eso_b / "samples.json").read_text())
+    assert figures["top_k"] == 6 and figures["temperature"] == 0.5  # as saved
+
+
+# Workdirs.
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "sample"])
+def test_workdir_without_checkpoints(refused, verb, tmp_path):
+    refused(verb, [f"--workdir={tmp_path}"], str(tmp_path), "no checkpoints here")
+    refused(verb, [f"--workdir={tmp_path}/none"], "no checkpoints here")
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "sample"])
+def test_checkpoints_folder_with_junk(refused, verb, tmp_path):
+    folder = tmp_path / "checkpoints"
+    (folder / "notes").mkdir(parents=True)
+    (folder / "readme.txt").write_text("nothing")
+    refused(verb, [f"--workdir={tmp_path}"], str(tmp_path), "no finished checkpoint")
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "sample", "train"])
+def test_checkpoint_of_something_else(refused, verb, tmp_path, data):
+    folder = tmp_path / "checkpoints" / "7"
+    folder.mkdir(parents=True)
+    (folder / "weights.bin").write_text("nothing")
+    args = [f"--config={FILE}", *arguments(data)] if verb == "train" else []
+    refused(verb, [f"--workdir={tmp_path}", *args], "checkpoints/7", "not a checkpoint")
+
+
+def test_training_without_data(refused, tmp_path):
+    refused("train", [f"--workdir={tmp_path}", f"--config={FILE}"], "esolm_jax.prepare")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("data.seq_len", 32), ("data.packing", "pad"), ("data.source", "shakespeare")],
+)
+def test_training_on_data_prepared_otherwise(refused, data, tmp_path, name, value):
+    args = arguments(data | {name: value})
+    refused("train", [f"--workdir={tmp_path}", f"--config={FILE}", *args], f"config.{name}=")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("train.batch_size", 7), ("train.accumulation", 3), ("mesh.data", 64), ("mesh.data", 8)],
+)
+def test_batch_that_does_not_fit_the_devices(refused, data, tmp_path, name, value):
+    args = arguments(data | {"train.batch_size": 8, name: value})
+    refused("train", [f"--workdir={tmp_path}", f"--config={FILE}", *args], "config.")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_batch_of_an_evaluation_that_does_not_fit_the_devices(refused, eso_b):
+    args = ["--config.mesh.data=8", "--config.eval.batch_size=4"]
+    refused("evaluate", [f"--workdir={eso_b}", *args], "config.eval.batch_size=4", "8 devices")
+
+
+# Another model, another tokenizer, a question the family cannot answer.
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "sample"])
+def test_another_objective_is_refused(refused, eso_b, verb):
+    args = [f"--workdir={eso_b}", "--config.objective=mdlm", "--config.alpha_0=1"]
+    refused(verb, args, "config.objective='mdlm'", "trained with 'eso_b'")
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "sample"])
+@pytest.mark.parametrize(("name", "value"), [("blocks", 2), ("width", 32), ("heads", 4)])
+def test_config_file_of_another_model_is_refused(refused, eso_b, data, verb, name, value):
+    args = [f"--config={FILE}", *arguments(data | {f"model.{name}": value})]
+    refused(verb, [f"--workdir={eso_b}", *args], f"config.model.{name}={value}", "trained with")
+
+
+def test_config_file_of_the_same_model_is_fine(eso_b, data):
+    args = [f"--config={FILE}", *arguments(data | {"eval.max_windows": 8})]
+    assert command("evaluate", f"--workdir={eso_b}", *args) == 0
+    assert json.loads((eso_b / "evaluate.json").read_text())["windows"] == 8
+
+
+def test_data_of_another_tokenizer_are_refused(refused, eso_b, tmp_path):
+    sentencepiece = {"data.tokenizer": "sentencepiece", "data.vocab_size": 290}
+    other = tiny_run.write_data(tmp_path, **sentencepiece)
+    args = [f"--workdir={eso_b}", f"--config.data.dir={other['data.dir']}"]
+    refused("evaluate", args, "prepared with config.data.tokenizer='sentencepiece'", "'bytes'")
+    refused("evaluate", args + arguments(sentencepiece), "another tokenizer", "bytes of 259")
+
+
+@pytest.mark.parametrize("family", ["mdlm", "bd3"])
+def test_importance_weighted_bound_is_for_any_order_models(refused, request, family):
+    workdir = request.getfixturevalue(family)
+    args = [f"--workdir={workdir}", "--config.eval.num_orders=2"]
+    refused("evaluate", args, "config.eval.num_orders=2", f"objective {family}")
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("ar", {"sample.schedule": "strided"}),
+        ("ar", {"sample.schedule": "shuffled_strided"}),
+        ("ar", {"sample.steps": 4}),
+        ("bd3", {"sample.schedule": "strided"}),
+        ("bd3", {"sample.schedule": "shuffled_strided"}),
+    ],
+)
+def test_schedule_that_the_family_has_not_is_refused(refused, request, family, fields):
+    workdir = request.getfixturevalue(family)
+    args = [f"--workdir={workdir}", *arguments(fields)]
+    refused("sample", args, "config.sample.schedule=", f"objective {family}")
+
+
+def test_alpha_0_may_differ_from_training(eso_b):
+    overrides = ["--config.alpha_0=0.25", "--config.eval.num_orders=3"]
+    assert command("evaluate", f"--workdir={eso_b}", *overrides) == 0
+    figures = json.loads((eso_b / "evaluate.json").read_text())
+    assert (figures["alpha_0"], figures["trained_alpha_0"]) == (0.25, 0.5)
+    assert [result["bound"] for result in figures["results"]] == ["nelbo", "importance_weighted"]
+    assert figures["results"][1]["num_orders"] == 3
+    assert command("sample", f"--workdir={eso_b}", overrides[0]) == 0
+    assert json.loads((eso_b / "samples.json").read_text())["alpha_0"] == 0.25
+
+
+def test_raw_weights_are_not_the_average(eso_b):
+    found = {}
+    for which in ("raw", "ema"):
+        assert command("evaluate", f"--workdir={eso_b}", f"--config.eval.weights={which}") == 0
+        figures = json.loads((eso_b / "evaluate.json").read_text())
+        assert figures["weights"] == which
+        found[which] = figures["results"][0]["nll_per_token"]
+    assert found["raw"] != found["ema"]
+
+
+def test_workdir_can_be_moved(eso_b, tmp_path):
+    moved = shutil.copytree(eso_b, tmp_path / "moved")
+    assert command("sample", f"--workdir={moved}") == 0
+    assert (moved / "samples.json").is_file()
+
+
+# The whole way.
+
+WAYS = [
+    ("ar", 0.0, "wrap"),
+    ("ar", 0.0, "pad"),
+    ("mdlm", 1.0, "wrap"),
+    ("mdlm", 1.0, "pad"),
+    ("bd3", 1.0, "wrap"),
+    ("eso_a", 0.0, "wrap"),
+    ("eso_a", 0.5, "wrap"),
+    ("eso_a", 1.0, "wrap"),
+    ("eso_b", 0.0, "wrap"),
+    ("eso_b", 0.5, "wrap"),
+    ("eso_b", 1.0, "wrap"),
+    ("eso_b", 0.5, "pad"),
+]
+
+
+@pytest.mark.parametrize(("objective", "alpha_0", "packing"), WAYS)
+def test_prepare_train_evaluate_sample(objective, alpha_0, packing, data, padded, tmp_path, capsys):
+    fields = dict(data if packing == "wrap" else padded)
+    if objective == "eso_b":  # the others train on data that are there already
+        fields["data.dir"] = ""
+    fields |= {"objective": objective, "alpha_0": alpha_0, "train.steps": 2}
+    workdir, given = f"--workdir={tmp_path}", [f"--config={FILE}", *arguments(fields)]
+    assert command("prepare", workdir, *given) == 0
+    assert "next: python -m esolm_jax.train" in capsys.readouterr().out
+    assert command("train", workdir, *given) == 0
+    assert f"next: python -m esolm_jax.evaluate {workdir}" in capsys.readouterr().out
+    assert (tmp_path / "learning_curve.png").stat().st_size > 1000
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2]
+    assert lines[0]["loss"] == pytest.approx(math.log(259), rel=0.6)  # untrained: uniform
+
+    assert command("evaluate", workdir) == 0
+    printed = capsys.readouterr().out
+    figures = json.loads((tmp_path / "evaluate.json").read_text())
+    check_evaluation(figures, objective)
+    assert f"perplexity {figures['results'][0]['perplexity']:.2f}" in printed
+    assert f"next: python -m esolm_jax.sample {workdir}" in printed
+
+    assert command("sample", workdir) == 0
+    printed = capsys.readouterr().out
+    figures = json.loads((tmp_path / "samples.json").read_text())
+    check_samples(figures)
+    assert figures["texts"][0] in printed
+    if alpha_0 == 0 or objective == "ar":
+        assert figures["order"] == [list(range(LENGTH))] * 2
+
+
+def check_evaluation(figures, objective):
+    assert figures["split"] == "test"
+    assert 0 < figures["num_tokens"] <= figures["windows"] * LENGTH
+    assert (figures["weights"], figures["step"], figures["seed"]) == ("ema", 2, 0)
+    assert figures["unigram_perplexity"] > 1
+    (result,) = figures["results"]
+    assert result["bound"] == ("exact" if objective == "ar" else "nelbo")
+    assert result["num_samples"] == (1 if objective == "ar" else 2)
+    assert result["num_tokens"] == figures["num_tokens"]
+    assert result["perplexity"] == pytest.approx(math.exp(result["nll_per_token"]))
+    assert result["bits_per_token"] == pytest.approx(result["nll_per_token"] / math.log(2))
+    assert result["bits_per_byte"] > 0
+    assert (result["standard_error"] == 0) == (figures["alpha_0"] == 0)  # left to right: no noise
+
+
+def check_samples(figures):
+    assert len(figures["texts"]) == 2
+    token_ids, order = np.array(figures["token_ids"]), np.array(figures["order"])
+    assert token_ids.shape == order.shape == (2, LENGTH)
+    assert (0 <= token_ids).all() and (token_ids < 259).all()  # 259 is the mask
+    assert (np.sort(order) == np.arange(LENGTH)).all()
+    assert sum(figures["step_sizes"]) == LENGTH and min(figures["step_sizes"]) >= 1
+    assert figures["nfe"] == len(figures["step_sizes"])
+    assert figures["seconds"] > 0
+    assert figures["tokens_per_second"] == pytest.approx(2 * LENGTH / figures["seconds"])
+    assert (figures["seed"], figures["weights"], figures["step"]) == (0, "ema", 2)
+
+
+def test_samples_repeat_with_the_seed(eso_b):
+    def sample(seed):
+        assert command("sample", f"--workdir={eso_b}", f"--config.sample.seed={seed}") == 0
+        return json.loads((eso_b / "samples.json").read_text())
+
+    first, again, other = sample(3), sample(3), sample(4)
+    assert first["token_ids"] == again["token_ids"] and first["order"] == again["order"]
+    assert first["token_ids"] != other["token_ids"] and first["order"] != other["order"]
+
+
+@pytest.mark.parametrize("packing", ["wrap", "pad"])
+def test_bits_per_byte_are_of_the_bytes_evaluated(data, padded, packing, ar, tmp_path):
+    fields = data if packing == "wrap" else padded
+    args = [f"--config={FILE}", *arguments(fields | {"objective": "ar", "eval.max_windows": 0})]
+    assert command("evaluate", f"--workdir={ar}", *args) == 0
+    (result,) = json.loads((ar / "evaluate.json").read_text())["results"]
+    # A token of these data is one byte, or the EOS that closes a document.
+    assert result["bits_per_byte"] >= result["bits_per_token"]
