@@ -18,7 +18,7 @@ def visible(q_rank, q_in_context, k_rank, k_in_context):
     Args are integer ranks and boolean flags of broadcastable shapes; returns bool of the
     broadcast shape. Every token sees itself.
     """
-    reads_context = k_rank + jnp.where(q_in_context, 0, 1) <= q_rank
+    reads_context = k_rank <= q_rank - jnp.where(q_in_context, 0, 1)
     reads_query_copy = ~q_in_context & (k_rank == q_rank)
     return jnp.where(k_in_context, reads_context, reads_query_copy)
 

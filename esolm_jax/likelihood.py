@@ -1,6 +1,11 @@
 """Likelihood bounds: the NELBO by Monte Carlo, and the importance-weighted any-order bound.
 
 Everything here is in nats; estimates are per real (not padding) token.
+
+The importance-weighted bound is one on the likelihood of sampling one token per step. So is the
+NELBO of AR and MDLM. The diffusion NELBO of Eso-LM is that of its parallel steps, where masks see
+the masks before them, as in training: on average over texts it lies above, for a single text it
+need not.
 """
 
 import dataclasses
@@ -69,10 +74,12 @@ def log_mean_exp(log_p_BO: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _batches(batches: Iterable[dict], mesh, progress: str | None, total: int | None):
+    """Global batches with their number and their count of real tokens, over all processes."""
+    count = jax.jit(jnp.sum, out_shardings=sharding.replicated(mesh))
     shown = tqdm(batches, total=total, desc=progress, unit="batch", disable=not progress)
     for i, batch in enumerate(shown):
-        tokens = int(batch["valid"].sum())
-        yield i, tokens, sharding.put_batch(batch, mesh)
+        batch = sharding.put_batch(batch, mesh)
+        yield i, int(count(batch["valid"])), batch
 
 
 def make_nelbo(apply, config, special: objectives.Special, mesh):

@@ -23,6 +23,7 @@ def nucleus(logits_BPV, top_p: float):
 
 def keep_top_k(logits_BPV, top_k: int):
     """Keeps the `top_k` likeliest tokens (and ties of the last); −∞ elsewhere."""
+    top_k = min(top_k, logits_BPV.shape[-1])
     kth = jax.lax.top_k(logits_BPV, top_k)[0][..., -1:]
     return jnp.where(logits_BPV >= kth, logits_BPV, -jnp.inf)
 

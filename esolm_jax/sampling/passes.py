@@ -88,6 +88,8 @@ def _last_pass(step_sizes: np.ndarray):
 def ar(order: np.ndarray, step_sizes: np.ndarray, *, mask_id: int, start_token: int) -> Passes:
     """One token per pass, each fed to predict the next; the order is the identity."""
     slot = np.arange(order.shape[1])
+    if (order != slot).any() or (step_sizes != 1).any():
+        raise UserError("objective ar generates in text order, one token per step")
     return _tables(
         order,
         step_sizes,
