@@ -2,8 +2,8 @@
 
 Trains ar, mdlm, bd3, eso_a and eso_b on Shakespeare with the same model, optimizer and number of
 tokens, evaluates each on the held-out test plays, and writes family.json, family.png and
-family.md (the table) to --out. About an hour on two CPU cores. Runs that are finished are not
-trained again; a run that was interrupted goes on.
+family.md (the table) to --out. About an hour on two CPU cores. Runs that are finished are
+evaluated again but not trained again; a run that was interrupted goes on.
 """
 
 import json
@@ -14,6 +14,7 @@ from absl import app, flags, logging
 from configs.shakespeare import get_config
 from esolm_jax import config as config_lib
 from esolm_jax import evaluate, prepare, results, train
+from esolm_jax.errors import UserError
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/family", "Where the runs lie.")
 _OUT = flags.DEFINE_string("out", "docs", "Where the table and the plot go.")
@@ -54,11 +55,12 @@ def run(objective: str, alpha_0: float, workdir: pathlib.Path) -> dict:
     config = run_config(objective, alpha_0, workdir)
     name = objective if objective in ("ar", "mdlm", "bd3") else f"{objective}_{alpha_0:g}"
     folder = workdir / name
-    path = folder / "evaluate.json"
-    if not path.exists():
-        train.main(config, folder)
-        results.write_json(path, evaluate.evaluate(config, folder))
-    figures = json.loads(path.read_text())
+    saved = folder / "config.json"
+    if saved.exists() and json.loads(saved.read_text())["train"]["steps"] != config.train.steps:
+        raise UserError(f"--workdir={workdir}: {name} was trained for another number of --steps")
+    train.main(config, folder)  # resumes, or finds nothing left to do
+    figures = evaluate.evaluate(config, folder)
+    results.write_json(folder / "evaluate.json", figures)
     bounds = {r["bound"]: r for r in figures["results"]}
     first = figures["results"][0]
     row = {

@@ -16,7 +16,7 @@ from esolm_jax.objectives import Special
 
 def data_dir(config, workdir: pathlib.Path) -> pathlib.Path:
     """Where the prepared data of a run lie."""
-    return pathlib.Path(config.data.dir) if config.data.dir else workdir / "data"
+    return pathlib.Path(config.data.dir).expanduser() if config.data.dir else workdir / "data"
 
 
 def load_data(config, workdir: pathlib.Path) -> Manifest:

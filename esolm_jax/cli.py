@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import shlex
 import sys
 from collections.abc import Callable
 
@@ -15,11 +16,12 @@ _SAVED = pathlib.Path(__file__).with_name("saved_config.py")
 
 
 def _flag_value(argv: list[str], name: str) -> str | None:
-    """The value of --name=value or --name value, before flags are parsed."""
-    for i, arg in enumerate(argv):
+    """The last value of --name=value or --name value, before flags are parsed."""
+    value = None
+    for arg, following in zip(argv, [*argv[1:], None], strict=True):
         if match := re.fullmatch(rf"--?{name}(?:=(.*))?", arg):
-            return match[1] if match[1] is not None else (argv[i + 1 : i + 2] or [None])[0]
-    return None
+            value = following if match[1] is None else match[1]
+    return value
 
 
 def _check_overrides(argv: list[str]) -> None:
@@ -38,7 +40,8 @@ def _define_flags(argv: list[str], verb: str, reads_checkpoint: bool) -> None:
         return
     if not workdir:
         raise UserError(f"--workdir is missing: python -m esolm_jax.{verb} --workdir=DIR …")
-    if pathlib.Path(workdir).exists() and not pathlib.Path(workdir).is_dir():
+    workdir = pathlib.Path(workdir).expanduser()
+    if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: is a file; it must be a folder, or not there yet")
     default = f"{_SAVED}:{workdir}" if reads_checkpoint else None
     if not config and default is None:
@@ -48,10 +51,11 @@ def _define_flags(argv: list[str], verb: str, reads_checkpoint: bool) -> None:
     config_flags.DEFINE_config_file("config", default, "The run's config file.", lock_config=True)
 
 
-def config_file() -> str:
-    """What --config was, for the hint at a command that needs it again."""
-    known = "config" in flags.FLAGS and flags.FLAGS.is_parsed()
-    return flags.FLAGS["config"].config_filename if known else "FILE"
+def next_command(verb: str, workdir: pathlib.Path, *flags_: str, same_config: bool = False) -> str:
+    """A command line to be printed; with `same_config`, under this command's config arguments."""
+    config = [arg for arg in sys.argv[1:] if re.match(r"--?(no)?config[.=]", arg)]
+    arguments = [*(config if same_config else []), f"--workdir={workdir}", *flags_]
+    return f"next: python -m esolm_jax.{verb} {shlex.join(arguments)}"
 
 
 def run(main: Callable[[ConfigDict, pathlib.Path], None], *, reads_checkpoint: bool = False):
@@ -68,6 +72,10 @@ def run(main: Callable[[ConfigDict, pathlib.Path], None], *, reads_checkpoint: b
             rest = flags.FLAGS(argv)
         except flags.Error as error:
             raise UserError(str(error)) from error
+        except (AttributeError, ImportError, KeyError, SyntaxError, TypeError) as error:
+            what = str(error).strip().splitlines()[0]
+            file = _flag_value(argv, "config")
+            raise UserError(f"--config={file}: {type(error).__name__}: {what}") from error
         if len(rest) > 1:
             raise UserError(f"{rest[1]!r}: not a flag; write --name=value")
         return rest
@@ -76,7 +84,7 @@ def run(main: Callable[[ConfigDict, pathlib.Path], None], *, reads_checkpoint: b
         del argv
         config = flags.FLAGS.config
         config_lib.validate(config)
-        main(config, pathlib.Path(flags.FLAGS.workdir))
+        main(config, pathlib.Path(flags.FLAGS.workdir).expanduser())
 
     logging.set_verbosity(logging.ERROR)  # Orbax and Grain warn about their own defaults
     try:

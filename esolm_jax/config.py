@@ -224,12 +224,6 @@ def validate(config: ConfigDict) -> None:
             f"{fixed_alpha} with objective {config.objective}",
         )
     _fail_unless(
-        not config.low_variance or config.alpha_0 == 1,
-        "low_variance",
-        config.low_variance,
-        f"False unless alpha_0 is 1 (it is {config.alpha_0})",
-    )
-    _fail_unless(
         config.model.width % (2 * config.model.heads) == 0,
         "model.width",
         config.model.width,
@@ -244,14 +238,23 @@ def validate(config: ConfigDict) -> None:
         )
 
 
-def validate_batch(config: ConfigDict, fractions: dict[str, float], devices: int) -> None:
-    """UserError unless every phase's share of the batch is a whole number of rows that divides by
-    the micro-batches and, within each of these, by the devices."""
+def validate_training(config: ConfigDict, fractions: dict[str, float], devices: int) -> None:
+    """UserError unless the config can be trained: low variance only without a sequential phase,
+    and every phase's share of the batch a whole number of rows that divides by the micro-batches
+    and, within each of these, by the devices."""
+    _fail_unless(
+        not config.low_variance or config.alpha_0 == 1,
+        "low_variance",
+        config.low_variance,
+        f"False unless alpha_0 is 1 (it is {config.alpha_0})",
+    )
     batch, accumulation = config.train.batch_size, config.train.accumulation
     for phase, fraction in fractions.items():
         share = fraction * batch
         rows = round(share)
-        where = f"kappa={config.kappa} gives the {phase} loss {share:g} rows"
+        where = f"the {phase} loss gets {share:g} rows"
+        if len(fractions) > 1:
+            where += f" (kappa={config.kappa})"
         if abs(share - rows) > 1e-6 or rows == 0:
             raise UserError(
                 f"config.train.batch_size={batch}: {where}; must be a whole number above 0"

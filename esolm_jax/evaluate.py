@@ -64,7 +64,7 @@ def evaluate(config, workdir: pathlib.Path) -> dict:
         )
 
     common = {"seed": config.seed, "total": math.ceil(windows / e.batch_size)}
-    tokens_per_byte = split["tokens"] / split["bytes"]
+    tokens_per_byte = split["tokens"] / split["bytes"]  # of the whole split, also for a part
     estimate = likelihood.make_nelbo(apply, config, trained.special, mesh)(
         trained.params, batches(), num_samples=e.num_samples, progress="NELBO", **common
     )
@@ -92,7 +92,7 @@ def evaluate(config, workdir: pathlib.Path) -> dict:
         "windows": windows,
         "num_tokens": estimate.num_tokens,
         "results": bounds,
-        "unigram_perplexity": unigram_perplexity(manifest, e.split),
+        "unigram_perplexity": unigram_perplexity(manifest, e.split, e.max_windows),
         "objective": config.objective,
         "alpha_0": config.alpha_0,
         "trained_alpha_0": trained.meta["config"]["alpha_0"],
@@ -104,6 +104,8 @@ def evaluate(config, workdir: pathlib.Path) -> dict:
 
 def main(config, workdir: pathlib.Path) -> None:
     figures = evaluate(config, workdir)
+    path = workdir / "evaluate.json"
+    results.write_json(path, figures)
     for result in figures["results"]:
         error = result["standard_error"]
         print(
@@ -116,10 +118,8 @@ def main(config, workdir: pathlib.Path) -> None:
         f"on {figures['num_tokens']:,} tokens of the {figures['split']} split; "
         f"a unigram model has perplexity {figures['unigram_perplexity']:.1f}"
     )
-    path = workdir / "evaluate.json"
-    results.write_json(path, figures)
     print(f"wrote {path}")
-    print(f"next: python -m esolm_jax.sample --workdir={workdir}")
+    print(cli.next_command("sample", workdir))
 
 
 if __name__ == "__main__":

@@ -76,7 +76,9 @@ def log_mean_exp(log_p_BO: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _batches(batches: Iterable[dict], mesh, progress: str | None, total: int | None):
     """Global batches with their number and their count of real tokens, over all processes."""
     count = jax.jit(jnp.sum, out_shardings=sharding.replicated(mesh))
-    shown = tqdm(batches, total=total, desc=progress, unit="batch", disable=not progress)
+    shown = tqdm(
+        batches, total=total, desc=progress, unit="batch", leave=False, disable=not progress
+    )
     for i, batch in enumerate(shown):
         batch = sharding.put_batch(batch, mesh)
         yield i, int(count(batch["valid"])), batch

@@ -76,10 +76,13 @@ class Metrics:
         self._board.close()
 
 
-def plot_learning_curve(workdir: pathlib.Path, *, baseline: float | None = None) -> pathlib.Path:
+def plot_learning_curve(
+    workdir: pathlib.Path, *, baseline: float | None = None, training: bool = True
+) -> pathlib.Path:
     """Draws WORKDIR/learning_curve.png from metrics.jsonl: perplexity bounds against steps.
 
-    `baseline`: perplexity of a unigram model, drawn as a line.
+    `baseline`: perplexity of a unigram model, drawn as a line. `training`: whether the training
+    loss is a bound too (it is not with low_variance), and is to be drawn.
     """
     import matplotlib
 
@@ -94,7 +97,7 @@ def plot_learning_curve(workdir: pathlib.Path, *, baseline: float | None = None)
         ("validation_nelbo", "validation (EMA weights)", {"color": "C0", "marker": "o"}),
     ):
         points = [(e["step"], e[name]) for e in entries if name in e]
-        if points:
+        if points and (training or name != "loss"):
             steps, nats = zip(*points, strict=True)
             axes.plot(steps, np.exp(nats), label=label, **style)
     if baseline:

@@ -54,7 +54,9 @@ def _uniform_width(key, shape, dtype=jnp.float32):
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-def _linear(inputs: int, outputs: int, config: ModelConfig, rngs, *, bias=False, zero=False):
+def _linear(
+    inputs: int, outputs: int, config: ModelConfig, rngs, *, bias=False, zero=False, dtype_out=None
+):
     def bias_init(key, shape, dtype=jnp.float32):
         return jax.random.uniform(key, shape, dtype, -(inputs**-0.5), inputs**-0.5)
 
@@ -65,6 +67,7 @@ def _linear(inputs: int, outputs: int, config: ModelConfig, rngs, *, bias=False,
         dtype=jnp.dtype(config.dtype),
         kernel_init=nnx.initializers.zeros if zero else _uniform_fan_in,
         bias_init=nnx.initializers.zeros if zero else bias_init,
+        preferred_element_type=dtype_out,
         rngs=rngs,
     )
 
@@ -190,7 +193,15 @@ class Transformer(nnx.Module):
         self.blocks = make(rngs.split(config.blocks))
         self.final_norm = _layer_norm(config, rngs)
         self.final_modulation = Modulation(config, 2, rngs)
-        self.logits = _linear(config.width, config.vocab_size, config, rngs, bias=True, zero=True)
+        self.logits = _linear(
+            config.width,
+            config.vocab_size,
+            config,
+            rngs,
+            bias=True,
+            zero=True,
+            dtype_out=jnp.float32,
+        )
 
     def __call__(
         self,
@@ -247,7 +258,7 @@ class Transformer(nnx.Module):
             h_BTD = _take(h_BTD, *predict)
         shift, scale = self.final_modulation(cond_BC)
         h_BPD = _modulate(self.final_norm(h_BTD), shift, scale, config.dtype)
-        return self.logits(h_BPD).astype(jnp.float32), cache
+        return self.logits(h_BPD), cache
 
     def _condition(self, sigma_B):
         if self.time is None:

@@ -24,13 +24,16 @@ def elbo_weight(t, alpha_0: float):
 def stratified_times(key, shape: tuple[int, ...]):
     """Times t = (u + i)/n for i < n = prod(shape), one u for all, mapped to [ε, 1]; float32.
 
-    Drawn over the *global* batch, so that every batch sees all noise levels alike.
+    Drawn over the *global* batch, so that every batch sees all noise levels alike; dealt out in
+    random order, so that every row's time is uniform, also where rows come in a fixed order.
     """
+    key_u, key_deal = jax.random.split(key)
     n = 1
     for size in shape:
         n *= size
-    u = jax.random.uniform(key, ())
+    u = jax.random.uniform(key_u, ())
     t = (u + jnp.arange(n, dtype=jnp.float32)) / n
+    t = jax.random.permutation(key_deal, t)
     return (EPS + (1.0 - EPS) * t).reshape(shape)
 
 

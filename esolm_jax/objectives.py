@@ -4,8 +4,8 @@ A family is the way it labels tokens; the model and the loss know nothing of it.
 *labelling*, which is deterministic given what was masked and in which order, and one or two
 *phases*, which draw the masks and the order and call it. (DESIGN, sections 2 and 3.)
 
-Shapes: x int32 [B, L]; valid bool [B, L] (False = padding, at the end of the row);
-masked bool [B, L]; order int32 [B, L]; weight float32 [B, L], all three in text order.
+Shapes: x int32 [B, L]; valid bool [B, L] (False = padding, at the end of the row); masked bool
+[B, L] and weight float32 [B, L], in text order; order int32 [B, L], the position at each rank.
 """
 
 import dataclasses

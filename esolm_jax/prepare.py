@@ -18,8 +18,7 @@ def main(config, workdir: pathlib.Path) -> None:
             f"unigram perplexity {unigram_perplexity(manifest, name):.1f}"
         )
     print(f"wrote {directory}/manifest.json, the tokenizer and the windows beside it")
-    config_file = cli.config_file()
-    print(f"next: python -m esolm_jax.train --config={config_file} --workdir={workdir}")
+    print(cli.next_command("train", workdir, same_config=True))
 
 
 if __name__ == "__main__":

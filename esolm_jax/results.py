@@ -8,7 +8,7 @@ import pathlib
 def write_text(path: pathlib.Path, text: str) -> None:
     """Writes beside the file first and renames, so that what was there stays until it is done."""
     draft = path.with_name(path.name + ".tmp")
-    draft.write_text(text)
+    draft.write_text(text, encoding="utf-8")
     os.replace(draft, path)
 
 

@@ -21,13 +21,19 @@ def make_schedule(config, length: int) -> schedule.Schedule:
       UserError: the family cannot be sampled by that schedule.
     """
     s, rng = config.sample, np.random.default_rng(config.sample.seed)
-    if s.schedule == "left_to_right" or config.objective == "ar":
-        if s.schedule == "ancestral" and s.steps == 0 or s.schedule == "left_to_right":
-            return schedule.left_to_right(s.num, length)
+    one_at_a_time = s.schedule in ("ancestral", "left_to_right") and s.steps == 0
+    if config.objective == "ar" and not one_at_a_time:
         raise UserError(
             f"config.sample.schedule={s.schedule!r}, sample.steps={s.steps}: objective ar "
             "generates left to right, one token per step; leave both at their defaults"
         )
+    if s.schedule == "left_to_right" and s.steps:
+        raise UserError(
+            f"config.sample.steps={s.steps}: must be 0 with sample.schedule left_to_right, which "
+            "generates one token per step"
+        )
+    if config.objective == "ar" or s.schedule == "left_to_right":
+        return schedule.left_to_right(s.num, length)
     if config.objective == "bd3":
         if s.schedule != "ancestral":
             raise UserError(
@@ -41,11 +47,22 @@ def make_schedule(config, length: int) -> schedule.Schedule:
     return schedule.strided(rng, s.num, length, config.alpha_0, s.steps, shuffle=shuffle)
 
 
+def _shown(ids: list[int], config, tokenizer) -> list[int]:
+    """The tokens of a text; with one document a window, what follows EOS was never trained."""
+    if config.data.packing == "pad" and tokenizer.eos_id in ids:
+        return ids[: ids.index(tokenizer.eos_id)]
+    return ids
+
+
 def sample(config, workdir: pathlib.Path) -> dict:
     """Samples config.sample.num texts; returns them with how they were made, JSON-able."""
     s = config.sample
     trained = assemble.load_trained(config, workdir, s.weights, sharding.make_mesh(1))
     tokenizer = load_tokenizer(workdir / "tokenizer")
+    if tokenizer.fingerprint != trained.meta["tokenizer"]["fingerprint"]:
+        raise UserError(
+            f"{workdir}/tokenizer: not the tokenizer that the checkpoint was trained on"
+        )
     drawn = make_schedule(config, config.data.seq_len)
     plan = passes.plan(
         config, drawn, mask_id=trained.special.mask, start_token=trained.special.start
@@ -64,7 +81,7 @@ def sample(config, workdir: pathlib.Path) -> dict:
     _, compile_seconds = run(dry_run=True)
     token_ids, seconds = run()
     return {
-        "texts": [tokenizer.decode(row.tolist()) for row in token_ids],
+        "texts": [tokenizer.decode(_shown(row.tolist(), config, tokenizer)) for row in token_ids],
         "token_ids": token_ids.tolist(),
         "order": drawn.order.tolist(),
         "step_sizes": drawn.step_sizes.tolist(),
@@ -87,6 +104,8 @@ def sample(config, workdir: pathlib.Path) -> dict:
 
 def main(config, workdir: pathlib.Path) -> None:
     figures = sample(config, workdir)
+    path = workdir / "samples.json"
+    results.write_text(path, json.dumps(figures) + "\n")
     for i, text in enumerate(figures["texts"]):
         print(f"--- sample {i} " + "-" * 60)
         print(text)
@@ -94,13 +113,12 @@ def main(config, workdir: pathlib.Path) -> None:
     print(
         f"{len(figures['texts'])} texts of {config.data.seq_len} tokens in "
         f"{figures['seconds']:.2f} s (and {figures['compile_seconds']:.1f} s to compile): "
-        f"{figures['tokens_per_second']:,.0f} tokens/s, NFE {figures['nfe']}, of which the first "
-        f"{figures['num_diffusion']} tokens by diffusion"
+        f"{figures['tokens_per_second']:,.0f} tokens/s, NFE {figures['nfe']}, "
+        f"{figures['num_diffusion']} tokens of each text by diffusion"
     )
-    path = workdir / "samples.json"
-    results.write_text(path, json.dumps(figures) + "\n")
     print(f"wrote {path}")
-    print(f"next: python -m esolm_jax.sample --workdir={workdir} --config.sample.seed=1")
+    another = f"--config.sample.seed={config.sample.seed + 1}"
+    print(cli.next_command("sample", workdir, another))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import contextlib
 import pathlib
+import shutil
 import signal
 import sys
 
@@ -58,7 +59,7 @@ class Run:
         self.special = assemble.special_ids(self.manifest.tokenizer)
         self.phases = objectives.phases(config, self.special, low_variance=config.low_variance)
         fractions = {phase.name: phase.fraction for phase in self.phases}
-        config_lib.validate_batch(config, fractions, self.mesh.size)
+        config_lib.validate_training(config, fractions, self.mesh.size)
         if config.eval.batch_size % self.mesh.size:
             raise UserError(
                 f"config.eval.batch_size={config.eval.batch_size}: must be a multiple of the "
@@ -144,6 +145,7 @@ def _train(run: Run, checkpoints, state: TrainState, cursor: int) -> int | None:
             if step % t.eval_every == 0 or step == t.steps:
                 nelbo = _validate(run, estimate, state)
                 metrics.log(step, {"validation_nelbo": nelbo})
+                metrics.pause()
             stopping = stop.received is not None
             if step % t.checkpoint_every == 0 or step == t.steps or stopping:
                 checkpoints.save(state, run.meta(reader.cursor), nelbo=nelbo)
@@ -165,7 +167,7 @@ def _validate(run: Run, estimate, state: TrainState) -> float:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    return estimate(state.ema, batches, num_samples=1, seed=config.seed).nll
+    return estimate(state.ema, batches, num_samples=1, seed=config.seed, progress="validation").nll
 
 
 def main(config, workdir: pathlib.Path) -> None:
@@ -177,7 +179,8 @@ def main(config, workdir: pathlib.Path) -> None:
     state, cursor = run.restore_or_init(checkpoints)
     if cursor:
         print(f"resuming {workdir} at step {int(state.step)}")
-    (workdir / "tokenizer").mkdir(exist_ok=True)
+    shutil.rmtree(workdir / "tokenizer", ignore_errors=True)
+    (workdir / "tokenizer").mkdir()
     run.manifest.load_tokenizer().save(workdir / "tokenizer")
     results.write_json(workdir / "config.json", config.to_dict())
     count = sum(a.size for a in jax.tree.leaves(state.params))
@@ -191,9 +194,11 @@ def main(config, workdir: pathlib.Path) -> None:
     if stopped_by:
         sys.exit(128 + stopped_by)
     baseline = unigram_perplexity(run.manifest, "validation")
-    curve = metrics_lib.plot_learning_curve(workdir, baseline=baseline)
+    curve = metrics_lib.plot_learning_curve(
+        workdir, baseline=baseline, training=not config.low_variance
+    )
     print(f"wrote {workdir}/checkpoints, {workdir}/{metrics_lib.FILE}, {curve}")
-    print(f"next: python -m esolm_jax.evaluate --workdir={workdir}")
+    print(cli.next_command("evaluate", workdir))
 
 
 if __name__ == "__main__":

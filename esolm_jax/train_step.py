@@ -68,11 +68,13 @@ def phase_losses(apply, params, labelled, num_tokens, mask_id: int, dropout_key=
     return jnp.stack(losses)
 
 
-def loss_and_grads(apply, params, labelled, mask_id: int, *, accumulation=1, dropout_key=None):
+def loss_and_grads(
+    apply, params, labelled, mask_id: int, *, accumulation=1, dropout_key=None, mesh=None
+):
     """Phase losses [phases] and the gradient of their sum, in `accumulation` micro-batches.
 
     Rows of each phase are cut into `accumulation` equal runs; only one run's activations are alive
-    at a time. Gradients are summed in float32.
+    at a time; its rows are split over the `mesh`. Gradients are summed in float32.
     """
     num_tokens = [jnp.maximum(jnp.sum(part.num_tokens), 1) for part in labelled]
 
@@ -94,6 +96,8 @@ def loss_and_grads(apply, params, labelled, mask_id: int, *, accumulation=1, dro
     micros = jax.tree.map(
         lambda a: a.reshape(accumulation, a.shape[0] // accumulation, *a.shape[1:]), labelled
     )
+    if mesh is not None:
+        micros = jax.lax.with_sharding_constraint(micros, sharding.rows(mesh, axis=1))
     zeros = (jnp.zeros(len(labelled)), jax.tree.map(jnp.zeros_like, params))
     (losses, grads), _ = jax.lax.scan(one, zeros, (micros, jnp.arange(accumulation)))
     return losses, grads
@@ -120,6 +124,7 @@ def make_train_step(config, apply, phases: Sequence[Phase], mask_id: int, mesh, 
             mask_id,
             accumulation=accumulation,
             dropout_key=dropout_key if config.model.dropout else None,
+            mesh=mesh,
         )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

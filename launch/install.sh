@@ -7,7 +7,7 @@ stamp=".venv/installed${extra:+-$extra}"
 
 find_python() {
   local candidate
-  for candidate in ${PYTHON:-} python3 python3.13 python3.12 python3.11 python; do
+  for candidate in "${PYTHON:-python3}" python3 python3.13 python3.12 python3.11 python; do
     if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
       echo "$candidate"
       return
@@ -17,10 +17,18 @@ find_python() {
   return 1
 }
 
-if [ ! -x .venv/bin/python ]; then
+make_venv() {
+  # Debian's Python has no ensurepip without the package python3-venv: its own pip can stand in.
+  "$1" -m venv .venv >/dev/null 2>&1 || {
+    "$1" -m venv --clear --without-pip .venv && "$1" -m pip --python .venv/bin/python install --quiet pip
+  }
+}
+
+if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then # none yet, or one left half-made
   python=$(find_python) || exit 2
   echo "making .venv with $("$python" --version)"
-  "$python" -m venv .venv || { rm -rf .venv; echo "error: $python has no venv module" >&2; exit 2; }
+  rm -rf .venv
+  make_venv "$python" || { rm -rf .venv; echo "error: $python has neither venv nor pip" >&2; exit 2; }
 fi
 if [ ! -e "$stamp" ] || [ setup.py -nt "$stamp" ]; then
   echo "installing esolm_jax${extra:+[$extra]} into .venv (about 1 GB; minutes on a slow network)"

@@ -3,7 +3,7 @@
 #   bash launch/quickstart.sh [--config.field=value …]      (WORKDIR=runs/quickstart)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source launch/install.sh
+source launch/install.sh ""
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 workdir="${WORKDIR:-runs/quickstart}"
 begin=$SECONDS
@@ -16,8 +16,8 @@ verb() {
 
 verb prepare --config=configs/shakespeare.py --workdir="$workdir" "$@"
 verb train --config=configs/shakespeare.py --workdir="$workdir" "$@"
-verb evaluate --workdir="$workdir"
-verb sample --workdir="$workdir"
+verb evaluate --workdir="$workdir" "$@"
+verb sample --workdir="$workdir" "$@"
 
 echo
 echo "done in $(((SECONDS - begin) / 60)) min $(((SECONDS - begin) % 60)) s."

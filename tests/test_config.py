@@ -8,7 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from esolm_jax import config as config_lib
-from esolm_jax.config import default_config, flat, validate, validate_batch
+from esolm_jax.config import default_config, flat, validate, validate_training
 from esolm_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -166,10 +166,16 @@ def test_alpha_0_that_the_objective_fixes(objective, alpha_0, allowed):
     validate(changed(objective=objective, alpha_0=allowed))
 
 
+HALVES = {"diffusion": 0.5, "sequential": 0.5}
+
+
 def test_low_variance_only_at_alpha_0_of_1():
+    """In training; a model trained so may still be sampled at another alpha_0."""
     config = changed(low_variance=True, alpha_0=0.5)
-    assert_refused(config, "low_variance", True, "False unless alpha_0 is 1 (it is 0.5)")
-    validate(changed(low_variance=True, alpha_0=1.0))
+    validate(config)
+    with pytest.raises(UserError, match="low_variance=True: must be False unless alpha_0 is 1"):
+        validate_training(config, HALVES, 1)
+    validate_training(changed(low_variance=True, alpha_0=1.0), {"diffusion": 1.0}, 1)
 
 
 @pytest.mark.parametrize(("width", "heads"), [(24, 8), (20, 4), (7, 1)])
@@ -229,9 +235,6 @@ def test_missing_field_is_told():
         validate(config)
 
 
-HALVES = {"diffusion": 0.5, "sequential": 0.5}
-
-
 @pytest.mark.parametrize(
     ("batch", "fractions", "accumulation", "devices"),
     [
@@ -243,23 +246,47 @@ HALVES = {"diffusion": 0.5, "sequential": 0.5}
 )
 def test_batch_that_can_be_shared_out(batch, fractions, accumulation, devices):
     config = changed(train__batch_size=batch, train__accumulation=accumulation)
-    validate_batch(config, fractions, devices)
+    validate_training(config, fractions, devices)
 
 
 @pytest.mark.parametrize(
     ("batch", "fractions", "accumulation", "devices", "told"),
     [
-        (7, HALVES, 1, 1, "the diffusion loss 3.5 rows; must be a whole number above 0"),
-        (8, {"a": 0.999, "b": 0.001}, 1, 1, "7.992 rows"),
-        (8, {"a": 1.0, "b": 1e-9}, 1, 1, "the b loss 8e-09 rows"),
-        (8, HALVES, 3, 1, "4 rows; must be a multiple of train.accumulation x devices = 3 x 1"),
-        (8, HALVES, 1, 8, "4 rows; must be a multiple of train.accumulation x devices = 1 x 8"),
-        (16, HALVES, 4, 4, "8 rows; must be a multiple of train.accumulation x devices = 4 x 4"),
+        (
+            7,
+            HALVES,
+            1,
+            1,
+            "the diffusion loss gets 3.5 rows (kappa=0.5); must be a whole number above 0",
+        ),
+        (8, {"a": 0.999, "b": 0.001}, 1, 1, "gets 7.992 rows"),
+        (8, {"a": 1.0, "b": 1e-9}, 1, 1, "the b loss gets 8e-09 rows"),
+        (
+            8,
+            HALVES,
+            3,
+            1,
+            "4 rows (kappa=0.5); must be a multiple of train.accumulation x devices = 3 x 1",
+        ),
+        (
+            8,
+            HALVES,
+            1,
+            8,
+            "4 rows (kappa=0.5); must be a multiple of train.accumulation x devices = 1 x 8",
+        ),
+        (
+            16,
+            HALVES,
+            4,
+            4,
+            "8 rows (kappa=0.5); must be a multiple of train.accumulation x devices = 4 x 4",
+        ),
     ],
 )
 def test_batch_that_cannot_be_shared_out_is_told(batch, fractions, accumulation, devices, told):
     config = changed(train__batch_size=batch, train__accumulation=accumulation)
     with pytest.raises(UserError) as error:
-        validate_batch(config, fractions, devices)
+        validate_training(config, fractions, devices)
     message = str(error.value)
     assert message.startswith(f"config.train.batch_size={batch}: ") and told in message

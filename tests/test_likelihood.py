@@ -199,7 +199,7 @@ def test_nelbo_is_the_integral_over_time_masks_and_orders(objective, alpha_0):
     exact = exact_nelbo(objective, alpha_0).mean() / L
     estimate = estimate_nelbo(objective, alpha_0, [batch(20)] * 4, num_samples=8)
     assert estimate.num_tokens == 4 * 20 * 81 * L
-    assert estimate.standard_error < 0.01
+    assert estimate.standard_error < 0.015
     assert abs(estimate.nll - exact) < 4 * estimate.standard_error
 
 

@@ -123,12 +123,12 @@ def eval_batches(
     _check_sizes(batch_size, process_index, process_count)
     source = _source(manifest, split)
     count = num_windows(manifest, split, max_windows)
-    chosen = [i * len(source) // count for i in range(count)]
     local = batch_size // process_count
 
     def batches() -> Iterator[Batch]:
         for b in range(math.ceil(count / batch_size)):
-            rows = chosen[b * batch_size : (b + 1) * batch_size][process_index::process_count]
+            mine = range(b * batch_size, min((b + 1) * batch_size, count))
+            rows = [i * len(source) // count for i in mine[process_index::process_count]]
             x = np.full((local, manifest.seq_len), manifest.pad_id, np.int32)
             valid = np.zeros((local, manifest.seq_len), bool)
             for row, record in enumerate(source.__getitems__(rows) if rows else ()):
@@ -138,12 +138,18 @@ def eval_batches(
     return batches()
 
 
-def unigram_perplexity(manifest: Manifest, split: str) -> float:
-    """Perplexity of a split's valid tokens under the train split's counts, add-one smoothed."""
-    counts = manifest.unigram_counts() + 1
+def unigram_perplexity(manifest: Manifest, split: str, max_windows: int = 0) -> float:
+    """Perplexity of a split's valid tokens under the train split's counts, add-one smoothed.
+
+    `max_windows` takes the same part of the split as eval_batches does.
+    """
+    seen = manifest.unigram_counts()
+    counts = seen + 1
     nats = np.log(counts.sum()) - np.log(counts)
+    if split == "train" and not max_windows:
+        return float(np.exp((seen * nats).sum() / seen.sum()))
     total = tokens = 0
-    for batch in eval_batches(manifest, split, batch_size=256):
+    for batch in eval_batches(manifest, split, batch_size=256, max_windows=max_windows):
         valid = batch["x"][batch["valid"]]
         total, tokens = total + nats[valid].sum(), tokens + len(valid)
     return float(np.exp(total / tokens))

@@ -104,7 +104,8 @@ def blockwise(rng, batch: int, length: int, block_length: int, num_steps: int) -
     orders, sizes = [], []
     for block in range(blocks):
         if num_steps:
-            in_block = ancestral_sizes(rng, block_length, 1.0, max(1, num_steps // blocks))
+            steps = num_steps // blocks + (block < num_steps % blocks)
+            in_block = ancestral_sizes(rng, block_length, 1.0, max(1, steps))
         else:
             in_block = np.ones(block_length, np.int32)
         inner = rng.permuted(np.tile(np.arange(block_length), (batch, 1)), axis=1)
