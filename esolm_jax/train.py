@@ -134,7 +134,8 @@ def _train(run: Run, checkpoints, state: TrainState, cursor: int) -> int | None:
         run.workdir, step=first, steps=t.steps, tokens_per_step=tokens_per_step
     )
     stop = _StopSignal()
-    metrics.say("compiling the training step (the first step takes as long as that)")
+    if first < t.steps:
+        metrics.say("compiling the training step (the first step takes as long as that)")
     with contextlib.closing(reader), contextlib.closing(metrics):
         for step in range(first + 1, t.steps + 1):
             state, values = step_fn(state, sharding.put_batch(next(reader), run.mesh))
