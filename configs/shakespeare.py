@@ -19,11 +19,11 @@ def get_config():
     config.model.dropout = 0.0
     config.model.unroll = 4
     config.train.batch_size = 16
-    config.train.steps = 1500
+    config.train.steps = 1200
     config.train.log_every = 25
-    config.train.eval_every = 250
+    config.train.eval_every = 200
     config.train.eval_windows = 256
-    config.train.checkpoint_every = 250
+    config.train.checkpoint_every = 200
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 100
     config.optimizer.schedule = "cosine"

@@ -264,3 +264,17 @@ def validate_training(config: ConfigDict, fractions: dict[str, float], devices: 
                 f"config.train.batch_size={batch}: {where}; must be a multiple of "
                 f"train.accumulation x devices = {accumulation} x {devices}"
             )
+
+
+def validate_evaluation(config: ConfigDict, devices: int) -> None:
+    """UserError unless the bounds asked for exist and a batch divides by the devices."""
+    e = config.eval
+    if e.num_orders and config.objective not in ("ar", "eso_b"):
+        raise UserError(
+            f"config.eval.num_orders={e.num_orders}: must be 0 with objective "
+            f"{config.objective}; only eso_b has an any-order likelihood"
+        )
+    if e.batch_size % devices:
+        raise UserError(
+            f"config.eval.batch_size={e.batch_size}: must be a multiple of the {devices} devices"
+        )

@@ -6,9 +6,9 @@ import pathlib
 import jax
 
 from esolm_jax import assemble, cli, likelihood, results, sharding
+from esolm_jax import config as config_lib
 from esolm_jax import model as model_lib
 from esolm_jax.data.reader import eval_batches, num_windows, unigram_perplexity
-from esolm_jax.errors import UserError
 from esolm_jax.likelihood import Estimate
 
 
@@ -36,16 +36,8 @@ def evaluate(config, workdir: pathlib.Path) -> dict:
       UserError: the data or their tokenizer are not the model's; a bound the family has not.
     """
     e = config.eval
-    if e.num_orders and config.objective not in ("ar", "eso_b"):
-        raise UserError(
-            f"config.eval.num_orders={e.num_orders}: must be 0 with objective "
-            f"{config.objective}; only eso_b has an any-order likelihood"
-        )
     mesh = sharding.make_mesh(config.mesh.data)
-    if e.batch_size % mesh.size:
-        raise UserError(
-            f"config.eval.batch_size={e.batch_size}: must be a multiple of the {mesh.size} devices"
-        )
+    config_lib.validate_evaluation(config, mesh.size)
     manifest = assemble.load_data(config, workdir)
     trained = assemble.load_trained(config, workdir, e.weights, mesh)
     assemble.check_same_tokenizer(manifest, trained.meta)

@@ -25,7 +25,6 @@ from esolm_jax import model as model_lib
 from esolm_jax import optimizer as optimizer_lib
 from esolm_jax.data.manifest import Manifest
 from esolm_jax.data.reader import TrainReader, eval_batches, unigram_perplexity
-from esolm_jax.errors import UserError
 from esolm_jax.train_step import TrainState
 
 # What may change between a run and its resumption.
@@ -60,11 +59,7 @@ class Run:
         self.phases = objectives.phases(config, self.special, low_variance=config.low_variance)
         fractions = {phase.name: phase.fraction for phase in self.phases}
         config_lib.validate_training(config, fractions, self.mesh.size)
-        if config.eval.batch_size % self.mesh.size:
-            raise UserError(
-                f"config.eval.batch_size={config.eval.batch_size}: must be a multiple of the "
-                f"{self.mesh.size} devices"
-            )
+        config_lib.validate_evaluation(config, self.mesh.size)
         self.optimizer = optimizer_lib.make(config)
 
     def _make_state(self) -> TrainState:
