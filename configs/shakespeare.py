@@ -1,6 +1,9 @@
-"""The quickstart: a small Eso-LM (B) on the plays of Shakespeare, for a laptop CPU.
+"""The quickstart: a small Eso-LM (B) on the plays of Shakespeare.
 
-bash launch/quickstart.sh
+    bash launch/quickstart.sh
+
+Hardware: a laptop, 2 CPU cores: about 8 minutes. Expected: test perplexity (NELBO, alpha_0 = 0.5)
+about 83; a unigram model has 297.
 """
 
 from esolm_jax.config import default_config

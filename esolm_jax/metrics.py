@@ -88,7 +88,7 @@ def plot_learning_curve(
 
     matplotlib.use("Agg")
     import numpy as np
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     entries = read(workdir)
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
@@ -103,6 +103,8 @@ def plot_learning_curve(
     if baseline:
         axes.axhline(baseline, color="C3", linestyle="--", label=f"unigram model ({baseline:.0f})")
     axes.set(yscale="log", xlabel="step", ylabel="perplexity (upper bound)")
+    axes.yaxis.set_major_formatter(ticker.LogFormatter())  # 100, not 10²
+    axes.yaxis.set_minor_formatter(ticker.LogFormatter(minor_thresholds=(2, 0.5)))
     axes.legend()
     path = workdir / "learning_curve.png"
     figure.savefig(path, dpi=120)
