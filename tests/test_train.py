@@ -100,6 +100,16 @@ def test_eight_devices_train_as_one(data, objective):
     np.testing.assert_allclose(found[8], found[1], rtol=1e-5)
 
 
+def test_eight_devices_with_micro_batches_train_as_one_without(data):
+    found = []
+    for devices, accumulation in ((1, 1), (8, 2)):
+        fields = {"mesh.data": devices, "train.accumulation": accumulation}
+        fields |= {"objective": "mdlm"}  # all rows of the batch of 16 feed one loss
+        _, values = tiny_run.steps(make_config(data | fields), 4)
+        found.append([entry["loss"] for entry in values])
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
+
+
 def test_bfloat16_is_for_computing_alone(data):
     fields = data | {"objective": "mdlm"}
     exact, wanted = tiny_run.steps(make_config(fields), 4)
