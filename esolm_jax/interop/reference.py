@@ -136,7 +136,7 @@ class Reference:
 
         Returns: int32 [B, L] token ids in text order.
         """
-        key = jax.random.key(rng) if isinstance(rng, int) else rng
+        key = rng if isinstance(rng, jax.Array) else jax.random.key(int(rng))
         plan = passes.eso_b(np.asarray(order), np.asarray(step_sizes), mask_id=self.mask_id)
         choice = Choice(mask_id=self.mask_id, temperature=temperature, top_p=top_p)
         return decode.decode(self.config, self.params, plan, choice, key)
