@@ -47,9 +47,7 @@ def special_ids(tokenizer: dict) -> Special:
 
 def abstract_params(config: model_lib.ModelConfig, mesh):
     """ShapeDtypeStructs of the parameters, placed on the mesh."""
-    shapes = jax.eval_shape(lambda: model_lib.init(config, jax.random.key(0)))
-    whole = sharding.replicated(mesh)
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), shapes)
+    return sharding.abstract(lambda: model_lib.init(config, jax.random.key(0)), mesh)
 
 
 def check_same_fields(config, meta: dict, is_fixed) -> None:

@@ -5,7 +5,7 @@ import pathlib
 
 import jax
 
-from esolm_jax import assemble, cli, likelihood, results, sharding
+from esolm_jax import assemble, cli, likelihood, objectives, results, sharding
 from esolm_jax import config as config_lib
 from esolm_jax import model as model_lib
 from esolm_jax.data.reader import eval_batches, num_windows, unigram_perplexity
@@ -60,7 +60,7 @@ def evaluate(config, workdir: pathlib.Path) -> dict:
     estimate = likelihood.make_nelbo(apply, config, trained.special, mesh)(
         trained.params, batches(), num_samples=e.num_samples, progress="NELBO", **common
     )
-    exact = config.alpha_0 == 0  # ar, and Eso-LM left to right
+    exact = objectives.is_exact(config)
     bounds = [
         _figures(
             "exact" if exact else "nelbo",

@@ -88,11 +88,11 @@ def make_nelbo(apply, config, special: objectives.Special, mesh):
     """Returns estimate(params, batches, *, num_samples, seed, …) → Estimate of the NELBO.
 
     `num_samples` draws of noise per window; the error is estimated from their spread, batch by
-    batch, since times are stratified within a batch. At α₀ = 0 nothing is random and the NELBO is
-    the likelihood: one draw is all.
+    batch, since times are stratified within a batch. Where
+    the NELBO is exact (objectives.is_exact), one draw is all.
     """
     phases = objectives.phases(config, special, low_variance=False)
-    exact = config.alpha_0 == 0
+    exact = objectives.is_exact(config)
     rows = sharding.rows(mesh)
     draw = jax.jit(
         functools.partial(nelbo, apply, phases, special.mask),

@@ -182,6 +182,11 @@ def any_order(key, x, valid, *, alpha_0: float, special: Special) -> Labelled:
     return label_eso_b_sequential(x, valid, valid, order_BL, valid, mask=special.mask)
 
 
+def is_exact(config) -> bool:
+    """Whether the NELBO is the likelihood itself: at α₀ = 0 no mask and no order is random."""
+    return config.alpha_0 == 0
+
+
 def phases(config, special: Special, *, low_variance: bool) -> tuple[Phase, ...]:
     """The phases of `config.objective`, those with an empty share of the batch left out.
 

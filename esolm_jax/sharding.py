@@ -3,6 +3,8 @@
 One axis so far, `data`: rows of a batch are split over it, parameters are whole on every device.
 """
 
+from collections.abc import Callable
+
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -26,6 +28,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def rows(mesh: Mesh, *, axis: int = 0) -> NamedSharding:
     """Splits axis `axis` (the rows of a batch) over the devices."""
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
+
+
+def abstract(make: Callable, mesh: Mesh):
+    """What make() would return, as ShapeDtypeStructs placed whole on every device."""
+    whole = replicated(mesh)
+    return jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), jax.eval_shape(make)
+    )
 
 
 def put_batch(batch: dict, mesh: Mesh) -> dict:

@@ -70,17 +70,13 @@ class Run:
     def restore_or_init(self, checkpoints) -> tuple[TrainState, int]:
         """The latest checkpoint's state and data cursor, or a fresh state at cursor 0; born in
         its place on the mesh."""
-        whole = sharding.replicated(self.mesh)
         if checkpoints.latest_step is None:
+            whole = sharding.replicated(self.mesh)
             return jax.jit(self._make_state, out_shardings=whole)(), 0
         meta = checkpoint.read_meta(self.workdir)
         assemble.check_same_fields(self.config, meta, lambda name: not name.startswith(_FREE))
         assemble.check_same_tokenizer(self.manifest, meta)
-        like = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole),
-            jax.eval_shape(self._make_state),
-        )
-        state, meta = checkpoints.restore(like)
+        state, meta = checkpoints.restore(sharding.abstract(self._make_state, self.mesh))
         return state, meta["cursor"]
 
     def meta(self, cursor: int) -> dict:
