@@ -1,24 +1,130 @@
-"""The device mesh, and where batches and parameters lie on it.
+"""The device mesh, and where everything lies on it: the one place that says so.
 
-One axis so far, `data`: rows of a batch are split over it, parameters are whole on every device.
+Four mesh axes (config.mesh): rows of a batch are split over `data` and `fsdp`, tokens of a row over
+`sequence`; parameters, EMA and optimizer state over `fsdp` and `tensor`; heads, the inner width of
+the MLP and the vocabulary over `tensor`. All of it by the tables below, by jit and constraints.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from esolm_jax.errors import UserError
 
+AXES = ("data", "fsdp", "tensor", "sequence")  # from the slowest network to the fastest
+ROWS = ("data", "fsdp")
 
-def make_mesh(data: int = -1) -> Mesh:
-    """A mesh over all devices (data = -1), or over exactly `data` of them."""
-    devices = jax.devices()
-    size = len(devices) if data == -1 else data
-    if size > len(devices):
-        raise UserError(f"config.mesh.data={data}: only {len(devices)} devices are there")
-    return Mesh(np.array(devices[:size]), ("data",))
+# Logical axis of an array → mesh axes.
+RULES = {
+    "rows": ROWS,
+    "tokens": "sequence",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+}
+
+# Path of a parameter → logical axes of its dimensions; blocks/… have the block in front.
+PARAMETERS = {
+    "embedding/embedding": ("vocab", "embed"),
+    "time/inner/kernel": (None, None),
+    "time/inner/bias": (None,),
+    "time/outer/kernel": (None, None),
+    "time/outer/bias": (None,),
+    "blocks/attention_norm/scale": (None, None),
+    "blocks/qkv/kernel": (None, "embed", "heads", None, None),
+    "blocks/attention_out/kernel": (None, "heads", "embed"),
+    "blocks/mlp_norm/scale": (None, None),
+    "blocks/mlp_in/kernel": (None, "embed", None, "mlp"),
+    "blocks/mlp_in/bias": (None, None, "mlp"),
+    "blocks/mlp_out/kernel": (None, "mlp", "embed"),
+    "blocks/mlp_out/bias": (None, None),
+    "blocks/modulation/linear/kernel": (None, None, "embed"),
+    "blocks/modulation/linear/bias": (None, None),
+    "final_norm/scale": (None,),
+    "final_modulation/linear/kernel": (None, "embed"),
+    "final_modulation/linear/bias": (None,),
+    "logits/kernel": ("embed", "vocab"),
+    "logits/bias": ("vocab",),
+}
+
+
+def mesh_shape(mesh_config, num_devices: int) -> dict[str, int]:
+    """Axis sizes of config.mesh over `num_devices`; one axis may be -1: whatever is left.
+
+    Raises:
+      UserError: they do not multiply to the devices.
+    """
+    sizes = {axis: mesh_config[axis] for axis in AXES}
+    said = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        raise UserError(f"config.mesh ({said}): only one axis may be -1")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if free and num_devices % fixed == 0:
+        sizes[free[0]] = num_devices // fixed
+    elif fixed != num_devices:
+        raise UserError(
+            f"config.mesh ({said}): {'must divide' if free else 'multiplies to'} {fixed}"
+            + (f", which does not divide {num_devices} devices" if free else "")
+            + (f", but there are {num_devices} devices" if not free else "")
+        )
+    return sizes
+
+
+def make_mesh(mesh_config, devices: Sequence | None = None) -> Mesh:
+    """The mesh of config.mesh over `devices` (default: all, or the first config.mesh.devices).
+
+    Several TPU slices: `data` goes over the slow network between them. Raises UserError if the
+    axes do not multiply to the devices.
+    """
+    if devices is None:
+        devices = jax.devices()
+        if mesh_config.devices > len(devices):
+            raise UserError(
+                f"config.mesh.devices={mesh_config.devices}: only {len(devices)} are there"
+            )
+        devices = devices[: mesh_config.devices or None]
+    shape = mesh_shape(mesh_config, len(devices))
+    sizes = tuple(shape.values())
+    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    if slices > 1:
+        if shape["data"] % slices:
+            raise UserError(
+                f"config.mesh.data={shape['data']}: must be a multiple of the {slices} slices"
+            )
+        inner = (shape["data"] // slices, *sizes[1:])
+        grid = mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1, 1), devices)
+    elif devices[0].platform == "tpu":
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    else:
+        grid = np.array(devices).reshape(sizes)
+    return Mesh(grid, AXES)
+
+
+def num_row_shards(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are split."""
+    return math.prod(mesh.shape[axis] for axis in ROWS)
+
+
+def spec(*logical: str | None) -> PartitionSpec:
+    """PartitionSpec of an array whose dimensions have these logical axes."""
+    return PartitionSpec(*(RULES[name] if name else None for name in logical))
+
+
+def place(mesh: Mesh, *logical: str | None) -> NamedSharding:
+    return NamedSharding(mesh, spec(*logical))
+
+
+def constrain(mesh: Mesh | None, array, *logical: str | None):
+    """The array, laid out so inside jit; without a mesh, as it is."""
+    if mesh is None:
+        return array
+    return jax.lax.with_sharding_constraint(array, place(mesh, *logical))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -27,20 +133,56 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def rows(mesh: Mesh, *, axis: int = 0) -> NamedSharding:
     """Splits axis `axis` (the rows of a batch) over the devices."""
-    return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
+    return place(mesh, *[None] * axis, "rows")
 
 
-def abstract(make: Callable, mesh: Mesh):
-    """What make() would return, as ShapeDtypeStructs placed whole on every device."""
-    whole = replicated(mesh)
+def parameters(mesh: Mesh, params):
+    """The sharding of every parameter: a tree like `params` (arrays or shapes).
+
+    Raises:
+      UserError: a dimension does not divide by its mesh axis.
+    """
+
+    def one(path, leaf):
+        name = "/".join(key.key for key in path)
+        logical = PARAMETERS[name]
+        for size, axis in zip(leaf.shape, logical, strict=True):
+            over = RULES[axis] if axis else None
+            if over and size % mesh.shape[over]:
+                raise UserError(
+                    f"config.mesh.{over}={mesh.shape[over]}: must divide every dimension that is "
+                    f"split over it, but the `{axis}` dimension of {name} {leaf.shape} is {size}"
+                )
+        return place(mesh, *logical)
+
+    return jax.tree.map_with_path(one, params)
+
+
+def abstract(make: Callable, shardings):
+    """What make() would return, as ShapeDtypeStructs with these shardings."""
     return jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), jax.eval_shape(make)
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+        jax.eval_shape(make),
+        shardings,
     )
 
 
-def put_batch(batch: dict, mesh: Mesh) -> dict:
-    """This process's rows of a global batch (numpy) → global arrays, split by rows."""
-    return {
-        name: jax.make_array_from_process_local_data(rows(mesh), array)
-        for name, array in batch.items()
-    }
+def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
+    """Which rows of a global batch this process's devices hold, ascending."""
+    index_maps = rows(mesh).addressable_devices_indices_map((batch_size,))
+    return sorted({row for (part,) in index_maps.values() for row in range(batch_size)[part]})
+
+
+def put_batch(batch: dict, mesh: Mesh, batch_size: int) -> dict:
+    """This process's rows (local_rows, numpy) of a global batch → global arrays, split by rows."""
+    at = {row: i for i, row in enumerate(local_rows(mesh, batch_size))}
+
+    def put(local):
+        def part(index):
+            wanted = range(batch_size)[index[0]]
+            return local[[at[row] for row in wanted]]
+
+        shape = (batch_size, *local.shape[1:])
+        return jax.make_array_from_callback(shape, rows(mesh), part)
+
+    return {name: put(array) for name, array in batch.items()}
