@@ -1,11 +1,20 @@
-"""The one rule of attention, and its dense form."""
+"""The one rule of attention, and every way to compute it behind one signature.
+
+dense holds the scores of all pairs: for decoding, and as the plain reference. lean is XLA in
+linear memory, for any labels on any device. splash is a block-sparse TPU kernel for labels that
+follow from a layout.
+"""
+
+import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from esolm_jax.kv_cache import KVCache
 from esolm_jax.labels import Tokens
 
+KINDS = ("dense", "lean", "splash", "splash_interpret")  # the last: splash on a CPU, for tests
 MASKED = -1e30  # float32 scores vanish beside it
 
 
@@ -30,14 +39,67 @@ def dense_mask(q: Tokens, k: Tokens | KVCache) -> jax.Array:
     )
 
 
-def attend(q_BHTK, k_BHSK, v_BHSK, mask_BTS):
-    """Softmax attention with scale 1/√K; scores and softmax in float32, head-major for the CPU.
+def resolve(kind: str, platform: str) -> str:
+    """The kind that "auto" stands for on a platform ("cpu", "gpu", "tpu"); others as they are."""
+    if kind != "auto":
+        return kind
+    return "splash" if platform == "tpu" else "lean"
 
-    Returns [B, H, T, K] in the dtype of v. A masked key's score is lost in the bias and its
-    probability is exactly zero, so what is invisible cannot reach the result even in the last bit.
+
+def attend(
+    q_BHTK,
+    k_BGSK,
+    v_BGSK,
+    queries: Tokens,
+    keys: Tokens | KVCache,
+    *,
+    kind: str = "dense",
+    mesh: Mesh | None = None,
+):
+    """Softmax attention by the rule of labels, scale 1/√K, everything of the softmax in float32.
+
+    What is invisible has probability exactly zero: it cannot reach the result even in the last
+    bit. Query head h reads key/value head h // (H // G).
+
+    Args:
+      q_BHTK, k_BGSK, v_BGSK: queries, keys, values; G divides H.
+      queries, keys: the labels of the T queries and S keys. Over a KVCache the kind is dense; the
+        other kinds are self-attention: `keys` are `queries`.
+      kind: one of KINDS. splash needs `queries.layout`, and is lean without one.
+      mesh: if given, q, k, v are split over it as sharding.RULES say: rows, heads and tokens;
+        keys and values are gathered over `sequence` inside.
+
+    Returns:
+      [B, H, T, K] in the dtype of v. With splash, padding reads padding alone (lean and dense let
+      it read real tokens); nobody reads it either way.
+
+    Raises:
+      ValueError: an unknown kind.
     """
+    if kind not in KINDS:
+        raise ValueError(f"attention kind {kind!r}: must be one of {', '.join(KINDS)}")
+    if isinstance(keys, KVCache) or kind == "dense":
+        return _dense(q_BHTK, k_BGSK, v_BGSK, dense_mask(queries, keys))
+    # Imported here: both are built on visible().
+    if kind == "lean" or queries.layout is None:
+        from esolm_jax.attention_lean import lean as attention
+    else:
+        from esolm_jax.attention_splash import splash
+
+        attention = functools.partial(splash, interpret=kind == "splash_interpret")
+    labels = queries.rank, queries.in_context, keys.rank, keys.in_context
+    return attention(q_BHTK, k_BGSK, v_BGSK, *labels, layout=queries.layout)
+
+
+def _dense(q_BHTK, k_BGSK, v_BGSK, mask_BTS):
+    """Head-major for the CPU. A masked score is lost in its bias."""
+    batch, heads, length, width = q_BHTK.shape
+    groups = k_BGSK.shape[1]
     bias_BTS = jnp.where(mask_BTS, 0.0, MASKED)
-    q_BHTK = q_BHTK * q_BHTK.shape[-1] ** -0.5
-    scores = jnp.einsum("bhtk,bhsk->bhts", q_BHTK, k_BHSK, preferred_element_type=jnp.float32)
-    probs = jax.nn.softmax(scores + bias_BTS[:, None], axis=-1).astype(v_BHSK.dtype)
-    return jnp.einsum("bhts,bhsk->bhtk", probs, v_BHSK)
+    q_BGRK = (q_BHTK * width**-0.5).reshape(batch, groups, -1, width)  # R = heads of a group × T
+    scores = jnp.einsum("bgrk,bgsk->bgrs", q_BGRK, k_BGSK, preferred_element_type=jnp.float32)
+    scores = scores.reshape(batch, heads, length, -1) + bias_BTS[:, None]
+    probs = jax.nn.softmax(scores, axis=-1).astype(v_BGSK.dtype)
+    probs = probs.reshape(batch, groups, -1, probs.shape[-1])
+    out_BGRK = jnp.einsum("bgrs,bgsk->bgrk", probs, v_BGSK, preferred_element_type=jnp.float32)
+    return out_BGRK.reshape(q_BHTK.shape).astype(v_BGSK.dtype)
