@@ -1,12 +1,13 @@
 """Readers: prepared windows -> batches {'x': int32 [b, L], 'valid': bool [b, L]}.
 
-b is the rows of this process, batch_size / process_count. Row j of a global batch is row
-j // process_count on process j % process_count, so the global batches are the same for any
-process_count. Padding has x == pad_id and valid == False.
+A reader makes some rows of every global batch (`rows`, ascending; b of them), those that this
+process's devices hold: see sharding.local_rows. Which rows are read where changes nothing in the
+global batches. Padding has x == pad_id and valid == False.
 """
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
@@ -32,12 +33,30 @@ class _Unpack(grain.transforms.Map):
         return {"x": x, "valid": valid}
 
 
+class _Rows(grain.MapDataset):
+    """The rows `rows` of every batch of `batch_size` examples of an endless dataset, from
+    example `cursor` on: all rows of the first batch, then all of the second, …"""
+
+    def __init__(self, parent: grain.MapDataset, rows: list[int], batch_size: int, cursor: int):
+        super().__init__(parent)
+        self._rows, self._batch_size, self._cursor = rows, batch_size, cursor
+
+    def __len__(self) -> int:
+        return (len(self._parent) - self._cursor) // self._batch_size * len(self._rows)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        batch, row = divmod(index, len(self._rows))
+        return self._parent[self._cursor + batch * self._batch_size + self._rows[row]]
+
+
 class TrainReader:
     """Endless shuffled batches of the train split; every epoch is another permutation.
 
     `cursor` is the global index of the next example (examples handed out so far, over all
-    processes and epochs). A reader made with a cursor goes on exactly where that one stood,
-    also with another process_count or number of workers.
+    processes and epochs): batch_size more with every batch. A reader made with a cursor goes on
+    exactly where that one stood, also with other rows or another number of workers.
     """
 
     def __init__(
@@ -47,57 +66,60 @@ class TrainReader:
         batch_size: int,
         seed: int,
         workers: int = 0,
-        process_index: int = 0,
-        process_count: int = 1,
+        rows: Sequence[int] | None = None,
         cursor: int = 0,
     ):
-        """`batch_size` is global. Raises UserError for sizes that do not fit together."""
-        _check_sizes(batch_size, process_index, process_count)
+        """`batch_size` is global; without `rows`, all of them are read.
+
+        Raises:
+          UserError: a negative number, or rows that are not in the batch.
+        """
+        rows = _check_rows(batch_size, rows)
         for name, value in (("seed", seed), ("workers", workers), ("cursor", cursor)):
             if value < 0:
                 raise UserError(f"{name}={value}: must not be negative")
         # Grain's epoch e is shuffled with seed + e: spread the seeds, or neighbours share epochs.
         spread = int(np.random.SeedSequence(seed).generate_state(1)[0])
-        dataset = (
+        examples = (
             grain.MapDataset.source(_source(manifest, "train"))
             .shuffle(spread)
             .repeat()
             .map(_Unpack(manifest))
         )
-        multiprocessing = None
+        batches = (
+            _Rows(examples, rows, batch_size, cursor)
+            .batch(len(rows), drop_remainder=True)
+            .to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=PREFETCH))
+        )
         if workers:
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()  # Grain hands the flags to its workers
-            multiprocessing = grain.MultiprocessingOptions(
-                num_workers=workers, per_worker_buffer_size=PREFETCH
+            batches = batches.mp_prefetch(
+                grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=PREFETCH)
             )
-        self._iterator = iter(
-            grain.experimental.ElasticIterator(
-                dataset,
-                batch_size,
-                grain.sharding.ShardOptions(process_index, process_count),
-                read_options=grain.ReadOptions(num_threads=2, prefetch_buffer_size=PREFETCH),
-                multiprocessing_options=multiprocessing,
-            )
-        )
-        self._iterator.set_state({"global_next_index": cursor})
+        self._iterator = iter(batches)
+        self._batch_size = batch_size
+        self._cursor = cursor
 
     @property
     def cursor(self) -> int:
         """Global index of the example after the last batch that was handed out."""
-        return self._iterator.get_state()["global_next_index"]
+        return self._cursor
 
     def __iter__(self) -> "TrainReader":
         return self
 
     def __next__(self) -> Batch:
         # Copied, because workers hand over shared memory, which must not outlive them.
-        return {name: np.array(value) for name, value in next(self._iterator).items()}
+        batch = {name: np.array(value) for name, value in next(self._iterator).items()}
+        self._cursor += self._batch_size
+        return batch
 
     def close(self) -> None:
         """Ends the reading threads and worker processes; without it Grain complains at exit."""
-        # Setting a state closes what runs and forgets it; close() alone keeps it until exit.
-        self._iterator.set_state(self._iterator.get_state())
+        if isinstance(self._iterator, grain.DatasetIterator):
+            self._iterator.close()
+        self._iterator = iter(())  # nothing of it may live until exit
 
 
 def num_windows(manifest: Manifest, split: str, max_windows: int = 0) -> int:
@@ -112,26 +134,25 @@ def eval_batches(
     *,
     batch_size: int,
     max_windows: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
     """Every window of a split once, in order, as batches of static shape.
 
-    max_windows > 0 takes that many, evenly spaced. The last batch is filled up with rows that
-    have no valid token. Raises UserError (at once) for a bad split or sizes.
+    `batch_size` is global; without `rows`, all of them are read. max_windows > 0 takes that many
+    windows, evenly spaced. The last batch is filled up with rows that have no valid token. Raises
+    UserError (at once) for a bad split or rows.
     """
-    _check_sizes(batch_size, process_index, process_count)
+    rows = _check_rows(batch_size, rows)
     source = _source(manifest, split)
     count = num_windows(manifest, split, max_windows)
-    local = batch_size // process_count
 
     def batches() -> Iterator[Batch]:
         for b in range(math.ceil(count / batch_size)):
-            mine = range(b * batch_size, min((b + 1) * batch_size, count))
-            rows = [i * len(source) // count for i in mine[process_index::process_count]]
-            x = np.full((local, manifest.seq_len), manifest.pad_id, np.int32)
-            valid = np.zeros((local, manifest.seq_len), bool)
-            for row, record in enumerate(source.__getitems__(rows) if rows else ()):
+            windows = [b * batch_size + row for row in rows]
+            there = [i * len(source) // count for i in windows if i < count]
+            x = np.full((len(rows), manifest.seq_len), manifest.pad_id, np.int32)
+            valid = np.zeros((len(rows), manifest.seq_len), bool)
+            for row, record in enumerate(source.__getitems__(there) if there else ()):
                 x[row], valid[row] = _unpack(manifest, record)
             yield {"x": x, "valid": valid}
 
@@ -163,11 +184,14 @@ def _source(manifest: Manifest, split: str) -> Any:
     return grain.sources.ArrayRecordDataSource(manifest.shard_paths(split))
 
 
-def _check_sizes(batch_size: int, process_index: int, process_count: int) -> None:
-    if batch_size < 1 or batch_size % process_count:
-        raise UserError(
-            f"batch_size={batch_size}: must be positive, and divisible by the "
-            f"{process_count} processes"
-        )
-    if not 0 <= process_index < process_count:
-        raise UserError(f"process_index={process_index}: must lie in 0..{process_count - 1}")
+def _check_rows(batch_size: int, rows: Sequence[int] | None) -> list[int]:
+    """The rows to read, all of them for None."""
+    if batch_size < 1:
+        raise UserError(f"batch_size={batch_size}: must be positive")
+    if rows is None:
+        return list(range(batch_size))
+    rows = list(rows)
+    ascending = all(a < b for a, b in itertools.pairwise(rows))
+    if not rows or not ascending or not (0 <= rows[0] and rows[-1] < batch_size):
+        raise UserError(f"rows={rows}: must be one or more of 0..{batch_size - 1}, ascending")
+    return rows

@@ -49,12 +49,27 @@ def rows(batches):
     ]
 
 
-def join(shards):
-    """Global batches from the batches of every process: row j is row j // P of process j % P."""
-    return [
-        {k: np.stack([s[k] for s in step], 1).reshape(-1, step[0][k].shape[-1]) for k in step[0]}
-        for step in zip(*shards, strict=True)
-    ]
+# Ways to deal the rows of a batch of 8 out to processes; the last two share rows or leave holes.
+PARTITIONS = [
+    [[0, 1, 2, 3], [4, 5, 6, 7]],
+    [[0, 2, 4, 6], [1, 3, 5, 7]],
+    [[0], [1, 5, 7], [2, 3, 4, 6]],
+    [[0, 1, 4, 5], [2, 3, 6, 7], [0, 1, 4, 5], [2, 3, 6, 7]],
+]
+
+
+def join(shards, partition):
+    """Global batches from the batches that every process read of its rows."""
+    whole = []
+    for step in zip(*shards, strict=True):
+        size = 1 + max(row for rows in partition for row in rows)
+        batch = {k: np.zeros((size, *v.shape[1:]), v.dtype) for k, v in step[0].items()}
+        for part, rows in zip(step, partition, strict=True):
+            for key, value in part.items():
+                assert len(value) == len(rows)
+                batch[key][rows] = value
+        whole.append(batch)
+    return whole
 
 
 def assert_equal(one, two):
@@ -86,18 +101,13 @@ def test_seeds(manifest):
     read(2**40, 1)
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_global_batches_do_not_depend_on_processes(manifest, processes):
+@pytest.mark.parametrize("partition", PARTITIONS)
+def test_global_batches_do_not_depend_on_who_reads_which_rows(manifest, partition):
     whole = take(15, TrainReader(manifest, batch_size=8, seed=1))
-    split = [
-        take(
-            15,
-            TrainReader(manifest, batch_size=8, seed=1, process_index=i, process_count=processes),
-        )
-        for i in range(processes)
-    ]
-    assert split[0][0]["x"].shape == (8 // processes, 12)
-    assert_equal(join(split), whole)
+    readers = [TrainReader(manifest, batch_size=8, seed=1, rows=rows) for rows in partition]
+    shards = [take(15, reader) for reader in readers]
+    assert_equal(join(shards, partition), whole)
+    assert [reader.cursor for reader in readers] == [15 * 8] * len(partition)
 
 
 @pytest.mark.parametrize("steps", [0, 1, 6, 7, 13])
@@ -110,26 +120,37 @@ def test_resume_is_exact_across_epochs(manifest, steps):
     assert_equal(take(20 - steps, again), whole[steps:])
 
 
-def test_resume_with_other_batch_size_and_processes(manifest):
-    whole = rows(take(15, TrainReader(manifest, batch_size=8, seed=1)))
+@pytest.mark.parametrize("partition", PARTITIONS)
+def test_resume_with_another_partition(manifest, partition):
+    whole = take(15, TrainReader(manifest, batch_size=8, seed=1))
+    first = TrainReader(manifest, batch_size=8, seed=1, rows=[0, 1, 2, 3])
+    take(5, first)
     shards = [
-        take(
-            5,
-            TrainReader(
-                manifest, batch_size=6, seed=1, process_index=i, process_count=2, cursor=40
-            ),
-        )
-        for i in range(2)
+        take(10, TrainReader(manifest, batch_size=8, seed=1, rows=rows, cursor=first.cursor))
+        for rows in partition
     ]
-    assert rows(join(shards)) == whole[40:70]
+    assert_equal(join(shards, partition), whole[5:])
+
+
+def test_resume_with_another_batch_size(manifest):
+    whole = rows(take(15, TrainReader(manifest, batch_size=8, seed=1)))
+    partition = [[0, 3], [1, 2, 4, 5]]
+    shards = [
+        take(5, TrainReader(manifest, batch_size=6, seed=1, rows=part, cursor=40))
+        for part in partition
+    ]
+    assert rows(join(shards, partition)) == whole[40:70]
 
 
 def test_workers_change_nothing(manifest):
     whole = take(9, TrainReader(manifest, batch_size=8, seed=1))
-    reader = TrainReader(manifest, batch_size=8, seed=1, workers=2, cursor=16)
-    assert_equal(take(7, reader), whole[2:])
+    part = [1, 2, 6]
+    reader = TrainReader(manifest, batch_size=8, seed=1, workers=2, rows=part, cursor=16)
+    assert_equal(take(7, reader), [{k: v[part] for k, v in b.items()} for b in whole[2:]])
     assert reader.cursor == 72
     reader.close()
+    reader.close()
+    assert list(reader) == []
 
 
 def test_epoch_smaller_than_a_batch(manifest):
@@ -144,11 +165,15 @@ def test_eval_reads_every_window_once(manifest):
     names = [name for name in rows(batches) if name]
     assert [name.split()[1].strip(b"\x01") for name in names] == [b"%d" % i for i in range(11)]
     assert not batches[-1]["valid"][3].any() and (batches[-1]["x"][3] == manifest.pad_id).all()
+
+
+@pytest.mark.parametrize("partition", PARTITIONS)
+def test_eval_batches_do_not_depend_on_who_reads_which_rows(manifest, partition):
+    whole = list(eval_batches(manifest, "validation", batch_size=8))
     shards = [
-        list(eval_batches(manifest, "validation", batch_size=4, process_index=i, process_count=2))
-        for i in range(2)
+        list(eval_batches(manifest, "validation", batch_size=8, rows=rows)) for rows in partition
     ]
-    assert_equal(join(shards), batches)
+    assert_equal(join(shards, partition), whole)
 
 
 def test_eval_subset_is_evenly_spaced(manifest):
@@ -158,7 +183,7 @@ def test_eval_subset_is_evenly_spaced(manifest):
     counts = [num_windows(manifest, "validation", n) for n in (0, 5, 99)]
     assert counts == [11, 5, 11]
     # Fewer windows than processes: every process still gets its batch.
-    (batch,) = eval_batches(manifest, "test", batch_size=4, process_index=3, process_count=4)
+    (batch,) = eval_batches(manifest, "test", batch_size=4, rows=[3])
     assert batch["x"].shape == (1, 12) and not batch["valid"].any()
 
 
@@ -173,10 +198,11 @@ def test_unigram_perplexity(manifest):
 
 
 def test_bad_sizes(manifest):
-    with pytest.raises(UserError, match="batch_size=8: must be .* divisible by the 3 processes"):
-        TrainReader(manifest, batch_size=8, seed=0, process_count=3)
-    with pytest.raises(UserError, match="process_index=2: must lie in 0..1"):
-        TrainReader(manifest, batch_size=8, seed=0, process_index=2, process_count=2)
+    for bad in ([], [1, 0], [2, 2], [7, 8], [-1, 0]):
+        with pytest.raises(UserError, match=r"rows=\[.*\]: must be one or more of 0..7, ascending"):
+            TrainReader(manifest, batch_size=8, seed=0, rows=bad)
+        with pytest.raises(UserError, match="rows="):
+            eval_batches(manifest, "test", batch_size=8, rows=bad)
     with pytest.raises(UserError, match="seed=-1"):
         TrainReader(manifest, batch_size=8, seed=-1)
     with pytest.raises(UserError, match="batch_size=0"):
