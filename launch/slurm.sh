@@ -1,0 +1,89 @@
+#!/usr/bin/env bash
+# Submits one verb to SLURM: one process for each GPU, or one a node where no GPUs are asked for.
+#   bash launch/slurm.sh [--dry-run] --nodes=N [options] -- VERB args …
+#   bash launch/slurm.sh --nodes=4 --gpus-per-node=8 --cpus-per-task=8 --time=24:00:00 \
+#     -- train --config=configs/shakespeare.py --workdir=/shared/runs/one
+# Ahead of the time limit, training saves a checkpoint; the job goes back into the queue and resumes.
+# This checkout and its .venv must lie where all nodes see them; so must the workdir.
+#   --gpus-per-node=G   --cpus-per-task=C   --time=[DAYS-]HOURS:MINUTES:SECONDS
+#   --partition=NAME    --account=NAME      --name=NAME (esolm-VERB)
+#   --stop-ahead=S      seconds between SIGTERM and the time limit (300)
+#   --extra=ARG         one more argument for sbatch, e.g. --extra=--qos=long; may be repeated
+#   --dry-run           prints what would be run, and runs nothing
+# Environment: PYTHON, an interpreter that has the project installed (.venv/bin/python).
+
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+quote() { # the words on one line, as a shell reads them back
+  local line
+  printf -v line '%q ' "$@"
+  echo "${line% }"
+}
+
+number() { # NAME VALUE
+  [[ $2 =~ ^[1-9][0-9]*$ ]] || fail "--$1=$2: must be a whole number from 1 up"
+}
+
+dry="" nodes="" gpus="" cpus="" name="" ahead=300 options=()
+while [ $# -gt 0 ] && [ "$1" != -- ]; do
+  value="${1#*=}"
+  case "$1" in
+    -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' launch/slurm.sh; exit ;;
+    --dry-run) dry=yes ;;
+    --nodes=*) number nodes "$value"; nodes=$value ;;
+    --gpus-per-node=*) number gpus-per-node "$value"; gpus=$value ;;
+    --cpus-per-task=*) number cpus-per-task "$value"; cpus=$value ;;
+    --stop-ahead=*) number stop-ahead "$value"; ahead=$value ;;
+    --time=*)
+      [[ $value =~ ^([0-9]+-)?[0-9]+(:[0-9]+){0,2}$ ]] || fail "$1: must be as 24:00:00 or 2-00:00:00"
+      options+=("$1") ;;
+    --partition=?* | --account=?*) options+=("$1") ;;
+    --name=?*) name=$value ;;
+    --extra=?*) options+=("$value") ;;
+    *) fail "$1: not an option, or empty; see --help (VERB and its arguments come after --)" ;;
+  esac
+  shift
+done
+[ "$nodes" ] || fail "--nodes is missing: how many nodes to run on"
+[ $# -ge 2 ] || fail "-- VERB is missing: what to run, e.g. -- train --config=…"
+verb=$2
+shift 2
+verbs=$(grep -l '^if __name__' esolm_jax/*.py | sed 's|.*/||; s|\.py$||' | paste -sd ' ' -)
+[[ " $verbs " == *" $verb "* ]] || fail "VERB=$verb: must be one of $verbs"
+
+python="${PYTHON:-$PWD/.venv/bin/python}"
+if [ ! "$dry" ]; then
+  command -v sbatch >/dev/null || fail "sbatch: not found; this needs a machine that submits to SLURM"
+  command -v "$python" >/dev/null || fail "PYTHON=$python: no such program; see launch/install.sh"
+fi
+
+# JAX takes the processes' number, ids and addresses from srun's variables, and gives each process
+# the GPU of its number on the node: so every process must see all GPUs of its node.
+submit=(sbatch "--job-name=${name:-esolm-$verb}" "--nodes=$nodes" "--ntasks-per-node=${gpus:-1}")
+[ -z "$gpus" ] || submit+=("--gpus-per-node=$gpus")
+[ -z "$cpus" ] || submit+=("--cpus-per-task=$cpus")
+submit+=(--requeue --open-mode=append "--signal=TERM@$ahead" ${options[@]+"${options[@]}"})
+
+# The first process to end may not take the others with it: they may be saving the checkpoint still.
+step=(srun --kill-on-bad-exit=0 ${cpus:+"--cpus-per-task=$cpus"} "$python" -m "esolm_jax.$verb" "$@")
+script="#!/usr/bin/env bash
+cd $(quote "$PWD") || exit
+code=0
+$(quote "${step[@]}") || code=\$?"
+[ "$verb" != train ] || script+="
+# 143: stopped by SIGTERM, with a checkpoint. The same command goes on from there.
+[ \"\$code\" != 143 ] || scontrol requeue \"\$SLURM_JOB_ID\""
+script+="
+exit \"\$code\""
+
+if [ "$dry" ]; then
+  printf "%s <<'END'\n%s\nEND\n" "$(quote "${submit[@]}")" "$script"
+else
+  "${submit[@]}" <<<"$script"
+fi

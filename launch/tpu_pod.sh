@@ -1,0 +1,104 @@
+#!/usr/bin/env bash
+# Runs one verb on all hosts of a TPU pod: copies HEAD of this checkout there, installs it, runs it.
+#   bash launch/tpu_pod.sh [--dry-run] --name=POD --zone=ZONE [options] -- VERB args …
+#   bash launch/tpu_pod.sh --name=pod --zone=us-west4-a --create --type=v5litepod-256 \
+#     --version=v2-alpha-tpuv5-lite -- train --config=configs/text.py --workdir=gs://bucket/run
+# The run outlives the connection, and writes to ~/esolm_jax/VERB.log on each host. The same command
+# resumes it. To stop it with a checkpoint:
+#   gcloud compute tpus tpu-vm ssh POD --zone=ZONE --worker=all --command='pkill -TERM -f [e]solm_jax.train'
+#   --project=PROJECT   of gcloud (its default)
+#   --create            makes the pod first; needs --type=TYPE and --version=SOFTWARE
+#   --extra=ARG         one more argument for its creation, e.g. --extra=--spot; may be repeated
+#   --dry-run           prints what would be run, and runs nothing
+# The workdir must be a place that all hosts see: gs://…, or a mounted folder.
+
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+quote() { # the words on one line, as a shell reads them back; in single quotes where that suffices
+  local word line=""
+  for word; do
+    case "$word" in
+      *\'* | *[[:cntrl:]]*) printf -v word %q "$word" ;;
+      "" | *[!A-Za-z0-9_./:=@%+,-]*) word="'$word'" ;;
+    esac
+    line+=" $word"
+  done
+  echo "${line# }"
+}
+
+dry="" name="" create="" type="" version="" where=() options=()
+zone=""
+while [ $# -gt 0 ] && [ "$1" != -- ]; do
+  value="${1#*=}"
+  case "$1" in
+    -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' launch/tpu_pod.sh; exit ;;
+    --dry-run) dry=yes ;;
+    --create) create=yes ;;
+    --name=?*) name=$value ;;
+    --zone=?*) zone=$value where+=("$1") ;;
+    --project=?*) where+=("$1") ;;
+    --type=?*) type=$value ;;
+    --version=?*) version=$value ;;
+    --extra=?*) options+=("$value") ;;
+    *) fail "$1: not an option, or empty; see --help (VERB and its arguments come after --)" ;;
+  esac
+  shift
+done
+[ "$name" ] || fail "--name is missing: the pod's name"
+[ "$zone" ] || fail "--zone is missing: the pod's zone, e.g. --zone=us-west4-a"
+if [ "$create" ]; then
+  [ "$type" ] || fail "--type is missing: what to create, e.g. --type=v5litepod-256"
+  [ "$version" ] || fail "--version is missing: its software, e.g. --version=v2-alpha-tpuv5-lite"
+else
+  [ -z "$type$version${options[*]-}" ] || fail "--type, --version, --extra: are for --create only"
+fi
+[ $# -ge 2 ] || fail "-- VERB is missing: what to run, e.g. -- train --config=…"
+verb=$2
+shift 2
+verbs=$(grep -l '^if __name__' esolm_jax/*.py | sed 's|.*/||; s|\.py$||' | paste -sd ' ' -)
+[[ " $verbs " == *" $verb "* ]] || fail "VERB=$verb: must be one of $verbs"
+
+workdir="" previous=""
+for arg; do
+  case "$previous" in --workdir | -workdir) workdir=$arg ;; esac
+  case "$arg" in --workdir=* | -workdir=*) workdir=${arg#*=} ;; esac
+  previous=$arg
+done
+case "$workdir" in
+  *://?*) ;;
+  /*) echo "warning: --workdir=$workdir: must be one folder mounted on all hosts" >&2 ;;
+  *) fail "--workdir=$workdir: must be a place that all hosts see: gs://… or a mounted folder /…" ;;
+esac
+
+commit=$(git rev-parse --short HEAD 2>/dev/null) || fail "$PWD: must be a git checkout; HEAD is copied"
+git diff --quiet HEAD || echo "warning: what is not committed is not copied; HEAD is $commit" >&2
+[ "$dry" ] || command -v gcloud >/dev/null || fail "gcloud: not found; install the Google Cloud CLI"
+
+run() { # or prints
+  if [ "$dry" ]; then quote "$@"; else "$@"; fi
+}
+vm=(gcloud compute tpus tpu-vm)
+archive="${TMPDIR:-/tmp}/esolm_jax-$commit.tar.gz"
+
+# Several images have Python 3.10 only; their Ubuntu has 3.11 as well.
+install="python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || command -v python3.11 \
+|| { sudo apt-get -qq update && sudo apt-get -qq -o DPkg::Lock::Timeout=600 install python3.11-venv; }; \
+set -e; tar -xzf esolm_jax.tar.gz; cd esolm_jax; source launch/install.sh tpu"
+
+# In the background and followed, so that losing the connection does not end it. `tail` ends with it.
+start="cd esolm_jax || exit; \
+nohup $(quote .venv/bin/python -m "esolm_jax.$verb" "$@") >$verb.log 2>&1 </dev/null & \
+tail -n +1 -f --pid=\$! $verb.log; wait \$!"
+
+[ -z "$create" ] || run "${vm[@]}" create "$name" "${where[@]}" "--accelerator-type=$type" \
+  "--version=$version" ${options[@]+"${options[@]}"}
+run git archive --format=tar.gz --prefix=esolm_jax/ "--output=$archive" HEAD
+run "${vm[@]}" scp "$archive" "$name:esolm_jax.tar.gz" "${where[@]}" --worker=all
+run "${vm[@]}" ssh "$name" "${where[@]}" --worker=all "--command=$install"
+run "${vm[@]}" ssh "$name" "${where[@]}" --worker=all "--command=$start"
