@@ -2,15 +2,18 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Callable
 
 import jax
 from ml_collections import ConfigDict
 
-from esolm_jax import checkpoint, sharding
+from esolm_jax import attention, checkpoint, sharding
 from esolm_jax import config as config_lib
 from esolm_jax import model as model_lib
+from esolm_jax.data import reader
 from esolm_jax.data.manifest import Manifest, check, load_manifest
 from esolm_jax.errors import UserError
+from esolm_jax.loss import Head
 from esolm_jax.objectives import Special
 
 
@@ -26,8 +29,9 @@ def load_data(config, workdir: pathlib.Path) -> Manifest:
     return manifest
 
 
-def model_config(config, tokenizer: dict) -> model_lib.ModelConfig:
-    """Sizes of the model: config.model and the tokenizer's vocabulary with the mask token."""
+def model_config(config, tokenizer: dict, platform: str) -> model_lib.ModelConfig:
+    """Sizes of the model: config.model and the tokenizer's vocabulary with the mask token.
+    `platform` ("cpu", "gpu", "tpu") chooses the attention if the config leaves it open."""
     m = config.model
     return model_lib.ModelConfig(
         vocab_size=tokenizer["vocab_size"] + 1,
@@ -38,16 +42,56 @@ def model_config(config, tokenizer: dict) -> model_lib.ModelConfig:
         dropout=m.dropout,
         dtype=m.dtype,
         unroll=m.unroll,
+        style=m.style,
+        kv_heads=m.kv_heads,
+        mlp_width=m.mlp_width,
+        rope_base=m.rope_base,
+        attention=attention.resolve(m.attention, platform),
+        remat=m.remat,
     )
 
 
-def special_ids(tokenizer: dict) -> Special:
-    return Special(mask=tokenizer["mask_id"], start=tokenizer["bos_id"])
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """A model on a mesh, and what a loss needs beside it."""
+
+    mesh: jax.sharding.Mesh
+    model: model_lib.ModelConfig
+    apply: Callable
+    head: Head
+    special: Special
+
+
+def build(config, tokenizer: dict, mesh) -> Built:
+    """The model of `config` with the vocabulary of `tokenizer` (as in a manifest).
+
+    Raises:
+      UserError: something does not divide by the mesh.
+    """
+    config_lib.validate_mesh(config, mesh.shape)
+    model = model_config(config, tokenizer, mesh.devices.flat[0].platform)
+    special = Special(mask=tokenizer["mask_id"], start=tokenizer["bos_id"])
+    head = Head.of(model, special.mask, mesh, chunk=config.model.loss_chunk)
+    return Built(mesh, model, model_lib.bind(model, mesh), head, special)
+
+
+def eval_batches(config, manifest: Manifest, split: str, max_windows: int, mesh):
+    """Global batches of config.eval.batch_size windows of a split, each window once."""
+    size = config.eval.batch_size
+    mine = sharding.local_rows(mesh, size)
+    for batch in reader.eval_batches(
+        manifest, split, batch_size=size, max_windows=max_windows, rows=mine
+    ):
+        yield sharding.put_batch(batch, mesh, size)
 
 
 def abstract_params(config: model_lib.ModelConfig, mesh):
     """ShapeDtypeStructs of the parameters, placed on the mesh."""
-    return sharding.abstract(lambda: model_lib.init(config, jax.random.key(0)), mesh)
+
+    def make():
+        return model_lib.init(config, jax.random.key(0))
+
+    return sharding.abstract(make, sharding.parameters(mesh, jax.eval_shape(make)))
 
 
 def check_same_fields(config, meta: dict, is_fixed) -> None:
@@ -72,28 +116,40 @@ def check_same_tokenizer(manifest: Manifest, meta: dict) -> None:
         )
 
 
-_MODEL_FIELDS = ("objective", "model.width", "model.blocks", "model.heads", "model.cond_width")
+_MODEL_FIELDS = ("objective",) + tuple(
+    f"model.{name}"
+    for name in (
+        "width",
+        "blocks",
+        "heads",
+        "cond_width",
+        "style",
+        "kv_heads",
+        "mlp_width",
+        "rope_base",
+    )
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
     """A trained model, as evaluate and sample need it."""
 
-    config: model_lib.ModelConfig
+    built: Built
     params: dict
-    special: Special
     meta: dict
     step: int
 
 
 def load_trained(config, workdir: pathlib.Path, weights: str, mesh) -> Trained:
-    """The latest checkpoint's `weights` ("ema" or "raw"), whole on every device of the mesh.
+    """The latest checkpoint's `weights` ("ema" or "raw"), split over the mesh.
 
     Raises:
       UserError: there is none, or `config` is of another objective or model.
     """
     meta = checkpoint.read_meta(workdir)
     check_same_fields(config, meta, lambda name: name in _MODEL_FIELDS)
-    sizes = model_config(config, meta["tokenizer"])
-    params, step = checkpoint.restore_weights(workdir, weights, abstract_params(sizes, mesh))
-    return Trained(sizes, params, special_ids(meta["tokenizer"]), meta, step)
+    built = build(config, meta["tokenizer"], mesh)
+    like = abstract_params(built.model, mesh)
+    params, step = checkpoint.restore_weights(workdir, weights, like)
+    return Trained(built, params, meta, step)

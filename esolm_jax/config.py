@@ -3,7 +3,7 @@
 A config file's get_config() starts from `default_config()` and changes what it wants to change.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from ml_collections import ConfigDict
 
@@ -45,10 +45,26 @@ def default_config() -> ConfigDict:
     model.cond_width = 128  # of the time embedding behind adaLN; 0 = no adaLN
     model.dropout = 0.1
     model.dtype = "float32"  # compute dtype: float32 | bfloat16
+    model.style = "dit"  # dit (LayerNorm, GELU, biases) | llama (RMSNorm, SwiGLU, no biases)
+    model.kv_heads = 0  # heads of keys and values; 0 = heads
+    model.mlp_width = 0  # inner width of the MLP; 0 = 4 x width
+    model.rope_base = 10_000.0
+    model.attention = "auto"  # auto (splash on TPU, else lean) | dense | lean | splash
+    model.remat = "none"  # recomputed in the backward pass: none | matmuls | attention | full
+    model.loss_chunk = 512  # tokens that are projected on the vocabulary at a time, a device
     model.unroll = 1  # blocks per iteration of the scan over blocks; all of them on a CPU
 
-    config.mesh = mesh = ConfigDict()
-    mesh.data = -1  # devices that share a batch; -1 = all
+    config.mesh = mesh = ConfigDict()  # axes multiply to the devices; one may be -1: the rest
+    mesh.data = -1  # splits rows; over the slow network if there is one
+    mesh.fsdp = 1  # splits rows, parameters and optimizer state
+    mesh.tensor = 1  # splits heads, MLP and vocabulary
+    mesh.sequence = 1  # splits the tokens of a row
+    mesh.devices = 0  # how many devices to use; 0 = all
+
+    config.distributed = distributed = ConfigDict()  # many processes; all in seconds
+    distributed.init_timeout = 300  # for all processes to meet at the start
+    distributed.heartbeat_timeout = 100  # until a silent process is taken for dead
+    distributed.barrier_timeout = 300  # for all processes to reach a barrier
 
     config.optimizer = optimizer = ConfigDict()
     optimizer.learning_rate = 3e-4
@@ -111,6 +127,7 @@ def _between(low, high) -> Check:
 _POSITIVE = (lambda v: v > 0), "above 0"
 _FRACTION = (lambda v: 0 <= v < 1), "in [0, 1)"
 _SEED = (lambda v: 0 <= v < 2**32), "in [0, 2**32)"
+_AXIS = (lambda v: v == -1 or v >= 1), "-1 (the rest of the devices) or at least 1"
 _SOURCE = (
     lambda v: v in ("shakespeare", "text") or (v.startswith("tfds:") and len(v) > 5),
     "shakespeare, text or tfds:<name>",
@@ -134,8 +151,22 @@ _CHECKS: dict[str, Check] = {
     "model.cond_width": _at_least(0),
     "model.dropout": _FRACTION,
     "model.dtype": _one_of("float32", "bfloat16"),
+    "model.style": _one_of("dit", "llama"),
+    "model.kv_heads": _at_least(0),
+    "model.mlp_width": _at_least(0),
+    "model.rope_base": ((lambda v: v > 1), "above 1"),
+    "model.attention": _one_of("auto", "dense", "lean", "splash"),
+    "model.remat": _one_of("none", "matmuls", "attention", "full"),
+    "model.loss_chunk": _at_least(1),
     "model.unroll": _at_least(1),
-    "mesh.data": ((lambda v: v == -1 or v >= 1), "-1 (all devices) or at least 1"),
+    "mesh.data": _AXIS,
+    "mesh.fsdp": _AXIS,
+    "mesh.tensor": _AXIS,
+    "mesh.sequence": _AXIS,
+    "mesh.devices": _at_least(0),
+    "distributed.init_timeout": _at_least(1),
+    "distributed.heartbeat_timeout": _at_least(1),
+    "distributed.barrier_timeout": _at_least(1),
     "optimizer.learning_rate": _POSITIVE,
     "optimizer.b1": _FRACTION,
     "optimizer.b2": _FRACTION,
@@ -229,6 +260,12 @@ def validate(config: ConfigDict) -> None:
         config.model.width,
         f"a multiple of 2 x model.heads = {2 * config.model.heads}",
     )
+    _fail_unless(
+        config.model.heads % (config.model.kv_heads or 1) == 0,
+        "model.kv_heads",
+        config.model.kv_heads,
+        f"0 or a divisor of model.heads = {config.model.heads}",
+    )
     if config.objective == "bd3":
         _fail_unless(
             config.data.seq_len % config.block_length == 0,
@@ -238,10 +275,26 @@ def validate(config: ConfigDict) -> None:
         )
 
 
-def validate_training(config: ConfigDict, fractions: dict[str, float], devices: int) -> None:
+def validate_mesh(config: ConfigDict, mesh: Mapping[str, int]) -> None:
+    """UserError unless what the mesh splits divides by its axes (by name: sizes)."""
+    kv_heads = config.model.kv_heads or config.model.heads
+    tensor, sequence = mesh["tensor"], mesh["sequence"]
+    for name, value in (("model.heads", config.model.heads), ("model.kv_heads", kv_heads)):
+        if value % tensor:
+            raise UserError(
+                f"config.{name}={value}: must be a multiple of config.mesh.tensor={tensor}"
+            )
+    if config.data.seq_len % sequence:
+        raise UserError(
+            f"config.data.seq_len={config.data.seq_len}: must be a multiple of "
+            f"config.mesh.sequence={sequence}"
+        )
+
+
+def validate_training(config: ConfigDict, fractions: dict[str, float], row_shards: int) -> None:
     """UserError unless the config can be trained: low variance only without a sequential phase,
     and every phase's share of the batch a whole number of rows that divides by the micro-batches
-    and, within each of these, by the devices."""
+    and, within each of these, by the devices that rows are split over."""
     _fail_unless(
         not config.low_variance or config.alpha_0 == 1,
         "low_variance",
@@ -259,22 +312,25 @@ def validate_training(config: ConfigDict, fractions: dict[str, float], devices: 
             raise UserError(
                 f"config.train.batch_size={batch}: {where}; must be a whole number above 0"
             )
-        if rows % (accumulation * devices):
+        if rows % (accumulation * row_shards):
             raise UserError(
                 f"config.train.batch_size={batch}: {where}; must be a multiple of "
-                f"train.accumulation x devices = {accumulation} x {devices}"
+                f"train.accumulation x devices (mesh.data x mesh.fsdp) = "
+                f"{accumulation} x {row_shards}"
             )
 
 
-def validate_evaluation(config: ConfigDict, devices: int) -> None:
-    """UserError unless the bounds asked for exist and a batch divides by the devices."""
+def validate_evaluation(config: ConfigDict, row_shards: int) -> None:
+    """UserError unless the bounds asked for exist and a batch divides by the devices that rows
+    are split over."""
     e = config.eval
     if e.num_orders and config.objective not in ("ar", "eso_b"):
         raise UserError(
             f"config.eval.num_orders={e.num_orders}: must be 0 with objective "
             f"{config.objective}; only eso_b has an any-order likelihood"
         )
-    if e.batch_size % devices:
+    if e.batch_size % row_shards:
         raise UserError(
-            f"config.eval.batch_size={e.batch_size}: must be a multiple of the {devices} devices"
+            f"config.eval.batch_size={e.batch_size}: must be a multiple of the {row_shards} "
+            "devices (mesh.data x mesh.fsdp)"
         )

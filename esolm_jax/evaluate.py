@@ -3,12 +3,9 @@
 import math
 import pathlib
 
-import jax
-
 from esolm_jax import assemble, cli, likelihood, objectives, results, sharding
 from esolm_jax import config as config_lib
-from esolm_jax import model as model_lib
-from esolm_jax.data.reader import eval_batches, num_windows, unigram_perplexity
+from esolm_jax.data.reader import num_windows, unigram_perplexity
 from esolm_jax.likelihood import Estimate
 
 
@@ -36,28 +33,20 @@ def evaluate(config, workdir: pathlib.Path) -> dict:
       UserError: the data or their tokenizer are not the model's; a bound the family has not.
     """
     e = config.eval
-    mesh = sharding.make_mesh(config.mesh.data)
-    config_lib.validate_evaluation(config, mesh.size)
+    mesh = sharding.make_mesh(config.mesh)
+    config_lib.validate_evaluation(config, sharding.num_row_shards(mesh))
     manifest = assemble.load_data(config, workdir)
     trained = assemble.load_trained(config, workdir, e.weights, mesh)
     assemble.check_same_tokenizer(manifest, trained.meta)
-    apply = model_lib.bind(trained.config)
     split = manifest.split(e.split)
     windows = num_windows(manifest, e.split, e.max_windows)
 
     def batches():
-        return eval_batches(
-            manifest,
-            e.split,
-            batch_size=e.batch_size,
-            max_windows=e.max_windows,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
+        return assemble.eval_batches(config, manifest, e.split, e.max_windows, mesh)
 
     common = {"seed": config.seed, "total": math.ceil(windows / e.batch_size)}
     tokens_per_byte = split["tokens"] / split["bytes"]  # of the whole split, also for a part
-    estimate = likelihood.make_nelbo(apply, config, trained.special, mesh)(
+    estimate = likelihood.make_nelbo(config, trained.built)(
         trained.params, batches(), num_samples=e.num_samples, progress="NELBO", **common
     )
     exact = objectives.is_exact(config)
@@ -70,9 +59,7 @@ def evaluate(config, workdir: pathlib.Path) -> dict:
         )
     ]
     if e.num_orders and not exact:
-        importance_weighted = likelihood.make_importance_weighted(
-            apply, config, trained.special, mesh
-        )
+        importance_weighted = likelihood.make_importance_weighted(config, trained.built)
         estimate = importance_weighted(
             trained.params, batches(), num_orders=e.num_orders, progress="any-order", **common
         )

@@ -8,9 +8,14 @@ operations are not.
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
-from esolm_jax.hlo_collectives import Collective, collectives, started_channels
+from esolm_jax.hlo_collectives import (
+    Collective,
+    bytes_by_kind,
+    collectives,
+    started_channels,
+)
 from esolm_jax.hlo_loops import Frame, trip_count
 from esolm_jax.hlo_parse import Instruction, Shape, parse
 from esolm_jax.hlo_products import product_flops
@@ -22,7 +27,7 @@ class UnknownLoop(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """A matrix product, or a Pallas kernel with known work: `flops` of one execution."""
+    """A matrix product. flops: of one execution."""
 
     flops: float
     op_name: str
@@ -111,26 +116,22 @@ def analyse(
         raise UnknownLoop(f"trip count depends on data: {names}; say it in trip_counts")
     kernels = tuple(e for e in events if isinstance(e, Kernel))
     messages = tuple(e for e in events if isinstance(e, Collective))
-    work = [e for e in events if isinstance(e, Product)]
-    work += [Product(k.flops, k.op_name, k.executions) for k in kernels if k.flops is not None]
-    by_kind = _total((_kind(w.op_name, kinds), w.flops * w.executions) for w in work)
+    products = tuple(e for e in events if isinstance(e, Product))
+    work = [w for w in (*products, *kernels) if w.flops is not None]
+    by_kind = {}
+    for w in work:
+        kind = _kind(w.op_name, kinds)
+        by_kind[kind] = by_kind.get(kind, 0) + w.flops * w.executions
     return Cost(
         flops=sum(by_kind.values()),
         flops_by_kind=by_kind,
-        collectives=_total((m.kind, m.bytes * m.executions) for m in messages),
-        products=tuple(e for e in events if isinstance(e, Product)),
+        collectives=bytes_by_kind(messages),
+        products=products,
         messages=messages,
         kernels=kernels,
         uncounted_kernels=tuple(k for k in kernels if k.flops is None),
         unknown_loops=loops,
     )
-
-
-def _total(pairs: Iterable[tuple[str, float]]) -> dict[str, float]:
-    total = {}
-    for name, value in pairs:
-        total[name] = total.get(name, 0) + value
-    return total
 
 
 def _kind(op_name: str, kinds: Mapping[str, str]) -> str:
@@ -164,7 +165,9 @@ class _Reader:
             return [self._kernel(i, frame)]
         if flops := product_flops(i, frame.computation):
             return [Product(flops, i.op_name)]
-        return list(collectives(i, frame.computation, frame.module, self.started))
+        sent = collectives(i, frame.computation, frame.module, self.started)
+        around = frame.call.op_name if frame.call else ""
+        return [m if m.op_name else dataclasses.replace(m, op_name=around) for m in sent]
 
     def _loop(self, i: Instruction, frame: Frame) -> list[Event]:
         name = i.op_name or i.name
@@ -194,8 +197,5 @@ class _Reader:
 def _weight(events: list[Event]) -> tuple[float, float]:
     """FLOPs and bytes of a branch."""
     work = [e for e in events if isinstance(e, Product | Kernel)]
-    sent = [e for e in events if isinstance(e, Collective)]
-    return (
-        sum((e.flops or 0) * e.executions for e in work),
-        sum(e.bytes * e.executions for e in sent),
-    )
+    sent = bytes_by_kind(e for e in events if isinstance(e, Collective))
+    return sum((e.flops or 0) * e.executions for e in work), sum(sent.values())

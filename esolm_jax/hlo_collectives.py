@@ -3,27 +3,32 @@
 import dataclasses
 import math
 import re
+from collections.abc import Iterable
 
 from esolm_jax.hlo_parse import Computation, Instruction, Module, Shape
 
-KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute", "send")
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
     """One array in one collective; a combined collective of several arrays makes several.
 
+    A compiler may write one collective as another: the TPU's gathers narrow shards by an all-reduce
+    of zero-padded arrays, which costs twice. It is counted as written; shape is the whole array.
+
     Attributes:
-      kind: one of KINDS.
-      dtype, shape: the whole array: gathered, or still to be scattered or reduced; of a
-        permutation or an all-to-all what one chip holds.
-      group: chips that take part together; of a permutation, those that send.
+      kind: one of KINDS; "send" is over the slow network between TPU slices.
+      dtype, shape: the whole array: gathered, or still to be scattered or reduced; of the other
+        kinds what one chip holds.
+      group: chips that take part together; of a permutation, those that send; of a send, 2.
       bytes: what one chip sends in one execution, with ring algorithms: array · (n - 1) / n for
         all-gather, reduce-scatter and all-to-all on n chips, twice that for all-reduce, the array
-        for a permutation. Exact for the collective as written; a torus does no better in bytes.
-      executions: of one run of the program on one chip.
+        for a permutation or send.
+      executions: in one run of the program.
       loops: op_names of the while loops around it, outermost first.
-      op_name: path of jax.named_scope and transformations.
+      op_name: path of jax.named_scope and transformations; where the compiler dropped it, that of
+        the fusion around it or of what it sends.
     """
 
     kind: str
@@ -67,35 +72,60 @@ def collectives(
     An asynchronous pair counts where it starts. `started`: of started_channels.
     """
     kind = instruction.opcode.removesuffix("-start").removeprefix("ragged-")
-    if kind not in KINDS or instruction.opcode.endswith("-done"):
+    if kind not in KINDS:
         return []
     goes_on = "async_collective_fusion_config" in instruction.attributes
     if goes_on and instruction.attribute("channel_id") in started and not _starts(computation):
         return []
     if kind == "all-reduce" and computation.name.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"  # the TPU's: all-reduce and dynamic-slice in one fusion
-    group = _group_size(instruction, module)
-    operands = instruction.operands[:1] if kind == "collective-permute" else instruction.operands
-    arrays = [s for name in operands for s in computation.instructions[name].shapes]
-    return [_collective(kind, array, group, instruction) for array in arrays]
+    one = kind in ("collective-permute", "send")  # other operands are places and tokens
+    operands = [computation.instructions[name] for name in instruction.operands]
+    arrays = [s for operand in operands[: 1 if one else None] for s in operand.shapes]
+    group = _group_size(kind, instruction.attributes, module)
+    whole = [_whole(kind, array, group, instruction) for array in arrays]
+    name = _op_name(instruction, computation)
+    share = _share(kind, group)
+    return [Collective(kind, a.dtype, a.sizes, group, a.bytes * share, 1, (), name) for a in whole]
 
 
-def _collective(kind: str, array: Shape, group: int, instruction: Instruction) -> Collective:
-    sizes = array.sizes
-    if kind == "all-gather":
-        d = int(re.search(r"dimensions=\{(\d+)\}", instruction.attributes)[1])
-        sizes = (*sizes[:d], sizes[d] * group, *sizes[d + 1 :])
-    whole = Shape(array.dtype, sizes).bytes
-    share = (group - 1) / group if group else 0
-    if kind == "collective-permute":
-        share = 1 if group else 0
-    elif kind == "all-reduce":
-        share *= 2
-    return Collective(kind, array.dtype, sizes, group, whole * share, 1, (), instruction.op_name)
+def bytes_by_kind(messages: Iterable[Collective]) -> dict[str, float]:
+    """kind → bytes that one chip sends in one run of the program."""
+    total = {}
+    for m in messages:
+        total[m.kind] = total.get(m.kind, 0) + m.bytes * m.executions
+    return total
 
 
-def _group_size(instruction: Instruction, module: Module) -> int:
-    text = instruction.attributes
+def _whole(kind: str, array: Shape, group: int, instruction: Instruction) -> Shape:
+    if kind != "all-gather":
+        return array
+    d = int(re.search(r"[ ,]dimensions=\{(\d+)\}", instruction.attributes)[1])
+    return Shape(array.dtype, (*array.sizes[:d], array.sizes[d] * group, *array.sizes[d + 1 :]))
+
+
+def _share(kind: str, group: int) -> float:
+    """Bytes sent for one byte of the array."""
+    if kind in ("collective-permute", "send"):
+        return 1 if group else 0
+    return (2 if kind == "all-reduce" else 1) * (group - 1) / group
+
+
+def _op_name(instruction: Instruction, computation: Computation) -> str:
+    """Its op_name, else the first one that its operands or theirs have."""
+    waiting, seen = [instruction], set()
+    for i in waiting:
+        if i.op_name:
+            return i.op_name
+        new = [name for name in i.operands if name not in seen]
+        seen.update(new)
+        waiting += [computation.instructions[name] for name in new]
+    return ""
+
+
+def _group_size(kind: str, text: str, module: Module) -> int:
+    if kind == "send":
+        return 2
     if found := re.search(r"source_target_pairs=\{(.*?)\}\}", text):
         pairs = re.findall(r"(\d+),(\d+)", found[1])
         return sum(source != target for source, target in pairs)

@@ -14,7 +14,7 @@ class KVCache:
     """Keys and values of the slots written so far, with the rank that says who may read them.
 
     Attributes:
-      key, value: [N, B, H, S, K] in the compute dtype.
+      key, value: [N, B, G, S, K], G = heads of keys and values, in the compute dtype.
       rank: int32 [B, S]; UNREAD_RANK where the slot is empty. All slots are in context.
     """
 
@@ -25,7 +25,7 @@ class KVCache:
     @classmethod
     def empty(cls, config, batch: int, slots: int) -> Self:
         """A cache for a model of these sizes (ModelConfig) with nothing in it."""
-        shape = (config.blocks, batch, config.heads, slots, config.width // config.heads)
+        shape = (config.blocks, batch, config.groups, slots, config.head_width)
         return cls(
             key=jnp.zeros(shape, config.dtype),
             value=jnp.zeros(shape, config.dtype),

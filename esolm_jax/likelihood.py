@@ -19,7 +19,8 @@ import numpy as np
 from tqdm import tqdm
 
 from esolm_jax import objectives, sharding
-from esolm_jax.loss import sequence_nll
+from esolm_jax.assemble import Built
+from esolm_jax.loss import Head, sequence_nll
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,23 +43,26 @@ class Estimate:
         return math.exp(self.nll)
 
 
-def nelbo(apply, phases, mask_id: int, params, key, x, valid):
+def labelled_nll(apply, head: Head, params, labelled):
+    """Σ weight · (−log p) of each row: float32 [B]."""
+    hidden, _ = apply(params, labelled.tokens, predict=(0, labelled.target.shape[1]), head=False)
+    return sequence_nll(head, hidden, params["logits"], labelled.target, labelled.weight)
+
+
+def nelbo(apply, phases, head: Head, params, key, x, valid):
     """One draw of the NELBO of each row: float32 [B]. Every row goes through every phase."""
     total = jnp.zeros(x.shape[0])
     for i, phase in enumerate(phases):
         labelled = phase.label(jax.random.fold_in(key, i), x, valid)
-        logits, _ = apply(params, labelled.tokens, predict=(0, labelled.target.shape[1]))
-        total += sequence_nll(logits, labelled, mask_id)
+        total += labelled_nll(apply, head, params, labelled)
     return total
 
 
-def any_order_log_p(apply, label, mask_id: int, params, keys_O, x, valid):
+def any_order_log_p(apply, label, head: Head, params, keys_O, x, valid):
     """log p_σ(x) of each row under one random order per key: float32 [B, O]."""
 
     def one(key):
-        labelled = label(key, x, valid)
-        logits, _ = apply(params, labelled.tokens, predict=(0, x.shape[1]))
-        return -sequence_nll(logits, labelled, mask_id)
+        return -labelled_nll(apply, head, params, label(key, x, valid))
 
     return jax.lax.map(one, keys_O).T
 
@@ -80,31 +84,30 @@ def _batches(batches: Iterable[dict], mesh, progress: str | None, total: int | N
         batches, total=total, desc=progress, unit="batch", leave=False, disable=not progress
     )
     for i, batch in enumerate(shown):
-        batch = sharding.put_batch(batch, mesh)
         yield i, int(count(batch["valid"])), batch
 
 
-def make_nelbo(apply, config, special: objectives.Special, mesh):
+def make_nelbo(config, built: Built):
     """Returns estimate(params, batches, *, num_samples, seed, …) → Estimate of the NELBO.
 
     `num_samples` draws of noise per window; the error is estimated from their spread, batch by
-    batch, since times are stratified within a batch. Where
-    the NELBO is exact (objectives.is_exact), one draw is all.
+    batch, since times are stratified within a batch. Where the NELBO is exact
+    (objectives.is_exact), one draw is all. Batches are global: {"x", "valid"}, [B, L].
     """
-    phases = objectives.phases(config, special, low_variance=False)
+    phases = objectives.phases(config, built.special, low_variance=False)
     exact = objectives.is_exact(config)
-    rows = sharding.rows(mesh)
+    rows = sharding.rows(built.mesh)
     draw = jax.jit(
-        functools.partial(nelbo, apply, phases, special.mask),
+        functools.partial(nelbo, built.apply, phases, built.head),
         in_shardings=(None, None, rows, rows),
-        out_shardings=sharding.replicated(mesh),
+        out_shardings=sharding.replicated(built.mesh),
     )
 
     def estimate(params, batches, *, num_samples: int, seed: int, progress=None, total=None):
         draws = 1 if exact else num_samples
         nll = variance = 0.0
         tokens = 0
-        for i, count, batch in _batches(batches, mesh, progress, total):
+        for i, count, batch in _batches(batches, built.mesh, progress, total):
             keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), i), draws)
             sums = np.array(
                 [
@@ -120,21 +123,21 @@ def make_nelbo(apply, config, special: objectives.Special, mesh):
     return estimate
 
 
-def make_importance_weighted(apply, config, special: objectives.Special, mesh):
+def make_importance_weighted(config, built: Built):
     """Returns estimate(params, batches, *, num_orders, seed, …) → Estimate of the
     importance-weighted bound −log mean_k p_σk(x), for eso_b at any α₀."""
-    label = functools.partial(objectives.any_order, alpha_0=config.alpha_0, special=special)
-    rows = sharding.rows(mesh)
+    label = functools.partial(objectives.any_order, alpha_0=config.alpha_0, special=built.special)
+    rows = sharding.rows(built.mesh)
     draw = jax.jit(
-        functools.partial(any_order_log_p, apply, label, special.mask),
+        functools.partial(any_order_log_p, built.apply, label, built.head),
         in_shardings=(None, None, rows, rows),
-        out_shardings=sharding.replicated(mesh),
+        out_shardings=sharding.replicated(built.mesh),
     )
 
     def estimate(params, batches, *, num_orders: int, seed: int, progress=None, total=None):
         nll = variance = 0.0
         tokens = 0
-        for i, count, batch in _batches(batches, mesh, progress, total):
+        for i, count, batch in _batches(batches, built.mesh, progress, total):
             keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), i), num_orders)
             log_p = np.asarray(draw(params, keys, batch["x"], batch["valid"]), np.float64)
             log_mean, spread = log_mean_exp(log_p)

@@ -1,5 +1,6 @@
-"""The transformer: a pre-norm DiT that knows token labels only (DESIGN, section 3, Backbone).
+"""The transformer: pre-norm blocks that know token labels only (DESIGN, section 3, Backbone).
 
+Two styles: "dit" (LayerNorm, GELU, biases, adaLN) and "llama" (RMSNorm, SwiGLU, no biases).
 Modules are Flax NNX; blocks are stacked along a leading axis N and scanned. Training and decoding
 jit plain pytrees of parameters: `init` and `bind` convert between the two views.
 """
@@ -9,13 +10,22 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
 
-from esolm_jax.attention import attend, dense_mask
+from esolm_jax import sharding
+from esolm_jax.attention import attend
 from esolm_jax.kv_cache import KVCache
 from esolm_jax.labels import Tokens
+from esolm_jax.linear import Embedding, Linear, Place
 
-ROPE_BASE = 10_000.0
 TIME_FREQUENCIES = 256
+REMAT = {  # policy → names of the activations of a block that are kept for the backward pass
+    "none": None,  # all of them
+    "matmuls": ("qkv", "attention", "attention_out", "mlp_in"),
+    "attention": ("attention",),
+    "full": (),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +40,12 @@ class ModelConfig:
       dtype: compute dtype; parameters, norms, softmax and logits are float32.
       unroll: blocks per iteration of the scan over blocks: more is faster on a CPU and slower to
         compile.
+      style: "dit" or "llama".
+      kv_heads: G, heads of keys and values, a divisor of H; 0 = H.
+      mlp_width: F; 0 = 4·D.
+      rope_base: of the angles position · base^(−2i/K).
+      attention: which of attention.KINDS computes it.
+      remat: which of REMAT.
     """
 
     vocab_size: int
@@ -40,6 +56,27 @@ class ModelConfig:
     dropout: float = 0.0
     dtype: str = "float32"
     unroll: int = 1
+    style: str = "dit"
+    kv_heads: int = 0
+    mlp_width: int = 0
+    rope_base: float = 10_000.0
+    attention: str = "lean"
+    remat: str = "none"
+
+    @property
+    def groups(self) -> int:
+        """G: heads of keys and values."""
+        return self.kv_heads or self.heads
+
+    @property
+    def head_width(self) -> int:
+        """K."""
+        return self.width // self.heads
+
+    @property
+    def inner(self) -> int:
+        """F: inner width of the MLP."""
+        return self.mlp_width or 4 * self.width
 
 
 def _uniform_fan_in(key, shape, dtype=jnp.float32):
@@ -49,30 +86,31 @@ def _uniform_fan_in(key, shape, dtype=jnp.float32):
 
 
 def _uniform_width(key, shape, dtype=jnp.float32):
-    """U(±1/√width), for embeddings and for the bias of a layer of `width` inputs."""
+    """U(±1/√width), for embeddings."""
     bound = shape[-1] ** -0.5
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-def _linear(
-    inputs: int, outputs: int, config: ModelConfig, rngs, *, bias=False, zero=False, dtype_out=None
-):
-    def bias_init(key, shape, dtype=jnp.float32):
+def _uniform_bias(inputs: int):
+    def init(key, shape, dtype=jnp.float32):
         return jax.random.uniform(key, shape, dtype, -(inputs**-0.5), inputs**-0.5)
 
-    return nnx.Linear(
-        inputs,
-        outputs,
-        use_bias=bias,
-        dtype=jnp.dtype(config.dtype),
-        kernel_init=nnx.initializers.zeros if zero else _uniform_fan_in,
-        bias_init=nnx.initializers.zeros if zero else bias_init,
-        preferred_element_type=dtype_out,
-        rngs=rngs,
-    )
+    return init
 
 
-def _layer_norm(config: ModelConfig, rngs):
+_zeros = nnx.initializers.zeros
+
+
+def _linear(d_in: int, *d_out: int, name: str, config, mesh, rngs, bias=False):
+    axes = sharding.PARAMETERS[f"blocks/{name}/kernel"][1:]
+    place = Place(axes, config.dtype, mesh)
+    bias_init = _uniform_bias(d_in) if bias else None
+    return Linear(d_in, d_out, place, rngs, init=_uniform_fan_in, bias_init=bias_init)
+
+
+def _norm(config: ModelConfig, rngs):
+    if config.style == "llama":
+        return nnx.RMSNorm(config.width, epsilon=1e-5, dtype=jnp.float32, rngs=rngs)
     return nnx.LayerNorm(
         config.width,
         epsilon=1e-5,
@@ -95,9 +133,9 @@ def _dropout(key, rate: float, h):
     return jnp.where(kept, h / (1 - rate), 0).astype(h.dtype)
 
 
-def rope_angles(position_BT, head_width: int):
+def rope_angles(position_BT, head_width: int, base: float):
     """cos and sin, float32 [B, 1, T, K/2], of position · base^(−2i/K)."""
-    frequency = ROPE_BASE ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
+    frequency = base ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
     angle = position_BT[:, None, :, None].astype(jnp.float32) * frequency[None, None, None]
     return jnp.cos(angle), jnp.sin(angle)
 
@@ -109,16 +147,28 @@ def _rotate(x_BHTK, cos, sin):
     return rotated.astype(x_BHTK.dtype)
 
 
+def _dense(inputs: int, outputs: int, config: ModelConfig, rngs, *, zero=False):
+    """A layer of the time embedding: one vector for the whole batch, so it needs no Place."""
+    return nnx.Linear(
+        inputs,
+        outputs,
+        dtype=jnp.dtype(config.dtype),
+        kernel_init=_zeros if zero else _uniform_fan_in,
+        bias_init=_zeros if zero else _uniform_bias(inputs),
+        rngs=rngs,
+    )
+
+
 class TimeEmbedding(nnx.Module):
     """Sinusoids of σ through a two-layer MLP with SiLU: [B] → [B, C]."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.inner = _linear(TIME_FREQUENCIES, config.cond_width, config, rngs, bias=True)
-        self.outer = _linear(config.cond_width, config.cond_width, config, rngs, bias=True)
+        self.inner = _dense(TIME_FREQUENCIES, config.cond_width, config, rngs)
+        self.outer = _dense(config.cond_width, config.cond_width, config, rngs)
 
     def __call__(self, sigma_B):
         half = TIME_FREQUENCIES // 2
-        frequency = ROPE_BASE ** (-jnp.arange(half, dtype=jnp.float32) / half)
+        frequency = 10_000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
         angle = sigma_B[:, None] * frequency[None]
         waves = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
         return self.outer(jax.nn.silu(self.inner(waves)))
@@ -128,40 +178,48 @@ class Modulation(nnx.Module):
     """adaLN: `parts` vectors [B, 1, D] (shift, scale, gate, …) from the time embedding [B, C].
     Zero-initialised; without a time embedding they are the identity (0, 0, 1, …)."""
 
-    def __init__(self, config: ModelConfig, parts: int, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, parts: int, mesh, rngs: nnx.Rngs):
         self.parts = parts
+        self.mesh = mesh
+        wide = parts * config.width
         self.linear = (
-            _linear(config.cond_width, parts * config.width, config, rngs, bias=True, zero=True)
-            if config.cond_width
-            else None
+            _dense(config.cond_width, wide, config, rngs, zero=True) if config.cond_width else None
         )
 
     def __call__(self, cond_BC):
         if self.linear is None:
             return (0.0, 0.0, 1.0, 0.0, 0.0, 1.0)[: self.parts]
-        return jnp.split(self.linear(cond_BC)[:, None], self.parts, axis=-1)
+        # The kernel stays where it is; the small result is gathered.
+        split = sharding.constrain(self.mesh, self.linear(cond_BC), None, "embed")
+        whole = sharding.constrain(self.mesh, split, None, None)
+        return jnp.split(whole[:, None], self.parts, axis=-1)
 
 
 class Block(nnx.Module):
     """One pre-norm block, cut where keys and values may come from a cache."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, mesh: Mesh | None, rngs: nnx.Rngs):
         self.config = config
-        self.attention_norm = _layer_norm(config, rngs)
-        self.qkv = _linear(config.width, 3 * config.width, config, rngs)
-        self.attention_out = _linear(config.width, config.width, config, rngs)
-        self.mlp_norm = _layer_norm(config, rngs)
-        self.mlp_in = _linear(config.width, 4 * config.width, config, rngs, bias=True)
-        self.mlp_out = _linear(4 * config.width, config.width, config, rngs, bias=True)
-        self.modulation = Modulation(config, 6, rngs)
+        c, how = config, {"config": config, "mesh": mesh, "rngs": rngs}
+        bias = c.style == "dit"
+        per_group = c.heads // c.groups + 2  # its queries, key and value
+        gates = 2 if c.style == "llama" else 1
+        self.attention_norm = _norm(c, rngs)
+        self.qkv = _linear(c.width, c.groups, per_group, c.head_width, name="qkv", **how)
+        self.attention_out = _linear(c.width, c.width, name="attention_out", **how)
+        self.mlp_norm = _norm(c, rngs)
+        self.mlp_in = _linear(c.width, gates, c.inner, name="mlp_in", bias=bias, **how)
+        self.mlp_out = _linear(c.inner, c.width, name="mlp_out", bias=bias, **how)
+        self.modulation = Modulation(c, 6, mesh, rngs)
 
     def project(self, h_BTD, modulation, cos, sin):
-        """Normed, modulated h → rotated queries and keys, and values, each [B, H, T, K]."""
+        """Normed, modulated h → rotated queries [B, H, T, K] and keys, and values [B, G, T, K]."""
         shift, scale, *_ = modulation
         h = _modulate(self.attention_norm(h_BTD), shift, scale, self.config.dtype)
-        batch, length, _ = h.shape
-        qkv = self.qkv(h).reshape(batch, length, 3, self.config.heads, -1)
-        q, k, v = jnp.moveaxis(qkv, (2, 3), (0, 2))
+        qkv_BGRTK = jnp.moveaxis(checkpoint_name(self.qkv(h), "qkv"), 1, 3)
+        batch, _, _, length, width = qkv_BGRTK.shape
+        q = qkv_BGRTK[:, :, :-2].reshape(batch, -1, length, width)
+        k, v = qkv_BGRTK[:, :, -2], qkv_BGRTK[:, :, -1]
         return _rotate(q, cos, sin), _rotate(k, cos, sin), v
 
     def combine(self, h_BTD, attended_BHTK, modulation, dropout_key):
@@ -170,37 +228,43 @@ class Block(nnx.Module):
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         dropout, dtype = self.config.dropout, self.config.dtype
         attended_BTD = jnp.moveaxis(attended_BHTK, 1, 2).reshape(h_BTD.shape)
-        h_BTD = h_BTD + gate * _dropout(keys[0], dropout, self.attention_out(attended_BTD))
-        inner = _modulate(self.mlp_norm(h_BTD), mlp_shift, mlp_scale, dtype)
-        inner = jax.nn.gelu(self.mlp_in(inner), approximate=True)
+        out = checkpoint_name(self.attention_out(attended_BTD), "attention_out")
+        h_BTD = h_BTD + gate * _dropout(keys[0], dropout, out)
+        h = _modulate(self.mlp_norm(h_BTD), mlp_shift, mlp_scale, dtype)
+        inner = self._activate(checkpoint_name(self.mlp_in(h), "mlp_in"))
         return h_BTD + mlp_gate * _dropout(keys[1], dropout, self.mlp_out(inner))
+
+    def _activate(self, parts_BTPF):
+        if self.config.style == "llama":
+            return jax.nn.silu(parts_BTPF[:, :, 0]) * parts_BTPF[:, :, 1]
+        return jax.nn.gelu(parts_BTPF[:, :, 0], approximate=True)
 
 
 class Transformer(nnx.Module):
     """Labelled tokens → logits. `cond_width` = 0 leaves adaLN out."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.config = config
-        self.embedding = nnx.Embed(
+    def __init__(self, config: ModelConfig, mesh: Mesh | None, rngs: nnx.Rngs):
+        self.config, self.mesh = config, mesh
+        axes = sharding.PARAMETERS
+        self.embedding = Embedding(
             config.vocab_size,
             config.width,
-            dtype=jnp.dtype(config.dtype),
-            embedding_init=_uniform_width,
-            rngs=rngs,
+            Place(axes["embedding/embedding"], config.dtype, mesh),
+            rngs,
+            init=_uniform_width,
         )
         self.time = TimeEmbedding(config, rngs) if config.cond_width else None
-        make = nnx.vmap(lambda rngs: Block(config, rngs), in_axes=0, out_axes=0)
+        make = nnx.vmap(lambda rngs: Block(config, mesh, rngs), in_axes=0, out_axes=0)
         self.blocks = make(rngs.split(config.blocks))
-        self.final_norm = _layer_norm(config, rngs)
-        self.final_modulation = Modulation(config, 2, rngs)
-        self.logits = _linear(
+        self.final_norm = _norm(config, rngs)
+        self.final_modulation = Modulation(config, 2, mesh, rngs)
+        self.logits = Linear(
             config.width,
-            config.vocab_size,
-            config,
+            (config.vocab_size,),
+            Place(axes["logits/kernel"], config.dtype, mesh, out_dtype="float32"),
             rngs,
-            bias=True,
-            zero=True,
-            dtype_out=jnp.float32,
+            init=_zeros,
+            bias_init=_zeros if config.style == "dit" else None,
         )
 
     def __call__(
@@ -210,6 +274,7 @@ class Transformer(nnx.Module):
         cache: KVCache | None = None,
         start=0,
         predict: tuple | None = None,
+        head: bool = True,
         dropout_key=None,
         sigma_B=None,
     ):
@@ -220,8 +285,10 @@ class Transformer(nnx.Module):
           cache: if given, the tokens' keys, values and ranks are written to slots
             [start, start + T) first, and the tokens attend to the cache alone (all in context).
           start: int, may be traced.
-          predict: (offset, P): logits for the tokens [offset, offset + P) only; None = all T. A
+          predict: (offset, P): results for the tokens [offset, offset + P) only; None = all T. A
             traced offset may run past the end: the last token then stands in for the missing ones.
+          head: False = return what the head would project, [B, P, D] in the compute dtype, in
+            place of the logits (the loss projects no more tokens than it must).
           dropout_key: None = no dropout.
           sigma_B: float32 [B], what the time embedding is evaluated at; None = 0, which is what
             training, likelihood and sampling all use.
@@ -232,10 +299,8 @@ class Transformer(nnx.Module):
         config = self.config
         keys = tokens
         if cache is not None:
-            cache = cache.write_ranks(start, tokens.rank)
-            keys = cache
-        mask_BTS = dense_mask(tokens, keys)
-        cos, sin = rope_angles(tokens.position, config.width // config.heads)
+            keys = cache = cache.write_ranks(start, tokens.rank)
+        cos, sin = rope_angles(tokens.position, config.head_width, config.rope_base)
         cond_BC = self._condition(sigma_B)
         graphdef, stacked = nnx.split(self.blocks)
         seeds = None if dropout_key is None else jax.random.split(dropout_key, config.blocks)
@@ -249,8 +314,12 @@ class Transformer(nnx.Module):
             if cache is not None:
                 cache = cache.write(index, start, k, v)
                 k, v = cache.key[index], cache.value[index]
-            return (block.combine(h_BTD, attend(q, k, v, mask_BTS), modulation, seed), cache), None
+            attended = attend(q, k, v, tokens, keys, kind=config.attention, mesh=self.mesh)
+            return (block.combine(h_BTD, attended, modulation, seed), cache), None
 
+        if REMAT[config.remat] is not None:
+            keep = jax.checkpoint_policies.save_only_these_names(*REMAT[config.remat])
+            block_step = jax.checkpoint(block_step, policy=keep, prevent_cse=False)
         carry = (self.embedding(tokens.token), cache)
         layers = (stacked, jnp.arange(config.blocks), seeds)
         (h_BTD, cache), _ = jax.lax.scan(block_step, carry, layers, unroll=config.unroll)
@@ -258,7 +327,7 @@ class Transformer(nnx.Module):
             h_BTD = _take(h_BTD, *predict)
         shift, scale = self.final_modulation(cond_BC)
         h_BPD = _modulate(self.final_norm(h_BTD), shift, scale, config.dtype)
-        return self.logits(h_BPD), cache
+        return (self.logits(h_BPD) if head else h_BPD), cache
 
     def _condition(self, sigma_B):
         if self.time is None:
@@ -274,12 +343,15 @@ def _take(h_BTD, offset, count: int):
 
 def init(config: ModelConfig, key) -> dict:
     """Freshly initialised parameters: a plain nested dict of float32 arrays."""
-    return nnx.to_pure_dict(nnx.state(Transformer(config, nnx.Rngs(key)), nnx.Param))
+    return nnx.to_pure_dict(nnx.state(Transformer(config, None, nnx.Rngs(key)), nnx.Param))
 
 
-def bind(config: ModelConfig):
-    """Returns apply(params, tokens, **kwargs) → (logits, cache), pure; see Transformer.__call__."""
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0))))
+def bind(config: ModelConfig, mesh: Mesh | None = None):
+    """Returns apply(params, tokens, **kwargs) → (logits, cache), pure; see Transformer.__call__.
+
+    With a mesh, parameters lie on it by sharding.parameters, and rows and tokens by its rules.
+    """
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, mesh, nnx.Rngs(0))))
 
     def apply(params, tokens, **kwargs):
         return nnx.merge(graphdef, params)(tokens, **kwargs)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from esolm_jax import noise
 from esolm_jax import order as orders
-from esolm_jax.labels import Labelled, Tokens
+from esolm_jax.labels import Labelled, Layout, Tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +30,21 @@ class Special:
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """One term of an objective. `label(key, x, valid)` returns Labelled; `fraction` is the part
-    of a training batch that feeds it (evaluation feeds every row to every phase)."""
+    """One term of an objective.
+
+    Attributes:
+      fraction: the part of a training batch that feeds it (evaluation feeds every row to every
+        phase).
+      label: (key, x, valid) → Labelled.
+      predicts: probability that a token is predicted, on average.
+      droppable: whether query copies without a weight may be left out: nobody else reads them.
+    """
 
     name: str
     fraction: float
     label: Callable[[jax.Array, jax.Array, jax.Array], Labelled]
+    predicts: float = 1.0
+    droppable: bool = False
 
 
 def _take(a_BL, order_BL):
@@ -46,14 +55,22 @@ def _index(order_BL):
     return jnp.broadcast_to(jnp.arange(order_BL.shape[1], dtype=jnp.int32), order_BL.shape)
 
 
-def _stream(text_BL, order_BL, rank_BL, in_context: bool) -> Tokens:
-    """One copy of the text, laid out in generation order."""
+def _stream(text_BL, order_BL, rank_BL, in_context: bool, block: int | None = None) -> Tokens:
+    """One copy of the text, laid out in generation order; `block` tokens of it have one rank, or
+    None if that depends on the row."""
     return Tokens(
         token=_take(text_BL, order_BL),
         position=order_BL,
         rank=rank_BL.astype(jnp.int32),
         in_context=jnp.full(order_BL.shape, in_context),
+        layout=Layout(order_BL.shape[1], block=block) if block else None,
     )
+
+
+def _two_streams(z: Tokens, x: Tokens, block: int | None = None) -> Tokens:
+    """Query copies ‖ context, as long as each other."""
+    length = x.token.shape[1]
+    return z.beside(x, Layout(length, length, block) if block else None)
 
 
 def _labelled(tokens: Tokens, x, valid, order_BL, weight) -> Labelled:
@@ -72,14 +89,15 @@ def label_ar(x, valid, *, start: int) -> Labelled:
     """AR: x shifted right behind a start token, rank = position."""
     shifted = jnp.concatenate([jnp.full_like(x[:, :1], start), x[:, :-1]], axis=1)
     order_BL = _index(x)
-    tokens = _stream(shifted, order_BL, order_BL, in_context=True)
+    tokens = _stream(shifted, order_BL, order_BL, in_context=True, block=1)
     return _labelled(tokens, x, valid, order_BL, valid)
 
 
 def label_mdlm(x, valid, masked, weight, *, mask: int) -> Labelled:
     """MDLM: z_t, all of one rank (bidirectional); padding is of a later rank, so unread."""
     order_BL = _index(x)
-    tokens = _stream(jnp.where(masked, mask, x), order_BL, jnp.where(valid, 0, 1), in_context=True)
+    z, rank = jnp.where(masked, mask, x), jnp.where(valid, 0, 1)
+    tokens = _stream(z, order_BL, rank, in_context=True, block=x.shape[1])
     return _labelled(tokens, x, valid, order_BL, weight)
 
 
@@ -89,14 +107,14 @@ def label_bd3(x, valid, masked, weight, *, mask: int, block_length: int) -> Labe
     num_blocks = x.shape[1] // block_length
     rank = jnp.where(valid, order_BL // block_length, num_blocks)
     z = _stream(jnp.where(masked, mask, x), order_BL, rank, in_context=False)
-    return _labelled(
-        z.beside(_stream(x, order_BL, rank, in_context=True)), x, valid, order_BL, weight
-    )
+    tokens = _two_streams(z, _stream(x, order_BL, rank, in_context=True), block_length)
+    return _labelled(tokens, x, valid, order_BL, weight)
 
 
 def label_eso_b_diffusion(x, valid, masked, order_BL, weight, *, mask: int) -> Labelled:
     """Eso-LM (B), diffusion: z_t in generation order, causal in it."""
-    tokens = _stream(jnp.where(masked, mask, x), order_BL, _index(order_BL), in_context=True)
+    z, rank = jnp.where(masked, mask, x), _index(order_BL)
+    tokens = _stream(z, order_BL, rank, in_context=True, block=1)
     return _labelled(tokens, x, valid, order_BL, weight)
 
 
@@ -108,9 +126,8 @@ def label_eso_b_sequential(x, valid, masked, order_BL, weight, *, mask: int) -> 
     """
     rank = _index(order_BL)
     z = _stream(jnp.where(masked, mask, x), order_BL, rank, in_context=False)
-    return _labelled(
-        z.beside(_stream(x, order_BL, rank, in_context=True)), x, valid, order_BL, weight
-    )
+    tokens = _two_streams(z, _stream(x, order_BL, rank, in_context=True), block=1)
+    return _labelled(tokens, x, valid, order_BL, weight)
 
 
 def _rank_clean_zero(valid, masked, order_BL):
@@ -130,7 +147,7 @@ def label_eso_a_sequential(x, valid, masked, order_BL, weight, *, mask: int) -> 
     """Eso-LM (A), sequential: as (B), but the clean tokens of the x copy see each other."""
     z = _stream(jnp.where(masked, mask, x), order_BL, _index(order_BL), in_context=False)
     context = _stream(x, order_BL, _rank_clean_zero(valid, masked, order_BL), in_context=True)
-    return _labelled(z.beside(context), x, valid, order_BL, weight)
+    return _labelled(_two_streams(z, context), x, valid, order_BL, weight)
 
 
 # Phases: they draw the noise.
@@ -196,17 +213,19 @@ def phases(config, special: Special, *, low_variance: bool) -> tuple[Phase, ...]
     partial = functools.partial
     mask, alpha_0 = special.mask, config.alpha_0
     diffusion = partial(_diffusion, alpha_0=alpha_0, low_variance=low_variance)
+    predicts = 1 - alpha_0 / 2  # the mean of 1 − α_t
     match config.objective:
         case "ar":
             return (Phase("ar", 1.0, partial(_no_noise, partial(label_ar, start=special.start))),)
         case "mdlm":
             label = partial(label_mdlm, mask=mask)
-            return (Phase("diffusion", 1.0, partial(diffusion, label, shuffled=False)),)
+            diffusion = partial(diffusion, label, shuffled=False)
+            return (Phase("diffusion", 1.0, diffusion, predicts),)
         case "bd3":
             label = partial(label_bd3, mask=mask, block_length=config.block_length)
             times = config.data.seq_len // config.block_length
             diffusion = partial(diffusion, label, shuffled=False, times_per_row=times)
-            return (Phase("diffusion", 1.0, diffusion),)
+            return (Phase("diffusion", 1.0, diffusion, predicts),)
         case "eso_a":
             labels = label_eso_a_diffusion, label_eso_a_sequential
         case "eso_b":
@@ -214,10 +233,10 @@ def phases(config, special: Special, *, low_variance: bool) -> tuple[Phase, ...]
     kappa = {0.0: 0.0, 1.0: 1.0}.get(alpha_0, config.kappa)
     natural = config.objective == "eso_a"
     first, second = (partial(label, mask=mask) for label in labels)
+    diffusion = partial(diffusion, first, shuffled=True)
+    sequential = partial(_sequential, second, alpha_0=alpha_0, natural=natural)
     both = (
-        Phase("diffusion", kappa, partial(diffusion, first, shuffled=True)),
-        Phase(
-            "sequential", 1 - kappa, partial(_sequential, second, alpha_0=alpha_0, natural=natural)
-        ),
+        Phase("diffusion", kappa, diffusion, predicts),
+        Phase("sequential", 1 - kappa, sequential, 1 - alpha_0, droppable=True),
     )
     return tuple(phase for phase in both if phase.fraction > 0)

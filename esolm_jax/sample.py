@@ -54,10 +54,26 @@ def _shown(ids: list[int], config, tokenizer) -> list[int]:
     return ids
 
 
+def _check_mesh(config, mesh) -> None:
+    shards = sharding.num_row_shards(mesh)
+    if config.sample.num % shards:
+        raise UserError(
+            f"config.sample.num={config.sample.num}: must be a multiple of the {shards} devices "
+            "(mesh.data x mesh.fsdp) that rows are split over"
+        )
+    if mesh.shape["sequence"] > 1:
+        raise UserError(
+            f"config.mesh.sequence={mesh.shape['sequence']}: must be 1 for sampling; put those "
+            "devices on another axis"
+        )
+
+
 def sample(config, workdir: pathlib.Path) -> dict:
     """Samples config.sample.num texts; returns them with how they were made, JSON-able."""
     s = config.sample
-    trained = assemble.load_trained(config, workdir, s.weights, sharding.make_mesh(1))
+    mesh = sharding.make_mesh(config.mesh)
+    _check_mesh(config, mesh)
+    trained = assemble.load_trained(config, workdir, s.weights, mesh)
     tokenizer = load_tokenizer(workdir / "tokenizer")
     if tokenizer.fingerprint != trained.meta["tokenizer"]["fingerprint"]:
         raise UserError(
@@ -65,16 +81,17 @@ def sample(config, workdir: pathlib.Path) -> dict:
         )
     drawn = make_schedule(config, config.data.seq_len)
     plan = passes.plan(
-        config, drawn, mask_id=trained.special.mask, start_token=trained.special.start
+        config, drawn, mask_id=trained.built.special.mask, start_token=trained.built.special.start
     )
     choice = Choice(
-        mask_id=trained.special.mask, temperature=s.temperature, top_p=s.top_p, top_k=s.top_k
+        mask_id=trained.built.special.mask, temperature=s.temperature, top_p=s.top_p, top_k=s.top_k
     )
     key = jax.random.key(s.seed)
+    model = trained.built.model
 
     def run(**kwargs):
         begin = time.perf_counter()
-        text = decode.decode(trained.config, trained.params, plan, choice, key, **kwargs)
+        text = decode.decode(model, trained.params, plan, choice, key, mesh=mesh, **kwargs)
         return np.asarray(text), time.perf_counter() - begin
 
     print(f"compiling, then {len(drawn.step_sizes)} passes for {s.num} texts …", flush=True)

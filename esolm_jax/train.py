@@ -14,17 +14,14 @@ from esolm_jax import (
     checkpoint,
     cli,
     likelihood,
-    objectives,
     results,
     sharding,
     train_step,
 )
 from esolm_jax import config as config_lib
 from esolm_jax import metrics as metrics_lib
-from esolm_jax import model as model_lib
-from esolm_jax import optimizer as optimizer_lib
 from esolm_jax.data.manifest import Manifest
-from esolm_jax.data.reader import TrainReader, eval_batches, unigram_perplexity
+from esolm_jax.data.reader import TrainReader, unigram_perplexity
 from esolm_jax.train_step import TrainState
 
 # What may change between a run and its resumption.
@@ -42,6 +39,10 @@ _FREE = (
     "data.test",
     "data.workers",
     "mesh.",
+    "distributed.",
+    "model.attention",
+    "model.remat",
+    "model.loss_chunk",
     "model.unroll",
 )
 
@@ -52,31 +53,20 @@ class Run:
     def __init__(self, config, workdir: pathlib.Path):
         self.config, self.workdir = config, workdir
         self.manifest: Manifest = assemble.load_data(config, workdir)
-        self.mesh = sharding.make_mesh(config.mesh.data)
-        self.model = assemble.model_config(config, self.manifest.tokenizer)
-        self.apply = model_lib.bind(self.model)
-        self.special = assemble.special_ids(self.manifest.tokenizer)
-        self.phases = objectives.phases(config, self.special, low_variance=config.low_variance)
-        fractions = {phase.name: phase.fraction for phase in self.phases}
-        config_lib.validate_training(config, fractions, self.mesh.size)
-        config_lib.validate_evaluation(config, self.mesh.size)
-        self.optimizer = optimizer_lib.make(config)
-
-    def _make_state(self) -> TrainState:
-        params_key, noise_key = jax.random.split(jax.random.key(self.config.seed))
-        params = model_lib.init(self.model, params_key)
-        return train_step.init_state(params, self.optimizer, noise_key)
+        mesh = sharding.make_mesh(config.mesh)
+        self.built = assemble.build(config, self.manifest.tokenizer, mesh)
+        self.training = train_step.Training(config, self.built)
+        config_lib.validate_evaluation(config, sharding.num_row_shards(mesh))
 
     def restore_or_init(self, checkpoints) -> tuple[TrainState, int]:
         """The latest checkpoint's state and data cursor, or a fresh state at cursor 0; born in
         its place on the mesh."""
         if checkpoints.latest_step is None:
-            whole = sharding.replicated(self.mesh)
-            return jax.jit(self._make_state, out_shardings=whole)(), 0
+            return self.training.init(), 0
         meta = checkpoint.read_meta(self.workdir)
         assemble.check_same_fields(self.config, meta, lambda name: not name.startswith(_FREE))
         assemble.check_same_tokenizer(self.manifest, meta)
-        state, meta = checkpoints.restore(sharding.abstract(self._make_state, self.mesh))
+        state, meta = checkpoints.restore(self.training.abstract_state())
         return state, meta["cursor"]
 
     def meta(self, cursor: int) -> dict:
@@ -106,17 +96,15 @@ class _StopSignal:
 def _train(run: Run, checkpoints, state: TrainState, cursor: int) -> int | None:
     """Runs the steps that are left; returns the signal that ended them early, if one did."""
     config, t = run.config, run.config.train
-    step_fn = train_step.make_train_step(
-        config, run.apply, run.phases, run.special.mask, run.mesh, run.optimizer
-    )
-    estimate = likelihood.make_nelbo(run.apply, config, run.special, run.mesh)
+    mesh = run.built.mesh
+    step_fn = run.training.step_fn()
+    estimate = likelihood.make_nelbo(config, run.built)
     reader = TrainReader(
         run.manifest,
         batch_size=t.batch_size,
+        rows=sharding.local_rows(mesh, t.batch_size),
         seed=config.seed,
         workers=config.data.workers,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
         cursor=cursor,
     )
     first = int(state.step)
@@ -129,7 +117,7 @@ def _train(run: Run, checkpoints, state: TrainState, cursor: int) -> int | None:
         metrics.say("compiling the training step (the first step takes as long as that)")
     with contextlib.closing(reader), contextlib.closing(metrics):
         for step in range(first + 1, t.steps + 1):
-            state, values = step_fn(state, sharding.put_batch(next(reader), run.mesh))
+            state, values = step_fn(state, sharding.put_batch(next(reader), mesh, t.batch_size))
             metrics.advance()
             if step % t.log_every == 0 or step == t.steps:
                 metrics.log(step, {k: float(v) for k, v in values.items()}, timed=True)
@@ -151,13 +139,8 @@ def _train(run: Run, checkpoints, state: TrainState, cursor: int) -> int | None:
 def _validate(run: Run, estimate, state: TrainState) -> float:
     """NELBO of a part of the validation split under the EMA weights, nats per token."""
     config = run.config
-    batches = eval_batches(
-        run.manifest,
-        "validation",
-        batch_size=config.eval.batch_size,
-        max_windows=config.train.eval_windows,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+    batches = assemble.eval_batches(
+        config, run.manifest, "validation", config.train.eval_windows, run.built.mesh
     )
     return estimate(state.ema, batches, num_samples=1, seed=config.seed, progress="validation").nll
 
@@ -178,7 +161,7 @@ def main(config, workdir: pathlib.Path) -> None:
     count = sum(a.size for a in jax.tree.leaves(state.params))
     print(
         f"{config.objective}, alpha_0 = {config.alpha_0}: {count:,} parameters, "
-        f"{config.train.batch_size} x {config.data.seq_len} tokens a step on {run.mesh.size} "
+        f"{config.train.batch_size} x {config.data.seq_len} tokens a step on {run.built.mesh.size} "
         f"{jax.devices()[0].platform} device(s)"
     )
     stopped_by = _train(run, checkpoints, state, cursor)

@@ -1,17 +1,21 @@
 """One training step: label the global batch, sum the phases' losses, update weights and EMA."""
 
-from collections.abc import Sequence
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 
+from esolm_jax import config as config_lib
+from esolm_jax import model as model_lib
 from esolm_jax import optimizer as optimizer_lib
-from esolm_jax import sharding
+from esolm_jax import sharding, trim
 from esolm_jax.labels import Labelled
-from esolm_jax.loss import sequence_nll
-from esolm_jax.objectives import Phase
+from esolm_jax.loss import Head, weighted_nll
+from esolm_jax.objectives import Phase, phases
 
 
 @flax.struct.dataclass
@@ -40,6 +44,25 @@ def init_state(params, optimizer, key) -> TrainState:
     )
 
 
+def state_shardings(mesh, make_state: Callable, optimizer) -> TrainState:
+    """Where each part of the state lies: EMA and moments where their parameters are.
+
+    Raises:
+      UserError: a parameter does not divide by the mesh.
+    """
+    shapes = jax.eval_shape(make_state)
+    params = sharding.parameters(mesh, shapes.params)
+    whole = sharding.replicated(mesh)
+    opt_state = optax.tree.map_params(
+        optimizer,
+        lambda _, where: where,
+        shapes.opt_state,
+        params,
+        transform_non_params=lambda _: whole,
+    )
+    return TrainState(whole, params, params, opt_state, whole)
+
+
 def label_batch(phases: Sequence[Phase], key, x, valid) -> tuple[Labelled, ...]:
     """Shares the rows of a global batch out among the phases, by their fractions, and labels them.
 
@@ -54,90 +77,178 @@ def label_batch(phases: Sequence[Phase], key, x, valid) -> tuple[Labelled, ...]:
     return tuple(labelled)
 
 
-def phase_losses(apply, params, labelled, num_tokens, mask_id: int, dropout_key=None):
-    """Σ weight · (−log p) / num_tokens of each phase: float32 [phases], in nats per token.
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What a step minimises, and how it is computed.
 
-    `num_tokens` are the phases' token counts in the *global* batch, whatever part `labelled` is.
+    Attributes:
+      apply: of model.bind. head: the projection on the vocabulary.
+      queries: for each phase, how many query copies a row keeps (trim.py), or None: all tokens.
+      accumulation: micro-batches. mesh: None = one device.
     """
-    losses = []
-    for i, (part, count) in enumerate(zip(labelled, num_tokens, strict=True)):
-        key = None if dropout_key is None else jax.random.fold_in(dropout_key, i)
-        predict = (0, part.target.shape[1])
-        logits, _ = apply(params, part.tokens, predict=predict, dropout_key=key)
-        losses.append(jnp.sum(sequence_nll(logits, part, mask_id)) / count)
-    return jnp.stack(losses)
 
+    apply: Callable
+    head: Head
+    queries: tuple[int | None, ...]
+    accumulation: int = 1
+    mesh: jax.sharding.Mesh | None = None
 
-def loss_and_grads(
-    apply, params, labelled, mask_id: int, *, accumulation=1, dropout_key=None, mesh=None
-):
-    """Phase losses [phases] and the gradient of their sum, in `accumulation` micro-batches.
+    def losses(self, params, labelled, num_tokens, dropout_key=None):
+        """Σ weight · (−log p) / num_tokens of each phase: float32 [phases], in nats per token.
 
-    Rows of each phase are cut into `accumulation` equal runs; only one run's activations are alive
-    at a time; its rows are split over the `mesh`. Gradients are summed in float32.
-    """
-    num_tokens = [jnp.maximum(jnp.sum(part.num_tokens), 1) for part in labelled]
+        `num_tokens` are the phases' token counts in the *global* batch, whatever part `labelled`
+        is.
+        """
+        losses = []
+        for i, (part, count) in enumerate(zip(labelled, num_tokens, strict=True)):
+            key = None if dropout_key is None else jax.random.fold_in(dropout_key, i)
+            with jax.named_scope(f"phase_{i}"):
+                hidden, _ = self.apply(
+                    params,
+                    part.tokens,
+                    predict=(0, part.target.shape[1]),
+                    head=False,
+                    dropout_key=key,
+                )
+                weight = part.weight / count
+                losses.append(
+                    weighted_nll(self.head, hidden, params["logits"], part.target, weight)
+                )
+        return jnp.stack(losses)
 
-    def loss_fn(params, part, key):
-        losses = phase_losses(apply, params, part, num_tokens, mask_id, key)
-        return jnp.sum(losses), losses
+    def _micro(self, params, labelled, num_tokens, dropout_key):
+        """(gradient, losses) of one micro-batch; trimmed if every row of it allows that."""
 
-    grad_fn = jax.grad(loss_fn, has_aux=True)
-    if accumulation == 1:
-        grads, losses = grad_fn(params, labelled, dropout_key)
+        def loss_fn(params, labelled):
+            losses = self.losses(params, labelled, num_tokens, dropout_key)
+            return jnp.sum(losses), losses
+
+        grad_fn = jax.grad(loss_fn, has_aux=True)
+        pairs = list(zip(labelled, self.queries, strict=True))
+        fits = [trim.fits(part, queries) for part, queries in pairs if queries]
+        if not fits:
+            return grad_fn(params, labelled)
+        short = tuple(trim.trim(part, queries) if queries else part for part, queries in pairs)
+        with jax.named_scope("trimmed"):
+            return jax.lax.cond(
+                jnp.all(jnp.stack(fits)),
+                lambda: grad_fn(params, short),
+                lambda: grad_fn(params, labelled),
+            )
+
+    def loss_and_grads(self, params, labelled, dropout_key=None):
+        """Phase losses [phases] and the gradient of their sum, in `accumulation` micro-batches.
+
+        Rows of each phase are cut into equal runs; only one run's activations are alive at a time;
+        its rows are split over the mesh. Gradients are summed in float32.
+        """
+        num_tokens = [jnp.maximum(jnp.sum(part.num_tokens), 1) for part in labelled]
+        if self.accumulation == 1:
+            grads, losses = self._micro(params, labelled, num_tokens, dropout_key)
+            return losses, grads
+
+        def one(carry, micro):
+            part, index = micro
+            key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
+            grads, losses = self._micro(params, part, num_tokens, key)
+            return jax.tree.map(jnp.add, carry, (losses, grads)), None
+
+        micros = jax.tree.map(
+            lambda a: a.reshape(self.accumulation, -1, *a.shape[1:]),
+            labelled,
+        )
+        if self.mesh is not None:
+            micros = jax.lax.with_sharding_constraint(micros, sharding.rows(self.mesh, axis=1))
+        zeros = (jnp.zeros(len(labelled)), jax.tree.map(jnp.zeros_like, params))
+        (losses, grads), _ = jax.lax.scan(one, zeros, (micros, jnp.arange(self.accumulation)))
         return losses, grads
 
-    def one(carry, micro):
-        part, index = micro
-        key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-        grads, losses = grad_fn(params, part, key)
-        return jax.tree.map(jnp.add, carry, (losses, grads)), None
 
-    micros = jax.tree.map(
-        lambda a: a.reshape(accumulation, a.shape[0] // accumulation, *a.shape[1:]), labelled
-    )
-    if mesh is not None:
-        micros = jax.lax.with_sharding_constraint(micros, sharding.rows(mesh, axis=1))
-    zeros = (jnp.zeros(len(labelled)), jax.tree.map(jnp.zeros_like, params))
-    (losses, grads), _ = jax.lax.scan(one, zeros, (micros, jnp.arange(accumulation)))
-    return losses, grads
+def make_objective(config, built, phases: Sequence[Phase]) -> Objective:
+    """The objective of a training run: `built` is an assemble.Built."""
+    rows = config.train.batch_size // config.train.accumulation
+    length = config.data.seq_len
+    multiple = math.lcm(8, built.mesh.shape["sequence"])
+    queries = [
+        trim.num_queries(length, phase.predicts, round(phase.fraction * rows), multiple)
+        if phase.droppable
+        else length
+        for phase in phases
+    ]
+    kept = tuple(n if n < length else None for n in queries)
+    return Objective(built.apply, built.head, kept, config.train.accumulation, built.mesh)
 
 
-def make_train_step(config, apply, phases: Sequence[Phase], mask_id: int, mesh, optimizer):
-    """Returns step(state, batch) → (state, metrics), jitted; the state is donated.
+class Training:
+    """How a config trains a model on a mesh: its state and its step.
 
-    batch: {"x": int32 [B, L], "valid": bool [B, L]}, rows split over the mesh. metrics: float32
-    scalars loss (nats per token), one loss per phase, grad_norm, learning_rate.
+    Attributes:
+      phases, objective, optimizer: what a step is made of.
+      shardings: TrainState of shardings, where each part of the state lies.
     """
-    schedule = optimizer_lib.learning_rate(config)
-    accumulation = config.train.accumulation
 
-    def step(state: TrainState, batch):
+    def __init__(self, config, built):
+        """`built` is an assemble.Built. Raises UserError if the config cannot be trained so."""
+        self.config, self.built = config, built
+        self.phases = phases(config, built.special, low_variance=config.low_variance)
+        fractions = {phase.name: phase.fraction for phase in self.phases}
+        config_lib.validate_training(config, fractions, sharding.num_row_shards(built.mesh))
+        self.objective = make_objective(config, built, self.phases)
+        self.optimizer = optimizer_lib.make(config)
+        self.shardings = state_shardings(built.mesh, self._make_state, self.optimizer)
+
+    def _make_state(self) -> TrainState:
+        params_key, noise_key = jax.random.split(jax.random.key(self.config.seed))
+        params = model_lib.init(self.built.model, params_key)
+        return init_state(params, self.optimizer, noise_key)
+
+    def init(self) -> TrainState:
+        """A fresh state, born in its place on the mesh."""
+        return jax.jit(self._make_state, out_shardings=self.shardings)()
+
+    def abstract_state(self) -> TrainState:
+        """ShapeDtypeStructs of the state, with shardings."""
+        return sharding.abstract(self._make_state, self.shardings)
+
+    def abstract_batch(self) -> dict:
+        """ShapeDtypeStructs of a global batch."""
+        shape = self.config.train.batch_size, self.config.data.seq_len
+        where = sharding.rows(self.built.mesh)
+        return {
+            "x": jax.ShapeDtypeStruct(shape, jnp.int32, sharding=where),
+            "valid": jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=where),
+        }
+
+    def step(self, state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+        """One update; pure. See step_fn."""
+        config, mesh = self.config, self.built.mesh
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         noise_key, dropout_key = jax.random.split(key)
-        labelled = label_batch(phases, noise_key, batch["x"], batch["valid"])
-        labelled = jax.lax.with_sharding_constraint(labelled, sharding.rows(mesh))
-        losses, grads = loss_and_grads(
-            apply,
-            state.params,
-            labelled,
-            mask_id,
-            accumulation=accumulation,
-            dropout_key=dropout_key if config.model.dropout else None,
-            mesh=mesh,
+        with jax.named_scope("label"):
+            labelled = label_batch(self.phases, noise_key, batch["x"], batch["valid"])
+            labelled = jax.lax.with_sharding_constraint(labelled, sharding.rows(mesh))
+        losses, grads = self.objective.loss_and_grads(
+            state.params, labelled, dropout_key if config.model.dropout else None
         )
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = optimizer_lib.update_ema(state.ema, params, config.optimizer.ema, state.step + 1)
+        with jax.named_scope("update"):
+            updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            ema = optimizer_lib.update_ema(state.ema, params, config.optimizer.ema, state.step + 1)
         metrics = {"loss": jnp.sum(losses)}
-        metrics |= {f"loss_{phase.name}": losses[i] for i, phase in enumerate(phases)}
-        metrics |= {"grad_norm": optax.tree.norm(grads), "learning_rate": schedule(state.step)}
+        metrics |= {f"loss_{phase.name}": losses[i] for i, phase in enumerate(self.phases)}
+        metrics["grad_norm"] = optax.tree.norm(grads)
+        metrics["learning_rate"] = optimizer_lib.learning_rate(config)(state.step)
         return TrainState(state.step + 1, params, ema, opt_state, state.key), metrics
 
-    whole = sharding.replicated(mesh)
-    return jax.jit(
-        step,
-        donate_argnums=0,
-        in_shardings=(whole, sharding.rows(mesh)),
-        out_shardings=(whole, whole),
-    )
+    def step_fn(self):
+        """step(state, batch) → (state, metrics), jitted; the state is donated.
+
+        batch: {"x": int32 [B, L], "valid": bool [B, L]}, rows split over the mesh. metrics:
+        float32 scalars loss (nats per token), one loss per phase, grad_norm, learning_rate.
+        """
+        return jax.jit(
+            self.step,
+            donate_argnums=0,
+            in_shardings=(self.shardings, sharding.rows(self.built.mesh)),
+            out_shardings=(self.shardings, sharding.replicated(self.built.mesh)),
+        )

@@ -189,8 +189,14 @@ def test_training_on_data_prepared_otherwise(refused, data, tmp_path, name, valu
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("train.batch_size", 7), ("train.accumulation", 3), ("mesh.data", 64), ("mesh.data", 8)],
-)
+    [
+        ("train.batch_size", 7),
+        ("train.accumulation", 3),
+        ("mesh.devices", 64),
+        ("mesh.data", 64),
+        ("mesh.devices", 8),
+    ],
+)  # fmt: skip
 def test_batch_that_does_not_fit_the_devices(refused, data, tmp_path, name, value):
     args = arguments(data | {"train.batch_size": 8, name: value})
     refused("train", [f"--workdir={tmp_path}", f"--config={FILE}", *args], "config.")
@@ -198,7 +204,7 @@ def test_batch_that_does_not_fit_the_devices(refused, data, tmp_path, name, valu
 
 
 def test_batch_of_an_evaluation_that_does_not_fit_the_devices(refused, eso_b):
-    args = ["--config.mesh.data=8", "--config.eval.batch_size=4"]
+    args = ["--config.mesh.devices=8", "--config.eval.batch_size=4"]
     refused("evaluate", [f"--workdir={eso_b}", *args], "config.eval.batch_size=4", "8 devices")
 
 

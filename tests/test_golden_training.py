@@ -6,8 +6,8 @@ import optax
 import pytest
 from golden_files import close, model, vectors
 
+from esolm_jax import loss, noise, objectives, optimizer, train_step
 from esolm_jax import model as model_lib
-from esolm_jax import noise, objectives, optimizer, train_step
 from esolm_jax.interop import reference
 
 MASK = 66
@@ -61,7 +61,9 @@ def test_loss_gradients_and_steps(case):
     labelled = labelled_batch(golden, *CASES[case])
     start = model(str(golden["weights"]))
     apply = model_lib.bind(start.config)
-    step = jax.jit(lambda params: train_step.loss_and_grads(apply, params, labelled, MASK))
+    head = loss.Head.of(start.config, MASK, chunk=8)
+    objective = train_step.Objective(apply, head, (None,) * len(labelled))
+    step = jax.jit(lambda params: objective.loss_and_grads(params, labelled))
     losses, grads = step(start.params)
     close(losses.sum(), golden["loss"].reshape(()))
     published = reference.to_published(grads)

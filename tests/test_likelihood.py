@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import toy
 
-from esolm_jax import likelihood, loss, objectives, sharding
+from esolm_jax import likelihood, loss, objectives
 
-MESH = sharding.make_mesh(1)
 L = toy.LENGTH
 
 
@@ -22,13 +21,12 @@ def batch(repeats=1, texts=toy.TEXTS):
 
 @functools.cache
 def nelbo(objective, alpha_0):
-    return likelihood.make_nelbo(toy.apply, toy.config(objective, alpha_0), toy.SPECIAL, MESH)
+    return likelihood.make_nelbo(toy.config(objective, alpha_0), toy.BUILT)
 
 
 @functools.cache
 def importance_weighted(alpha_0):
-    config = toy.config("eso_b", alpha_0)
-    return likelihood.make_importance_weighted(toy.apply, config, toy.SPECIAL, MESH)
+    return likelihood.make_importance_weighted(toy.config("eso_b", alpha_0), toy.BUILT)
 
 
 def estimate_nelbo(objective, alpha_0, batches, num_samples, seed=0):
@@ -74,8 +72,8 @@ def test_probabilities_of_all_texts_under_one_order_sum_to_one(order):
         toy.TEXTS, everything, everything, np.tile(np.int32(order), (81, 1)), everything,
         mask=toy.MASK,
     )  # fmt: skip
-    logits = toy.logits_of(labelled.tokens)[:, :L]
-    log_p = -np.asarray(loss.sequence_nll(logits, labelled, toy.MASK), np.float64)
+    nll = jax.jit(functools.partial(likelihood.labelled_nll, toy.apply, toy.BUILT.head))
+    log_p = -np.asarray(nll(toy.PARAMS, labelled), np.float64)
     assert abs(np.exp(log_p).sum() - 1) < 1e-5
     step_by_step = toy.text_log_p("eso_b", toy.TEXTS, [order])[0]
     np.testing.assert_allclose(log_p, step_by_step, atol=2e-5)

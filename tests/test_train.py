@@ -1,5 +1,6 @@
 """Training: micro-batches, devices, dtypes, schedules; and runs that are stopped and resumed."""
 
+import dataclasses
 import json
 import math
 import os
@@ -17,7 +18,7 @@ import pytest
 import tiny_run
 from tiny_run import FILE, arguments, command, make_config, quick
 
-from esolm_jax import checkpoint, metrics, optimizer, sharding, train_step
+from esolm_jax import checkpoint, metrics, optimizer, train_step
 from esolm_jax import train as train_lib
 from esolm_jax.data import build
 from esolm_jax.data.reader import TrainReader
@@ -57,7 +58,9 @@ def shaken(run):
 
 def label(run, batch):
     """The phases' labelled tokens of a batch, always with the same noise."""
-    draw = jax.jit(lambda x, valid: train_step.label_batch(run.phases, jax.random.key(1), x, valid))
+    draw = jax.jit(
+        lambda x, valid: train_step.label_batch(run.training.phases, jax.random.key(1), x, valid)
+    )
     return draw(batch["x"], batch["valid"])
 
 
@@ -73,9 +76,7 @@ def test_micro_batches_sum_to_the_whole_batch(padded):
 
     def compute(accumulation):
         return jax.jit(
-            lambda params, labelled: train_step.loss_and_grads(
-                run.apply, params, labelled, run.special.mask, accumulation=accumulation
-            )
+            dataclasses.replace(run.training.objective, accumulation=accumulation).loss_and_grads
         )(params, labelled)
 
     losses, grads = compute(1)
@@ -94,7 +95,7 @@ def test_eight_devices_train_as_one(data, objective):
     fields = data | {"objective": objective}
     found = {}
     for devices in (1, 8):
-        states, values = tiny_run.steps(make_config(fields | {"mesh.data": devices}), 8)
+        states, values = tiny_run.steps(make_config(fields | {"mesh.devices": devices}), 8)
         found[devices] = [entry["loss"] for entry in values]
     assert len(set(found[1])) == 8
     np.testing.assert_allclose(found[8], found[1], rtol=1e-5)
@@ -103,7 +104,7 @@ def test_eight_devices_train_as_one(data, objective):
 def test_eight_devices_with_micro_batches_train_as_one_without(data):
     found = []
     for devices, accumulation in ((1, 1), (8, 2)):
-        fields = {"mesh.data": devices, "train.accumulation": accumulation}
+        fields = {"mesh.devices": devices, "train.accumulation": accumulation}
         fields |= {"objective": "mdlm"}  # all rows of the batch of 16 feed one loss
         _, values = tiny_run.steps(make_config(data | fields), 4)
         found.append([entry["loss"] for entry in values])
@@ -150,11 +151,10 @@ def test_accumulation_gives_every_micro_batch_its_own_dropout(data):
     params, half = shaken(run), jax.tree.map(lambda a: a[:1], labelled)
 
     def loss(labelled, accumulation):
+        objective = dataclasses.replace(run.training.objective, accumulation=accumulation)
+
         def losses(params, labelled):
-            return train_step.loss_and_grads(
-                run.apply, params, labelled, run.special.mask,
-                accumulation=accumulation, dropout_key=jax.random.key(3),
-            )[0]  # fmt: skip
+            return objective.loss_and_grads(params, labelled, dropout_key=jax.random.key(3))[0]
 
         return float(jax.jit(losses)(params, labelled)[0])
 
@@ -176,10 +176,8 @@ def test_the_seed_decides_everything(data):
 def test_every_step_draws_other_noise(data):
     config = make_config(data | {"objective": "mdlm"})
     run = train_lib.Run(config, pathlib.Path("unused"))
-    step_fn = train_step.make_train_step(
-        config, run.apply, run.phases, run.special.mask, run.mesh, run.optimizer
-    )
-    batch = sharding.put_batch(next(TrainReader(run.manifest, batch_size=16, seed=0)), run.mesh)
+    step_fn = run.training.step_fn()
+    batch = tiny_run.put(next(TrainReader(run.manifest, batch_size=16, seed=0)), run)
     state, params = tiny_run.fresh_state(run), shaken(run)
     losses = []
     for _ in range(3):
@@ -382,7 +380,7 @@ def losses_of(workdir):
 
 
 @pytest.mark.parametrize(
-    ("changes", "tolerance"), [({}, 0), ({"data.workers": 1}, 0), ({"mesh.data": 8}, 1e-5)]
+    ("changes", "tolerance"), [({}, 0), ({"data.workers": 1}, 0), ({"mesh.devices": 8}, 1e-5)]
 )
 def test_run_goes_on_with_more_steps(data, longer, tmp_path, changes, tolerance):
     tiny_run.train(make_config(data | AR | {"train.steps": 5}), tmp_path)

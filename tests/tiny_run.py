@@ -59,7 +59,7 @@ def get_config():
     config.model.heads = 2
     config.model.cond_width = 0
     config.model.dropout = 0.0
-    config.mesh.data = 1
+    config.mesh.devices = 1
     config.optimizer.learning_rate = 1e-2
     config.optimizer.warmup_steps = 0
     config.train.batch_size = 16
@@ -143,18 +143,21 @@ def train(config, workdir: pathlib.Path) -> None:
 def steps(config, count: int, state=None):
     """`count` training steps without files: (states after each, metrics of each)."""
     run = train_lib.Run(config, pathlib.Path("unused"))
-    step_fn = train_step.make_train_step(
-        config, run.apply, run.phases, run.special.mask, run.mesh, run.optimizer
-    )
+    step_fn = run.training.step_fn()
     state = fresh_state(run) if state is None else state
     reader = TrainReader(run.manifest, batch_size=config.train.batch_size, seed=config.seed)
     states, metrics = [], []
     for _ in range(count):
-        state, values = step_fn(state, sharding.put_batch(next(reader), run.mesh))
+        state, values = step_fn(state, put(next(reader), run))
         states.append(to_host(state))
         metrics.append({name: float(value) for name, value in values.items()})
     reader.close()
     return states, metrics
+
+
+def put(batch, run):
+    """A batch on the run's mesh."""
+    return sharding.put_batch(batch, run.built.mesh, len(batch["x"]))
 
 
 def to_host(tree):

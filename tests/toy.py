@@ -7,11 +7,15 @@ import zlib
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from esolm_jax import model
+from esolm_jax.assemble import Built
 from esolm_jax.config import default_config
 from esolm_jax.labels import Tokens
+from esolm_jax.loss import Head
 from esolm_jax.objectives import Special
+from esolm_jax.sharding import AXES
 
 MASK = 1  # not the last id
 START = 0
@@ -40,6 +44,13 @@ def _random_params():
 
 PARAMS = _random_params()
 apply = model.bind(CONFIG)
+BUILT = Built(
+    mesh=Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), AXES),
+    model=CONFIG,
+    apply=apply,
+    head=Head.of(CONFIG, MASK, chunk=16),
+    special=SPECIAL,
+)
 logits_of = jax.jit(lambda tokens: apply(PARAMS, tokens)[0])
 
 

@@ -7,6 +7,9 @@ global batches. Padding has x == pad_id and valid == False.
 
 import itertools
 import math
+import multiprocessing
+import os
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -49,6 +52,17 @@ class _Rows(grain.MapDataset):
             return self.slice(index)
         batch, row = divmod(index, len(self._rows))
         return self._parent[self._cursor + batch * self._batch_size + self._rows[row]]
+
+
+def _die_with_parent(worker: int, workers: int) -> None:
+    """Ends this worker process when its parent is gone, killed or aborted: nobody else would."""
+    del worker, workers
+
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 class TrainReader:
@@ -95,7 +109,8 @@ class TrainReader:
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()  # Grain hands the flags to its workers
             batches = batches.mp_prefetch(
-                grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=PREFETCH)
+                grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=PREFETCH),
+                worker_init_fn=_die_with_parent,
             )
         self._iterator = iter(batches)
         self._batch_size = batch_size

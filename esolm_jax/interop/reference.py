@@ -56,6 +56,20 @@ def model_config(weights: Mapping[str, np.ndarray], num_heads: int) -> model_lib
     )
 
 
+def _from_published(path: str, array, config: model_lib.ModelConfig):
+    """[D, 3·H·K] → [D, H, 3, K] for queries, keys and values; [D, F] → [D, 1, F] for the MLP."""
+    if path == "blocks/qkv/kernel" and array.ndim == 2 and array.size == 3 * config.width**2:
+        return array.reshape(config.width, 3, config.heads, -1).transpose(0, 2, 1, 3)
+    return np.expand_dims(array, -2) if "mlp_in" in path else array
+
+
+def _to_published(path: str, array):
+    """The inverse."""
+    if path == "blocks/qkv/kernel":
+        return array.transpose(0, 2, 1, 3).reshape(len(array), -1)
+    return np.squeeze(array, -2) if "mlp_in" in path else array
+
+
 def to_params(weights: Mapping[str, np.ndarray], config: model_lib.ModelConfig) -> dict:
     """Published names → our parameters (float32), every tensor used once and shape-checked.
 
@@ -77,7 +91,7 @@ def to_params(weights: Mapping[str, np.ndarray], config: model_lib.ModelConfig) 
         if missing := [name for name in names if name not in rest]:
             raise UserError(f"missing tensors: {', '.join(missing)}")
         arrays = [rest.pop(name) for name in names]
-        arrays = [a.T if transpose else a for a in arrays]
+        arrays = [_from_published(path, a.T if transpose else a, config) for a in arrays]
         value = np.stack(arrays) if stacked else arrays[0]
         if value.shape != shapes.shape:
             raise UserError(f"{names[0]}: shape {value.shape} here, {shapes.shape} in the model")
@@ -101,6 +115,7 @@ def to_published(params: dict) -> dict[str, np.ndarray]:
             continue
         value = np.asarray(node)
         for i, array in enumerate(value if "{block}" in template else [value]):
+            array = _to_published(path, array)
             weights[template.format(block=i)] = array.T if transpose else array
     return weights
 

@@ -60,12 +60,12 @@ def _put(array, update, start, keep_P):
 
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "choice", "width", "generated"),
+    static_argnames=("config", "mesh", "choice", "width", "generated"),
     donate_argnames="state",
 )
-def _run(config, params, passes, state, row_keys_B, low, high, *, choice, width, generated):
+def _run(config, mesh, params, passes, state, row_keys_B, low, high, *, choice, width, generated):
     """Passes low … high − 1, all of one window width, generating at most `generated` tokens."""
-    apply = model_lib.bind(config)
+    apply = model_lib.bind(config, mesh)
 
     def one_pass(i, state):
         tokens = _window(passes, state, i, width)
@@ -91,6 +91,7 @@ def decode(
     choice,
     key,
     *,
+    mesh=None,
     with_logits: bool = False,
     dry_run: bool = False,
 ):
@@ -100,6 +101,7 @@ def decode(
       passes: tables for B rows; see passes.py.
       choice: Choice, or any hashable callable of the same form.
       key: one key; row b draws from fold_in(key, b).
+      mesh: where the parameters lie; None = one device. B must divide by its row shards.
       with_logits: also return float32 [B, L, V], by rank, the logits each token was drawn from
         (mask token not excluded).
       dry_run: compile, but run no pass.
@@ -117,6 +119,7 @@ def decode(
     for low, high, width in segments:
         state = _run(
             config,
+            mesh,
             params,
             passes,
             state,

@@ -1,0 +1,195 @@
+"""Linear layers and embeddings: compute dtype inside, float32 weights, gradients and reductions.
+
+On a mesh, each is a small manual program (shard_map) whose collectives can be read off it: a
+kernel is gathered over `fsdp`, in the compute dtype, where it is used, forward and backward;
+its gradient is summed in float32, scattered back over `fsdp`, then summed over what else splits
+the batch; activations are summed over `tensor` where the contraction is split. Their gradient
+rules are written out, so that none of it is left to be inferred.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+
+from esolm_jax import sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """How a kernel [D_in, …] or a table [V, D] computes.
+
+    Attributes:
+      axes: logical axes of the parameter's dimensions, as in sharding.PARAMETERS.
+      dtype: compute dtype; `out_dtype`: of the result (None = dtype).
+      mesh: None = one device.
+    """
+
+    axes: tuple[str | None, ...]
+    dtype: str
+    mesh: Mesh | None
+    out_dtype: str | None = None
+
+    @property
+    def gathered(self) -> tuple[str | None, ...]:
+        """The axes once the parameter is gathered over fsdp."""
+        return tuple(None if axis == "embed" else axis for axis in self.axes)
+
+    def gather(self, param):
+        """This device's part, in the compute dtype, gathered over fsdp."""
+        param = param.astype(self.dtype)
+        if self.splits("fsdp") and "embed" in self.axes:
+            return jax.lax.all_gather(param, "fsdp", axis=self.axes.index("embed"), tiled=True)
+        return param
+
+    def scatter(self, grad):
+        """The inverse for its gradient: summed over all that see other tokens."""
+        batch = list(sharding.ROWS) + ["sequence"]
+        if self.splits("fsdp") and "embed" in self.axes:
+            at = self.axes.index("embed")
+            grad = jax.lax.psum_scatter(grad, "fsdp", scatter_dimension=at, tiled=True)
+            batch.remove("fsdp")
+        return self.sum_over(batch, grad)
+
+    def sum_over(self, axes, array):
+        axes = tuple(axis for axis in axes if self.splits(axis))
+        return jax.lax.psum(array, axes) if axes else array
+
+    def splits(self, axis: str) -> bool:
+        """Whether there is a mesh, with more than one device along this axis."""
+        return self.mesh is not None and self.mesh.shape[axis] > 1
+
+    def run(self, body, in_specs, out_specs, *args):
+        """body(*args) on every device's part of the arguments."""
+        if self.mesh is None:
+            return body(*args)
+        return jax.shard_map(
+            body,
+            mesh=self.mesh,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            check_vma=False,  # gradients are written out, nothing is transposed
+        )(*args)
+
+
+def _tokens(*features: str | None) -> PartitionSpec:
+    return sharding.spec("rows", "tokens", *features)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def matmul(place: Place, h, kernel):
+    """h [B, T, D_in] · kernel [D_in, …] → [B, T, …] in the out dtype."""
+    return _matmul_forward(place, h, kernel)[0]
+
+
+def _matmul_forward(place: Place, h, kernel):
+    d_in, *d_out = place.gathered
+    row_parallel = ["tensor"] if d_in else []  # the contraction is split: partial sums
+
+    def body(h, kernel):
+        y = jnp.tensordot(
+            h.astype(place.dtype),
+            place.gather(kernel),
+            axes=1,
+            preferred_element_type=place.out_dtype or place.dtype,
+        )
+        return place.sum_over(row_parallel, y)
+
+    specs = _tokens(d_in), sharding.spec(*place.axes)
+    return place.run(body, specs, _tokens(*d_out), h, kernel), (h, kernel)
+
+
+def _matmul_backward(place: Place, saved, g):
+    h, kernel = saved
+    d_in, *d_out = place.gathered
+    column_parallel = ["tensor"] if any(d_out) else []
+
+    def body(h, kernel, g):
+        g = g.astype(place.dtype)
+        features = g.ndim - 2
+        last = tuple(range(2, g.ndim)), tuple(range(1, 1 + features))
+        dh = jnp.tensordot(g, place.gather(kernel), axes=last, preferred_element_type=place.dtype)
+        dh = place.sum_over(column_parallel, dh).astype(h.dtype)
+        dk = jnp.tensordot(
+            h.astype(place.dtype), g, axes=((0, 1), (0, 1)), preferred_element_type=jnp.float32
+        )
+        return dh, place.scatter(dk)
+
+    specs = _tokens(d_in), sharding.spec(*place.axes)
+    return place.run(body, (*specs, _tokens(*d_out)), specs, h, kernel, g)
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def lookup(place: Place, token, table):
+    """Rows of table [V, D] at token int [B, T] → [B, T, D] in the compute dtype."""
+    return _lookup_forward(place, token, table)[0]
+
+
+def _local_ids(place: Place, token, size: int):
+    """Row of this device's part of the table, and whether it is there at all."""
+    local = token
+    if place.mesh is not None and place.mesh.shape["tensor"] > 1:
+        local = token - size * jax.lax.axis_index("tensor")
+    return local, (local >= 0) & (local < size)
+
+
+def _lookup_forward(place: Place, token, table):
+    def body(token, table):
+        table = place.gather(table)
+        local, here = _local_ids(place, token, len(table))
+        found = jnp.where(here[..., None], table.at[local].get(mode="clip"), 0)
+        return place.sum_over(["tensor"], found)
+
+    specs = _tokens(), sharding.spec(*place.axes)
+    return place.run(body, specs, _tokens(None), token, table), (token, table)
+
+
+def _lookup_backward(place: Place, saved, g):
+    token, table = saved
+
+    def body(token, table, g):
+        size = len(table)
+        local, here = _local_ids(place, token, size)
+        local = jnp.where(here, local, size)  # out of bounds: dropped
+        grad = jnp.zeros((size, g.shape[-1]), jnp.float32)
+        grad = grad.at[local].add(g.astype(jnp.float32), mode="drop")
+        return place.scatter(grad)
+
+    axes = sharding.spec(*place.axes)
+    return None, place.run(body, (_tokens(), axes, _tokens(None)), axes, token, table, g)
+
+
+lookup.defvjp(_lookup_forward, _lookup_backward)
+
+
+class Linear(nnx.Module):
+    """h [B, T, D_in] → [B, T, …]: kernel [D_in, …] and, if `bias_init` is given, a bias […]."""
+
+    def __init__(self, d_in: int, d_out: tuple[int, ...], place: Place, rngs, *, init, bias_init):
+        self.place = place
+        self.kernel = nnx.Param(init(rngs.params(), (d_in, *d_out), jnp.float32))
+        self.bias = bias_init and nnx.Param(bias_init(rngs.params(), d_out, jnp.float32))
+
+    def __call__(self, h):
+        y = matmul(self.place, h, self.kernel[...])
+        if self.bias is not None:
+            bias = self.bias[...].astype(y.dtype)
+            y = y + bias.reshape(1, 1, *bias.shape)
+        return y
+
+
+class Embedding(nnx.Module):
+    """Token ids [B, T] → [B, T, D]."""
+
+    def __init__(self, vocab_size: int, width: int, place: Place, rngs, *, init):
+        self.place = place
+        self.embedding = nnx.Param(init(rngs.params(), (vocab_size, width), jnp.float32))
+
+    def __call__(self, token):
+        return lookup(self.place, token, self.embedding[...])
