@@ -32,8 +32,7 @@ quote() { # the words on one line, as a shell reads them back; in single quotes 
   echo "${line# }"
 }
 
-dry="" name="" create="" type="" version="" where=() options=()
-zone=""
+dry="" name="" zone="" create="" type="" version="" where=() options=()
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
   value="${1#*=}"
   case "$1" in
@@ -86,15 +85,16 @@ run() { # or prints
 vm=(gcloud compute tpus tpu-vm)
 archive="${TMPDIR:-/tmp}/esolm_jax-$commit.tar.gz"
 
-# Several images have Python 3.10 only; their Ubuntu has 3.11 as well.
-install="python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || command -v python3.11 \
-|| { sudo apt-get -qq update && sudo apt-get -qq -o DPkg::Lock::Timeout=600 install python3.11-venv; }; \
-set -e; tar -xzf esolm_jax.tar.gz; cd esolm_jax; source launch/install.sh tpu"
+# Many images have Python 3.10 alone; their Ubuntu has 3.11 too, where apt's lock may be held at first.
+install="set -e; python3 -c \"import sys; sys.exit(sys.version_info < (3, 11))\" || \
+command -v python3.11 || { sudo apt-get -qq update; \
+sudo apt-get -qq -y -o DPkg::Lock::Timeout=600 install python3.11-venv; }; \
+tar -xzf esolm_jax.tar.gz; cd esolm_jax; source launch/install.sh tpu"
 
-# In the background and followed, so that losing the connection does not end it. `tail` ends with it.
-start="cd esolm_jax || exit; \
-nohup $(quote .venv/bin/python -m "esolm_jax.$verb" "$@") >$verb.log 2>&1 </dev/null & \
-tail -n +1 -f --pid=\$! $verb.log; wait \$!"
+# In the background and followed, so that losing the connection does not end it.
+printf -v words '%q ' .venv/bin/python -m "esolm_jax.$verb" "$@"
+start="cd esolm_jax || exit; log=$verb.log; date >>\$log; nohup $words>>\$log 2>&1 </dev/null & \
+tail -n 1 -f --pid=\$! \$log; wait \$!"
 
 [ -z "$create" ] || run "${vm[@]}" create "$name" "${where[@]}" "--accelerator-type=$type" \
   "--version=$version" ${options[@]+"${options[@]}"}

@@ -79,8 +79,8 @@ case "$workdir" in
 esac
 
 # `exec`, so that SIGTERM reaches Python itself. Kubernetes reads $$ as $ (and $(NAME) as a variable).
-command="exec $(quote python -m "esolm_jax.$verb" "$@")"
-command="${command//\$/\$\$}"
+printf -v words ' %q' python -m "esolm_jax.$verb" "$@"
+command="exec${words//\$/\$\$}"
 create=(xpk workload create "--cluster=$cluster" "--workload=$name" "--tpu-type=$type"
   "--num-slices=$slices" "--docker-image=$image" "--max-restarts=$restarts"
   --termination-grace-period-seconds=300 ${options[@]+"${options[@]}"} "--command=$command")

@@ -81,7 +81,7 @@ def write_program(path: pathlib.Path, source: str) -> pathlib.Path:
 
 
 @pytest.fixture
-def env(tmp_path, monkeypatch):
+def env(tmp_path):
     """An environment whose PATH begins with fakes, and which records their use in tmp_path."""
     for tool in ["sbatch", "srun", "scontrol", "gcloud", "xpk", "python"]:
         write_program(tmp_path / "bin" / tool, TOOL)
@@ -133,7 +133,9 @@ def test_help(script, env):
     assert done.returncode == 0 and not done.stderr
     assert f"bash launch/{script}.sh [--dry-run]" in done.stdout
     assert "set -e" not in done.stdout and "usr/bin" not in done.stdout
-    options = re.findall(r"^ *(--[a-z-]+)[=)]", (ROOT / f"launch/{script}.sh").read_text(), re.M)
+    source = (ROOT / f"launch/{script}.sh").read_text()
+    options = re.findall(r"^ +(?:--.* \| )?(--[a-z-]+)(?:=\?\*|=\*)?(?:\)| \|)", source, re.M)
+    assert "--dry-run" in options
     assert all(option in done.stdout for option in options)
 
 
@@ -352,7 +354,7 @@ def test_mounted_workdir_is_warned_of(script, args, env, git):
 
 
 def told(tmp_path, count) -> list:
-    """What the fake processes of launch/local.sh were told: (JAX_… variables, arguments) of each."""
+    """What each fake process of launch/local.sh was told: [JAX_… variables, arguments]."""
     return [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(count)]
 
 
