@@ -27,8 +27,8 @@ class Collective:
         for a permutation or send.
       executions: in one run of the program.
       loops: op_names of the while loops around it, outermost first.
-      op_name: path of jax.named_scope and transformations; where the compiler dropped it, that of
-        the fusion around it or of what it sends.
+      op_name: path of jax.named_scope and transformations; of a combined collective or where the
+        compiler dropped it, that of what it sends or of the fusion around it.
     """
 
     kind: str
@@ -81,12 +81,16 @@ def collectives(
         kind = "reduce-scatter"  # the TPU's: all-reduce and dynamic-slice in one fusion
     one = kind in ("collective-permute", "send")  # other operands are places and tokens
     operands = [computation.instructions[name] for name in instruction.operands]
-    arrays = [s for operand in operands[: 1 if one else None] for s in operand.shapes]
+    operands = operands[: 1 if one else None]
     group = _group_size(kind, instruction.attributes, module)
-    whole = [_whole(kind, array, group, instruction) for array in arrays]
-    name = _op_name(instruction, computation)
     share = _share(kind, group)
-    return [Collective(kind, a.dtype, a.sizes, group, a.bytes * share, 1, (), name) for a in whole]
+    found = []
+    for operand in operands:
+        name = _op_name(instruction if len(operands) == 1 else operand, computation)
+        for part in operand.shapes:
+            a = _whole(kind, part, group, instruction)
+            found.append(Collective(kind, a.dtype, a.sizes, group, a.bytes * share, 1, (), name))
+    return found
 
 
 def bytes_by_kind(messages: Iterable[Collective]) -> dict[str, float]:
