@@ -36,7 +36,7 @@ TOLD_BY = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 CLUSTER = "ESOLM_CLUSTER"  # "1": JAX itself is to find out which cluster this is
 _FAILED = "esolm_jax/failed"  # key under which the first process to fail says why
 _FOREVER = 2**31 - 1  # milliseconds: 24 days
-_LEAVE = 3  # seconds to wait for the others before leaving with an error of one's own
+_LINGER = 2  # seconds that a failed process waits for the others, where that makes sense
 _LOST = re.compile(
     "Gloo .* failed|NCCL|coordination service|heartbeat|UNAVAILABLE:|Socket closed|by peer"
 )
@@ -82,7 +82,7 @@ def start(
         shutdown_timeout_seconds=int(barrier_timeout),
     )
     _started = True
-    threading.Thread(target=_peer.watch, daemon=True).start()
+    _peer.start()
 
 
 def _told(environment: Mapping[str, str]) -> dict | None:
@@ -309,53 +309,65 @@ def guard():
 
 
 def _fail(error: BaseException):
+    _peer.leaving.set()
     code, name = 1, f"process {process_index()}"
     if isinstance(error, UserError):
-        code, said = 2, str(error)
+        code, said, word = 2, str(error), f"{name}: {error}"
     elif isinstance(error, KeyboardInterrupt):
-        code, said = 128 + signal.SIGINT, f"{name} was interrupted"
+        code = 128 + signal.SIGINT
+        said = word = f"{name} was interrupted"
     else:
-        said = f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        said = word = f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
         if not _LOST.search(str(error)):
             traceback.print_exception(error)
-        elif _peer.failed.wait(1):
-            said = f"{name} lost a peer: {_peer.said}"
+        elif _started and _peer.failed.wait(1):
+            said = f"{name} lost a peer: {_peer.word}"
         else:
-            said = f"{name} lost a peer, which said nothing ({said})"
-    print(f"error: {said}", file=sys.stderr)
+            said = word = f"{name} lost a peer, which said nothing ({said})"
+    print(f"error: {said}", file=sys.stderr, flush=True)
     if _started:
-        leaving = threading.Thread(target=_take_leave, args=(said, code == 2), daemon=True)
-        leaving.start()
-        leaving.join(_LEAVE + 1)  # the coordinator itself may be lost
+        leave = threading.Thread(target=_leave, args=(word, code == 2), daemon=True)
+        leave.start()
+        leave.join(_LINGER + 1)  # the coordinator itself may be lost
     _exit(code)
 
 
-def _take_leave(said: str, may_be_said_by_all: bool) -> None:
-    """Tells the others; and if they may be about to say the same, waits for them: without
-    process 0 they could not."""
-    with contextlib.suppress(jax.errors.JaxRuntimeError):
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # somebody was faster
-            _jax_state.client.key_value_set(_FAILED, said)
-        if may_be_said_by_all:
-            _jax_state.client.wait_at_barrier("esolm_jax/leave", 1000 * _LEAVE)
+def _leave(word: str, all_may_say_so: bool) -> None:
+    """Sends word to the others; process 0, through which it goes, gives them time to hear it."""
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # somebody was faster
+        _jax_state.client.key_value_set(_FAILED, word)
+    if all_may_say_so:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            _jax_state.client.wait_at_barrier("esolm_jax/leave", 1000 * _LINGER)
             jax.distributed.shutdown()
+    elif is_main():
+        time.sleep(_LINGER)
 
 
 class _Peer:
-    """Waits in a thread for the word that a process failed."""
+    """A thread that waits for the word that some process failed, and then ends this one."""
 
     def __init__(self):
-        self.failed, self.said = threading.Event(), ""
+        self.failed, self.word = threading.Event(), ""
+        self.leaving = threading.Event()  # the main thread sees to it
+        self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def watch(self) -> None:
+    def start(self) -> None:
+        self._thread.start()
+
+    def join(self) -> None:
+        self._thread.join(5)  # one left in a call to JAX would crash the interpreter at its end
+
+    def _watch(self) -> None:
         try:
-            self.said = _jax_state.client.blocking_key_value_get(_FAILED, _FOREVER)
+            self.word = _jax_state.client.blocking_key_value_get(_FAILED, _FOREVER)
         except jax.errors.JaxRuntimeError:
             return  # the run is over, or the coordinator is lost, which JAX deals with
         self.failed.set()
-        time.sleep(_LEAVE + 1)  # so long the main thread may end the process in its own way
-        print(f"error: process {process_index()} lost a peer: {self.said}", file=sys.stderr)
-        _exit(1)
+        # Time for the main thread to say it better; process 0 outlives the one that failed.
+        if not self.leaving.wait(1 + _LINGER if is_main() else 1):
+            print(f"error: process {process_index()} lost a peer: {self.word}", file=sys.stderr)
+            _exit(1)
 
 
 _peer = _Peer()
@@ -372,4 +384,5 @@ def close() -> None:
     global _started
     if _started:
         jax.distributed.shutdown()
+        _peer.join()
     _started = False
