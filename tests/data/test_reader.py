@@ -2,6 +2,11 @@
 
 import itertools
 import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
 
 import ml_collections
 import numpy as np
@@ -151,6 +156,29 @@ def test_workers_change_nothing(manifest):
     reader.close()
     reader.close()
     assert list(reader) == []
+
+
+def test_workers_die_with_a_killed_parent(manifest, tmp_path):
+    """They hold its stdout, so the pipe ends with the last of them."""
+    script = tmp_path / "killed.py"
+    script.write_text(f"""
+import os, signal
+from esolm_jax.data.manifest import load_manifest
+from esolm_jax.data.reader import TrainReader
+if __name__ == "__main__":
+    manifest = load_manifest({str(manifest.directory)!r})
+    reader = TrainReader(manifest, batch_size=8, seed=0, workers=2)
+    print(next(reader)["x"].shape, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+""")
+    done = subprocess.run(
+        [sys.executable, script],
+        env=os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        timeout=30,
+    )
+    assert (done.returncode, done.stdout) == (-signal.SIGKILL, b"(8, 12)\n")
 
 
 def test_epoch_smaller_than_a_batch(manifest):
