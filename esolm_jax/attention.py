@@ -9,10 +9,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
+from esolm_jax import sharding
 from esolm_jax.kv_cache import KVCache
-from esolm_jax.labels import Tokens
+from esolm_jax.labels import Layout, Tokens
 
 KINDS = ("dense", "lean", "splash", "splash_interpret")  # the last: splash on a CPU, for tests
 MASKED = -1e30  # float32 scores vanish beside it
@@ -29,7 +31,8 @@ def visible(q_rank, q_in_context, k_rank, k_in_context):
     """
     reads_context = k_rank <= q_rank - jnp.where(q_in_context, 0, 1)
     reads_query_copy = ~q_in_context & (k_rank == q_rank)
-    return jnp.where(k_in_context, reads_context, reads_query_copy)
+    # No jnp.where, which TPU kernels cannot compile for booleans.
+    return (k_in_context & reads_context) | (~k_in_context & reads_query_copy)
 
 
 def dense_mask(q: Tokens, k: Tokens | KVCache) -> jax.Array:
@@ -37,6 +40,12 @@ def dense_mask(q: Tokens, k: Tokens | KVCache) -> jax.Array:
     return visible(
         q.rank[:, :, None], q.in_context[:, :, None], k.rank[:, None, :], k.in_context[:, None, :]
     )
+
+
+def layout_mask(layout: Layout, q_index: np.ndarray, k_index: np.ndarray) -> np.ndarray:
+    """The rule between tokens of these indices in a layout, at trace time: bool [Tq, Tk]."""
+    with jax.ensure_compile_time_eval():
+        return np.asarray(visible(*layout.labels(q_index[:, None]), *layout.labels(k_index[None])))
 
 
 def resolve(kind: str, platform: str) -> str:
@@ -80,15 +89,43 @@ def attend(
         raise ValueError(f"attention kind {kind!r}: must be one of {', '.join(KINDS)}")
     if isinstance(keys, KVCache) or kind == "dense":
         return _dense(q_BHTK, k_BGSK, v_BGSK, dense_mask(queries, keys))
-    # Imported here: both are built on visible().
+    # Imported here, for they are built on visible().
+    across = None if mesh is None or mesh.shape["sequence"] == 1 else "sequence"
     if kind == "lean" or queries.layout is None:
-        from esolm_jax.attention_lean import lean as attention
+        from esolm_jax.attention_lean import lean
+
+        # A part of the queries does not follow the layout by its own indices.
+        attention = functools.partial(lean, layout=None if across else queries.layout)
     else:
         from esolm_jax.attention_splash import splash
 
-        attention = functools.partial(splash, interpret=kind == "splash_interpret")
+        attention = functools.partial(
+            splash, layout=queries.layout, across=across, interpret=kind == "splash_interpret"
+        )
+    if mesh is not None:
+        attention = _on_mesh(attention, mesh, across)
     labels = queries.rank, queries.in_context, keys.rank, keys.in_context
-    return attention(q_BHTK, k_BGSK, v_BGSK, *labels, layout=queries.layout)
+    return attention(q_BHTK, k_BGSK, v_BGSK, *labels)
+
+
+def _on_mesh(attention, mesh: Mesh, across: str | None):
+    """`attention` on every device's rows, heads and queries, over all keys of the row."""
+
+    def local(q_BHTK, k_BGSK, v_BGSK, *labels):
+        if across:  # the transpose of gathering keys is the reduce-scatter of their gradients
+            gather = functools.partial(jax.lax.all_gather, axis_name=across, axis=2, tiled=True)
+            k_BGSK, v_BGSK = gather(k_BGSK), gather(v_BGSK)
+        return attention(q_BHTK, k_BGSK, v_BGSK, *labels)
+
+    split = sharding.spec("rows", "heads", "tokens", None)
+    of_queries, of_keys = sharding.spec("rows", "tokens"), sharding.spec("rows", None)
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(split, split, split, of_queries, of_queries, of_keys, of_keys),
+        out_specs=split,
+        check_vma=False,  # a Pallas kernel says nothing of how its result varies
+    )
 
 
 def _dense(q_BHTK, k_BGSK, v_BGSK, mask_BTS):

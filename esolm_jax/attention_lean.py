@@ -1,13 +1,270 @@
-"""Attention by the rule in linear memory, in plain XLA, for any labels on any device."""
+"""Attention in linear memory, in plain XLA: for any labels, on any device.
 
+Scores exist for one chunk of queries at a time, in the backward pass again: saved are only q, k, v,
+the result and the log of the softmax's denominator (lse). Short sequences are an unrolled loop over
+chunks, each against the keys that its layout lets it see, cut out; long ones a loop over the
+visible pairs of chunks. All sums are float32.
+
+Shapes: q [B, G, R, T, K] (R query heads share a key/value head), k and v [B, G, S, K]; labels are
+(rank, in_context) [B, T] of the queries, then [B, S] of the keys.
+"""
+
+import functools
+
+import jax
 import jax.numpy as jnp
+import numpy as np
 
-from esolm_jax.attention import _dense, visible
+from esolm_jax.attention import MASKED, layout_mask, visible
+from esolm_jax.labels import Layout
+
+UNROLLED = 1024  # up to this many queries
+CHUNK_SHORT, CHUNK_UNROLLED, CHUNK_LOOP = 64, 128, 256  # short: up to eight of them
 
 
-def lean(q_BHTK, k_BGSK, v_BGSK, q_rank, q_in_context, k_rank, k_in_context, *, layout=None):
-    """See attention.attend."""
-    mask = visible(
+def lean(
+    q_BHTK, k_BGSK, v_BGSK, q_rank, q_in_context, k_rank, k_in_context, *, layout: Layout | None
+):
+    """attention.attend over these labels; a layout (of queries and keys) says what can be skipped.
+
+    Returns [B, H, T, K] in the dtype of v.
+    """
+    batch, heads, length, width = q_BHTK.shape
+    groups = k_BGSK.shape[1]
+    q = q_BHTK.reshape(batch, groups, heads // groups, length, width)
+    out = _attend(layout, q, k_BGSK, v_BGSK, (q_rank, q_in_context, k_rank, k_in_context))
+    return out.reshape(q_BHTK.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(layout, q, k, v, labels):
+    return _forward(layout, q, k, v, labels)[0]
+
+
+def _forward(layout, q, k, v, labels):
+    forward = _unrolled_forward if q.shape[3] <= UNROLLED else _loop_forward
+    out, lse = forward(layout, q, k, v, labels)
+    out = out.astype(v.dtype)
+    return out, (q, k, v, labels, out, lse)
+
+
+def _backward(layout, saved, grad):
+    q, k, v, labels, out, lse = saved
+    backward = _unrolled_backward if q.shape[3] <= UNROLLED else _loop_backward
+    along = jnp.sum(out.astype(jnp.float32) * grad.astype(jnp.float32), axis=-1)
+    dq, dk_BGKS, dv_BGKS = backward(layout, q, k, v, labels, grad.astype(v.dtype), lse, along)
+    dk, dv = dk_BGKS.swapaxes(2, 3), dv_BGKS.swapaxes(2, 3)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_attend.defvjp(_forward, _backward)
+
+_einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def _scores(q, k, labels):
+    """float32 [B, G, R, T, S], MASKED where invisible."""
+    q_rank, q_in_context, k_rank, k_in_context = labels
+    mask_BTS = visible(
         q_rank[:, :, None], q_in_context[:, :, None], k_rank[:, None], k_in_context[:, None]
     )
-    return _dense(q_BHTK, k_BGSK, v_BGSK, jnp.asarray(mask))
+    scores = _einsum("bgrtk,bgsk->bgrts", q, k) * q.shape[-1] ** -0.5
+    return jnp.where(mask_BTS[:, None, None], scores, MASKED)
+
+
+def _gradients(q, k, v, labels, grad, lse, along):
+    """float32 dq [B, G, R, T, K] and, transposed as the CPU likes it, dk and dv [B, G, K, S], of
+    these queries over these keys. `along`: Σ_k out·grad [B, G, R, T]."""
+    probs = jnp.exp(_scores(q, k, labels) - lse[..., None])
+    dscores = probs * (_einsum("bgrtk,bgsk->bgrts", grad, v) - along[..., None])
+    dscores, scale = dscores.astype(q.dtype), q.shape[-1] ** -0.5
+    dq = _einsum("bgrts,bgsk->bgrtk", dscores, k) * scale
+    dk = _einsum("bgrtk,bgrts->bgks", q, dscores) * scale
+    return dq, dk, _einsum("bgrtk,bgrts->bgks", grad, probs.astype(v.dtype))
+
+
+# Short: unrolled.
+
+
+def _chunks(layout, length: int, num_keys: int):
+    """(start, stop) of each chunk of queries, with the ranges of keys that it may see."""
+    size = CHUNK_SHORT if length <= 8 * CHUNK_SHORT else CHUNK_UNROLLED
+    chunks = []
+    for start in range(0, length, size):
+        stop = min(start + size, length)
+        ranges = ((0, num_keys),)
+        if layout is not None:
+            seen = layout_mask(layout, np.arange(start, stop), np.arange(num_keys)).any(axis=0)
+            edges = np.flatnonzero(np.diff(seen, prepend=False, append=False)).tolist()
+            ranges = tuple(zip(edges[::2], edges[1::2], strict=True))
+        chunks.append((start, stop, ranges))
+    return chunks
+
+
+def _cut(array, ranges, axis):
+    parts = [jax.lax.slice_in_dim(array, *part, axis=axis) for part in ranges]
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=axis)
+
+
+def _cut_labels(labels, start, stop, ranges):
+    q_labels = (label[:, start:stop] for label in labels[:2])
+    return (*q_labels, *(_cut(label, ranges, 1) for label in labels[2:]))
+
+
+def _unrolled_forward(layout, q, k, v, labels):
+    outs, lses = [], []
+    for start, stop, ranges in _chunks(layout, q.shape[3], k.shape[2]):
+        near = _cut_labels(labels, start, stop, ranges)
+        scores = _scores(q[:, :, :, start:stop], _cut(k, ranges, 2), near)
+        top = scores.max(axis=-1)
+        probs = jnp.exp(scores - top[..., None])
+        total = probs.sum(axis=-1)
+        out = _einsum("bgrts,bgsk->bgrtk", probs.astype(v.dtype), _cut(v, ranges, 2))
+        outs.append(out / total[..., None])
+        lses.append(top + jnp.log(total))
+    return jnp.concatenate(outs, axis=3), jnp.concatenate(lses, axis=3)
+
+
+def _unrolled_backward(layout, q, k, v, labels, grad, lse, along):
+    dqs = []
+    dk = dv = jnp.zeros_like(k.swapaxes(2, 3), jnp.float32)
+    for start, stop, ranges in _chunks(layout, q.shape[3], k.shape[2]):
+        near = _cut_labels(labels, start, stop, ranges)
+        q_near, grad_near, lse_near, along_near = (
+            a[:, :, :, start:stop] for a in (q, grad, lse, along)
+        )
+        k_near, v_near = _cut(k, ranges, 2), _cut(v, ranges, 2)
+        dq, dk_near, dv_near = _gradients(
+            q_near, k_near, v_near, near, grad_near, lse_near, along_near
+        )
+        dqs.append(dq)
+        at = 0
+        for first, last in ranges:
+            part = slice(at, at + last - first)
+            dk = dk.at[..., first:last].add(dk_near[..., part])
+            dv = dv.at[..., first:last].add(dv_near[..., part])
+            at = part.stop
+    return jnp.concatenate(dqs, axis=3), dk, dv
+
+
+# Long: a loop over pairs (chunk of queries, chunk of keys).
+
+
+def _pad(array, axis, **how):
+    widths = [(0, 0)] * array.ndim
+    widths[axis] = (0, -array.shape[axis] % CHUNK_LOOP)
+    return jnp.pad(array, widths, **how)
+
+
+def _padded_labels(labels):
+    """Queries beyond the end repeat the last one (their results and gradients go nowhere); keys
+    beyond it are of a rank that nobody reads."""
+    q_rank, q_in_context, k_rank, k_in_context = labels
+    last = jnp.iinfo(jnp.int32).max
+    return (
+        _pad(q_rank, 1, mode="edge"),
+        _pad(q_in_context, 1, mode="edge"),
+        _pad(k_rank, 1, constant_values=last),
+        _pad(k_in_context, 1, constant_values=True),
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _layout_pairs(layout: Layout) -> np.ndarray:
+    total = layout.length + layout.queries
+    starts = np.arange(0, total, CHUNK_LOOP)
+    rows = (np.arange(start, min(start + CHUNK_LOOP, total)) for start in starts)
+    seen = (layout_mask(layout, row, np.arange(total)).any(axis=0) for row in rows)
+    table = np.stack([np.logical_or.reduceat(row, starts) for row in seen])
+    return np.argwhere(table).astype(np.int32)
+
+
+def _pairs(layout, labels):
+    """int32 [N, 2]: pairs of chunks with anything visible, then the rest; how many have."""
+    if layout is not None:
+        pairs = _layout_pairs(layout)
+        return jnp.asarray(pairs), len(pairs)
+    q_labels = [
+        jnp.moveaxis(label.reshape(label.shape[0], -1, CHUNK_LOOP), 1, 0) for label in labels[:2]
+    ]
+    k_rank, k_in_context = (label[:, None] for label in labels[2:])
+
+    def keys_seen(chunk):
+        mask_BTS = visible(*(label[:, :, None] for label in chunk), k_rank, k_in_context)
+        return mask_BTS.any(axis=(0, 1)).reshape(-1, CHUNK_LOOP).any(axis=1)
+
+    table = jax.lax.map(keys_seen, q_labels)
+    order = jnp.argsort(~table.reshape(-1), stable=True)
+    pairs = jnp.stack(jnp.divmod(order, table.shape[1]), axis=1)
+    return pairs.astype(jnp.int32), table.sum()
+
+
+def _get(array, chunk, axis):
+    return jax.lax.dynamic_slice_in_dim(array, chunk * CHUNK_LOOP, CHUNK_LOOP, axis)
+
+
+def _put(array, part, chunk, axis):
+    return jax.lax.dynamic_update_slice_in_dim(array, part, chunk * CHUNK_LOOP, axis)
+
+
+def _get_labels(labels, i, j):
+    return (
+        *(_get(label, i, 1) for label in labels[:2]),
+        *(_get(label, j, 1) for label in labels[2:]),
+    )
+
+
+def _loop_forward(layout, q, k, v, labels):
+    """The softmax is built up: every pair rescales what its queries have so far."""
+    length = q.shape[3]
+    labels = _padded_labels(labels)
+    q, k, v = _pad(q, 3, mode="edge"), _pad(k, 2), _pad(v, 2)
+    pairs, count = _pairs(layout, labels)
+
+    def step(n, carry):
+        out, total, top = carry
+        i, j = pairs[n, 0], pairs[n, 1]
+        scores = _scores(_get(q, i, 3), _get(k, j, 2), _get_labels(labels, i, j))
+        top_before = _get(top, i, 3)
+        top_now = jnp.maximum(top_before, scores.max(axis=-1))
+        probs = jnp.exp(scores - top_now[..., None])
+        keep = jnp.exp(top_before - top_now)
+        new = _einsum("bgrts,bgsk->bgrtk", probs.astype(v.dtype), _get(v, j, 2))
+        return (
+            _put(out, _get(out, i, 3) * keep[..., None] + new, i, 3),
+            _put(total, _get(total, i, 3) * keep + probs.sum(axis=-1), i, 3),
+            _put(top, top_now, i, 3),
+        )
+
+    rows = jnp.zeros(q.shape[:-1], jnp.float32)
+    start = jnp.zeros(q.shape, jnp.float32), rows, jnp.full_like(rows, MASKED)
+    out, total, top = jax.lax.fori_loop(0, count, step, start)
+    lse = top + jnp.log(total)
+    return (out / total[..., None])[:, :, :, :length], lse[:, :, :, :length]
+
+
+def _loop_backward(layout, q, k, v, labels, grad, lse, along):
+    length, num_keys = q.shape[3], k.shape[2]
+    labels = _padded_labels(labels)
+    q, lse = _pad(q, 3, mode="edge"), _pad(lse, 3, mode="edge")
+    k, v, grad, along = _pad(k, 2), _pad(v, 2), _pad(grad, 3), _pad(along, 3)
+    pairs, count = _pairs(layout, labels)
+
+    def step(n, carry):
+        dq, dk, dv = carry
+        i, j = pairs[n, 0], pairs[n, 1]
+        near = _get_labels(labels, i, j)
+        q_near, grad_near, lse_near, along_near = (_get(a, i, 3) for a in (q, grad, lse, along))
+        new_dq, new_dk, new_dv = _gradients(
+            q_near, _get(k, j, 2), _get(v, j, 2), near, grad_near, lse_near, along_near
+        )
+        return (
+            _put(dq, _get(dq, i, 3) + new_dq, i, 3),
+            _put(dk, _get(dk, j, 3) + new_dk, j, 3),
+            _put(dv, _get(dv, j, 3) + new_dv, j, 3),
+        )
+
+    zeros = jnp.zeros_like(k.swapaxes(2, 3), jnp.float32)
+    start = jnp.zeros(q.shape, jnp.float32), zeros, zeros
+    dq, dk, dv = jax.lax.fori_loop(0, count, step, start)
+    return dq[:, :, :, :length], dk[..., :num_keys], dv[..., :num_keys]
