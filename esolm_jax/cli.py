@@ -1,5 +1,7 @@
 """The command line that all verbs share: --config=FILE --workdir=DIR --config.field=value …"""
 
+import contextlib
+import os
 import pathlib
 import re
 import shlex
@@ -10,6 +12,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from esolm_jax import config as config_lib
+from esolm_jax import distributed
 from esolm_jax.errors import UserError, nearest
 
 _SAVED = pathlib.Path(__file__).with_name("saved_config.py")
@@ -58,10 +61,40 @@ def next_command(verb: str, workdir: pathlib.Path, *flags_: str, same_config: bo
     return f"next: python -m esolm_jax.{verb} {shlex.join(arguments)}"
 
 
-def run(main: Callable[[ConfigDict, pathlib.Path], None], *, reads_checkpoint: bool = False):
+def _join(config, *, stoppable: bool) -> None:
+    """Meets the other processes, if there are any, and makes sure that they do the same."""
+    timeouts = config.distributed
+    distributed.start(
+        init_timeout=timeouts.init_timeout,
+        heartbeat_timeout=timeouts.heartbeat_timeout,
+        barrier_timeout=timeouts.barrier_timeout,
+        stoppable=stoppable,
+    )
+    same = {"config": distributed.config_hash(config), "code version": distributed.code_hash()}
+    distributed.check_same(same, timeout=timeouts.barrier_timeout)
+
+
+@contextlib.contextmanager
+def _only_process_0_prints():
+    if distributed.is_main():
+        yield
+    else:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            yield
+
+
+def run(
+    main: Callable[[ConfigDict, pathlib.Path], None],
+    *,
+    reads_checkpoint: bool = False,
+    one_process: bool = False,
+    stoppable: bool = False,
+):
     """Runs `main(config, workdir)` with a validated config; bad input ends with one line, code 2.
 
-    With `reads_checkpoint`, --config may be left out: it is the one saved in the workdir.
+    With `reads_checkpoint`, --config may be left out: it is the one saved in the workdir. In one of
+    several processes, main runs in all of them and only process 0 prints, unless it is a matter of
+    `one_process`. `stoppable`: main uses distributed.StopSignal.
     """
 
     def parse(argv):
@@ -84,7 +117,11 @@ def run(main: Callable[[ConfigDict, pathlib.Path], None], *, reads_checkpoint: b
         del argv
         config = flags.FLAGS.config
         config_lib.validate(config)
-        main(config, pathlib.Path(flags.FLAGS.workdir).expanduser())
+        with distributed.guard():
+            if not one_process:
+                _join(config, stoppable=stoppable)
+            with _only_process_0_prints():
+                main(config, pathlib.Path(flags.FLAGS.workdir).expanduser())
 
     logging.set_verbosity(logging.ERROR)  # Orbax and Grain warn about their own defaults
     try:

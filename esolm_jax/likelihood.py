@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from esolm_jax import objectives, sharding
+from esolm_jax import distributed, objectives, sharding
 from esolm_jax.assemble import Built
 from esolm_jax.loss import Head, sequence_nll
 
@@ -45,8 +45,10 @@ class Estimate:
 
 def labelled_nll(apply, head: Head, params, labelled):
     """Σ weight · (−log p) of each row: float32 [B]."""
-    hidden, _ = apply(params, labelled.tokens, predict=(0, labelled.target.shape[1]), head=False)
-    return sequence_nll(head, hidden, params["logits"], labelled.target, labelled.weight)
+    at = (0, labelled.target.shape[1])
+    hidden, _ = apply(params, labelled.tokens, predict=at, head=False)
+    target, weight = (labelled.target,), (labelled.weight,)
+    return sequence_nll(head, (hidden,), params["logits"], target, weight)[0]
 
 
 def nelbo(apply, phases, head: Head, params, key, x, valid):
@@ -81,7 +83,7 @@ def _batches(batches: Iterable[dict], mesh, progress: str | None, total: int | N
     """Global batches with their number and their count of real tokens, over all processes."""
     count = jax.jit(jnp.sum, out_shardings=sharding.replicated(mesh))
     shown = tqdm(
-        batches, total=total, desc=progress, unit="batch", leave=False, disable=not progress
+        batches, total=total, desc=progress, unit="batch", leave=False, disable=not (progress and distributed.is_main())
     )
     for i, batch in enumerate(shown):
         yield i, int(count(batch["valid"])), batch

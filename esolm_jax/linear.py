@@ -5,6 +5,9 @@ kernel is gathered over `fsdp`, in the compute dtype, where it is used, forward 
 its gradient is summed in float32, scattered back over `fsdp`, then summed over what else splits
 the batch; activations are summed over `tensor` where the contraction is split. Their gradient
 rules are written out, so that none of it is left to be inferred.
+
+Layers take a tuple of arrays, one for each batch of a pass (the phases of an objective), so that a
+kernel is gathered once for all of them.
 """
 
 import dataclasses
@@ -80,55 +83,57 @@ def _tokens(*features: str | None) -> PartitionSpec:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def matmul(place: Place, h, kernel):
-    """h [B, T, D_in] · kernel [D_in, …] → [B, T, …] in the out dtype."""
-    return _matmul_forward(place, h, kernel)[0]
+def matmul(place: Place, hs, kernel):
+    """h [B, T, D_in] · kernel [D_in, …] → [B, T, …] in the out dtype, for each h of a tuple."""
+    return _matmul_forward(place, hs, kernel)[0]
 
 
-def _matmul_forward(place: Place, h, kernel):
+def _matmul_forward(place: Place, hs, kernel):
     d_in, *d_out = place.gathered
     row_parallel = ["tensor"] if d_in else []  # the contraction is split: partial sums
+    out = place.out_dtype or place.dtype
 
-    def body(h, kernel):
-        y = jnp.tensordot(
-            h.astype(place.dtype),
-            place.gather(kernel),
-            axes=1,
-            preferred_element_type=place.out_dtype or place.dtype,
+    def body(hs, kernel):
+        kernel = place.gather(kernel)
+        ys = (
+            jnp.tensordot(h.astype(place.dtype), kernel, axes=1, preferred_element_type=out)
+            for h in hs
         )
-        return place.sum_over(row_parallel, y)
+        return tuple(place.sum_over(row_parallel, y) for y in ys)
 
     specs = _tokens(d_in), sharding.spec(*place.axes)
-    return place.run(body, specs, _tokens(*d_out), h, kernel), (h, kernel)
+    return place.run(body, specs, _tokens(*d_out), hs, kernel), (hs, kernel)
 
 
-def _matmul_backward(place: Place, saved, g):
-    h, kernel = saved
+def _matmul_backward(place: Place, saved, gs):
+    hs, kernel = saved
     d_in, *d_out = place.gathered
     column_parallel = ["tensor"] if any(d_out) else []
+    out = tuple(range(2, kernel.ndim + 1)), tuple(range(1, kernel.ndim))
+    tokens = (0, 1), (0, 1)
 
-    def body(h, kernel, g):
-        g = g.astype(place.dtype)
-        features = g.ndim - 2
-        last = tuple(range(2, g.ndim)), tuple(range(1, 1 + features))
-        dh = jnp.tensordot(g, place.gather(kernel), axes=last, preferred_element_type=place.dtype)
-        dh = place.sum_over(column_parallel, dh).astype(h.dtype)
-        dk = jnp.tensordot(
-            h.astype(place.dtype), g, axes=((0, 1), (0, 1)), preferred_element_type=jnp.float32
-        )
-        return dh, place.scatter(dk)
+    def body(hs, kernel, gs):
+        gathered, dtype = place.gather(kernel), place.dtype
+        dhs, dk = [], jnp.zeros((), jnp.float32)
+        for h, g in zip(hs, gs, strict=True):
+            h_low, g = h.astype(dtype), g.astype(dtype)
+            dh = jnp.tensordot(g, gathered, axes=out, preferred_element_type=dtype)
+            dhs.append(place.sum_over(column_parallel, dh).astype(h.dtype))
+            dk += jnp.tensordot(h_low, g, axes=tokens, preferred_element_type=jnp.float32)
+        return tuple(dhs), place.scatter(dk)
 
     specs = _tokens(d_in), sharding.spec(*place.axes)
-    return place.run(body, (*specs, _tokens(*d_out)), specs, h, kernel, g)
+    return place.run(body, (*specs, _tokens(*d_out)), specs, hs, kernel, gs)
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def lookup(place: Place, token, table):
-    """Rows of table [V, D] at token int [B, T] → [B, T, D] in the compute dtype."""
-    return _lookup_forward(place, token, table)[0]
+def lookup(place: Place, tokens, table):
+    """Rows of table [V, D] at token int [B, T] → [B, T, D] in the compute dtype, for each of a
+    tuple."""
+    return _lookup_forward(place, tokens, table)[0]
 
 
 def _local_ids(place: Place, token, size: int):
@@ -139,57 +144,62 @@ def _local_ids(place: Place, token, size: int):
     return local, (local >= 0) & (local < size)
 
 
-def _lookup_forward(place: Place, token, table):
-    def body(token, table):
+def _lookup_forward(place: Place, tokens, table):
+    def body(tokens, table):
         table = place.gather(table)
-        local, here = _local_ids(place, token, len(table))
-        found = jnp.where(here[..., None], table.at[local].get(mode="clip"), 0)
-        return place.sum_over(["tensor"], found)
+        found = []
+        for token in tokens:
+            local, here = _local_ids(place, token, len(table))
+            rows = jnp.where(here[..., None], table.at[local].get(mode="clip"), 0)
+            found.append(place.sum_over(["tensor"], rows))
+        return tuple(found)
 
     specs = _tokens(), sharding.spec(*place.axes)
-    return place.run(body, specs, _tokens(None), token, table), (token, table)
+    return place.run(body, specs, _tokens(None), tokens, table), (tokens, table)
 
 
-def _lookup_backward(place: Place, saved, g):
-    token, table = saved
+def _lookup_backward(place: Place, saved, gs):
+    tokens, table = saved
 
-    def body(token, table, g):
+    def body(tokens, table, gs):
         size = len(table)
-        local, here = _local_ids(place, token, size)
-        local = jnp.where(here, local, size)  # out of bounds: dropped
-        grad = jnp.zeros((size, g.shape[-1]), jnp.float32)
-        grad = grad.at[local].add(g.astype(jnp.float32), mode="drop")
+        grad = jnp.zeros((size, gs[0].shape[-1]), jnp.float32)
+        for token, g in zip(tokens, gs, strict=True):
+            local, here = _local_ids(place, token, size)
+            local = jnp.where(here, local, size)  # out of bounds: dropped
+            grad = grad.at[local].add(g.astype(jnp.float32), mode="drop")
         return place.scatter(grad)
 
     axes = sharding.spec(*place.axes)
-    return None, place.run(body, (_tokens(), axes, _tokens(None)), axes, token, table, g)
+    return None, place.run(body, (_tokens(), axes, _tokens(None)), axes, tokens, table, gs)
 
 
 lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 class Linear(nnx.Module):
-    """h [B, T, D_in] → [B, T, …]: kernel [D_in, …] and, if `bias_init` is given, a bias […]."""
+    """Tuple of h [B, T, D_in] → tuple of [B, T, …]: kernel [D_in, …] and, if `bias_init` is given,
+    a bias […]."""
 
     def __init__(self, d_in: int, d_out: tuple[int, ...], place: Place, rngs, *, init, bias_init):
         self.place = place
         self.kernel = nnx.Param(init(rngs.params(), (d_in, *d_out), jnp.float32))
         self.bias = bias_init and nnx.Param(bias_init(rngs.params(), d_out, jnp.float32))
 
-    def __call__(self, h):
-        y = matmul(self.place, h, self.kernel[...])
-        if self.bias is not None:
-            bias = self.bias[...].astype(y.dtype)
-            y = y + bias.reshape(1, 1, *bias.shape)
-        return y
+    def __call__(self, hs):
+        ys = matmul(self.place, hs, self.kernel[...])
+        if self.bias is None:
+            return ys
+        bias = self.bias[...]
+        return tuple(y + bias.astype(y.dtype).reshape(1, 1, *bias.shape) for y in ys)
 
 
 class Embedding(nnx.Module):
-    """Token ids [B, T] → [B, T, D]."""
+    """Tuple of token ids [B, T] → tuple of [B, T, D]."""
 
     def __init__(self, vocab_size: int, width: int, place: Place, rngs, *, init):
         self.place = place
         self.embedding = nnx.Param(init(rngs.params(), (vocab_size, width), jnp.float32))
 
-    def __call__(self, token):
-        return lookup(self.place, token, self.embedding[...])
+    def __call__(self, tokens):
+        return lookup(self.place, tokens, self.embedding[...])

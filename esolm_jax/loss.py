@@ -12,6 +12,7 @@ from typing import Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from esolm_jax import sharding
 from esolm_jax.linear import Place
@@ -108,14 +109,14 @@ def _nll(head: Head, h_nD, params, target_n, weight_n):
         return jax.lax.fori_loop(0, trips, body, jnp.zeros(len(h_nD)))
 
 
-def _loss_and_grads(head: Head, h_nD, params, target_n, weight_n):
-    """Σ weight · nll on this device, and its gradients: float32, dh in the dtype of h."""
+def _loss_and_grads(head: Head, h_nD, params, target_n, weight_n, batch_n, num_batches: int):
+    """Σ weight · nll of each batch, and the gradients of their sum: float32, dh in h's dtype."""
     head = head.at_most(len(h_nD))
     kernel, bias, ids = head.gather(params)
     order, trips = _predicted_first(head, weight_n)
 
     def body(i, carry):
-        loss, dh_nD, dk, db = carry
+        losses, dh_nD, dk, db = carry
         at, h, target, weight = _chunk(head, i, order, h_nD, target_n, weight_n)
         nll, p, is_target = head.normalised(h, kernel, bias, ids, target)
         dz = (p - is_target) * weight[:, None]
@@ -123,27 +124,30 @@ def _loss_and_grads(head: Head, h_nD, params, target_n, weight_n):
         dh = jnp.dot(low, kernel.T, preferred_element_type=jnp.float32)
         dk += jnp.dot(h.T, low, preferred_element_type=jnp.float32)
         dh_nD = dh_nD.at[at].set(dh.astype(dh_nD.dtype), mode="drop")
-        return loss + jnp.sum(weight * nll), dh_nD, dk, db + jnp.sum(dz, axis=0)
+        losses = losses.at[batch_n.at[at].get(mode="clip")].add(weight * nll)
+        return losses, dh_nD, dk, db + jnp.sum(dz, axis=0)
 
     dk = jnp.zeros(kernel.shape, jnp.float32)
-    carry = jnp.zeros(()), jnp.zeros_like(h_nD), dk, jnp.zeros(bias.shape)
+    carry = jnp.zeros(num_batches), jnp.zeros_like(h_nD), dk, jnp.zeros(bias.shape)
     with jax.named_scope("predicted_chunks"):
-        loss, dh_nD, dk, db = jax.lax.fori_loop(0, trips, body, carry)
+        losses, dh_nD, dk, db = jax.lax.fori_loop(0, trips, body, carry)
     batch = [*sharding.ROWS, "sequence"]
-    loss = head.place.sum_over(batch, loss)
+    losses = head.place.sum_over(batch, losses)
     grads = {"kernel": head.place.scatter(dk), "bias": head.place.sum_over(batch, db)}
-    return loss, head.place.sum_over(["tensor"], dh_nD), {name: grads[name] for name in params}
+    return losses, head.place.sum_over(["tensor"], dh_nD), {name: grads[name] for name in params}
 
 
-def _flat(function, head: Head, h_BPD, params, target_BP, weight_BP):
-    batch, length, width = h_BPD.shape
-    return function(
-        head,
-        h_BPD.reshape(batch * length, width),
-        params,
-        target_BP.reshape(-1),
-        weight_BP.reshape(-1),
-    )
+def _flat(arrays):
+    """[B, P, …] of each batch → [n, …] of all of them."""
+    return jnp.concatenate([a.reshape(-1, *a.shape[2:]) for a in arrays])
+
+
+def _unflat(array, like):
+    """The inverse."""
+    sizes = [a.shape[0] * a.shape[1] for a in like]
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
+    parts = jnp.split(array, ends)
+    return tuple(p.reshape(*a.shape[:2], *p.shape[1:]) for p, a in zip(parts, like, strict=True))
 
 
 def _specs(params):
@@ -151,53 +155,61 @@ def _specs(params):
     return {name: sharding.spec(*axes[name]) for name in params}
 
 
-def _run(head: Head, body, out_specs, h, params, target, weight):
+def _run(head: Head, body, out_specs, hs, params, targets, weights):
     tokens = sharding.spec("rows", "tokens")
     specs = (sharding.spec("rows", "tokens", None), _specs(params), tokens, tokens)
-    return head.place.run(body, specs, out_specs, h, params, target, weight)
+    return head.place.run(body, specs, out_specs, hs, params, targets, weights)
 
 
-def nll(head: Head, h_BPD, params, target_BP, weight_BP):
-    """−log p(target) of the tokens with a weight, 0 for the others: float32 [B, P], in nats.
+def nll(head: Head, hs, params, targets, weights):
+    """−log p(target) of the tokens with a weight, 0 for the others: in nats, float32 [B, P] of
+    each batch.
 
     Args:
-      h_BPD: what the head projects (Transformer with head=False). params: {"kernel": [D, V],
-        "bias": [V] or absent}. target_BP: int32, never the mask token where there is a weight.
+      hs: tuple of [B, P, D], what the head projects (Transformer with head=False).
+      params: {"kernel": [D, V], "bias": [V] or absent}.
+      targets, weights: tuples of [B, P]; no target is the mask token where it has a weight.
     """
 
-    def body(h, *rest):
-        return _flat(_nll, head, h, *rest).reshape(h.shape[:2])
+    def body(hs, params, targets, weights):
+        return _unflat(_nll(head, _flat(hs), params, _flat(targets), _flat(weights)), hs)
 
-    return _run(head, body, sharding.spec("rows", "tokens"), h_BPD, params, target_BP, weight_BP)
+    return _run(head, body, sharding.spec("rows", "tokens"), hs, params, targets, weights)
 
 
-def sequence_nll(head: Head, h_BPD, params, target_BP, weight_BP):
-    """Σ over a row's tokens of weight · (−log p(target)): float32 [B] in nats. Not to be
-    differentiated: that is weighted_nll's."""
-    return jnp.sum(weight_BP * nll(head, h_BPD, params, target_BP, weight_BP), axis=1)
+def sequence_nll(head: Head, hs, params, targets, weights):
+    """Σ over a row's tokens of weight · (−log p(target)): in nats, float32 [B] of each batch. Not
+    to be differentiated: that is weighted_nll's."""
+    found = nll(head, hs, params, targets, weights)
+    return tuple(jnp.sum(w * n, axis=1) for w, n in zip(weights, found, strict=True))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def weighted_nll(head: Head, h_BPD, params, target_BP, weight_BP):
-    """Σ weight · (−log p(target)) over all rows and tokens: float32 scalar, differentiable in
-    h_BPD and params."""
-    return jnp.sum(sequence_nll(head, h_BPD, params, target_BP, weight_BP))
+def weighted_nll(head: Head, hs, params, targets, weights):
+    """Σ weight · (−log p(target)) over the rows and tokens of each batch: float32 [batches].
+
+    Differentiable in hs and params, for the *sum* over batches: they must not be scaled apart.
+    """
+    return jnp.stack([jnp.sum(n) for n in sequence_nll(head, hs, params, targets, weights)])
 
 
-def _forward(head: Head, h_BPD, params, target_BP, weight_BP):
-    def body(h, *rest):
-        loss, dh, grads = _flat(_loss_and_grads, head, h, *rest)
-        return loss, dh.reshape(h.shape), grads
+def _forward(head: Head, hs, params, targets, weights):
+    def body(hs, params, targets, weights):
+        batch = jnp.repeat(jnp.arange(len(hs)), np.array([h.shape[0] * h.shape[1] for h in hs]))
+        losses, dh, grads = _loss_and_grads(
+            head, _flat(hs), params, _flat(targets), _flat(weights), batch, len(hs)
+        )
+        return losses, _unflat(dh, hs), grads
 
     out_specs = sharding.spec(), sharding.spec("rows", "tokens", None), _specs(params)
-    loss, dh, grads = _run(head, body, out_specs, h_BPD, params, target_BP, weight_BP)
-    return loss, (dh, grads)
+    losses, dhs, grads = _run(head, body, out_specs, hs, params, targets, weights)
+    return losses, (dhs, grads)
 
 
 def _backward(head: Head, saved, g):
     del head
-    dh, grads = jax.tree.map(lambda a: (g * a).astype(a.dtype), saved)
-    return dh, grads, None, None
+    dhs, grads = jax.tree.map(lambda a: (g[0] * a).astype(a.dtype), saved)
+    return dhs, grads, None, None
 
 
 weighted_nll.defvjp(_forward, _backward)

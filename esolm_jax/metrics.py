@@ -1,6 +1,7 @@
 """Metrics of a training run: JSONL and TensorBoard files, a progress bar, the learning curve."""
 
 import json
+import os
 import pathlib
 import time
 
@@ -38,15 +39,30 @@ class Metrics:
     same numbers have the same entries but for that.
     """
 
-    def __init__(self, workdir: pathlib.Path, *, step: int, steps: int, tokens_per_step: int):
-        _keep_until(workdir, step)
-        self._file = open(workdir / FILE, "a", buffering=1)
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
-        self._bar = tqdm(initial=step, total=steps, desc="train", unit="step", mininterval=1.0)
+    def __init__(
+        self, workdir: pathlib.Path, *, step: int, steps: int, tokens_per_step: int, enabled: bool
+    ):
+        """`enabled`: False in the processes that write and show nothing."""
+        if enabled:
+            _keep_until(workdir, step)
+        self._file = open(workdir / FILE if enabled else os.devnull, "a", buffering=1)
+        self._board = SummaryWriter(
+            str(workdir / "tensorboard"), purge_step=step + 1, write_to_disk=enabled
+        )
+        self._bar = tqdm(
+            initial=step,
+            total=steps,
+            desc="train",
+            unit="step",
+            mininterval=1.0,
+            disable=not enabled,
+        )
         self._tokens_per_step = tokens_per_step
+        self._step = step
         self._last = (step, time.perf_counter())
 
     def advance(self) -> None:
+        self._step += 1
         self._bar.update()
 
     def log(self, step: int, values: dict[str, float], *, timed: bool = False) -> None:
@@ -64,11 +80,12 @@ class Metrics:
 
     def say(self, message: str) -> None:
         """Prints a line above the progress bar."""
-        self._bar.write(message)
+        if not self._bar.disable:
+            self._bar.write(message)
 
     def pause(self) -> None:
         """Leaves out of the next speed what happened since the last log (evaluation, saving)."""
-        self._last = (self._bar.n, time.perf_counter())
+        self._last = (self._step, time.perf_counter())
 
     def close(self) -> None:
         self._bar.close()

@@ -212,27 +212,41 @@ class Block(nnx.Module):
         self.mlp_out = _linear(c.inner, c.width, name="mlp_out", bias=bias, **how)
         self.modulation = Modulation(c, 6, mesh, rngs)
 
-    def project(self, h_BTD, modulation, cos, sin):
-        """Normed, modulated h → rotated queries [B, H, T, K] and keys, and values [B, G, T, K]."""
+    def project(self, hs, modulation, angles):
+        """Normed, modulated h → rotated queries [B, H, T, K] and keys, and values [B, G, T, K]; of
+        each batch."""
         shift, scale, *_ = modulation
-        h = _modulate(self.attention_norm(h_BTD), shift, scale, self.config.dtype)
-        qkv_BGRTK = jnp.moveaxis(checkpoint_name(self.qkv(h), "qkv"), 1, 3)
+        normed = [_modulate(self.attention_norm(h), shift, scale, self.config.dtype) for h in hs]
+        return [
+            self._heads(checkpoint_name(qkv, "qkv"), *cos_sin)
+            for qkv, cos_sin in zip(self.qkv(tuple(normed)), angles, strict=True)
+        ]
+
+    def _heads(self, qkv_BTGRK, cos, sin):
+        qkv_BGRTK = jnp.moveaxis(qkv_BTGRK, 1, 3)
         batch, _, _, length, width = qkv_BGRTK.shape
         q = qkv_BGRTK[:, :, :-2].reshape(batch, -1, length, width)
         k, v = qkv_BGRTK[:, :, -2], qkv_BGRTK[:, :, -1]
         return _rotate(q, cos, sin), _rotate(k, cos, sin), v
 
-    def combine(self, h_BTD, attended_BHTK, modulation, dropout_key):
-        """Residual of the attention, then of the MLP."""
+    def combine(self, hs, attended, modulation, keys):
+        """Residual of the attention [B, H, T, K], then of the MLP; of each batch."""
         _, _, gate, mlp_shift, mlp_scale, mlp_gate = modulation
-        keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-        dropout, dtype = self.config.dropout, self.config.dtype
-        attended_BTD = jnp.moveaxis(attended_BHTK, 1, 2).reshape(h_BTD.shape)
-        out = checkpoint_name(self.attention_out(attended_BTD), "attention_out")
-        h_BTD = h_BTD + gate * _dropout(keys[0], dropout, out)
-        h = _modulate(self.mlp_norm(h_BTD), mlp_shift, mlp_scale, dtype)
-        inner = self._activate(checkpoint_name(self.mlp_in(h), "mlp_in"))
-        return h_BTD + mlp_gate * _dropout(keys[1], dropout, self.mlp_out(inner))
+        keys = [(None, None) if key is None else jax.random.split(key) for key in keys]
+        rate, dtype = self.config.dropout, self.config.dtype
+        flat = [jnp.moveaxis(a, 1, 2).reshape(h.shape) for a, h in zip(attended, hs, strict=True)]
+        outs = [checkpoint_name(o, "attention_out") for o in self.attention_out(tuple(flat))]
+        hs = [
+            h + gate * _dropout(key, rate, out)
+            for h, out, (key, _) in zip(hs, outs, keys, strict=True)
+        ]
+        normed = [_modulate(self.mlp_norm(h), mlp_shift, mlp_scale, dtype) for h in hs]
+        inner = [checkpoint_name(i, "mlp_in") for i in self.mlp_in(tuple(normed))]
+        outs = self.mlp_out(tuple(self._activate(i) for i in inner))
+        return tuple(
+            h + mlp_gate * _dropout(key, rate, out)
+            for h, out, (_, key) in zip(hs, outs, keys, strict=True)
+        )
 
     def _activate(self, parts_BTPF):
         if self.config.style == "llama":
@@ -269,7 +283,7 @@ class Transformer(nnx.Module):
 
     def __call__(
         self,
-        tokens: Tokens,
+        batches: tuple[Tokens, ...],
         *,
         cache: KVCache | None = None,
         start=0,
@@ -278,15 +292,17 @@ class Transformer(nnx.Module):
         dropout_key=None,
         sigma_B=None,
     ):
-        """Runs the tokens, over a cache if one is given.
+        """Runs batches of tokens, which do not see each other, through the blocks together.
 
         Args:
-          tokens: Tokens [B, T].
-          cache: if given, the tokens' keys, values and ranks are written to slots
-            [start, start + T) first, and the tokens attend to the cache alone (all in context).
+          batches: Tokens [B, T], each with its own B and T.
+          cache: of a single batch: if given, the tokens' keys, values and ranks are written to
+            slots [start, start + T) first, and the tokens attend to the cache alone (all in
+            context).
           start: int, may be traced.
-          predict: (offset, P): results for the tokens [offset, offset + P) only; None = all T. A
-            traced offset may run past the end: the last token then stands in for the missing ones.
+          predict: (offset, P) for each batch: results for the tokens [offset, offset + P) only;
+            None = all T. A traced offset may run past the end: the last token then stands in for
+            the missing ones.
           head: False = return what the head would project, [B, P, D] in the compute dtype, in
             place of the logits (the loss projects no more tokens than it must).
           dropout_key: None = no dropout.
@@ -294,40 +310,49 @@ class Transformer(nnx.Module):
             training, likelihood and sampling all use.
 
         Returns:
-          (logits float32 [B, P, V], mask token not yet excluded; the cache after the pass or None)
+          (for each batch logits float32 [B, P, V], mask token not yet excluded;
+           the cache after the pass or None)
         """
         config = self.config
-        keys = tokens
         if cache is not None:
-            keys = cache = cache.write_ranks(start, tokens.rank)
-        cos, sin = rope_angles(tokens.position, config.head_width, config.rope_base)
+            cache = cache.write_ranks(start, batches[0].rank)
+        angles = [rope_angles(b.position, config.head_width, config.rope_base) for b in batches]
         cond_BC = self._condition(sigma_B)
         graphdef, stacked = nnx.split(self.blocks)
-        seeds = None if dropout_key is None else jax.random.split(dropout_key, config.blocks)
+        seeds = None
+        if dropout_key is not None:
+            seeds = jax.random.split(dropout_key, (config.blocks, len(batches)))
 
         def block_step(carry, layer):
-            h_BTD, cache = carry
-            weights, index, seed = layer
+            hs, cache = carry
+            weights, index, seeds = layer
             block = nnx.merge(graphdef, weights)
             modulation = block.modulation(cond_BC)
-            q, k, v = block.project(h_BTD, modulation, cos, sin)
-            if cache is not None:
-                cache = cache.write(index, start, k, v)
-                k, v = cache.key[index], cache.value[index]
-            attended = attend(q, k, v, tokens, keys, kind=config.attention, mesh=self.mesh)
-            return (block.combine(h_BTD, attended, modulation, seed), cache), None
+            attended = []
+            for tokens, (q, k, v) in zip(
+                batches, block.project(hs, modulation, angles), strict=True
+            ):
+                keys = tokens
+                if cache is not None:
+                    cache = keys = cache.write(index, start, k, v)
+                    k, v = cache.key[index], cache.value[index]
+                attended.append(
+                    attend(q, k, v, tokens, keys, kind=config.attention, mesh=self.mesh)
+                )
+            seeds = [None] * len(batches) if seeds is None else seeds
+            return (block.combine(hs, attended, modulation, seeds), cache), None
 
         if REMAT[config.remat] is not None:
             keep = jax.checkpoint_policies.save_only_these_names(*REMAT[config.remat])
             block_step = jax.checkpoint(block_step, policy=keep, prevent_cse=False)
-        carry = (self.embedding(tokens.token), cache)
+        carry = (self.embedding(tuple(b.token for b in batches)), cache)
         layers = (stacked, jnp.arange(config.blocks), seeds)
-        (h_BTD, cache), _ = jax.lax.scan(block_step, carry, layers, unroll=config.unroll)
+        (hs, cache), _ = jax.lax.scan(block_step, carry, layers, unroll=config.unroll)
         if predict is not None:
-            h_BTD = _take(h_BTD, *predict)
+            hs = [_take(h, *at) for h, at in zip(hs, predict, strict=True)]
         shift, scale = self.final_modulation(cond_BC)
-        h_BPD = _modulate(self.final_norm(h_BTD), shift, scale, config.dtype)
-        return (self.logits(h_BPD) if head else h_BPD), cache
+        hs = tuple(_modulate(self.final_norm(h), shift, scale, config.dtype) for h in hs)
+        return (self.logits(hs) if head else hs), cache
 
     def _condition(self, sigma_B):
         if self.time is None:
@@ -349,11 +374,16 @@ def init(config: ModelConfig, key) -> dict:
 def bind(config: ModelConfig, mesh: Mesh | None = None):
     """Returns apply(params, tokens, **kwargs) → (logits, cache), pure; see Transformer.__call__.
 
-    With a mesh, parameters lie on it by sharding.parameters, and rows and tokens by its rules.
+    `tokens` is a tuple of batches, as there, or one batch alone: then so are `predict` and the
+    logits. With a mesh, parameters lie on it by sharding.parameters, rows and tokens by its rules.
     """
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, mesh, nnx.Rngs(0))))
 
-    def apply(params, tokens, **kwargs):
-        return nnx.merge(graphdef, params)(tokens, **kwargs)
+    def apply(params, tokens, *, predict=None, **kwargs):
+        model = nnx.merge(graphdef, params)
+        if not isinstance(tokens, Tokens):
+            return model(tokens, predict=predict, **kwargs)
+        out, cache = model((tokens,), predict=predict and (predict,), **kwargs)
+        return out[0], cache
 
     return apply

@@ -22,4 +22,4 @@ def main(config, workdir: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, one_process=True)

@@ -55,6 +55,8 @@ def _shown(ids: list[int], config, tokenizer) -> list[int]:
 
 
 def _check_mesh(config, mesh) -> None:
+    if jax.process_count() > 1:
+        raise UserError(f"sampling is for one process, but there are {jax.process_count()}")
     shards = sharding.num_row_shards(mesh)
     if config.sample.num % shards:
         raise UserError(

@@ -3,7 +3,6 @@
 import contextlib
 import pathlib
 import shutil
-import signal
 import sys
 
 import jax
@@ -13,6 +12,7 @@ from esolm_jax import (
     assemble,
     checkpoint,
     cli,
+    distributed,
     likelihood,
     results,
     sharding,
@@ -78,21 +78,6 @@ class Run:
         }
 
 
-class _StopSignal:
-    """SIGTERM and SIGINT end the run after the step under way, with a checkpoint; a second one
-    ends it at once."""
-
-    def __init__(self):
-        self.received: int | None = None  # the signal's number
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._receive)
-
-    def _receive(self, number, frame):
-        del frame
-        self.received = number
-        signal.signal(number, signal.SIG_DFL)
-
-
 def _train(run: Run, checkpoints, state: TrainState, cursor: int) -> int | None:
     """Runs the steps that are left; returns the signal that ended them early, if one did."""
     config, t = run.config, run.config.train
@@ -110,9 +95,13 @@ def _train(run: Run, checkpoints, state: TrainState, cursor: int) -> int | None:
     first = int(state.step)
     tokens_per_step = t.batch_size * config.data.seq_len
     metrics = metrics_lib.Metrics(
-        run.workdir, step=first, steps=t.steps, tokens_per_step=tokens_per_step
+        run.workdir,
+        step=first,
+        steps=t.steps,
+        tokens_per_step=tokens_per_step,
+        enabled=distributed.is_main(),
     )
-    stop = _StopSignal()
+    stop = distributed.StopSignal()
     if first < t.steps:
         metrics.say("compiling the training step (the first step takes as long as that)")
     with contextlib.closing(reader), contextlib.closing(metrics):
@@ -126,13 +115,13 @@ def _train(run: Run, checkpoints, state: TrainState, cursor: int) -> int | None:
                 nelbo = _validate(run, estimate, state)
                 metrics.log(step, {"validation_nelbo": nelbo})
                 metrics.pause()
-            stopping = stop.received is not None
-            if step % t.checkpoint_every == 0 or step == t.steps or stopping:
+            stopped_by = stop.after(step)
+            if step % t.checkpoint_every == 0 or step == t.steps or stopped_by:
                 checkpoints.save(state, run.meta(reader.cursor), nelbo=nelbo)
                 metrics.pause()
-            if stopping and step < t.steps:
+            if stopped_by and step < t.steps:
                 metrics.say(f"stopped at step {step}; run the same command again to go on")
-                return stop.received
+                return stopped_by
     return None
 
 
@@ -145,6 +134,15 @@ def _validate(run: Run, estimate, state: TrainState) -> float:
     return estimate(state.ema, batches, num_samples=1, seed=config.seed, progress="validation").nll
 
 
+def _write_what_it_is(run: Run) -> None:
+    """The tokenizer and the config beside the checkpoints."""
+    folder = run.workdir / "tokenizer"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    run.manifest.load_tokenizer().save(folder)
+    results.write_json(run.workdir / "config.json", run.config.to_dict())
+
+
 def main(config, workdir: pathlib.Path) -> None:
     run = Run(config, workdir)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -154,20 +152,20 @@ def main(config, workdir: pathlib.Path) -> None:
     state, cursor = run.restore_or_init(checkpoints)
     if cursor:
         print(f"resuming {workdir} at step {int(state.step)}")
-    shutil.rmtree(workdir / "tokenizer", ignore_errors=True)
-    (workdir / "tokenizer").mkdir()
-    run.manifest.load_tokenizer().save(workdir / "tokenizer")
-    results.write_json(workdir / "config.json", config.to_dict())
+    if distributed.is_main():
+        _write_what_it_is(run)
     count = sum(a.size for a in jax.tree.leaves(state.params))
     print(
         f"{config.objective}, alpha_0 = {config.alpha_0}: {count:,} parameters, "
-        f"{config.train.batch_size} x {config.data.seq_len} tokens a step on {run.built.mesh.size} "
-        f"{jax.devices()[0].platform} device(s)"
+        f"{config.train.batch_size} x {config.data.seq_len} tokens a step on "
+        f"{sharding.describe(run.built.mesh)}"
     )
     stopped_by = _train(run, checkpoints, state, cursor)
     checkpoints.close()
     if stopped_by:
         sys.exit(128 + stopped_by)
+    if not distributed.is_main():
+        return
     baseline = unigram_perplexity(run.manifest, "validation")
     curve = metrics_lib.plot_learning_curve(
         workdir, baseline=baseline, training=not config.low_variance
@@ -177,4 +175,4 @@ def main(config, workdir: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, stoppable=True)

@@ -99,22 +99,19 @@ class Objective:
         `num_tokens` are the phases' token counts in the *global* batch, whatever part `labelled`
         is.
         """
-        losses = []
-        for i, (part, count) in enumerate(zip(labelled, num_tokens, strict=True)):
-            key = None if dropout_key is None else jax.random.fold_in(dropout_key, i)
-            with jax.named_scope(f"phase_{i}"):
-                hidden, _ = self.apply(
-                    params,
-                    part.tokens,
-                    predict=(0, part.target.shape[1]),
-                    head=False,
-                    dropout_key=key,
-                )
-                weight = part.weight / count
-                losses.append(
-                    weighted_nll(self.head, hidden, params["logits"], part.target, weight)
-                )
-        return jnp.stack(losses)
+        hidden, _ = self.apply(
+            params,
+            tuple(part.tokens for part in labelled),
+            predict=tuple((0, part.target.shape[1]) for part in labelled),
+            head=False,
+            dropout_key=dropout_key,
+        )
+        targets = tuple(part.target for part in labelled)
+        weights = tuple(
+            part.weight / count for part, count in zip(labelled, num_tokens, strict=True)
+        )
+        with jax.named_scope("head"):
+            return weighted_nll(self.head, hidden, params["logits"], targets, weights)
 
     def _micro(self, params, labelled, num_tokens, dropout_key):
         """(gradient, losses) of one micro-batch; trimmed if every row of it allows that."""

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from esolm_jax import hlo
+from esolm_jax.pod import hlo
 
 BF16, F32 = jnp.bfloat16, jnp.float32
 

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Mapping
 
-from esolm_jax.hlo_parse import Computation, Instruction, Module
+from esolm_jax.pod.hlo_parse import Computation, Instruction, Module
 
 SAME = {"copy", "bitcast", "convert", "reshape", "copy-start", "copy-done"}
 ARITHMETIC = {

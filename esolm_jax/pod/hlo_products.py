@@ -9,7 +9,7 @@ import dataclasses
 import math
 import re
 
-from esolm_jax.hlo_parse import Computation, Instruction, Shape
+from esolm_jax.pod.hlo_parse import Computation, Instruction, Shape
 
 
 def product_flops(instruction: Instruction, computation: Computation) -> int:

@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Iterable
 
-from esolm_jax.hlo_parse import Computation, Instruction, Module, Shape
+from esolm_jax.pod.hlo_parse import Computation, Instruction, Module, Shape
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute", "send")
 

@@ -10,15 +10,15 @@ import dataclasses
 import re
 from collections.abc import Mapping
 
-from esolm_jax.hlo_collectives import (
+from esolm_jax.pod.hlo_collectives import (
     Collective,
     bytes_by_kind,
     collectives,
     started_channels,
 )
-from esolm_jax.hlo_loops import Frame, trip_count
-from esolm_jax.hlo_parse import Instruction, Shape, parse
-from esolm_jax.hlo_products import product_flops
+from esolm_jax.pod.hlo_loops import Frame, trip_count
+from esolm_jax.pod.hlo_parse import Instruction, Shape, parse
+from esolm_jax.pod.hlo_products import product_flops
 
 
 class UnknownLoop(ValueError):

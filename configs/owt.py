@@ -1,0 +1,32 @@
+"""The published small model (768 x 12) at L = 1024, as trained on OpenWebText.
+
+    python -m esolm_jax.train --config=configs/owt.py:0.5 --workdir=gs://…/owt \\
+        --config.data.train='…/train/*.jsonl' --config.data.validation='…/valid.jsonl'
+
+The argument behind the colon is alpha_0 of Eso-LM (B), or one of ar, mdlm, bd3, eso_a: `owt.py:1`,
+`owt.py:0.125`, `owt.py:mdlm`. The documents are yours to bring, in any form that `prepare` reads.
+"""
+
+from esolm_jax.config import default_config
+
+OTHERS = {"ar": ("ar", 0.0), "mdlm": ("mdlm", 1.0), "bd3": ("bd3", 1.0), "eso_a": ("eso_a", 0.5)}
+
+
+def get_config(family: str = "0.5"):
+    config = default_config()
+    config.objective, config.alpha_0 = OTHERS.get(family) or ("eso_b", float(family))
+    config.data.source = "text"
+    config.data.seq_len = 1024
+    config.data.vocab_size = 50257  # as GPT-2's
+    config.model.width = 768
+    config.model.blocks = 12
+    config.model.heads = 12
+    config.model.cond_width = 0 if config.objective == "ar" else 128
+    config.model.dropout = 0.1
+    config.model.dtype = "bfloat16"
+    config.train.batch_size = 512
+    config.train.steps = 250_000
+    config.mesh.data = -1
+    config.mesh.fsdp = 16
+    config.eval.batch_size = 256
+    return config
