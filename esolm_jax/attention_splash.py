@@ -83,6 +83,7 @@ class _LayoutMask(splash_attention_mask.Mask):
         self.q_sequence = q_index
         self.mask_function = _mask_function(layout)
         self._layout, self._num_keys = layout, num_keys
+        self._seen = {}
 
     @property
     def shape(self):
@@ -90,12 +91,15 @@ class _LayoutMask(splash_attention_mask.Mask):
 
     def __getitem__(self, at):
         rows, columns = at
-        keys = np.arange(self._num_keys, dtype=np.int32)
-        mask = layout_mask(self._layout, self.q_sequence[rows], keys[columns]).copy()
-        # What is asked for is whether a block has anything visible. It is never called wholly
-        # visible, which saves nothing where the kernel computes the mask, and the tables of
-        # several parts cannot be joined when there are such blocks alone.
-        mask[0, 0] &= ~mask.all()
+        """A stand-in for these blocks of the mask: whether anything is visible is all that is read
+        of it, for the kernel computes the mask. (Never wholly visible: the library cannot join the
+        tables of several parts if there are no other blocks.)"""
+        span = rows.start, rows.stop, columns.start, columns.stop
+        if span not in self._seen:
+            q_index, k_index = self.q_sequence[rows], np.arange(columns.start, columns.stop)
+            self._seen[span] = layout_mask(self._layout, q_index, k_index).any()
+        mask = np.zeros((rows.stop - rows.start, columns.stop - columns.start), bool)
+        mask[0, 0] = self._seen[span]
         return mask
 
 
