@@ -12,6 +12,7 @@ from esolm_jax import config as config_lib
 from esolm_jax import model as model_lib
 from esolm_jax.data import reader
 from esolm_jax.data.manifest import Manifest, check, load_manifest
+from esolm_jax.data.tokenizer import Bytes
 from esolm_jax.errors import UserError
 from esolm_jax.loss import Head
 from esolm_jax.objectives import Special
@@ -49,6 +50,13 @@ def model_config(config, tokenizer: dict, platform: str) -> model_lib.ModelConfi
         attention=attention.resolve(m.attention, platform),
         remat=m.remat,
     )
+
+
+def planned_tokenizer(config) -> dict:
+    """What `prepare` would write of the tokenizer that config.data asks for, as far as a model
+    needs to know; of a SentencePiece file, its size is taken to be data.vocab_size."""
+    size = Bytes.vocab_size if config.data.tokenizer == "bytes" else config.data.vocab_size
+    return {"vocab_size": size, "mask_id": size, "bos_id": 0}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -45,7 +45,8 @@ def dense_mask(q: Tokens, k: Tokens | KVCache) -> jax.Array:
 def layout_mask(layout: Layout, q_index: np.ndarray, k_index: np.ndarray) -> np.ndarray:
     """The rule between tokens of these indices in a layout, at trace time: bool [Tq, Tk]."""
     with jax.ensure_compile_time_eval():
-        return np.asarray(visible(*layout.labels(q_index[:, None]), *layout.labels(k_index[None])))
+        q_rank, q_in_context = (label[:, None] for label in layout.labels(q_index))
+        return np.asarray(visible(q_rank, q_in_context, *layout.labels(k_index[None])))
 
 
 def resolve(kind: str, platform: str) -> str:
@@ -79,11 +80,11 @@ def attend(
         keys and values are gathered over `sequence` inside.
 
     Returns:
-      [B, H, T, K] in the dtype of v. With splash, padding reads padding alone (lean and dense let
-      it read real tokens); nobody reads it either way.
+      [B, H, T, K] in the dtype of v. What padding reads is up to the kind (splash: padding alone;
+      lean: no more than its place in the layout allows), as nobody else reads padding.
 
     Raises:
-      ValueError: an unknown kind.
+      ValueError: an unknown kind; for splash, tokens that are not as many as the layout's.
     """
     if kind not in KINDS:
         raise ValueError(f"attention kind {kind!r}: must be one of {', '.join(KINDS)}")

@@ -18,8 +18,9 @@ import numpy as np
 from esolm_jax.attention import MASKED, layout_mask, visible
 from esolm_jax.labels import Layout
 
-UNROLLED = 1024  # up to this many queries
-CHUNK_SHORT, CHUNK_UNROLLED, CHUNK_LOOP = 64, 128, 256  # short: up to eight of them
+CHUNK = 64  # queries, unrolled
+UNROLLED = 8 * CHUNK  # the most queries: more are faster in a loop, and in less memory
+CHUNK_LOOP = 256  # queries, and keys, of a step of the loop
 
 
 def lean(
@@ -88,10 +89,9 @@ def _gradients(q, k, v, labels, grad, lse, along):
 
 def _chunks(layout, length: int, num_keys: int):
     """(start, stop) of each chunk of queries, with the ranges of keys that it may see."""
-    size = CHUNK_SHORT if length <= 8 * CHUNK_SHORT else CHUNK_UNROLLED
     chunks = []
-    for start in range(0, length, size):
-        stop = min(start + size, length)
+    for start in range(0, length, CHUNK):
+        stop = min(start + CHUNK, length)
         ranges = ((0, num_keys),)
         if layout is not None:
             seen = layout_mask(layout, np.arange(start, stop), np.arange(num_keys)).any(axis=0)

@@ -66,6 +66,14 @@ def splash(
     return out[:, :, :length].astype(v_BGSK.dtype)
 
 
+def block_sizes(layout: Layout, parts: int = 1) -> tuple[int, int]:
+    """Queries and keys of a block, when the queries are split into `parts`."""
+    size = layout.queries + layout.length
+    padded = (-(-n // BLOCKS[-1]) * BLOCKS[-1] for n in (size // parts, size))
+    block_q, block_kv = (next(b for b in BLOCKS if n % b == 0) for n in padded)
+    return block_q, block_kv
+
+
 def _segment(rank_BT, layout, index):
     return jnp.where(rank_BT == layout.labels(index)[0][None], REAL, PADDING)
 
@@ -90,10 +98,10 @@ class _LayoutMask(splash_attention_mask.Mask):
         return len(self.q_sequence), self._num_keys
 
     def __getitem__(self, at):
-        rows, columns = at
-        """A stand-in for these blocks of the mask: whether anything is visible is all that is read
-        of it, for the kernel computes the mask. (Never wholly visible: the library cannot join the
+        """A stand-in for a block of the mask: whether anything is visible is all that is read of
+        it, for the kernel computes the mask. (Never wholly visible: the library cannot join the
         tables of several parts if there are no other blocks.)"""
+        rows, columns = at
         span = rows.start, rows.stop, columns.start, columns.stop
         if span not in self._seen:
             q_index, k_index = self.q_sequence[rows], np.arange(columns.start, columns.stop)
@@ -116,9 +124,7 @@ def _kernel(layout: Layout, parts: int, heads: int, interpret: bool):
     q_index = np.arange(num_keys, dtype=np.int32).reshape(parts, -1)
     q_index = np.pad(q_index, ((0, 0), (0, -q_index.shape[1] % BLOCKS[-1])), mode="edge")
     num_keys += -num_keys % BLOCKS[-1]
-    block_q, block_kv = (
-        next(b for b in BLOCKS if size % b == 0) for size in (q_index.shape[1], num_keys)
-    )
+    block_q, block_kv = block_sizes(layout, parts)
     # One kernel for dq and one for dk and dv: the fused one keeps dq of every block of keys apart,
     # in the compute dtype.
     blocks = splash_attention_kernel.BlockSizes(

@@ -36,14 +36,14 @@ def _check_overrides(argv: list[str]) -> None:
                 raise UserError(f"config.{match[1]}: unknown field{nearest(match[1], known)}")
 
 
-def _define_flags(argv: list[str], verb: str, reads_checkpoint: bool) -> None:
+def _define_flags(argv: list[str], verb: str, reads_checkpoint: bool, needs_workdir: bool) -> None:
     workdir, config = _flag_value(argv, "workdir"), _flag_value(argv, "config")
     flags.DEFINE_string("workdir", None, "Where the run keeps its data, checkpoints and results.")
     if any(re.match(r"--?help", arg) for arg in argv):
         return
-    if not workdir:
+    if needs_workdir and not workdir:
         raise UserError(f"--workdir is missing: python -m esolm_jax.{verb} --workdir=DIR …")
-    workdir = pathlib.Path(workdir).expanduser()
+    workdir = pathlib.Path(workdir or ".").expanduser()
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: is a file; it must be a folder, or not there yet")
     default = f"{_SAVED}:{workdir}" if reads_checkpoint else None
@@ -89,18 +89,22 @@ def run(
     reads_checkpoint: bool = False,
     one_process: bool = False,
     stoppable: bool = False,
+    needs_workdir: bool = True,
+    define_flags: Callable[[], None] = lambda: None,
 ):
     """Runs `main(config, workdir)` with a validated config; bad input ends with one line, code 2.
 
     With `reads_checkpoint`, --config may be left out: it is the one saved in the workdir. In one of
     several processes, main runs in all of them and only process 0 prints, unless it is a matter of
-    `one_process`. `stoppable`: main uses distributed.StopSignal.
+    `one_process`. `stoppable`: main uses distributed.StopSignal. `define_flags`: of this verb only.
+    Without `needs_workdir`, main gets None.
     """
 
     def parse(argv):
         verb = pathlib.Path(argv[0]).stem
         _check_overrides(argv)
-        _define_flags(argv, verb, reads_checkpoint)
+        define_flags()
+        _define_flags(argv, verb, reads_checkpoint, needs_workdir)
         try:
             rest = flags.FLAGS(argv)
         except flags.Error as error:
@@ -121,7 +125,8 @@ def run(
             if not one_process:
                 _join(config, stoppable=stoppable)
             with _only_process_0_prints():
-                main(config, pathlib.Path(flags.FLAGS.workdir).expanduser())
+                workdir = flags.FLAGS.workdir
+                main(config, workdir and pathlib.Path(workdir).expanduser())
 
     logging.set_verbosity(logging.ERROR)  # Orbax and Grain warn about their own defaults
     try:

@@ -83,7 +83,12 @@ def _batches(batches: Iterable[dict], mesh, progress: str | None, total: int | N
     """Global batches with their number and their count of real tokens, over all processes."""
     count = jax.jit(jnp.sum, out_shardings=sharding.replicated(mesh))
     shown = tqdm(
-        batches, total=total, desc=progress, unit="batch", leave=False, disable=not (progress and distributed.is_main())
+        batches,
+        total=total,
+        desc=progress,
+        unit="batch",
+        leave=False,
+        disable=not (progress and distributed.is_main()),
     )
     for i, batch in enumerate(shown):
         yield i, int(count(batch["valid"])), batch

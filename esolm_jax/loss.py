@@ -124,7 +124,9 @@ def _loss_and_grads(head: Head, h_nD, params, target_n, weight_n, batch_n, num_b
         dh = jnp.dot(low, kernel.T, preferred_element_type=jnp.float32)
         dk += jnp.dot(h.T, low, preferred_element_type=jnp.float32)
         dh_nD = dh_nD.at[at].set(dh.astype(dh_nD.dtype), mode="drop")
-        losses = losses.at[batch_n.at[at].get(mode="clip")].add(weight * nll)
+        # What fills up a chunk may have no nll: its target, 0, may be the mask token.
+        weighted = jnp.where(weight == 0, 0, weight * nll)
+        losses = losses.at[batch_n.at[at].get(mode="clip")].add(weighted)
         return losses, dh_nD, dk, db + jnp.sum(dz, axis=0)
 
     dk = jnp.zeros(kernel.shape, jnp.float32)

@@ -54,11 +54,15 @@ def parse(topology: str) -> tuple[Chip, str]:
     """
     known = [f"{chip}:{shape}" for chip, shapes in KNOWN.items() for shape in shapes]
     if topology not in known:
-        listed = "; ".join(f"{chip}: {', '.join(shapes)}" for chip, shapes in KNOWN.items())
         raise UserError(
-            f"--topology={topology}: not known{nearest(topology, known)}. Known are {listed}"
+            f"--topology={topology}: not known{nearest(topology, known)}. Known are {listed()}"
         )
     return CHIPS[topology.split(":")[0]], topology
+
+
+def listed() -> str:
+    """The known topologies, for people."""
+    return "; ".join(f"{chip}: {', '.join(shapes)}" for chip, shapes in KNOWN.items())
 
 
 def num_chips(topology: str) -> int:

@@ -1,0 +1,226 @@
+"""python -m esolm_jax.compile --config=FILE --topology=v5e:16x16: what a training step of this
+config costs on a pod, found out by the pod's own compiler, without a pod.
+
+Compiles the very step that `train` runs and prints, and saves as JSON, what one chip must hold,
+compute and send, beside what the model makes necessary. Exit code 1 if it does not fit.
+"""
+
+import itertools
+import math
+import pathlib
+import re
+import sys
+import time
+
+import jax
+from absl import flags
+from tqdm import tqdm
+
+from esolm_jax import assemble, cli, results, sharding
+from esolm_jax import config as config_lib
+from esolm_jax.errors import UserError
+from esolm_jax.model import REMAT
+from esolm_jax.pod import programs, topology
+from esolm_jax.pod import report as report_lib
+from esolm_jax.train_step import Training
+
+GIB = 2.0**30
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("topology", None, "The pod, such as v5e:16x16.")
+    flags.DEFINE_integer("num_slices", 1, "How many of them, joined by a slow network.", 1)
+    flags.DEFINE_enum("program", "train", ("train", *programs.OTHERS), "What to compile.")
+    flags.DEFINE_string("out", None, "Where to write the JSON; default compile.json.")
+    flags.DEFINE_bool("sweep", False, "Try meshes and remat policies, and print a table.")
+
+
+def make_training(config, name: str, num_slices: int = 1) -> Training:
+    """How `config` would train on a pod; the tokenizer is taken to be what config.data asks for.
+
+    Raises:
+      UserError: the topology is unknown, or something of the config does not divide by it.
+    """
+    devices = topology.devices(name, num_slices)
+    mesh = sharding.make_mesh(config.mesh, devices)
+    return Training(config, assemble.build(config, assemble.planned_tokenizer(config), mesh))
+
+
+def compile_step(training: Training):
+    """The compiled training step.
+
+    Raises:
+      NoFit: the compiler found no way to fit it in memory.
+    """
+    arguments = training.abstract_state(), training.abstract_batch()
+    return try_compile(training.step_fn().lower(*arguments))
+
+
+class NoFit(Exception):
+    """Needs more memory than a chip has; the message is the compiler's."""
+
+
+def try_compile(lowered):
+    """Compiles; NoFit if it would not fit."""
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise NoFit(" ".join(str(error).splitlines()[0].split()[1:])) from error
+
+
+def describe(config, training: Training, name: str, num_slices: int) -> dict:
+    return {
+        "objective": report_lib.objective_name(config),
+        "topology": name,
+        "num_slices": num_slices,
+        "chips": training.built.mesh.size,
+        "mesh": dict(training.built.mesh.shape),
+        "attention": training.built.model.attention,
+        "remat": config.model.remat,
+        "batch_size": config.train.batch_size,
+        "seq_len": config.data.seq_len,
+        "parameters": sum(
+            math.prod(leaf.shape) for leaf in jax.tree.leaves(training.abstract_state().params)
+        ),
+    }
+
+
+def measure(config, name: str, num_slices: int = 1) -> dict:
+    """Compiles a training step and reports on it. See report.report; `hbm` alone, with the
+    compiler's message, if it does not fit."""
+    training = make_training(config, name, num_slices)
+    figures = describe(config, training, name, num_slices)
+    begin = time.perf_counter()
+    chip, _ = topology.parse(name)
+    try:
+        compiled = compile_step(training)
+    except NoFit as error:
+        figures["hbm"] = {"fits": False, "available": chip.hbm_bytes, "message": str(error)}
+    else:
+        figures |= report_lib.report(training, compiled, chip)
+    figures["compile_seconds"] = round(time.perf_counter() - begin, 1)
+    return figures
+
+
+def show(figures: dict) -> None:
+    """Prints the figures for people."""
+    mesh = ", ".join(f"{k}={v}" for k, v in figures["mesh"].items() if v > 1)
+    print(
+        f"{figures['objective']}: {figures['parameters']:,} parameters, {figures['batch_size']} x "
+        f"{figures['seq_len']} tokens a step on {figures['chips']} chips of "
+        f"{figures['topology']} ({mesh}), remat {figures['remat']}, "
+        f"compiled in {figures['compile_seconds']:.0f} s"
+    )
+    hbm = figures["hbm"]
+    if "total" not in hbm:
+        print(f"does not fit: {hbm['message']}")
+        return
+    print(f"\nHBM of one chip, GiB of {hbm['available'] / GIB:.2f}:")
+    for part in ("parameters", "ema", "optimizer", "activations", "temporaries"):
+        print(f"  {part:<16}{hbm[part] / GIB:8.2f}")
+    print(f"  {'in all':<16}{hbm['total'] / GIB:8.2f}  {'fits' if hbm['fits'] else 'TOO MUCH'}")
+    flops = figures["flops"]
+    print("\nTFLOPs of a step on one chip (compiled, necessary):")
+    for kind in flops["necessary_by_kind"]:
+        compiled = flops["by_kind"].get(kind, 0)
+        print(f"  {kind:<16}{compiled / 1e12:8.3f}{flops['necessary_by_kind'][kind] / 1e12:10.3f}")
+    print(
+        f"  {'in all':<16}{flops['compiled'] / 1e12:8.3f}{flops['necessary'] / 1e12:10.3f}  "
+        f"ratio {flops['ratio']:.3f}"
+    )
+    sent = figures["collectives"]
+    print("\nMB that one chip sends in a step (compiled, ideal):")
+    for kind in sorted(sent["sent"].keys() | sent["ideal"].keys()):
+        a, b = sent["sent"].get(kind, 0) / 1e6, sent["ideal"].get(kind, 0) / 1e6
+        print(f"  {kind:<20}{a:10.1f}{b:10.1f}")
+    print(f"  ratio {sent['ratio']:.3f}; gathers of whole stacks: {len(sent['stray_gathers'])}")
+    line = figures["roofline"]
+    print(
+        f"\nroofline: {1e3 * line['step_seconds']:.1f} ms a step (compute "
+        f"{1e3 * line['compute_seconds']:.1f}, memory at least {1e3 * line['memory_seconds']:.1f}, "
+        f"network {1e3 * line['network_seconds']:.1f}), MFU at most {line['mfu']:.0%}, "
+        f"{figures['tokens_per_step'] / line['step_seconds']:,.0f} tokens/s"
+    )
+
+
+def sweep(config, name: str, num_slices: int) -> list[dict]:
+    """Meshes and remat policies that the config allows on the pod, each compiled; best first."""
+    found = []
+    tried = list(candidates(config, topology.num_chips(name) * num_slices))
+    for changes in tqdm(tried, desc="sweep", unit="compilation"):
+        changed = config.copy_and_resolve_references()
+        changed.update_from_flattened_dict(changes)
+        try:
+            found.append(measure(changed, name, num_slices))
+        except UserError as error:
+            tqdm.write(f"left out {changes}: {error}")
+    return sorted(found, key=lambda f: (not f["hbm"]["fits"], _seconds(f)))
+
+
+def _seconds(figures: dict) -> float:
+    return figures["roofline"]["step_seconds"] if "roofline" in figures else math.inf
+
+
+def candidates(config, chips: int):
+    """Fields to change: fsdp over up to 64 chips, tensor up to 4, every remat policy."""
+    powers = [2**i for i in range(7) if chips % 2**i == 0]
+    for fsdp, tensor, remat in itertools.product(powers[2:], (1, 2, 4), REMAT):
+        heads = config.model.kv_heads or config.model.heads
+        divides = config.model.width % fsdp == 0 and heads % tensor == 0
+        if divides and chips % (fsdp * tensor) == 0:
+            yield {
+                "mesh.data": -1,
+                "mesh.fsdp": fsdp,
+                "mesh.tensor": tensor,
+                "model.remat": remat,
+            }
+
+
+def show_table(found: list[dict]) -> None:
+    print(f"{'mesh':<32}{'remat':<11}{'HBM GiB':>8}{'FLOPs x':>9}{'sent x':>8}{'ms':>9}{'MFU':>6}")
+    for figures in found:
+        mesh = ", ".join(f"{k}={v}" for k, v in figures["mesh"].items() if v > 1)
+        row = f"{mesh:<32}{figures['remat']:<11}"
+        if "roofline" not in figures:
+            needed = re.search(r"[\d.]+[GM]", figures["hbm"]["message"])
+            print(f"{row}does not fit ({needed[0] if needed else '?'})")
+            continue
+        line = figures["roofline"]
+        print(
+            f"{row}{figures['hbm']['total'] / GIB:8.2f}{figures['flops']['ratio']:9.2f}"
+            f"{figures['collectives']['ratio']:8.2f}{1e3 * line['step_seconds']:9.1f}"
+            f"{line['mfu']:6.0%}" + ("" if figures["hbm"]["fits"] else "  too much")
+        )
+
+
+def main(config, workdir: pathlib.Path | None) -> None:
+    del workdir
+    f = flags.FLAGS
+    if not f.topology:
+        raise UserError(f"--topology is missing; known are {topology.listed()}")
+    config_lib.validate(config)
+    out = pathlib.Path(f.out or "compile.json")
+    if f.sweep:
+        found = sweep(config, f.topology, f.num_slices)
+        show_table(found)
+        fits = bool(found) and found[0]["hbm"]["fits"]
+        figures: object = found
+    elif f.program != "train":
+        training = make_training(config, f.topology, f.num_slices)
+        figures = programs.measure(f.program, config, training, topology.parse(f.topology)[0])
+        programs.show(figures)
+        fits = figures["hbm"]["fits"]
+    else:
+        figures = measure(config, f.topology, f.num_slices)
+        show(figures)
+        fits = figures["hbm"]["fits"]
+    results.write_json(out, figures)
+    print(f"wrote {out}")
+    if not fits:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    cli.run(main, one_process=True, needs_workdir=False, define_flags=define_flags)

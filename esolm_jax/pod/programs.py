@@ -1,0 +1,92 @@
+"""The other programs that a pod may be asked to run: one batch of evaluation, one sampler step."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from esolm_jax import likelihood, objectives, sharding
+from esolm_jax.kv_cache import KVCache
+from esolm_jax.labels import Tokens
+from esolm_jax.pod import hlo, report
+from esolm_jax.pod.topology import Chip
+from esolm_jax.train_step import Training
+
+OTHERS = ("evaluate", "sample")
+
+
+def _rows(training: Training, shape, dtype=jnp.int32):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.rows(training.built.mesh))
+
+
+def evaluation(config, training: Training):
+    """One draw of the NELBO for a batch of config.eval.batch_size windows, lowered."""
+    built = training.built
+    phases = objectives.phases(config, built.special, low_variance=False)
+    draw = functools.partial(likelihood.nelbo, built.apply, phases, built.head)
+    shape = config.eval.batch_size, config.data.seq_len
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    params = training.abstract_state().params
+    x, valid = _rows(training, shape), _rows(training, shape, jnp.bool_)
+    return jax.jit(draw).lower(params, key, x, valid)
+
+
+def sampler_step(config, training: Training):
+    """One pass of a sampler of config.sample.num texts: a token of each, over a full KV cache."""
+    model, built = training.built.model, training.built
+    batch, length = config.sample.num, config.data.seq_len
+
+    def one_pass(params, token, position, rank, cache, start):
+        tokens = Tokens(token, position, rank, jnp.ones_like(token, bool))
+        return built.apply(params, tokens, cache=cache, start=start)
+
+    mesh = built.mesh
+    cache = jax.eval_shape(lambda: KVCache.empty(model, batch, length))
+    kv = sharding.place(mesh, None, "rows", "heads", None, None)
+    place = KVCache(key=kv, value=kv, rank=sharding.rows(mesh))
+    cache = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), cache, place
+    )
+    one = _rows(training, (batch, 1))
+    start = jax.ShapeDtypeStruct((), jnp.int32)
+    params = training.abstract_state().params
+    return jax.jit(one_pass, donate_argnums=4).lower(params, one, one, one, cache, start)
+
+
+def measure(program: str, config, training: Training, chip: Chip) -> dict:
+    """HBM, FLOPs and collectives of a program on one chip."""
+    lowered = {"evaluate": evaluation, "sample": sampler_step}[program](config, training)
+    compiled = lowered.compile()
+    stats = compiled.memory_analysis()
+    output = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    total = stats.argument_size_in_bytes + stats.temp_size_in_bytes + output
+    chunks = (
+        config.eval.batch_size * config.data.seq_len / sharding.num_row_shards(training.built.mesh)
+    )
+    found = hlo.analyse(
+        compiled.as_text(),
+        trip_counts={"predicted_chunks": chunks / config.model.loss_chunk},
+        kernel_flops=report.kernel_flops(training, compiled.as_text()),
+    )
+    return {
+        "program": program,
+        "hbm": {
+            "arguments": stats.argument_size_in_bytes,
+            "temporaries": stats.temp_size_in_bytes,
+            "total": total,
+            "available": chip.hbm_bytes,
+            "fits": total <= chip.hbm_bytes,
+        },
+        "flops": found.flops,
+        "collectives": dict(found.collectives),
+    }
+
+
+def show(figures: dict) -> None:
+    hbm, gib = figures["hbm"], 2.0**30
+    sent = ", ".join(f"{k} {v / 1e6:.1f} MB" for k, v in figures["collectives"].items()) or "none"
+    print(
+        f"{figures['program']}: {hbm['arguments'] / gib:.2f} GiB of arguments, "
+        f"{hbm['temporaries'] / gib:.2f} of temporaries, {hbm['total'] / gib:.2f} in all of "
+        f"{hbm['available'] / gib:.2f}; {figures['flops'] / 1e12:.4f} TFLOPs; sends {sent}"
+    )
