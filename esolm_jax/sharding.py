@@ -68,10 +68,9 @@ def mesh_shape(mesh_config, num_devices: int) -> dict[str, int]:
     if free and num_devices % fixed == 0:
         sizes[free[0]] = num_devices // fixed
     elif fixed != num_devices:
+        misfit = "which does not divide" if free else "but there are"
         raise UserError(
-            f"config.mesh ({said}): {'must divide' if free else 'multiplies to'} {fixed}"
-            + (f", which does not divide {num_devices} devices" if free else "")
-            + (f", but there are {num_devices} devices" if not free else "")
+            f"config.mesh ({said}): multiplies to {fixed}, {misfit} {num_devices} devices"
         )
     return sizes
 

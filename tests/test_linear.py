@@ -1,4 +1,4 @@
-"""Products with kernels and look-ups in tables on every mesh: values, gradients, dtypes, messages."""
+"""Products with kernels and look-ups in tables, on every mesh: values, gradients, messages."""
 
 import math
 import re
