@@ -1,0 +1,467 @@
+"""python -m benchmarks.train_speed [--published=DIR]: training speed of all objectives together.
+
+Whole training steps (noise, forward, backward, clip, AdamW, EMA) on synthetic tokens, in tokens of
+text per second. The objectives take turns, a burst of steps each, so that a drift of the machine
+meets them all; every other round goes backwards. With --published=DIR, a checkout of the published
+PyTorch code (which needs torch and einops: --published_python), its steps of the same shapes take
+turns with ours, never at the same time. Writes --out (.json) and the table beside it (.md).
+
+    python -m benchmarks.train_speed --preset=cpu      # two cores, a few minutes
+    python -m benchmarks.train_speed --preset=small    # a GPU or a TPU
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from esolm_jax import assemble, results, sharding, train_step
+from esolm_jax import config as config_lib
+from esolm_jax.errors import UserError
+from esolm_jax.pod import necessary
+
+OBJECTIVES = "ar mdlm bd3 eso_a:0.5 eso_b:1 eso_b:0.5 eso_b:0.125 eso_b:0".split()
+ALPHA_0 = {"ar": 0.0, "mdlm": 1.0, "bd3": 1.0}  # of the objectives that fix it
+PUBLISHED = ("ar", "mdlm", "eso_a", "eso_b")  # what the published code trains
+
+_PRESET = flags.DEFINE_enum("preset", "cpu", ["cpu", "small"], "Shapes.")
+_OBJECTIVES = flags.DEFINE_list("objectives", OBJECTIVES, "Each is NAME or NAME:ALPHA_0.")
+_OUT = flags.DEFINE_string("out", "docs/train_speed.json", "The table goes beside it, as .md.")
+_ROUNDS = flags.DEFINE_integer("rounds", 7, "Bursts of each objective.")
+_STEPS = flags.DEFINE_integer("steps", 3, "Steps in a burst.")
+_PUBLISHED = flags.DEFINE_string("published", "", "A checkout of the published code.")
+_PYTHON = flags.DEFINE_string("published_python", sys.executable, "Python with torch and einops.")
+_THREADS = flags.DEFINE_integer("threads", 0, "CPU threads of either; 0 = all (Linux only).")
+_BLOCKS = flags.DEFINE_integer("blocks", 0, "Instead of the preset's.")
+_SEQ_LEN = flags.DEFINE_integer("seq_len", 0, "Instead of the preset's.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 0, "Instead of the preset's.")
+_MATMUL = flags.DEFINE_integer("matmul", 0, "Side of the ceiling's matrices; 0 = the preset's.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """Shapes of a benchmark. vocab_size is without the mask token; matmul is the side of the
+    square matrices whose product, in the compute dtype, is the ceiling."""
+
+    fields: dict
+    vocab_size: int
+    matmul: int
+
+
+PRESETS = {
+    "cpu": Preset(
+        {
+            "model.width": 256,
+            "model.blocks": 4,
+            "model.heads": 8,
+            "model.unroll": 4,
+            "data.seq_len": 256,
+            "train.batch_size": 8,
+        },
+        vocab_size=1024,
+        matmul=1024,
+    ),
+    "small": Preset(
+        {
+            "model.width": 768,
+            "model.blocks": 12,
+            "model.heads": 12,
+            "model.dtype": "bfloat16",
+            "data.seq_len": 1024,
+            "train.batch_size": 64,  # halved until the steps fit
+        },
+        vocab_size=50257,
+        matmul=8192,
+    ),
+}
+
+
+def split_name(name: str) -> tuple[str, float]:
+    """NAME[:ALPHA_0] → (objective, alpha_0)."""
+    objective, _, alpha_0 = name.partition(":")
+    return objective, float(alpha_0) if alpha_0 else ALPHA_0.get(objective, 0.5)
+
+
+def make_config(preset: Preset, name: str, batch_size: int = 0):
+    """The default config (dropout 0.1, AdamW, EMA) with the shapes of the preset; as published,
+    AR has no adaLN."""
+    config = config_lib.default_config()
+    config.update_from_flattened_dict(preset.fields)
+    config.objective, config.alpha_0 = split_name(name)
+    if config.objective == "ar":
+        config.model.cond_width = 0
+    config.model.blocks = _BLOCKS.value or config.model.blocks
+    config.model.unroll = min(config.model.unroll, config.model.blocks)
+    config.data.seq_len = _SEQ_LEN.value or config.data.seq_len
+    config.train.batch_size = batch_size or _BATCH_SIZE.value or config.train.batch_size
+    config.mesh.devices = 1
+    config_lib.validate(config)
+    return config
+
+
+class Ours:
+    """One objective's step, compiled."""
+
+    def __init__(self, preset: Preset, name: str, batch_size: int):
+        self.name, self.config = name, make_config(preset, name, batch_size)
+        size = preset.vocab_size
+        tokenizer = {"vocab_size": size, "mask_id": size, "bos_id": 0}
+        mesh = sharding.make_mesh(self.config.mesh)
+        self.built = assemble.build(self.config, tokenizer, mesh)
+        self.training = train_step.Training(self.config, self.built)
+        begin = time.perf_counter()
+        abstract = self.training.abstract_state(), self.training.abstract_batch()
+        self.step = self.training.step_fn().lower(*abstract).compile()
+        self.compile_seconds = time.perf_counter() - begin
+        memory = self.step.memory_analysis()
+        self.bytes = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        shape = self.config.train.batch_size, self.config.data.seq_len
+        x = np.random.default_rng(0).integers(size, size=shape, dtype=np.int32)
+        batch = {"x": x, "valid": np.ones(shape, bool)}
+        self.batch = sharding.put_batch(batch, mesh, shape[0])
+
+    @property
+    def state_key(self):
+        """Objectives with the same parameters train the same state in turn: it is held once."""
+        return self.config.model.cond_width
+
+    def flops(self) -> float:
+        """That a step cannot do without (matrix products, forward and backward)."""
+        work = necessary.step(self.config, self.training.phases)
+        return sum(necessary.flops(self.built.model, work).values())
+
+    def burst(self, states: dict, steps: int) -> float:
+        """Seconds a step."""
+        state = states.pop(self.state_key, None) or self.training.init()
+        jax.block_until_ready(state)
+        begin = time.perf_counter()
+        for _ in range(steps):
+            state, metrics = self.step(state, self.batch)
+        jax.block_until_ready((state, metrics))
+        seconds = time.perf_counter() - begin
+        if not np.isfinite(metrics["loss"]):
+            raise FloatingPointError(f"{self.name}: loss {metrics['loss']}")
+        states[self.state_key] = state
+        return seconds / steps
+
+
+def compile_all(preset: Preset, names: list[str]) -> list[Ours]:
+    """Every objective's step at the largest batch, a half, a quarter … of the preset's, at which
+    all fit in the device's memory."""
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", float("inf"))
+    batch_size = make_config(preset, names[0]).train.batch_size
+    while True:
+        ours = []
+        for name in names:
+            one = Ours(preset, name, batch_size)
+            print(f"compiled {name} in {one.compile_seconds:.0f} s", flush=True)
+            ours.append(one)
+            if one.bytes > 0.85 * limit:
+                break
+        else:
+            return ours
+        batch_size //= 2
+        print(f"{one.bytes / 2**30:.1f} GiB do not fit; batch size {batch_size}", flush=True)
+
+
+class Published:
+    """The process that runs the published code's steps when told to (published_step.py)."""
+
+    def __init__(self, config, vocab_size: int, names: list[str]):
+        o, m = config.optimizer, config.model
+        shapes = {
+            "width": m.width,
+            "cond_width": config_lib.default_config().model.cond_width,
+            "blocks": m.blocks,
+            "heads": m.heads,
+            "dropout": m.dropout,
+            "length": config.data.seq_len,
+            "batch_size": config.train.batch_size,
+            "kappa": config.kappa,
+            "vocab_size": vocab_size,
+        }
+        fields = "learning_rate b1 b2 eps weight_decay ema clip warmup_steps".split()
+        shapes |= {field: o[field] for field in fields}
+        script = pathlib.Path(__file__).with_name("published_step.py")
+        self.process = subprocess.Popen(
+            [_PYTHON.value, "-W", "ignore", script, _PUBLISHED.value],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.cpu_seconds = 0.0
+        objectives = {name: split_name(name) for name in names}
+        self.about = self._ask(
+            {"threads": num_threads(), "shapes": shapes, "objectives": objectives}
+        )
+
+    def _ask(self, request: dict) -> dict:
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        line = self.process.stdout.readline()
+        if not line:
+            raise UserError(f"--published={_PUBLISHED.value}: its process ended; see above")
+        return json.loads(line)
+
+    def burst(self, name: str, steps: int) -> float:
+        """Seconds a step."""
+        answer = self._ask({"name": name, "steps": steps})
+        self.cpu_seconds += answer["cpu_seconds"]
+        return answer["seconds"] / steps
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def num_threads() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+class Load:
+    """CPU cores that other processes of the machine kept busy, where the system says so (Linux)."""
+
+    def __init__(self):
+        self.begin, self.busy, self.own = time.perf_counter(), self._busy(), time.process_time()
+
+    @staticmethod
+    def _busy() -> float:
+        """CPU seconds of the whole machine so far."""
+        stat = pathlib.Path("/proc/stat")
+        if not stat.exists():
+            return float("nan")
+        user, nice, system, _, _, irq, softirq, steal, *_ = stat.read_text().split()[1:]
+        ticks = sum(map(int, (user, nice, system, irq, softirq, steal)))
+        return ticks / os.sysconf("SC_CLK_TCK")
+
+    def of_others(self, published_seconds: float) -> float:
+        own = time.process_time() - self.own + published_seconds
+        return (self._busy() - self.busy - own) / (time.perf_counter() - self.begin)
+
+
+def matmul_ceiling(side: int, dtype: str) -> float:
+    """FLOP/s of a product of square matrices: the best of several."""
+    a = jnp.ones((side, side), dtype)
+    product = jax.jit(lambda a, b: a @ b)
+    jax.block_until_ready(product(a, a))
+    best = float("inf")
+    for _ in range(10):
+        begin = time.perf_counter()
+        jax.block_until_ready(product(a, a))
+        best = min(best, time.perf_counter() - begin)
+    return 2 * side**3 / best
+
+
+def measure(ours: list[Ours], published: Published | None, names: list[str]):
+    """Seconds a step of every burst: {name: [rounds]} of ours and of the published code."""
+    seconds = {one.name: [] for one in ours}, {name: [] for name in names}
+    states = {}
+    for index in range(-1, _ROUNDS.value):  # the first round is thrown away
+        steps = _STEPS.value if index >= 0 else 1
+        taken = {}, {}
+        for one in ours[:: -1 if index % 2 else 1]:
+            taken[0][one.name] = one.burst(states, steps)
+            if one.name in names:
+                taken[1][one.name] = published.burst(one.name, steps)
+        if index < 0:
+            continue
+        for bursts, found in zip(seconds, taken, strict=True):
+            for name, value in found.items():
+                bursts[name].append(value)
+        print(f"round {index + 1}/{_ROUNDS.value}: " + json.dumps(_rounded(taken)), flush=True)
+    return seconds
+
+
+def _rounded(taken):
+    return [{name: round(value, 3) for name, value in bursts.items()} for bursts in taken]
+
+
+def spread(values) -> dict:
+    """Median, least and greatest."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def paired(a: list[float], b: list[float]) -> dict:
+    """Spread of a/b, round by round."""
+    return spread([x / y for x, y in zip(a, b, strict=True)])
+
+
+def make_rows(ours: list[Ours], seconds, ceiling: float) -> list[dict]:
+    mine, theirs = seconds
+    rows = []
+    for one in ours:
+        tokens = one.config.train.batch_size * one.config.data.seq_len
+        taken = mine[one.name]
+        row = {
+            "name": one.name,
+            "objective": one.config.objective,
+            "alpha_0": one.config.alpha_0,
+            "seconds_per_step": spread(taken),
+            "tokens_per_second": spread([tokens / s for s in taken]),
+            "flops_per_step": one.flops(),
+            "mfu": one.flops() / statistics.median(taken) / ceiling,
+            "step_bytes": one.bytes,
+            "compile_seconds": one.compile_seconds,
+        }
+        if "mdlm" in mine:
+            row["speed_relative_to_mdlm"] = paired(mine["mdlm"], taken)
+        if one.name in theirs:
+            row["published"] = {
+                "seconds_per_step": spread(theirs[one.name]),
+                "tokens_per_second": spread([tokens / s for s in theirs[one.name]]),
+            }
+            if "mdlm" in theirs:
+                relative = paired(theirs["mdlm"], theirs[one.name])
+                row["published"]["speed_relative_to_mdlm"] = relative
+            row["speed_relative_to_published"] = paired(theirs[one.name], taken)
+        rows.append(row)
+    return rows
+
+
+def machine() -> dict:
+    """What ran it."""
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    device = jax.devices()[0]
+    return {
+        "device": device.device_kind if device.platform != "cpu" else "cpu",
+        "cpu": models[0] if models else platform.processor(),
+        "threads": num_threads(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "jaxlib": importlib.metadata.version("jaxlib"),
+        "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", ""),
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def command() -> str:
+    """The command line, without this machine's paths."""
+    args = []
+    for arg in sys.argv[1:]:
+        name, _, _ = arg.partition("=")
+        args.append(
+            {"--published": f"{name}=DIR", "--published_python": f"{name}=PYTHON"}.get(name, arg)
+        )
+    return " ".join(["python -m benchmarks.train_speed", *args])
+
+
+def _range(figure: dict, form: str) -> str:
+    low, high = format(figure["min"], form), format(figure["max"], form)
+    return f"{figure['median']:{form}} ({low}–{high})"
+
+
+def table(report: dict) -> str:
+    """The rows as Markdown: medians over the rounds, least and greatest in brackets."""
+    rows = report["rows"]
+    has_published = any("published" in row for row in rows)
+    head = ["objective", "α₀", "s/step", "tokens/s", "× mdlm", "MFU"]
+    if has_published:
+        head += ["published s/step", "published tokens/s", "× its mdlm", "ours / published"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for row in rows:
+        cells = [
+            row["objective"],
+            f"{row['alpha_0']:g}",
+            f"{row['seconds_per_step']['median']:.3f}",
+            _range(row["tokens_per_second"], ".0f"),
+            _range(row["speed_relative_to_mdlm"], ".2f")
+            if "speed_relative_to_mdlm" in row
+            else "–",
+            f"{row['mfu']:.2f}",
+        ]
+        if "published" in row:
+            theirs = row["published"]
+            relative = theirs.get("speed_relative_to_mdlm")
+            cells += [
+                f"{theirs['seconds_per_step']['median']:.3f}",
+                _range(theirs["tokens_per_second"], ".0f"),
+                f"{relative['median']:.2f}" if relative else "–",
+                _range(row["speed_relative_to_published"], ".2f"),
+            ]
+        elif has_published:
+            cells += ["–"] * 4
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n\n" + _notes(report) + "\n"
+
+
+def _notes(report: dict) -> str:
+    m, s = report["machine"], report["shapes"]
+    where = m["cpu"] if m["device"] == "cpu" else m["device"]
+    text = (
+        f"Whole training steps: {s['width']} wide, {s['blocks']} blocks, {s['heads']} heads, "
+        f"vocabulary {s['vocab_size']} with the mask, {s['batch_size']} × {s['length']} tokens, "
+        f"{s['dtype']}, dropout {s['dropout']}. Median (least–greatest) of {report['rounds']} "
+        f"interleaved bursts of {report['steps']} steps. MFU: necessary FLOPs against a matrix "
+        f"product's {report['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s. {where}, "
+        f"{m['threads']} CPU threads, jax {m['jax']}"
+    )
+    if report["published"]:
+        text += f"; published code: torch {report['published']['torch']}, as many threads"
+    text += f". Other processes kept {report['cores_busy_with_others']:.2f} cores busy meanwhile."
+    return f"{text}\n\n    {report['command']}"
+
+
+def run() -> dict:
+    preset = PRESETS[_PRESET.value]
+    names = _OBJECTIVES.value
+    ours = compile_all(preset, names)
+    device, config = jax.devices()[0], ours[0].config
+    published = None
+    measured = [n for n in names if split_name(n)[0] in PUBLISHED] if _PUBLISHED.value else []
+    if measured:
+        if device.platform != "cpu":
+            raise UserError("--published: measured on CPUs only")
+        published = Published(config, preset.vocab_size, measured)
+    ceiling = matmul_ceiling(_MATMUL.value or preset.matmul, config.model.dtype)
+    load = Load()
+    seconds = measure(ours, published, measured)
+    busy = load.of_others(published.cpu_seconds if published else 0.0)
+    if published:
+        published.close()
+    shapes = {name: config.model[name] for name in ("width", "blocks", "heads", "dtype", "dropout")}
+    return {
+        "command": command(),
+        "machine": machine(),
+        "published": published and published.about,
+        "preset": _PRESET.value,
+        "shapes": shapes
+        | {
+            "length": config.data.seq_len,
+            "batch_size": config.train.batch_size,
+            "vocab_size": preset.vocab_size + 1,
+        },
+        "rounds": _ROUNDS.value,
+        "steps": _STEPS.value,
+        "matmul_flops_per_second": ceiling,
+        "cores_busy_with_others": busy,
+        "peak_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use"),
+        "rows": make_rows(ours, seconds, ceiling),
+    }
+
+
+def main(argv) -> None:
+    del argv
+    if _THREADS.value:  # before JAX and PyTorch count them
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: _THREADS.value])
+    report = run()
+    out = pathlib.Path(_OUT.value)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    results.write_json(out, report)
+    results.write_text(out.with_suffix(".md"), table(report))
+    print(table(report) + f"wrote {out} and {out.with_suffix('.md')}")
+
+
+if __name__ == "__main__":
+    app.run(main)
