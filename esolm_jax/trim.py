@@ -26,13 +26,13 @@ def num_queries(length: int, predicts: float, rows: int, multiple: int = 8) -> i
     def tokens(bound: int) -> float:
         return bound + (length - bound) * exceeded(length, predicts, rows, bound)
 
-    return min([*bounds, length], key=tokens)
+    return min([length, *bounds], key=tokens)  # of equals, all: nothing to decide at run time
 
 
 def exceeded(length: int, predicts: float, rows: int, bound: int) -> float:
     """Probability that some row has more than `bound` tokens to predict."""
     one = stats.binom.sf(bound, length, predicts)
-    return -math.expm1(rows * math.log1p(-min(one, 1 - 1e-12)))
+    return 1.0 if one == 1 else -math.expm1(rows * math.log1p(-one))
 
 
 def fits(labelled: Labelled, queries: int):
