@@ -5,6 +5,7 @@ rule is computed inside the kernel from the indices. Labels that differ from the
 padding, kept apart from the rest by segments.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -18,7 +19,9 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from esolm_jax.attention import layout_mask, visible
 from esolm_jax.labels import Layout
 
-BLOCKS = (512, 256, 128)  # the first that divides the tokens, padded to a multiple of the last
+BLOCKS = (512, 256, 128)
+WASTE = 1.6  # large blocks are quick, but compute more pairs than are visible
+FUSED_BLOCKS = 8
 PADDING, REAL, BEYOND = 0, 1, 2  # segments; BEYOND: keys that only fill the last block
 
 
@@ -45,42 +48,115 @@ def splash(
 
     Returns [B, H, T, K] in the dtype of v. Raises ValueError if S is not the layout's.
     """
-    del q_in_context, k_in_context  # they are the layout's
     length, num_keys = q_BHTK.shape[2], k_BGSK.shape[2]
     if num_keys != layout.queries + layout.length:
         raise ValueError(f"{num_keys} keys do not fit {layout}")
     parts = num_keys // length
+    tiles = tiling(layout, parts)
+    if front := tiles.layout.queries - layout.queries:  # more query copies, read by nobody
+
+        def lead(array, axis):
+            widths = [(front, 0) if i == axis else (0, 0) for i in range(array.ndim)]
+            return jnp.pad(array, widths)
+
+        rank, in_context = tiles.layout.labels(jnp.arange(front)[None])
+        labels = [
+            jnp.concatenate([jnp.broadcast_to(new, (len(old), front)), old], axis=1)
+            for new, old in zip((rank, in_context) * 2, (q_rank, q_in_context) * 2, strict=True)
+        ]
+        qkv = (lead(a, 2) for a in (q_BHTK, k_BGSK, v_BGSK))
+        return splash(*qkv, *labels, layout=tiles.layout, interpret=interpret)[:, :, front:]
     kernel = _kernel(layout, parts, q_BHTK.shape[1], interpret)
     index = jnp.arange(length)
     if across:
         part = jax.lax.axis_index(across)
         index += part * length
         kernel = _part_of(kernel, part, parts)
+    more_q, more_k = tiles.num_q - length, tiles.num_k - num_keys
     segments = splash_attention_kernel.SegmentIds(
-        q=_fill(_segment(q_rank, layout, index), 1, mode="edge"),
-        kv=_fill(_segment(k_rank, layout, jnp.arange(num_keys)), 1, constant_values=BEYOND),
+        q=_fill(_segment(q_rank, layout, index), more_q, 1, mode="edge"),
+        kv=_fill(_segment(k_rank, layout, jnp.arange(num_keys)), more_k, 1, constant_values=BEYOND),
     )
     # Queries that only fill the last block repeat the last one: none is without a key.
-    q_BHTK = _fill(q_BHTK * q_BHTK.shape[-1] ** -0.5, 2, mode="edge")
-    out = jax.vmap(kernel)(q_BHTK, _fill(k_BGSK, 2), _fill(v_BGSK, 2), segments)
+    q_BHTK = _fill(q_BHTK * q_BHTK.shape[-1] ** -0.5, more_q, 2, mode="edge")
+    k_BGSK, v_filled = (_fill(a, more_k, 2) for a in (k_BGSK, v_BGSK))
+    out = jax.vmap(kernel)(q_BHTK, k_BGSK, v_filled, segments)
     return out[:, :, :length].astype(v_BGSK.dtype)
 
 
-def block_sizes(layout: Layout, parts: int = 1) -> tuple[int, int]:
-    """Queries and keys of a block, when the queries are split into `parts`."""
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How a layout is cut into blocks.
+
+    Attributes:
+      layout: with more query copies in front where that brings both streams on block boundaries.
+      block_q, block_k: tokens of a block. num_q, num_k: tokens, a part's, filled up to blocks.
+      blocks: how many blocks, of all parts, hold a visible pair: what the kernel computes.
+      fused: one backward kernel makes all gradients, of 5 products for 7. It keeps dq of every
+        block of keys apart, so it is for few of them.
+    """
+
+    layout: Layout
+    block_q: int
+    block_k: int
+    num_q: int
+    num_k: int
+    blocks: int
+    fused: bool
+
+
+@functools.lru_cache(maxsize=256)
+def tiling(layout: Layout, parts: int = 1) -> Tiling:
+    """The largest blocks with at most WASTE times the visible pairs in them."""
+    visible_pairs = _num_pairs(layout)
+    for block in BLOCKS:
+        wide = layout
+        if parts == 1 and layout.length % block == 0:
+            queries = -(-layout.queries // block) * block
+            wide = Layout(layout.length, queries, layout.block)
+        num_q, num_k = (
+            -(-n // block) * block
+            for n in ((wide.queries + wide.length) // parts, wide.queries + wide.length)
+        )
+        blocks = _visible_blocks(wide, parts, num_q, num_k, block)
+        if blocks * block**2 <= WASTE * visible_pairs or block == BLOCKS[-1]:
+            few = num_k // block <= FUSED_BLOCKS and parts == 1
+            return Tiling(wide, block, block, num_q, num_k, blocks, few)
+    raise AssertionError("BLOCKS is empty")
+
+
+def _num_pairs(layout: Layout) -> int:
+    """Visible pairs of a layout."""
+    context = np.arange(layout.length)
+    rank = context // layout.block
+    same = np.bincount(rank[layout.length - layout.queries :], minlength=rank[-1] + 1)
+    seen = np.minimum((rank + 1) * layout.block, layout.length).sum()
+    copies = rank[layout.length - layout.queries :]
+    return int(seen + (copies * layout.block + same[copies]).sum())
+
+
+def _visible_blocks(layout: Layout, parts: int, num_q: int, num_k: int, block: int) -> int:
     size = layout.queries + layout.length
-    padded = (-(-n // BLOCKS[-1]) * BLOCKS[-1] for n in (size // parts, size))
-    block_q, block_kv = (next(b for b in BLOCKS if n % b == 0) for n in padded)
-    return block_q, block_kv
+    mask = _LayoutMask(layout, _q_index(size, parts, num_q), num_k)
+    edges_q, edges_k = range(0, parts * num_q, block), range(0, num_k, block)
+    return sum(
+        int(mask[slice(i, i + block), slice(j, j + block)].any()) for i in edges_q for j in edges_k
+    )
+
+
+def _q_index(size: int, parts: int, num_q: int) -> np.ndarray:
+    """Index of the query in each row of all parts; the last one of a part fills it up."""
+    index = np.arange(size, dtype=np.int32).reshape(parts, -1)
+    return np.pad(index, ((0, 0), (0, num_q - index.shape[1])), mode="edge").reshape(-1)
 
 
 def _segment(rank_BT, layout, index):
     return jnp.where(rank_BT == layout.labels(index)[0][None], REAL, PADDING)
 
 
-def _fill(array, axis, **how):
+def _fill(array, more: int, axis: int, **how):
     widths = [(0, 0)] * array.ndim
-    widths[axis] = (0, -array.shape[axis] % BLOCKS[-1])
+    widths[axis] = (0, more)
     return jnp.pad(array, widths, **how)
 
 
@@ -120,22 +196,14 @@ def _mask_function(layout: Layout):
 @functools.lru_cache(maxsize=64)
 def _kernel(layout: Layout, parts: int, heads: int, interpret: bool):
     """The kernel for all parts that the queries are split into."""
-    num_keys = layout.queries + layout.length
-    q_index = np.arange(num_keys, dtype=np.int32).reshape(parts, -1)
-    q_index = np.pad(q_index, ((0, 0), (0, -q_index.shape[1] % BLOCKS[-1])), mode="edge")
-    num_keys += -num_keys % BLOCKS[-1]
-    block_q, block_kv = block_sizes(layout, parts)
-    # One kernel for dq and one for dk and dv: the fused one keeps dq of every block of keys apart,
-    # in the compute dtype.
-    blocks = splash_attention_kernel.BlockSizes(
-        block_q=block_q,
-        block_kv=block_kv,
-        block_q_dkv=block_q,
-        block_kv_dkv=block_kv,
-        block_q_dq=block_q,
-        block_kv_dq=block_kv,
-    )
-    mask = _LayoutMask(layout, q_index.reshape(-1), num_keys)
+    tiles = tiling(layout, parts)
+    sizes = {"block_q": tiles.block_q, "block_kv": tiles.block_k}
+    sizes |= {"block_q_dkv": tiles.block_q, "block_kv_dkv": tiles.block_k}
+    if not tiles.fused:
+        sizes |= {"block_q_dq": tiles.block_q, "block_kv_dq": tiles.block_k}
+    blocks = splash_attention_kernel.BlockSizes(**sizes, use_fused_bwd_kernel=tiles.fused)
+    q_index = _q_index(layout.queries + layout.length, parts, tiles.num_q)
+    mask = _LayoutMask(layout, q_index, tiles.num_k)
     with jax.ensure_compile_time_eval():
         return splash_attention_kernel.make_splash_mha(
             splash_attention_mask.MultiHeadMask([mask] * heads),

@@ -7,7 +7,6 @@ import dataclasses
 import math
 
 import jax
-import numpy as np
 
 from esolm_jax import sharding
 from esolm_jax.model import ModelConfig
@@ -120,20 +119,3 @@ def collective_bytes(config, model: ModelConfig, work: Pass, mesh, params) -> di
     sent["all-gather"] += 2 * gather_bytes(whole, shape["sequence"])
     sent["reduce-scatter"] += gather_bytes(whole, shape["sequence"])
     return sent
-
-
-def visible_blocks(layout, block_q: int, block_k: int) -> int:
-    """How many blocks of queries x keys of a layout hold a visible pair: what a block-sparse
-    kernel computes."""
-    from esolm_jax.attention import visible
-
-    size = layout.queries + layout.length
-    rank, in_context = (np.asarray(a) for a in layout.labels(np.arange(size)))
-    count = 0
-    for begin in range(0, size, block_q):
-        q = slice(begin, begin + block_q)
-        seen = np.asarray(
-            visible(rank[q, None], in_context[q, None], rank[None], in_context[None])
-        ).any(axis=0)
-        count += sum(seen[k : k + block_k].any() for k in range(0, size, block_k))
-    return count

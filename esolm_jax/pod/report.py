@@ -5,7 +5,8 @@ import re
 
 import jax
 
-from esolm_jax import objectives, sharding
+from esolm_jax import objectives, sharding, trim
+from esolm_jax.attention_splash import tiling
 from esolm_jax.labels import Layout
 from esolm_jax.pod import hlo, necessary
 from esolm_jax.pod.topology import Chip
@@ -32,30 +33,24 @@ def kernel_flops(training: Training, text: str) -> dict[str, float]:
 
     Counted are the blocks that the kernel computes: those of its layout with anything visible.
     """
-    from esolm_jax.attention_splash import block_sizes
-
-    model, mesh = training.built.model, training.built.mesh
-    flops, layouts = {}, {}
+    model, parts = training.built.model, training.built.mesh.shape["sequence"]
+    by_size = {}
     for layout in _layouts(training):
-        size = layout.queries + layout.length
-        padded = size + -size % 128
-        layouts.setdefault(padded, layout)
+        tiles = tiling(layout, parts)
+        by_size.setdefault(tiles.num_k, tiles)
+    flops = {}
     for kernel in hlo.analyse(text, trip_counts={"": 1}).kernels:
-        found = next((n for name, n in _PRODUCTS.items() if name in kernel.name), None)
-        q = next((s.sizes for s in kernel.operands if len(s.sizes) == 4), None)
-        if found is None or q is None or (layout := _fitting(layouts, kernel)) is None:
+        shapes = [s.sizes for s in kernel.operands if len(s.sizes) == 4]
+        tiles = by_size.get(max((shape[2] for shape in shapes), default=0))
+        products = next((n for name, n in _PRODUCTS.items() if name in kernel.name), None)
+        if tiles is None or products is None:
             continue
-        block_q, block_kv = block_sizes(layout, mesh.shape["sequence"])
-        blocks = necessary.visible_blocks(layout, block_q, block_kv)
-        rows, heads = q[0], q[1]
-        pairs = rows * heads * blocks * block_q * block_kv / mesh.shape["sequence"]
-        flops[kernel.name] = found * 2 * pairs * model.head_width
+        if tiles.fused and "dkv" in kernel.name:
+            products += 1  # and the gradient of q
+        rows, heads = shapes[0][:2]
+        pairs = rows * heads * tiles.blocks * tiles.block_q * tiles.block_k / parts
+        flops[kernel.name] = products * 2 * pairs * model.head_width
     return flops
-
-
-def _fitting(layouts: dict[int, Layout], kernel) -> Layout | None:
-    sizes = {s.sizes[2] for s in kernel.operands if len(s.sizes) == 4}
-    return next((layouts[size] for size in sorted(sizes, reverse=True) if size in layouts), None)
 
 
 def _layouts(training: Training) -> list[Layout]:
@@ -183,8 +178,6 @@ def report(training: Training, compiled, chip: Chip) -> dict:
 
 def _full_branch(training: Training) -> float:
     """Probability that a micro-batch of a step does not fit the trimmed pass."""
-    from esolm_jax import trim
-
     rows = training.config.train.batch_size // training.config.train.accumulation
     length = training.config.data.seq_len
     misses = [
