@@ -24,9 +24,10 @@ def get_config(family: str = "0.5"):
     config.model.cond_width = 0 if config.objective == "ar" else 128
     config.model.dropout = 0.1
     config.model.dtype = "bfloat16"
+    config.model.remat = "full"
     config.train.batch_size = 512
     config.train.steps = 250_000
     config.mesh.data = -1
-    config.mesh.fsdp = 16
+    config.mesh.fsdp = 4
     config.eval.batch_size = 256
     return config

@@ -101,7 +101,8 @@ def analyse(
       kernel_flops: part of a Pallas kernel's name or op_name → FLOPs of one execution.
       branches: part of a conditional's op_name → index of the usual branch (false 0, true 1).
         Default: the branch with most FLOPs, and of equals the one that sends most.
-      kinds: regular expression, searched in an op_name → kind; "other" where none matches.
+      kinds: regular expression, searched in an op_name, with the name in front if it is a kernel's
+        → kind; "other" where none matches.
       strict: raise at a loop with unknown trip count, rather than list it.
 
     Raises:
@@ -120,7 +121,7 @@ def analyse(
     work = [w for w in (*products, *kernels) if w.flops is not None]
     by_kind = {}
     for w in work:
-        kind = _kind(w.op_name, kinds)
+        kind = _kind(f"{getattr(w, 'name', '')} {w.op_name}", kinds)
         by_kind[kind] = by_kind.get(kind, 0) + w.flops * w.executions
     return Cost(
         flops=sum(by_kind.values()),

@@ -79,6 +79,7 @@ def devices(topology: str, num_slices: int = 1) -> list:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", chip.env)
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several compilers side by side
     try:
         import libtpu  # noqa: F401
     except ImportError as error:

@@ -1,0 +1,302 @@
+"""What the configs cost on pods, by the pods' own compiler: docs/pod_cost.{json,md,png}.
+
+    python -m benchmarks.pod_cost [--only=configs,scaling,work,length] [--workers=2]
+
+Needs `pip install 'esolm_jax[tpu]'` (the TPU compiler; no TPU) and about half an hour on two cores.
+What was measured before stays in the JSON until it is measured again.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import importlib.util
+import json
+import multiprocessing
+import pathlib
+
+import jax
+import jax.numpy as jnp
+
+from esolm_jax import compile as compile_lib
+from esolm_jax import results
+from esolm_jax.loss import token_nll
+from esolm_jax.pod import topology
+from esolm_jax.train_step import Objective
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+OUT = ROOT / "docs" / "pod_cost"
+LARGE = {"train.batch_size": 512, "model.remat": "none"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One compilation: a config file with its argument and changes, on a pod."""
+
+    file: str
+    argument: str
+    topology: str
+    changes: tuple[tuple[str, object], ...] = ()
+    num_slices: int = 1
+    full_loss: bool = False
+
+    @property
+    def name(self) -> str:
+        changes = " ".join(f"{k}={v}" for k, v in self.changes)
+        slices = f" x {self.num_slices}" if self.num_slices > 1 else ""
+        loss = " full-loss" if self.full_loss else ""
+        return f"{self.file}:{self.argument} {self.topology}{slices} {changes}{loss}".strip()
+
+    def config(self):
+        spec = importlib.util.spec_from_file_location("config", ROOT / f"configs/{self.file}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        config = module.get_config(self.argument)
+        config.update_from_flattened_dict(dict(self.changes))
+        return config
+
+
+def case(file, argument, topology_name, num_slices=1, full_loss=False, **changes) -> Case:
+    fields = tuple((name.replace("__", "."), value) for name, value in changes.items())
+    return Case(file, argument, topology_name, fields, num_slices, full_loss)
+
+
+LENGTHS = (1024, 2048, 4096, 8192, 16384)
+ROWS = 8  # a chip, in `scaling`
+SECTIONS = {
+    # Every config on the pod that its docstring names.
+    "configs": [
+        case("lm1b", "0.5", "v5e:4x4"),
+        case("owt", "0.5", "v5e:4x4"),
+        case("owt", "0.5", "v5e:4x4", data__seq_len=10240, train__batch_size=64),
+        case("medium", "0.5", "v5e:8x8"),
+        case("2b", "0.5", "v5e:16x16"),
+        case("2b", "0.5", "v5e:16x16", num_slices=2, train__batch_size=1024),
+        case("7b", "0.5", "v5p:8x8x8"),
+        case("7b", "0.5", "v5p:8x8x8", data__seq_len=10240),
+    ],
+    # The same batch a chip on ever more chips.
+    "scaling": [
+        case("owt", "0.5", name, train__batch_size=ROWS * topology.num_chips(name))
+        for name in ("v5p:2x2x4", "v5p:4x4x4", "v5p:4x8x8", "v5p:8x8x16")
+    ],
+    # All objectives at one batch, nothing computed twice.
+    "work": [
+        case("owt", argument, "v5p:2x2x4", train__batch_size=512, model__remat="none")
+        for argument in ("ar", "mdlm", "bd3", "1", "0.5", "0.125", "0")
+    ],
+    # One model at growing length, and the loss that holds all logits.
+    "length": [
+        case("owt", "0.5", "v5p:2x2x1", data__seq_len=n, train__batch_size=8) for n in LENGTHS
+    ]
+    + [
+        case("owt", "0.5", "v5p:2x2x1", full_loss=True, data__seq_len=n, train__batch_size=8)
+        for n in LENGTHS[:3]
+    ],
+}
+
+
+class FullLoss(Objective):
+    """The same objective through logits of all tokens that could be predicted: what is avoided."""
+
+    def losses(self, params, labelled, num_tokens, dropout_key=None):
+        tokens = tuple(part.tokens for part in labelled)
+        predict = tuple((0, part.target.shape[1]) for part in labelled)
+        logits, _ = self.apply(params, tokens, predict=predict, dropout_key=dropout_key)
+        mask_id = self.head.mask_id
+        return jnp.stack(
+            [
+                jnp.sum(part.weight * token_nll(z, part.target, mask_id)) / count
+                for z, part, count in zip(logits, labelled, num_tokens, strict=True)
+            ]
+        )
+
+
+def measure(one: Case) -> dict:
+    config = one.config()
+    if not one.full_loss:
+        return compile_lib.measure(config, one.topology, one.num_slices)
+    training = compile_lib.make_training(config, one.topology)
+    fields = {f.name: getattr(training.objective, f.name) for f in dataclasses.fields(Objective)}
+    training.objective = FullLoss(**fields)
+    figures = compile_lib.describe(config, training, one.topology, 1)
+    try:
+        stats = compile_lib.compile_step(training).memory_analysis()
+    except compile_lib.NoFit as error:
+        return figures | {"message": str(error)}
+    return figures | {"temporaries": stats.temp_size_in_bytes}
+
+
+def run(names: list[str], workers: int, path: pathlib.Path) -> dict:
+    """Measures sections and writes the JSON after every case."""
+    found = json.loads(path.read_text()) if path.exists() else {}
+    found["versions"] = {"jax": jax.__version__, "libtpu": _libtpu_version()}
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, context, max_tasks_per_child=1) as pool:
+        tasks = {pool.submit(measure, one): (s, one) for s in names for one in SECTIONS[s]}
+        for done, task in enumerate(concurrent.futures.as_completed(tasks), 1):
+            section, one = tasks[task]
+            found.setdefault(section, {})[one.name] = task.result()
+            results.write_json(path, found)
+            print(f"[{done}/{len(tasks)}] {section}: {one.name}", flush=True)
+    for section, cases in SECTIONS.items():  # in their order, and nothing that is no more
+        kept = found.get(section, {})
+        found[section] = {c.name: kept[c.name] for c in cases if c.name in kept}
+    results.write_json(path, found)
+    return found
+
+
+def _libtpu_version() -> str:
+    from importlib.metadata import version
+
+    return version("libtpu")
+
+
+def temporaries(figures: dict) -> float | None:
+    """Bytes beside the state, activations included."""
+    if "hbm" in figures and "total" in figures["hbm"]:
+        return figures["hbm"]["activations"] + figures["hbm"]["temporaries"]
+    return figures.get("temporaries")
+
+
+GIB = 2.0**30
+
+
+def _row(cells) -> str:
+    return "| " + " | ".join(str(cell) for cell in cells) + " |\n"
+
+
+def _head(*cells) -> str:
+    return "\n" + _row(cells) + _row(["---"] * len(cells))
+
+
+def table(found: dict) -> str:
+    """The figures as Markdown."""
+    text = "# What training costs on pods\n\n"
+    text += "Made by `python -m benchmarks.pod_cost` with the TPU compiler (libtpu "
+    text += f"{found['versions']['libtpu']}, jax {found['versions']['jax']}); no TPU was there: "
+    text += "memory, FLOPs and bytes are facts of the compiled programs, times are rooflines, not "
+    text += "measurements. FLOPs are matrix products; of an attention kernel those of the blocks "
+    text += "it computes; the head with half a chunk for rounding. Their ratio is to the "
+    text += "necessary ones (esolm_jax/pod/necessary.py: attention at the visible pairs, three "
+    text += "times forward, no recomputation). Bytes sent are those of ring algorithms beside "
+    text += "the ideal of the sharding.\n\n## Every config on its pod\n"
+    text += _head(
+        "config", "pod", "mesh", "batch x L", "remat", "HBM GiB", "FLOPs x", "sent x", "step ms",
+        "MFU <=",
+    )  # fmt: skip
+    for name, f in found.get("configs", {}).items():
+        text += _row(_cells(name, f))
+    text += "\n## All objectives at one batch (512 x 1024, remat none, v5p:2x2x4)\n"
+    text += _head("objective", "TFLOPs a chip", "x necessary", "x mdlm", "sent x")
+    work = found.get("work", {})
+    mdlm = next((f["flops"]["compiled"] for n, f in work.items() if ":mdlm" in n), None)
+    for name, f in work.items():
+        flops = f["flops"]
+        text += _row(
+            [
+                name.split()[0].split(":")[1],
+                f"{flops['compiled'] / 1e12:.2f}",
+                f"{flops['ratio']:.3f}",
+                f"{flops['compiled'] / mdlm:.3f}" if mdlm else "",
+                f"{f['collectives']['ratio']:.3f}",
+            ]
+        )
+    text += f"\n## The same {ROWS} rows a chip on more chips (owt:0.5)\n"
+    text += _head("pod", "chips", "mesh", "HBM GiB", "MB sent a chip", "sent x", "whole stacks")
+    for f in found.get("scaling", {}).values():
+        sent = f["collectives"]
+        text += _row(
+            [
+                f["topology"], f["chips"], _mesh(f), f"{f['hbm']['total'] / GIB:.2f}",
+                f"{sum(sent['sent'].values()) / 1e6:.0f}", f"{sent['ratio']:.3f}",
+                len(sent["stray_gathers"]),
+            ]
+        )  # fmt: skip
+    text += "\n## Temporaries against length (owt:0.5, 8 rows on v5p:2x2x1, remat full)\n"
+    text += _head("L", "GiB", "GiB / 1024 tokens", "with all logits", "ratio")
+    for length in LENGTHS:
+        ours, full = (_at_length(found, length, full) for full in (False, True))
+        if ours is None:
+            continue
+        cells = [length, f"{ours / GIB:.2f}", f"{ours / GIB / (length / 1024):.3f}"]
+        cells += [f"{full / GIB:.2f}", f"{ours / full:.2f}"] if full else ["", ""]
+        text += _row(cells)
+    return text
+
+
+def _mesh(figures: dict) -> str:
+    return " ".join(f"{k}={v}" for k, v in figures["mesh"].items() if v > 1)
+
+
+def _cells(name: str, f: dict) -> list:
+    slices = f" x {f['num_slices']}" if f["num_slices"] > 1 else ""
+    cells = [name.split()[0], f["topology"] + slices, _mesh(f)]
+    cells += [f"{f['batch_size']} x {f['seq_len']}", f["remat"]]
+    if "flops" not in f:
+        return cells + ["does not fit"] + [""] * 4
+    line = f["roofline"]
+    return cells + [
+        f"{f['hbm']['total'] / GIB:.2f} of {f['hbm']['available'] / GIB:.0f}",
+        f"{f['flops']['ratio']:.2f}",
+        f"{f['collectives']['ratio']:.2f}",
+        f"{1e3 * line['step_seconds']:.0f}",
+        f"{line['mfu']:.0%}",
+    ]
+
+
+def _at_length(found: dict, length: int, full: bool) -> float | None:
+    for name, f in found.get("length", {}).items():
+        if f["seq_len"] == length and ("full-loss" in name) == full:
+            return temporaries(f)
+    return None
+
+
+def plot(found: dict, path: pathlib.Path) -> None:
+    """HBM and bytes a chip against chips, temporaries against length."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.5), layout="constrained")
+    points = list(found.get("scaling", {}).values())
+    chips = [f["chips"] for f in points]
+    axes[0].plot(chips, [f["hbm"]["total"] / GIB for f in points], "o-", label="in all")
+    axes[0].plot(chips, [temporaries(f) / GIB for f in points], "s--", label="temporaries")
+    axes[0].set(title="HBM of a chip", ylabel="GiB", xlabel="chips", ylim=0)
+    for kind, style in (("sent", "o-"), ("ideal", "s--")):
+        sent = [sum(f["collectives"][kind].values()) / 1e9 for f in points]
+        axes[1].plot(chips, sent, style, label={"sent": "compiled"}.get(kind, kind))
+    axes[1].set(title="sent by a chip in a step", ylabel="GB", xlabel="chips", ylim=0)
+    for axis in axes[:2]:
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(chips, chips)
+    for full, label in ((False, "this loss"), (True, "all logits held")):
+        pairs = [(n, _at_length(found, n, full)) for n in LENGTHS]
+        pairs = [(n, value / GIB) for n, value in pairs if value]
+        if pairs:
+            axes[2].plot(*zip(*pairs, strict=True), "o-", label=label)
+    axes[2].set(title="temporaries of a chip", ylabel="GiB", xlabel="L", ylim=0)
+    for axis in axes:
+        axis.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default=",".join(SECTIONS), help="sections, comma-separated")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--out", type=pathlib.Path, default=OUT)
+    arguments = parser.parse_args()
+    names = [name for name in arguments.only.split(",") if name]
+    found = run(names, arguments.workers, arguments.out.with_suffix(".json"))
+    text = table(found)
+    results.write_text(arguments.out.with_suffix(".md"), text)
+    plot(found, arguments.out.with_suffix(".png"))
+    print(text)
+    print(f"wrote {arguments.out}.json, .md, .png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""A Llama-style model of 7 billion parameters (4096 x 32; RMSNorm, SwiGLU, grouped-query
+attention, no adaLN) at L = 8192.
+
+    python -m esolm_jax.train --config=configs/7b.py:0.5 --workdir=gs://…/7b \\
+        --config.data.train='…/train/*.jsonl' --config.data.validation='…/valid.jsonl'
+"""
+
+from configs import owt
+
+
+def get_config(family: str = "0.5"):
+    config = owt.get_config(family)
+    with config.unlocked():
+        config.data.seq_len = 8192
+        config.data.vocab_size = 32000
+        config.model.style = "llama"
+        config.model.cond_width = 0
+        config.model.width = 4096
+        config.model.blocks = 32
+        config.model.heads = 32
+        config.model.kv_heads = 8
+        config.model.mlp_width = 14336
+        config.model.dropout = 0.0
+        config.model.remat = "full"
+        config.optimizer.b2 = 0.95
+        config.optimizer.weight_decay = 0.1
+        config.optimizer.schedule = "cosine"
+        config.train.batch_size = 1024
+        config.train.steps = 100_000
+        config.mesh.fsdp = 64
+        config.eval.batch_size = 512
+    return config

@@ -1,0 +1,22 @@
+"""The published small model (768 x 12) at L = 128, as trained on LM1B.
+
+    python -m esolm_jax.prepare --config=configs/lm1b.py:0.5 --workdir=runs/lm1b
+    python -m esolm_jax.train --config=configs/lm1b.py:0.5 --workdir=runs/lm1b
+
+The argument behind the colon is alpha_0 of Eso-LM (B), or one of ar, mdlm, bd3, eso_a.
+"""
+
+from configs import owt
+
+
+def get_config(family: str = "0.5"):
+    config = owt.get_config(family)
+    with config.unlocked():
+        config.data.source = "tfds:lm1b"
+        config.data.train = "train"
+        config.data.test = "test"
+        config.data.seq_len = 128
+        config.data.vocab_size = 30522  # as bert-base-uncased's
+        config.model.remat = "none"
+        config.train.steps = 1_000_000
+    return config

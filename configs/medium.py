@@ -1,0 +1,16 @@
+"""A medium model (1024 x 24) at L = 1024, with the data and recipe of owt.py.
+
+    python -m esolm_jax.train --config=configs/medium.py:0.5 --workdir=gs://…/medium \\
+        --config.data.train='…/train/*.jsonl' --config.data.validation='…/valid.jsonl'
+"""
+
+from configs import owt
+
+
+def get_config(family: str = "0.5"):
+    config = owt.get_config(family)
+    with config.unlocked():
+        config.model.width = 1024
+        config.model.blocks = 24
+        config.model.heads = 16
+    return config
