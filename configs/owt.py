@@ -1,7 +1,7 @@
 """The published small model (768 x 12) at L = 1024, as trained on OpenWebText.
 
-    python -m esolm_jax.train --config=configs/owt.py:0.5 --workdir=gs://…/owt \\
-        --config.data.train='…/train/*.jsonl' --config.data.validation='…/valid.jsonl'
+    python -m esolm_jax.train --config=configs/owt.py:0.5 --workdir=/mnt/bucket/owt \\
+        --config.data.train='/mnt/bucket/text/*.jsonl'
 
 The argument behind the colon is alpha_0 of Eso-LM (B), or one of ar, mdlm, bd3, eso_a: `owt.py:1`,
 `owt.py:0.125`, `owt.py:mdlm`. The documents are yours to bring, in any form that `prepare` reads.

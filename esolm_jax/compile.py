@@ -201,6 +201,7 @@ def main(config, workdir: pathlib.Path | None) -> None:
     if not f.topology:
         raise UserError(f"--topology is missing; known are {topology.listed()}")
     config_lib.validate(config)
+    jax.config.update("jax_platforms", "cpu")  # the TPU's compiler is here, but no TPU
     out = pathlib.Path(f.out or "compile.json")
     if f.sweep:
         found = sweep(config, f.topology, f.num_slices)

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Makes .venv in the repository's root, or reuses it, and installs this project into it.
 # Sourced by the other scripts, from the root:  source launch/install.sh [extra]
 # Needs Python >= 3.11 with pip and venv; PYTHON=/path/to/python chooses one.

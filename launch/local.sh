@@ -12,17 +12,7 @@
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-
-fail() {
-  echo "error: $*" >&2
-  exit 2
-}
-
-quote() { # the words on one line, as a shell reads them back
-  local line
-  printf -v line '%q ' "$@"
-  echo "${line% }"
-}
+source launch/common.sh
 
 free_port() { # below 32768, where Linux's outgoing connections begin
   local port
@@ -43,8 +33,7 @@ grace="${GRACE:-60}" port="${PORT:-$(free_port)}"
 [[ $devices =~ ^[1-9][0-9]*$ ]] || fail "DEVICES=$devices: must be a whole number from 1 up"
 [[ $grace =~ ^[0-9]+$ ]] || fail "GRACE=$grace: must be a whole number of seconds"
 [[ $port =~ ^[1-9][0-9]{0,4}$ && $port -lt 65536 ]] || fail "PORT=$port: must be within 1 to 65535"
-verbs=$(grep -l '^if __name__' esolm_jax/*.py | sed 's|.*/||; s|\.py$||' | paste -sd ' ' -)
-[[ " $verbs " == *" $verb "* ]] || fail "VERB=$verb: must be one of $verbs"
+check_verb "$verb"
 logs="${LOGS:-${TMPDIR:-/tmp}/esolm_jax-$port}"
 
 command_of() { # sets `command`: that of process $1, with the arguments behind it

@@ -14,17 +14,7 @@
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-
-fail() {
-  echo "error: $*" >&2
-  exit 2
-}
-
-quote() { # the words on one line, as a shell reads them back
-  local line
-  printf -v line '%q ' "$@"
-  echo "${line% }"
-}
+source launch/common.sh
 
 number() { # NAME VALUE
   [[ $2 =~ ^[1-9][0-9]*$ ]] || fail "--$1=$2: must be a whole number from 1 up"
@@ -54,8 +44,7 @@ done
 [ $# -ge 2 ] || fail "-- VERB is missing: what to run, e.g. -- train --config=…"
 verb=$2
 shift 2
-verbs=$(grep -l '^if __name__' esolm_jax/*.py | sed 's|.*/||; s|\.py$||' | paste -sd ' ' -)
-[[ " $verbs " == *" $verb "* ]] || fail "VERB=$verb: must be one of $verbs"
+check_verb "$verb"
 
 python="${PYTHON:-$PWD/.venv/bin/python}"
 if [ ! "$dry" ]; then

@@ -2,7 +2,7 @@
 # Runs one verb on all hosts of a TPU pod: copies HEAD of this checkout there, installs it, runs it.
 #   bash launch/tpu_pod.sh [--dry-run] --name=POD --zone=ZONE [options] -- VERB args …
 #   bash launch/tpu_pod.sh --name=pod --zone=us-west4-a --create --type=v5litepod-256 \
-#     --version=v2-alpha-tpuv5-lite -- train --config=configs/text.py --workdir=gs://bucket/run
+#     --version=v2-alpha-tpuv5-lite -- train --config=configs/text.py --workdir=/mnt/bucket/run
 # The run outlives the connection, and writes to ~/esolm_jax/VERB.log on each host. The same command
 # resumes it. To stop it with a checkpoint:
 #   gcloud compute tpus tpu-vm ssh POD --zone=ZONE --worker=all --command='pkill -TERM -f [e]solm_jax.train'
@@ -10,27 +10,11 @@
 #   --create            makes the pod first; needs --type=TYPE and --version=SOFTWARE
 #   --extra=ARG         one more argument for its creation, e.g. --extra=--spot; may be repeated
 #   --dry-run           prints what would be run, and runs nothing
-# The workdir must be a place that all hosts see: gs://…, or a mounted folder.
+# The workdir must be a folder mounted on all hosts, such as a bucket by Cloud Storage FUSE.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-
-fail() {
-  echo "error: $*" >&2
-  exit 2
-}
-
-quote() { # the words on one line, as a shell reads them back; in single quotes where that suffices
-  local word line=""
-  for word; do
-    case "$word" in
-      *\'* | *[[:cntrl:]]*) printf -v word %q "$word" ;;
-      "" | *[!A-Za-z0-9_./:=@%+,-]*) word="'$word'" ;;
-    esac
-    line+=" $word"
-  done
-  echo "${line# }"
-}
+source launch/common.sh
 
 dry="" name="" zone="" create="" type="" version="" where=() options=()
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
@@ -60,20 +44,9 @@ fi
 [ $# -ge 2 ] || fail "-- VERB is missing: what to run, e.g. -- train --config=…"
 verb=$2
 shift 2
-verbs=$(grep -l '^if __name__' esolm_jax/*.py | sed 's|.*/||; s|\.py$||' | paste -sd ' ' -)
-[[ " $verbs " == *" $verb "* ]] || fail "VERB=$verb: must be one of $verbs"
+check_verb "$verb"
 
-workdir="" previous=""
-for arg; do
-  case "$previous" in --workdir | -workdir) workdir=$arg ;; esac
-  case "$arg" in --workdir=* | -workdir=*) workdir=${arg#*=} ;; esac
-  previous=$arg
-done
-case "$workdir" in
-  *://?*) ;;
-  /*) echo "warning: --workdir=$workdir: must be one folder mounted on all hosts" >&2 ;;
-  *) fail "--workdir=$workdir: must be a place that all hosts see: gs://… or a mounted folder /…" ;;
-esac
+check_shared_workdir "$@"
 
 commit=$(git rev-parse --short HEAD 2>/dev/null) || fail "$PWD: must be a git checkout; HEAD is copied"
 git diff --quiet HEAD || echo "warning: what is not committed is not copied; HEAD is $commit" >&2
@@ -93,7 +66,7 @@ tar -xzf esolm_jax.tar.gz; cd esolm_jax; source launch/install.sh tpu"
 
 # In the background and followed, so that losing the connection does not end it.
 printf -v words '%q ' .venv/bin/python -m "esolm_jax.$verb" "$@"
-start="cd esolm_jax || exit; log=$verb.log; date >>\$log; nohup $words>>\$log 2>&1 </dev/null & \
+start="cd esolm_jax || exit; log=$verb.log; date >>\$log; nohup env ESOLM_CLUSTER=1 $words>>\$log 2>&1 </dev/null & \
 tail -n 1 -f --pid=\$! \$log; wait \$!"
 
 [ -z "$create" ] || run "${vm[@]}" create "$name" "${where[@]}" "--accelerator-type=$type" \

@@ -2,7 +2,7 @@
 # Runs one verb on TPU slices of a GKE cluster, as a workload of xpk (pip install xpk).
 #   bash launch/xpk.sh [--dry-run] --cluster=C --tpu-type=TYPE --image=IMAGE [options] -- VERB args …
 #   bash launch/xpk.sh --cluster=c --tpu-type=v5litepod-256 --image=gcr.io/p/esolm_jax \
-#     -- train --config=configs/text.py --workdir=gs://bucket/run
+#     -- train --config=configs/text.py --workdir=/mnt/bucket/run
 # IMAGE has this checkout as its working folder, installed with `pip install -e '.[tpu]'`.
 #   --num-slices=N      how many of TYPE (1)
 #   --project=PROJECT   --zone=ZONE   of gcloud (its defaults)
@@ -10,27 +10,11 @@
 #   --max-restarts=N    after a loss of hosts; training resumes from its checkpoint (10)
 #   --extra=ARG         one more argument for xpk, e.g. --extra=--spot; may be repeated
 #   --dry-run           prints what would be run, and runs nothing
-# The workdir must be a place that all hosts see: gs://…, or a mounted folder.
+# The workdir must be a folder mounted on all hosts, such as a bucket by Cloud Storage FUSE.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-
-fail() {
-  echo "error: $*" >&2
-  exit 2
-}
-
-quote() { # the words on one line, as a shell reads them back; in single quotes where that suffices
-  local word line=""
-  for word; do
-    case "$word" in
-      *\'* | *[[:cntrl:]]*) printf -v word %q "$word" ;;
-      "" | *[!A-Za-z0-9_./:=@%+,-]*) word="'$word'" ;;
-    esac
-    line+=" $word"
-  done
-  echo "${line# }"
-}
+source launch/common.sh
 
 dry="" cluster="" type="" image="" slices=1 name="" restarts=10 options=()
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
@@ -60,23 +44,12 @@ done
 [ $# -ge 2 ] || fail "-- VERB is missing: what to run, e.g. -- train --config=…"
 verb=$2
 shift 2
-verbs=$(grep -l '^if __name__' esolm_jax/*.py | sed 's|.*/||; s|\.py$||' | paste -sd ' ' -)
-[[ " $verbs " == *" $verb "* ]] || fail "VERB=$verb: must be one of $verbs"
+check_verb "$verb"
 name="${name:-esolm-$verb-$(date +%m%d-%H%M%S)}"
 [[ $name =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] \
   || fail "--name=$name: must be up to 40 of a-z, 0-9 and -, from a letter to a letter or digit"
 
-workdir="" previous=""
-for arg; do
-  case "$previous" in --workdir | -workdir) workdir=$arg ;; esac
-  case "$arg" in --workdir=* | -workdir=*) workdir=${arg#*=} ;; esac
-  previous=$arg
-done
-case "$workdir" in
-  *://?*) ;;
-  /*) echo "warning: --workdir=$workdir: must be one folder mounted on all hosts" >&2 ;;
-  *) fail "--workdir=$workdir: must be a place that all hosts see: gs://… or a mounted folder /…" ;;
-esac
+check_shared_workdir "$@"
 
 # `exec`, so that SIGTERM reaches Python itself. Kubernetes reads $$ as $ (and $(NAME) as a variable).
 printf -v words ' %q' python -m "esolm_jax.$verb" "$@"

@@ -27,7 +27,7 @@ ODD = [
     "",
     "é",
 ]
-SHARED = "--workdir=gs://bucket/run"
+SHARED = "--workdir=/mnt/bucket/run"
 
 # A fake of any tool: appends its name, arguments and (sbatch) standard input to $RECORDS/calls.
 TOOL = """
@@ -175,9 +175,9 @@ REFUSED = {
         ([*POD, "--nodes=2", *RUN], "--nodes=2: not an option"),
         (POD, "-- VERB is missing"),
         ([*POD, "--", "tain", SHARED], "VERB=tain", "train"),
-        ([*POD, "--", "train"], "--workdir=:", "gs://"),
-        ([*POD, "--", "train", "--workdir=runs/a"], "--workdir=runs/a", "gs://"),
-        ([*POD, "--", "train", "--workdir", "runs/a"], "--workdir=runs/a", "gs://"),
+        ([*POD, "--", "train"], "--workdir=:", "mounted on all hosts"),
+        ([*POD, "--", "train", "--workdir=runs/a"], "--workdir=runs/a", "mounted on all hosts"),
+        ([*POD, "--", "train", "--workdir", "runs/a"], "--workdir=runs/a", "mounted on all hosts"),
     ],
     "xpk": [
         (["--tpu-type=t", "--image=i", *RUN], "--cluster is missing"),
@@ -190,7 +190,7 @@ REFUSED = {
         ([*XPK, "--image=i", "--slices=2", *RUN], "--slices=2: not an option"),
         ([*XPK, "--image=i"], "-- VERB is missing"),
         ([*XPK, "--image=i", "--", "tain", SHARED], "VERB=tain", "train"),
-        ([*XPK, "--image=i", "--", "train", "--workdir=runs/a"], "--workdir=runs/a", "gs://"),
+        ([*XPK, "--image=i", "--", "train", "--workdir=runs/a"], "--workdir=runs/a", "mounted on all hosts"),
     ],
 }
 
@@ -299,7 +299,7 @@ def test_tpu_pod_commands(env, tmp_path, git):
 
 def test_tpu_pod_on_a_host(env, tmp_path, git):
     """What the hosts are told, told to this one."""
-    args = ["--", "train", "--workdir", "gs://bucket/run", *ODD]
+    args = ["--", "train", "--workdir", "/mnt/bucket/run", *ODD]
     assert launch("tpu_pod", *POD, *args, env=env).returncode == 0
     install, start = [call[-1].removeprefix("--command=") for call in calls(env)[1:]]
     home = tmp_path / "home"
@@ -316,7 +316,7 @@ def test_tpu_pod_on_a_host(env, tmp_path, git):
         done = shell(start, env | {"CODE": str(code)}, cwd=home)
         assert done.returncode == code and "output of python" in done.stdout, done.stderr
         [[_, *argv]] = calls(env)
-        assert argv == ["-m", "esolm_jax.train", "--workdir", "gs://bucket/run", *ODD]
+        assert argv == ["-m", "esolm_jax.train", "--workdir", "/mnt/bucket/run", *ODD]
     assert (home / "esolm_jax/train.log").read_text().count("output of python") == 2
 
 
@@ -347,10 +347,10 @@ def test_xpk_names_a_workload(env):
 
 
 @pytest.mark.parametrize("script, args", [("tpu_pod", POD), ("xpk", [*XPK, "--image=i"])])
-def test_mounted_workdir_is_warned_of(script, args, env, git):
+def test_mounted_workdir_is_taken(script, args, env, git):
     args = ["--dry-run", *args, "--", "train", "--workdir=/mnt/run"]
     done = launch(script, *args, env=env)
-    assert done.returncode == 0 and "warning: --workdir=/mnt/run" in done.stderr
+    assert done.returncode == 0 and "--workdir=/mnt/run" in done.stdout
 
 
 def told(tmp_path, count) -> list:
