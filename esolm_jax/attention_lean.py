@@ -14,6 +14,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from esolm_jax.attention import MASKED, layout_mask, visible
 from esolm_jax.labels import Layout
@@ -45,7 +46,8 @@ def _attend(layout, q, k, v, labels):
 def _forward(layout, q, k, v, labels):
     forward = _unrolled_forward if q.shape[3] <= UNROLLED else _loop_forward
     out, lse = forward(layout, q, k, v, labels)
-    out = out.astype(v.dtype)
+    out = checkpoint_name(out.astype(v.dtype), "attention")  # for model.REMAT
+    lse = checkpoint_name(lse, "attention")
     return out, (q, k, v, labels, out, lse)
 
 

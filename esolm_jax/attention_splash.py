@@ -210,6 +210,7 @@ def _kernel(layout: Layout, parts: int, heads: int, interpret: bool):
             block_sizes=blocks,
             head_shards=1,
             q_seq_shards=parts,
+            residual_checkpoint_name="attention",  # for model.REMAT
             interpret=interpret,
         )
 

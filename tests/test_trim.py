@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
+from tiny_run import quick  # noqa: F401
 
 from esolm_jax import model, objectives, sharding, train_step, trim
 from esolm_jax.labels import Layout
@@ -165,6 +166,7 @@ def test_fits_says_whether_a_prediction_would_be_lost():
     np.testing.assert_array_equal(kept.num_tokens, LENGTHS)
 
 
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("objective", ["eso_a", "eso_b"])
 def test_trimming_changes_neither_losses_nor_gradients(objective):
     """Whether the batch fits or must be run whole."""
