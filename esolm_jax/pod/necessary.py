@@ -45,13 +45,12 @@ def row(config, phase: Phase) -> Pass:
             return Pass(length, predicted, length**2)
         case "bd3":
             return Pass(2 * length, predicted, length * (length + config.block_length))
+    others = length * (length - 1) / 2  # pairs of two tokens
+    clean = others if config.objective == "eso_a" else 0.0  # where both are, they see each other
     if not phase.droppable:  # ar, and the diffusion phases
-        clean = length**2 * alpha_0**2 / 3  # mean square of the number of clean tokens
-        extra = clean / 2 if config.objective == "eso_a" else 0.0
-        return Pass(length, predicted, causal + extra)
-    extra = (alpha_0 * length) ** 2 / 2 if config.objective == "eso_a" else 0.0
-    queries = predicted * length - predicted * (predicted - 1) / 2
-    return Pass(length + predicted, predicted, causal + extra + queries)
+        return Pass(length, predicted, causal + clean * alpha_0**2 / 3)  # the mean of α_t²
+    queries = predicted * length - others * phase.predicts**2
+    return Pass(length + predicted, predicted, causal + clean * alpha_0**2 + queries)
 
 
 def step(config, phases: tuple[Phase, ...]) -> Pass:
@@ -89,8 +88,8 @@ def collective_bytes(config, model: ModelConfig, work: Pass, mesh, params) -> di
     again for the backward pass (the embedding and the head once), its float32 gradient is
     scattered back, and summed over the other axes that split the batch; a parameter that is whole
     everywhere has its gradient summed. Activations are summed over `tensor` four times a block,
-    and once for the embedding and the head; keys and values are gathered over `sequence` for both
-    passes and their gradients scattered.
+    once for the embedding and, where a token is predicted, once for the head; keys and values are
+    gathered over `sequence` for both passes and their gradients scattered.
     """
     shape = mesh.shape
     compute = jax.numpy.dtype(model.dtype).itemsize
@@ -103,7 +102,9 @@ def collective_bytes(config, model: ModelConfig, work: Pass, mesh, params) -> di
         if {"heads", "mlp", "vocab"} & set(axes):
             size /= shape["tensor"]
         others = shape["data"] * shape["sequence"]
-        if "embed" in axes and "modulation" not in name:
+        if name.endswith("modulation/linear/kernel"):
+            continue  # one vector comes in: the gradient follows from that of the bias
+        if "embed" in axes:
             times = 2 if name.startswith("blocks/") else 1
             sent["all-gather"] += micro * times * gather_bytes(size * compute, shape["fsdp"])
             sent["reduce-scatter"] += micro * gather_bytes(size * 4, shape["fsdp"])
@@ -111,8 +112,10 @@ def collective_bytes(config, model: ModelConfig, work: Pass, mesh, params) -> di
         else:  # small: its gradient is summed over all rows
             others *= shape["fsdp"]
         sent["all-reduce"] += 2 * gather_bytes(size * 4, others)
-    local = work.tokens / (sharding.num_row_shards(mesh) * shape["sequence"])
-    summed = (4 * model.blocks + 2) * local * model.width * compute
+    parts = sharding.num_row_shards(mesh) * shape["sequence"]
+    local = work.tokens / parts
+    summed = (4 * model.blocks + 1) * local + work.predicted / parts
+    summed *= model.width * compute
     sent["all-reduce"] += 2 * gather_bytes(summed, shape["tensor"])
     kv = 2 * model.groups * model.head_width / shape["tensor"]
     whole = model.blocks * local * shape["sequence"] * kv * compute
