@@ -77,7 +77,10 @@ def build(config, tokenizer: dict, mesh) -> Built:
       UserError: something does not divide by the mesh.
     """
     config_lib.validate_mesh(config, mesh.shape)
-    model = model_config(config, tokenizer, mesh.devices.flat[0].platform)
+    platform = mesh.devices.flat[0].platform
+    model = model_config(config, tokenizer, platform)
+    if model.attention == "splash" and platform != "tpu":
+        raise UserError(f"config.model.attention='splash': is for TPUs, but these are {platform}s")
     special = Special(mask=tokenizer["mask_id"], start=tokenizer["bos_id"])
     head = Head.of(model, special.mask, mesh, chunk=config.model.loss_chunk)
     return Built(mesh, model, model_lib.bind(model, mesh), head, special)

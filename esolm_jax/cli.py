@@ -45,8 +45,8 @@ def _define_flags(argv: list[str], verb: str, reads_checkpoint: bool, needs_work
         raise UserError(f"--workdir is missing: python -m esolm_jax.{verb} --workdir=DIR …")
     if workdir and "://" in workdir:
         raise UserError(
-            f"--workdir={workdir}: must be a folder; mount the bucket (Cloud Storage FUSE) and name "
-            "the folder under which all hosts see it"
+            f"--workdir={workdir}: must be a folder; mount the bucket (Cloud Storage FUSE) and "
+            "name the folder under which all hosts see it"
         )
     workdir = pathlib.Path(workdir or ".").expanduser()
     if workdir.exists() and not workdir.is_dir():

@@ -190,7 +190,7 @@ REFUSED = {
         ([*XPK, "--image=i", "--slices=2", *RUN], "--slices=2: not an option"),
         ([*XPK, "--image=i"], "-- VERB is missing"),
         ([*XPK, "--image=i", "--", "tain", SHARED], "VERB=tain", "train"),
-        ([*XPK, "--image=i", "--", "train", "--workdir=runs/a"], "--workdir=runs/a", "mounted on all hosts"),
+        ([*XPK, "--image=i", "--", "train", "--workdir=runs/a"], "runs/a", "mounted on all hosts"),
     ],
 }
 
