@@ -223,5 +223,7 @@ def main(config, workdir: pathlib.Path | None) -> None:
         sys.exit(1)
 
 
+CLI = {"one_process": True, "needs_workdir": False, "define_flags": define_flags}
+
 if __name__ == "__main__":
-    cli.run(main, one_process=True, needs_workdir=False, define_flags=define_flags)
+    cli.run(main, **CLI)

@@ -101,5 +101,7 @@ def main(config, workdir: pathlib.Path) -> None:
     print(cli.next_command("sample", workdir))
 
 
+CLI = {"reads_checkpoint": True}
+
 if __name__ == "__main__":
-    cli.run(main, reads_checkpoint=True)
+    cli.run(main, **CLI)

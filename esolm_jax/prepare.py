@@ -21,5 +21,7 @@ def main(config, workdir: pathlib.Path) -> None:
     print(cli.next_command("train", workdir, same_config=True))
 
 
+CLI = {"one_process": True}
+
 if __name__ == "__main__":
-    cli.run(main, one_process=True)
+    cli.run(main, **CLI)

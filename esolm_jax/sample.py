@@ -140,5 +140,7 @@ def main(config, workdir: pathlib.Path) -> None:
     print(cli.next_command("sample", workdir, another))
 
 
+CLI = {"reads_checkpoint": True}
+
 if __name__ == "__main__":
-    cli.run(main, reads_checkpoint=True)
+    cli.run(main, **CLI)

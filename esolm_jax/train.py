@@ -174,5 +174,7 @@ def main(config, workdir: pathlib.Path) -> None:
     print(cli.next_command("evaluate", workdir))
 
 
+CLI = {"stoppable": True}
+
 if __name__ == "__main__":
-    cli.run(main, stoppable=True)
+    cli.run(main, **CLI)

@@ -23,6 +23,7 @@ from esolm_jax.data import build
 from esolm_jax.data.reader import TrainReader
 
 LENGTH = 16
+FLAGS = ("workdir", "topology", "num_slices", "program", "out", "sweep")  # of all verbs
 FILE = str(pathlib.Path(__file__).resolve())
 WORDS = "to be or not that is the question whether tis nobler in mind suffer slings".split()
 ALPHA_0 = {"ar": 0.0, "mdlm": 1.0, "bd3": 1.0}  # of the objectives that fix it
@@ -112,11 +113,11 @@ def arguments(fields: dict) -> list[str]:
 
 def command(verb: str, *args: str) -> int:
     """`python -m esolm_jax.VERB ARGS` in this process; returns the exit code."""
-    main = importlib.import_module(f"esolm_jax.{verb}").main
+    module = importlib.import_module(f"esolm_jax.{verb}")
     argv, handlers = sys.argv, {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
     sys.argv = [f"{verb}.py", *map(str, args)]
     try:
-        cli.run(main, reads_checkpoint=verb in ("evaluate", "sample"))
+        cli.run(module.main, **module.CLI)
     except SystemExit as end:
         return end.code or 0
     finally:
@@ -125,7 +126,7 @@ def command(verb: str, *args: str) -> int:
             signal.signal(number, handler)
         flags.FLAGS.unparse_flags()
         for name in list(flags.FLAGS):
-            if name == "workdir" or name.split(".")[0] == "config":
+            if name in FLAGS or name.split(".")[0] == "config":
                 delattr(flags.FLAGS, name)
     raise AssertionError("app.run returned")
 

@@ -13,6 +13,7 @@ from esolm_jax.pod.topology import Chip
 from esolm_jax.train_step import Training
 
 KINDS = {"head|predicted_chunks|logits": "head", "splash|attend": "attention", "while": "blocks"}
+USUAL = {"conditional": 1}  # of train_step: the trimmed pass; see full_branch_probability
 # Products of a block of scores in each kernel: scores and values; then, backward, scores again,
 # the gradient of the probabilities and that of q, or of k and v.
 _PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
@@ -39,7 +40,7 @@ def kernel_flops(training: Training, text: str) -> dict[str, float]:
         tiles = tiling(layout, parts)
         by_size.setdefault(tiles.num_k, tiles)
     flops = {}
-    for kernel in hlo.analyse(text, trip_counts={"": 1}).kernels:
+    for kernel in hlo.analyse(text, trip_counts={"": 1}, branches=USUAL).kernels:
         shapes = [s.sizes for s in kernel.operands if len(s.sizes) == 4]
         tiles = by_size.get(max((shape[2] for shape in shapes), default=0))
         products = next((n for name, n in _PRODUCTS.items() if name in kernel.name), None)
@@ -121,7 +122,7 @@ def cost(training: Training, text: str) -> hlo.Cost:
         text,
         trip_counts={"predicted_chunks": _padded(training)},
         kernel_flops=kernel_flops(training, text),
-        branches={"conditional": 1},
+        branches=USUAL,
         kinds=KINDS,
     )
 
