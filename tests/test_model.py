@@ -207,10 +207,9 @@ def loss_and_grads(config, batches, mesh=None, dropout_key=None):
 def test_remat_and_unroll_change_neither_loss_nor_gradients():
     """With dropout, which must draw the same twice."""
     base = dataclasses.replace(LLAMA, dropout=0.2, attention="lean")
-    batches, key = (two_streams(),), jax.random.key(3)
-    changes = [{}, *({"remat": name} for name in model.REMAT if name != "none"), {"unroll": 2}]
+    batches, key = (causal(),), jax.random.key(3)
     found = []
-    for change in changes:
+    for change in {}, {"remat": "full"}, {"remat": "matmuls", "unroll": 2}:
         run, labelled = loss_and_grads(dataclasses.replace(base, **change), batches, None, key)
         found.append(run(params_of(LLAMA), labelled))
     assert np.abs(np.asarray(found[0][0])).min() > 0
