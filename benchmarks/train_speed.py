@@ -42,6 +42,9 @@ _ROUNDS = flags.DEFINE_integer("rounds", 7, "Bursts of each objective.")
 _STEPS = flags.DEFINE_integer("steps", 3, "Steps in a burst.")
 _PUBLISHED = flags.DEFINE_string("published", "", "A checkout of the published code.")
 _PYTHON = flags.DEFINE_string("published_python", sys.executable, "Python with torch and einops.")
+_PATIENCE = flags.DEFINE_float(
+    "patience", 0, "Seconds, in all, to wait for other processes to pause (Linux only)."
+)
 _THREADS = flags.DEFINE_integer("threads", 0, "CPU threads of either; 0 = all (Linux only).")
 _BLOCKS = flags.DEFINE_integer("blocks", 0, "Instead of the preset's.")
 _SEQ_LEN = flags.DEFINE_integer("seq_len", 0, "Instead of the preset's.")
@@ -200,7 +203,6 @@ class Published:
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.cpu_seconds = 0.0
         objectives = {name: split_name(name) for name in names}
         self.about = self._ask(
             {"threads": num_threads(), "shapes": shapes, "objectives": objectives}
@@ -213,11 +215,10 @@ class Published:
             raise UserError(f"--published={_PUBLISHED.value}: its process ended; see above")
         return json.loads(line)
 
-    def burst(self, name: str, steps: int) -> float:
-        """Seconds a step."""
+    def burst(self, name: str, steps: int) -> tuple[float, float]:
+        """Seconds a step, and CPU seconds in all."""
         answer = self._ask({"name": name, "steps": steps})
-        self.cpu_seconds += answer["cpu_seconds"]
-        return answer["seconds"] / steps
+        return answer["seconds"] / steps, answer["cpu_seconds"]
 
     def close(self) -> None:
         self.process.stdin.close()
@@ -229,24 +230,40 @@ def num_threads() -> int:
 
 
 class Load:
-    """CPU cores that other processes of the machine kept busy, where the system says so (Linux)."""
+    """CPU that other processes of the machine use, where the system says so (Linux)."""
 
-    def __init__(self):
-        self.begin, self.busy, self.own = time.perf_counter(), self._busy(), time.process_time()
+    QUIET = 0.1  # cores
+
+    def __init__(self, patience: float):
+        self.patience = patience
 
     @staticmethod
-    def _busy() -> float:
+    def busy() -> float:
         """CPU seconds of the whole machine so far."""
         stat = pathlib.Path("/proc/stat")
         if not stat.exists():
             return float("nan")
-        user, nice, system, _, _, irq, softirq, steal, *_ = stat.read_text().split()[1:]
+        user, nice, system, _, _, irq, softirq, steal = stat.read_text().split()[1:9]
         ticks = sum(map(int, (user, nice, system, irq, softirq, steal)))
         return ticks / os.sysconf("SC_CLK_TCK")
 
-    def of_others(self, published_seconds: float) -> float:
-        own = time.process_time() - self.own + published_seconds
-        return (self._busy() - self.busy - own) / (time.perf_counter() - self.begin)
+    def wait(self) -> None:
+        """Until others pause, or the patience is at an end."""
+        while self.patience > 0:
+            busy, begin = self.busy(), time.perf_counter()
+            time.sleep(0.5)
+            waited = time.perf_counter() - begin
+            self.patience -= waited
+            if not self.busy() - busy > self.QUIET * waited:
+                return
+
+    def during(self, bursts) -> tuple[list[float], float]:
+        """What bursts() returns first, and how many cores others kept busy meanwhile. It returns
+        that and the CPU seconds of the published code's process."""
+        busy, own, begin = self.busy(), time.process_time(), time.perf_counter()
+        taken, published = bursts()
+        own = time.process_time() - own + published
+        return taken, (self.busy() - busy - own) / (time.perf_counter() - begin)
 
 
 def matmul_ceiling(side: int, dtype: str) -> float:
@@ -262,28 +279,37 @@ def matmul_ceiling(side: int, dtype: str) -> float:
     return 2 * side**3 / best
 
 
-def measure(ours: list[Ours], published: Published | None, names: list[str]):
-    """Seconds a step of every burst: {name: [rounds]} of ours and of the published code."""
-    seconds = {one.name: [] for one in ours}, {name: [] for name in names}
-    states = {}
-    for index in range(-1, _ROUNDS.value):  # the first round is thrown away
-        steps = _STEPS.value if index >= 0 else 1
-        taken = {}, {}
+def turn(one: Ours, states: dict, published: Published | None, names: list[str], steps: int):
+    """A burst of ours, then one of the published code's if it has this objective: (seconds a step
+    of each, CPU seconds of the latter)."""
+    taken, cpu = [one.burst(states, steps)], 0.0
+    if one.name in names:
+        seconds, cpu = published.burst(one.name, steps)
+        taken.append(seconds)
+    return taken, cpu
+
+
+def measure(ours: list[Ours], published: Published | None, names: list[str]) -> dict:
+    """{name: [rounds]}: (seconds a step of ours and of the published code, others' cores).
+
+    A turn that other processes disturbed is taken again while the patience lasts.
+    """
+    load, found, states = Load(_PATIENCE.value), {one.name: [] for one in ours}, {}
+    for one in ours:  # the first steps are thrown away
+        turn(one, states, published, names, 1)
+    for index in range(_ROUNDS.value):
         for one in ours[:: -1 if index % 2 else 1]:
-            taken[0][one.name] = one.burst(states, steps)
-            if one.name in names:
-                taken[1][one.name] = published.burst(one.name, steps)
-        if index < 0:
-            continue
-        for bursts, found in zip(seconds, taken, strict=True):
-            for name, value in found.items():
-                bursts[name].append(value)
-        print(f"round {index + 1}/{_ROUNDS.value}: " + json.dumps(_rounded(taken)), flush=True)
-    return seconds
-
-
-def _rounded(taken):
-    return [{name: round(value, 3) for name, value in bursts.items()} for bursts in taken]
+            while True:
+                load.wait()
+                taken, others = load.during(
+                    lambda one=one: turn(one, states, published, names, _STEPS.value)
+                )
+                if not others > load.QUIET or load.patience <= 0:
+                    break
+            found[one.name].append((taken, others))
+        said = {n: [round(s, 3) for s in turns[-1][0]] for n, turns in found.items()}
+        print(f"round {index + 1}/{_ROUNDS.value}, seconds a step: {said}", flush=True)
+    return found
 
 
 def spread(values) -> dict:
@@ -296,8 +322,13 @@ def paired(a: list[float], b: list[float]) -> dict:
     return spread([x / y for x, y in zip(a, b, strict=True)])
 
 
-def make_rows(ours: list[Ours], seconds, ceiling: float) -> list[dict]:
-    mine, theirs = seconds
+def make_rows(ours: list[Ours], found: dict, ceiling: float) -> list[dict]:
+    mine = {name: [taken[0] for taken, _ in turns] for name, turns in found.items()}
+    theirs = {
+        name: [taken[1] for taken, _ in turns]
+        for name, turns in found.items()
+        if len(turns[0][0]) > 1
+    }
     rows = []
     for one in ours:
         tokens = one.config.train.batch_size * one.config.data.seq_len
@@ -312,6 +343,7 @@ def make_rows(ours: list[Ours], seconds, ceiling: float) -> list[dict]:
             "mfu": one.flops() / statistics.median(taken) / ceiling,
             "step_bytes": one.bytes,
             "compile_seconds": one.compile_seconds,
+            "cores_busy_with_others": spread([others for _, others in found[one.name]]),
         }
         if "mdlm" in mine:
             row["speed_relative_to_mdlm"] = paired(mine["mdlm"], taken)
@@ -365,7 +397,7 @@ def _range(figure: dict, form: str) -> str:
 def table(report: dict) -> str:
     """The rows as Markdown: medians over the rounds, least and greatest in brackets."""
     rows = report["rows"]
-    has_published = any("published" in row for row in rows)
+    has_published = report["published"] is not None
     head = ["objective", "α₀", "s/step", "tokens/s", "× mdlm", "MFU"]
     if has_published:
         head += ["published s/step", "published tokens/s", "× its mdlm", "ours / published"]
@@ -409,7 +441,10 @@ def _notes(report: dict) -> str:
     )
     if report["published"]:
         text += f"; published code: torch {report['published']['torch']}, as many threads"
-    text += f". Other processes kept {report['cores_busy_with_others']:.2f} cores busy meanwhile."
+    others = max(row["cores_busy_with_others"]["median"] for row in report["rows"])
+    text += (
+        f". Other processes kept at most {others:.2f} cores busy (the worst objective's median)."
+    )
     return f"{text}\n\n    {report['command']}"
 
 
@@ -425,9 +460,7 @@ def run() -> dict:
             raise UserError("--published: measured on CPUs only")
         published = Published(config, preset.vocab_size, measured)
     ceiling = matmul_ceiling(_MATMUL.value or preset.matmul, config.model.dtype)
-    load = Load()
-    seconds = measure(ours, published, measured)
-    busy = load.of_others(published.cpu_seconds if published else 0.0)
+    found = measure(ours, published, measured)
     if published:
         published.close()
     shapes = {name: config.model[name] for name in ("width", "blocks", "heads", "dtype", "dropout")}
@@ -445,9 +478,8 @@ def run() -> dict:
         "rounds": _ROUNDS.value,
         "steps": _STEPS.value,
         "matmul_flops_per_second": ceiling,
-        "cores_busy_with_others": busy,
         "peak_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use"),
-        "rows": make_rows(ours, seconds, ceiling),
+        "rows": make_rows(ours, found, ceiling),
     }
 
 
