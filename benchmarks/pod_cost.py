@@ -268,7 +268,7 @@ def plot(found: dict, path: pathlib.Path) -> None:
         sent = [sum(f["collectives"][kind].values()) / 1e9 for f in points]
         axes[1].plot(chips, sent, style, label={"sent": "compiled"}.get(kind, kind))
     axes[1].set(title="sent by a chip in a step", ylabel="GB", xlabel="chips", ylim=0)
-    for axis in axes[:2]:
+    for axis in axes[:2] if points else ():
         axis.set_xscale("log", base=2)
         axis.set_xticks(chips, chips)
     for full, label in ((False, "this loss"), (True, "all logits held")):

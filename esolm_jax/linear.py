@@ -108,22 +108,29 @@ def _matmul_forward(place: Place, hs, kernel):
     return place.run(body, specs, _tokens(*d_out), hs, kernel), (hs, kernel)
 
 
+def _product(a, b, over: tuple[int, int], dtype):
+    """Product of two matrices over axis over[0] of a and over[1] of b."""
+    axes = tuple((axis,) for axis in over)
+    return jax.lax.dot_general(a, b, (axes, ((), ())), preferred_element_type=dtype)
+
+
 def _matmul_backward(place: Place, saved, gs):
     hs, kernel = saved
     d_in, *d_out = place.gathered
     column_parallel = ["tensor"] if any(d_out) else []
-    out = tuple(range(2, kernel.ndim + 1)), tuple(range(1, kernel.ndim))
-    tokens = (0, 1), (0, 1)
 
     def body(hs, kernel, gs):
         gathered, dtype = place.gather(kernel), place.dtype
+        flat_kernel = gathered.reshape(len(gathered), -1)
         dhs, dk = [], jnp.zeros((), jnp.float32)
         for h, g in zip(hs, gs, strict=True):
-            h_low, g = h.astype(dtype), g.astype(dtype)
-            dh = jnp.tensordot(g, gathered, axes=out, preferred_element_type=dtype)
+            # As matrices, and never transposed: XLA's own transposes are slow on a CPU.
+            h_low = h.astype(dtype).reshape(-1, h.shape[-1])
+            g = g.astype(dtype).reshape(len(h_low), -1)
+            dh = _product(g, flat_kernel, (1, 1), dtype).reshape(h.shape)
             dhs.append(place.sum_over(column_parallel, dh).astype(h.dtype))
-            dk += jnp.tensordot(h_low, g, axes=tokens, preferred_element_type=jnp.float32)
-        return tuple(dhs), place.scatter(dk)
+            dk += _product(h_low, g, (0, 0), jnp.float32)
+        return tuple(dhs), place.scatter(dk.reshape(gathered.shape))
 
     specs = _tokens(d_in), sharding.spec(*place.axes)
     return place.run(body, (*specs, _tokens(*d_out)), specs, hs, kernel, gs)

@@ -137,7 +137,8 @@ def rope_angles(position_BT, head_width: int, base: float):
     """cos and sin, float32 [B, 1, T, K/2], of position · base^(−2i/K)."""
     frequency = base ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
     angle = position_BT[:, None, :, None].astype(jnp.float32) * frequency[None, None, None]
-    return jnp.cos(angle), jnp.sin(angle)
+    # Computed once: XLA would fuse them into every use, and compute them again for every head.
+    return jax.lax.optimization_barrier((jnp.cos(angle), jnp.sin(angle)))
 
 
 def _rotate(x_BHTK, cos, sin):

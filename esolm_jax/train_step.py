@@ -166,9 +166,10 @@ def make_objective(config, built, phases: Sequence[Phase]) -> Objective:
     rows = config.train.batch_size // config.train.accumulation
     length = config.data.seq_len
     multiple = math.lcm(8, built.mesh.shape["sequence"])
+    padded = config.data.packing == "pad"  # padding comes behind what is predicted
     queries = [
         trim.num_queries(length, phase.predicts, round(phase.fraction * rows), multiple)
-        if phase.droppable
+        if phase.droppable and not padded
         else length
         for phase in phases
     ]
