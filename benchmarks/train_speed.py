@@ -266,16 +266,18 @@ class Load:
         return taken, (self.busy() - busy - own) / (time.perf_counter() - begin)
 
 
-def matmul_ceiling(side: int, dtype: str) -> float:
-    """FLOP/s of a product of square matrices: the best of several."""
+def matmul_ceiling(side: int, dtype: str, load: Load) -> float:
+    """FLOP/s of a product of square matrices: the best of several, in a quiet moment."""
     a = jnp.ones((side, side), dtype)
     product = jax.jit(lambda a, b: a @ b)
     jax.block_until_ready(product(a, a))
     best = float("inf")
-    for _ in range(10):
-        begin = time.perf_counter()
-        jax.block_until_ready(product(a, a))
-        best = min(best, time.perf_counter() - begin)
+    for _ in range(3):
+        load.wait()
+        for _ in range(10):
+            begin = time.perf_counter()
+            jax.block_until_ready(product(a, a))
+            best = min(best, time.perf_counter() - begin)
     return 2 * side**3 / best
 
 
@@ -289,12 +291,12 @@ def turn(one: Ours, states: dict, published: Published | None, names: list[str],
     return taken, cpu
 
 
-def measure(ours: list[Ours], published: Published | None, names: list[str]) -> dict:
+def measure(ours: list[Ours], published: Published | None, names: list[str], load: Load) -> dict:
     """{name: [rounds]}: (seconds a step of ours and of the published code, others' cores).
 
     A turn that other processes disturbed is taken again while the patience lasts.
     """
-    load, found, states = Load(_PATIENCE.value), {one.name: [] for one in ours}, {}
+    found, states = {one.name: [] for one in ours}, {}
     for one in ours:  # the first steps are thrown away
         turn(one, states, published, names, 1)
     for index in range(_ROUNDS.value):
@@ -459,8 +461,9 @@ def run() -> dict:
         if device.platform != "cpu":
             raise UserError("--published: measured on CPUs only")
         published = Published(config, preset.vocab_size, measured)
-    ceiling = matmul_ceiling(_MATMUL.value or preset.matmul, config.model.dtype)
-    found = measure(ours, published, measured)
+    load = Load(_PATIENCE.value)
+    found = measure(ours, published, measured, load)
+    ceiling = matmul_ceiling(_MATMUL.value or preset.matmul, config.model.dtype, load)
     if published:
         published.close()
     shapes = {name: config.model[name] for name in ("width", "blocks", "heads", "dtype", "dropout")}
