@@ -64,6 +64,10 @@ def start(
       UserError: the processes did not come together; the environment tells only a part.
     """
     global _started
+    if jax.config.jax_num_cpu_devices > 1:
+        # Collectives block threads of the pool that a process's CPU devices share. With the usual
+        # one for each device, devices that are at different collectives wait for ever.
+        os.environ.setdefault("PJRT_NPROC", str(8 * jax.config.jax_num_cpu_devices))
     told = _told(os.environ)
     if told is None and not _in_cluster(os.environ):
         if jax.process_count() > 1:

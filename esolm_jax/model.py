@@ -129,7 +129,11 @@ def _modulate(h, shift, scale, dtype):
 def _dropout(key, rate: float, h):
     if key is None or rate == 0.0:
         return h
-    kept = jax.random.bernoulli(key, 1 - rate, h.shape)
+    # Two draws of 16 bits from each of 32: random bits are what dropout costs.
+    *batch, width = h.shape
+    bits = jax.random.bits(key, (*batch, width // 2), jnp.uint32)
+    draws = jax.lax.bitcast_convert_type(bits, jnp.uint16).reshape(h.shape)
+    kept = draws >= round(rate * 2**16)
     return jnp.where(kept, h / (1 - rate), 0).astype(h.dtype)
 
 

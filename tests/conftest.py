@@ -6,6 +6,7 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("PJRT_NPROC", "64")  # for why, see distributed.start
 
 import jax  # noqa: E402
 

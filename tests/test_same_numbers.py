@@ -83,7 +83,7 @@ class Processes:
 
     def __init__(self, cut: tuple[int, int], args, cache):
         count, devices = cut
-        hidden = (*distributed.TOLD_BY, distributed.CLUSTER)
+        hidden = (*distributed.TOLD_BY, distributed.CLUSTER, "PJRT_NPROC")
         base = {k: v for k, v in os.environ.items() if k not in hidden}
         base |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
         base |= {"XLA_FLAGS": XLA_FLAGS, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
