@@ -1,6 +1,6 @@
 """What the configs cost on pods, by the pods' own compiler: docs/pod_cost.{json,md,png}.
 
-    python -m benchmarks.pod_cost [--only=configs,scaling,work,length] [--workers=2]
+    python -m benchmarks.pod_cost [--only=configs,scaling,work,length] [--match=7b]
 
 Needs `pip install 'esolm_jax[tpu]'` (the TPU compiler; no TPU) and about half an hour on two cores.
 What was measured before stays in the JSON until it is measured again.
@@ -126,13 +126,14 @@ def measure(one: Case) -> dict:
     return figures | {"temporaries": stats.temp_size_in_bytes}
 
 
-def run(names: list[str], workers: int, path: pathlib.Path) -> dict:
-    """Measures sections and writes the JSON after every case."""
+def run(names: list[str], match: str, workers: int, path: pathlib.Path) -> dict:
+    """Measures the cases of sections with `match` in their names; writes the JSON after each."""
     found = json.loads(path.read_text()) if path.exists() else {}
     found["versions"] = {"jax": jax.__version__, "libtpu": _libtpu_version()}
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, context, max_tasks_per_child=1) as pool:
-        tasks = {pool.submit(measure, one): (s, one) for s in names for one in SECTIONS[s]}
+        cases = [(s, one) for s in names for one in SECTIONS[s] if match in one.name]
+        tasks = {pool.submit(measure, one): (s, one) for s, one in cases}
         for done, task in enumerate(concurrent.futures.as_completed(tasks), 1):
             section, one = tasks[task]
             found.setdefault(section, {})[one.name] = task.result()
@@ -286,11 +287,12 @@ def plot(found: dict, path: pathlib.Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, comma-separated")
+    parser.add_argument("--match", default="", help="only cases with this in their name")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=pathlib.Path, default=OUT)
     arguments = parser.parse_args()
     names = [name for name in arguments.only.split(",") if name]
-    found = run(names, arguments.workers, arguments.out.with_suffix(".json"))
+    found = run(names, arguments.match, arguments.workers, arguments.out.with_suffix(".json"))
     text = table(found)
     results.write_text(arguments.out.with_suffix(".md"), text)
     plot(found, arguments.out.with_suffix(".png"))

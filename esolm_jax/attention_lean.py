@@ -32,10 +32,12 @@ def lean(
     Returns [B, H, T, K] in the dtype of v.
     """
     batch, heads, length, width = q_BHTK.shape
-    groups = k_BGSK.shape[1]
+    groups, dtype = k_BGSK.shape[1], v_BGSK.dtype
+    if jax.default_backend() == "cpu":  # XLA lacks some products of bfloat16 there
+        q_BHTK, k_BGSK, v_BGSK = (a.astype(jnp.float32) for a in (q_BHTK, k_BGSK, v_BGSK))
     q = q_BHTK.reshape(batch, groups, heads // groups, length, width)
     out = _attend(layout, q, k_BGSK, v_BGSK, (q_rank, q_in_context, k_rank, k_in_context))
-    return out.reshape(q_BHTK.shape)
+    return out.reshape(q_BHTK.shape).astype(dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

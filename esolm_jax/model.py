@@ -138,18 +138,19 @@ def _dropout(key, rate: float, h):
 
 
 def rope_angles(position_BT, head_width: int, base: float):
-    """cos and sin, float32 [B, 1, T, K/2], of position · base^(−2i/K)."""
+    """cos and sin, float32 [B, 1, T, K], of position · base^(−2i/K), for both halves of K; the
+    sine of the first half is negative."""
     frequency = base ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
     angle = position_BT[:, None, :, None].astype(jnp.float32) * frequency[None, None, None]
-    # Computed once: XLA would fuse them into every use, and compute them again for every head.
-    return jax.lax.optimization_barrier((jnp.cos(angle), jnp.sin(angle)))
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    both = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
+    return jax.lax.optimization_barrier(both)  # once, not fused into every use of them
 
 
 def _rotate(x_BHTK, cos, sin):
     """RoPE, half-split: the pairs are (i, i + K/2)."""
-    a, b = jnp.split(x_BHTK.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-    return rotated.astype(x_BHTK.dtype)
+    x = x_BHTK.astype(jnp.float32)
+    return (x * cos + jnp.roll(x, x.shape[-1] // 2, axis=-1) * sin).astype(x_BHTK.dtype)
 
 
 def _dense(inputs: int, outputs: int, config: ModelConfig, rngs, *, zero=False):

@@ -57,6 +57,7 @@ def main(jobs: dict) -> None:
         for name, fields in jobs["jobs"].items():
             run = train_lib.Run(make_config(fields), pathlib.Path("unused"))
             found[name] = train(run, jobs["steps"]) | {"mesh": sharding.describe(run.built.mesh)}
+            jax.clear_caches()  # thirty compiled steps are gigabytes
         if distributed.is_main():
             pathlib.Path(jobs["out"]).write_text(json.dumps(found))
 

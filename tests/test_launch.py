@@ -457,7 +457,7 @@ LOCAL = ["bash", str(ROOT / "launch/local.sh"), "2", "1", "train"]
 def test_local_passes_signals_on(number, env, tmp_path):
     process = started(env | SAVING, tmp_path, LOCAL, 2)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=20)
+    output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert b"ended with" not in output and b"killing" not in output
     for i in range(2):
@@ -471,7 +471,7 @@ def test_local_ctrl_c(env, tmp_path):
     process = started(env | SAVING, tmp_path, command, 2, stdin=subprocess.PIPE)
     process.stdin.write(b"\x03")
     process.stdin.flush()
-    process.wait(timeout=20)
+    process.wait(timeout=60)
     assert process.returncode == 130
     process.communicate()
     for i in range(2):
@@ -489,5 +489,5 @@ def test_local_killed_outright_leaves_no_process(env, tmp_path):
         assert time.monotonic() < end
         time.sleep(0.02)
     process.send_signal(signal.SIGHUP)
-    process.communicate(timeout=20)
+    process.communicate(timeout=60)
     check_all_gone([int(pid) for pid in (tmp_path / "pids").read_text().split()])

@@ -35,6 +35,9 @@ def _random_params():
     def draw(path, leaf):
         name = jax.tree_util.keystr(path)
         noise = jax.random.normal(jax.random.key(zlib.crc32(name.encode())), leaf.shape)
+        if "qkv" in name:  # drawn as [N, D, 3, H, K]: with these numbers the order matters
+            blocks, width, heads, three, head_width = leaf.shape
+            noise = noise.reshape(blocks, width, three, heads, head_width).swapaxes(2, 3)
         if "embedding" in name or "norm" in name:
             return noise
         return noise * (0.05 if "logits" in name else 0.2 if "qkv" in name else 0.4)
