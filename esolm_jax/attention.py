@@ -1,6 +1,6 @@
 """The one rule of attention, and every way to compute it behind one signature.
 
-dense holds the scores of all pairs: for decoding, and as the plain reference. lean is XLA in
+dense holds the scores of all pairs: the plain reference. lean is XLA in
 linear memory, for any labels on any device. splash is a block-sparse TPU kernel for labels that
 follow from a layout.
 """
@@ -13,7 +13,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from esolm_jax import sharding
-from esolm_jax.kv_cache import KVCache
 from esolm_jax.labels import Layout, Tokens
 
 KINDS = ("dense", "lean", "splash", "splash_interpret")  # the last: splash on a CPU, for tests
@@ -35,7 +34,7 @@ def visible(q_rank, q_in_context, k_rank, k_in_context):
     return (k_in_context & reads_context) | (~k_in_context & reads_query_copy)
 
 
-def dense_mask(q: Tokens, k: Tokens | KVCache) -> jax.Array:
+def dense_mask(q: Tokens, k: Tokens) -> jax.Array:
     """The rule for all pairs: bool [B, Tq, Tk]."""
     return visible(
         q.rank[:, :, None], q.in_context[:, :, None], k.rank[:, None, :], k.in_context[:, None, :]
@@ -61,7 +60,7 @@ def attend(
     k_BGSK,
     v_BGSK,
     queries: Tokens,
-    keys: Tokens | KVCache,
+    keys: Tokens,
     *,
     kind: str = "dense",
     mesh: Mesh | None = None,
@@ -73,8 +72,8 @@ def attend(
 
     Args:
       q_BHTK, k_BGSK, v_BGSK: queries, keys, values; G divides H.
-      queries, keys: the labels of the T queries and S keys. Over a KVCache the kind is dense; the
-        other kinds are self-attention: `keys` are `queries`.
+      queries, keys: the labels of the T queries and S keys. All kinds but dense are
+        self-attention: `keys` are `queries`.
       kind: one of KINDS. splash needs `queries.layout`, and is lean without one.
       mesh: if given, q, k, v are split over it as sharding.RULES say: rows, heads and tokens;
         keys and values are gathered over `sequence` inside.
@@ -88,7 +87,7 @@ def attend(
     """
     if kind not in KINDS:
         raise ValueError(f"attention kind {kind!r}: must be one of {', '.join(KINDS)}")
-    if isinstance(keys, KVCache) or kind == "dense":
+    if kind == "dense":
         return _dense(q_BHTK, k_BGSK, v_BGSK, dense_mask(queries, keys))
     # Imported here, for they are built on visible().
     across = None if mesh is None or mesh.shape["sequence"] == 1 else "sequence"

@@ -9,6 +9,14 @@ from ml_collections import ConfigDict
 
 from esolm_jax.errors import UserError, nearest
 
+SCHEDULES = (
+    "ancestral",
+    "strided",
+    "shuffled_strided",
+    "left_to_right",
+    "blockwise",
+    "confidence",
+)
 OBJECTIVES = ("ar", "mdlm", "bd3", "eso_a", "eso_b")
 
 
@@ -97,9 +105,17 @@ def default_config() -> ConfigDict:
     evaluate.weights = "ema"  # ema | raw
 
     config.sample = sample = ConfigDict()
-    sample.num = 8  # texts
-    sample.schedule = "ancestral"  # ancestral | strided | shuffled_strided | left_to_right
+    sample.num = 8  # texts, of each prompt if there are any
+    sample.length = 0  # tokens of a text, prompt included; 0 = data.seq_len
+    sample.schedule = "ancestral"  # one of SCHEDULES
     sample.steps = 0  # T; 0 = one token per step
+    sample.block = 0  # blockwise: tokens of a block; 0 = data.seq_len, or bd3's block_length
+    sample.speculate = 0  # eso_b: tokens a pass may yield, losslessly; 0 = off
+    sample.speculate_style = "chain"  # chain | staircase: how the next tokens are drafted
+    sample.speculate_adaptive = False  # speculate is then an upper bound
+    sample.confident = 1  # schedule confidence: tokens a pass generates, at most
+    sample.threshold = 0.0  # schedule confidence: those at least so probable; 0 = all of them
+    sample.stop_at_eos = False  # a text ends at its first EOS
     sample.temperature = 1.0  # 0 = greedy
     sample.top_p = 1.0
     sample.top_k = 0  # 0 = off
@@ -192,8 +208,14 @@ _CHECKS: dict[str, Check] = {
     "eval.num_orders": _at_least(0),
     "eval.weights": _one_of("ema", "raw"),
     "sample.num": _at_least(1),
-    "sample.schedule": _one_of("ancestral", "strided", "shuffled_strided", "left_to_right"),
+    "sample.length": _at_least(0),
+    "sample.schedule": _one_of(*SCHEDULES),
     "sample.steps": _at_least(0),
+    "sample.block": _at_least(0),
+    "sample.speculate": ((lambda v: v == 0 or 2 <= v <= 64), "0 (off) or in [2, 64]"),
+    "sample.speculate_style": _one_of("chain", "staircase"),
+    "sample.confident": _at_least(1),
+    "sample.threshold": _FRACTION,
     "sample.temperature": _at_least(0),
     "sample.top_p": ((lambda v: 0 < v <= 1), "in (0, 1]"),
     "sample.top_k": _at_least(0),

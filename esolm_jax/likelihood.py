@@ -46,7 +46,7 @@ class Estimate:
 def labelled_nll(apply, head: Head, params, labelled):
     """Σ weight · (−log p) of each row: float32 [B]."""
     at = (0, labelled.target.shape[1])
-    hidden, _ = apply(params, labelled.tokens, predict=at, head=False)
+    hidden = apply(params, labelled.tokens, predict=at, head=False)
     target, weight = (labelled.target,), (labelled.weight,)
     return sequence_nll(head, (hidden,), params["logits"], target, weight)[0]
 

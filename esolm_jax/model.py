@@ -15,7 +15,6 @@ from jax.sharding import Mesh
 
 from esolm_jax import sharding
 from esolm_jax.attention import attend
-from esolm_jax.kv_cache import KVCache
 from esolm_jax.labels import Tokens
 from esolm_jax.linear import Embedding, Linear, Place
 
@@ -147,10 +146,17 @@ def rope_angles(position_BT, head_width: int, base: float):
     return jax.lax.optimization_barrier(both)  # once, not fused into every use of them
 
 
-def _rotate(x_BHTK, cos, sin):
+def rotate(x_BHTK, cos, sin):
     """RoPE, half-split: the pairs are (i, i + K/2)."""
     x = x_BHTK.astype(jnp.float32)
     return (x * cos + jnp.roll(x, x.shape[-1] // 2, axis=-1) * sin).astype(x_BHTK.dtype)
+
+
+def activate(config: ModelConfig, parts_BTPF):
+    """GELU, or SwiGLU of two parts: [B, T, gates, F] → [B, T, F]."""
+    if config.style == "llama":
+        return jax.nn.silu(parts_BTPF[:, :, 0]) * parts_BTPF[:, :, 1]
+    return jax.nn.gelu(parts_BTPF[:, :, 0], approximate=True)
 
 
 def _dense(inputs: int, outputs: int, config: ModelConfig, rngs, *, zero=False):
@@ -202,7 +208,7 @@ class Modulation(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One pre-norm block, cut where keys and values may come from a cache."""
+    """One pre-norm block, cut at its attention."""
 
     def __init__(self, config: ModelConfig, mesh: Mesh | None, rngs: nnx.Rngs):
         self.config = config
@@ -233,7 +239,7 @@ class Block(nnx.Module):
         batch, _, _, length, width = qkv_BGRTK.shape
         q = qkv_BGRTK[:, :, :-2].reshape(batch, -1, length, width)
         k, v = qkv_BGRTK[:, :, -2], qkv_BGRTK[:, :, -1]
-        return _rotate(q, cos, sin), _rotate(k, cos, sin), v
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def combine(self, hs, attended, modulation, keys):
         """Residual of the attention [B, H, T, K], then of the MLP; of each batch."""
@@ -248,16 +254,11 @@ class Block(nnx.Module):
         ]
         normed = [_modulate(self.mlp_norm(h), mlp_shift, mlp_scale, dtype) for h in hs]
         inner = [checkpoint_name(i, "mlp_in") for i in self.mlp_in(tuple(normed))]
-        outs = self.mlp_out(tuple(self._activate(i) for i in inner))
+        outs = self.mlp_out(tuple(activate(self.config, i) for i in inner))
         return tuple(
             h + mlp_gate * _dropout(key, rate, out)
             for h, out, (_, key) in zip(hs, outs, keys, strict=True)
         )
-
-    def _activate(self, parts_BTPF):
-        if self.config.style == "llama":
-            return jax.nn.silu(parts_BTPF[:, :, 0]) * parts_BTPF[:, :, 1]
-        return jax.nn.gelu(parts_BTPF[:, :, 0], approximate=True)
 
 
 class Transformer(nnx.Module):
@@ -291,8 +292,6 @@ class Transformer(nnx.Module):
         self,
         batches: tuple[Tokens, ...],
         *,
-        cache: KVCache | None = None,
-        start=0,
         predict: tuple | None = None,
         head: bool = True,
         dropout_key=None,
@@ -302,13 +301,8 @@ class Transformer(nnx.Module):
 
         Args:
           batches: Tokens [B, T], each with its own B and T.
-          cache: of a single batch: if given, the tokens' keys, values and ranks are written to
-            slots [start, start + T) first, and the tokens attend to the cache alone (all in
-            context).
-          start: int, may be traced.
           predict: (offset, P) for each batch: results for the tokens [offset, offset + P) only;
-            None = all T. A traced offset may run past the end: the last token then stands in for
-            the missing ones.
+            None = all T.
           head: False = return what the head would project, [B, P, D] in the compute dtype, in
             place of the logits (the loss projects no more tokens than it must).
           dropout_key: None = no dropout.
@@ -316,12 +310,9 @@ class Transformer(nnx.Module):
             training, likelihood and sampling all use.
 
         Returns:
-          (for each batch logits float32 [B, P, V], mask token not yet excluded;
-           the cache after the pass or None)
+          For each batch logits float32 [B, P, V], mask token not yet excluded.
         """
         config = self.config
-        if cache is not None:
-            cache = cache.write_ranks(start, batches[0].rank)
         angles = [rope_angles(b.position, config.head_width, config.rope_base) for b in batches]
         cond_BC = self._condition(sigma_B)
         graphdef, stacked = nnx.split(self.blocks)
@@ -329,47 +320,34 @@ class Transformer(nnx.Module):
         if dropout_key is not None:
             seeds = jax.random.split(dropout_key, (config.blocks, len(batches)))
 
-        def block_step(carry, layer):
-            hs, cache = carry
-            weights, index, seeds = layer
+        def block_step(hs, layer):
+            weights, seeds = layer
             block = nnx.merge(graphdef, weights)
             modulation = block.modulation(cond_BC)
-            attended = []
-            for tokens, (q, k, v) in zip(
-                batches, block.project(hs, modulation, angles), strict=True
-            ):
-                keys = tokens
-                if cache is not None:
-                    cache = keys = cache.write(index, start, k, v)
-                    k, v = cache.key[index], cache.value[index]
-                attended.append(
-                    attend(q, k, v, tokens, keys, kind=config.attention, mesh=self.mesh)
+            attended = [
+                attend(q, k, v, tokens, tokens, kind=config.attention, mesh=self.mesh)
+                for tokens, (q, k, v) in zip(
+                    batches, block.project(hs, modulation, angles), strict=True
                 )
+            ]
             seeds = [None] * len(batches) if seeds is None else seeds
-            return (block.combine(hs, attended, modulation, seeds), cache), None
+            return block.combine(hs, attended, modulation, seeds), None
 
         if REMAT[config.remat] is not None:
             keep = jax.checkpoint_policies.save_only_these_names(*REMAT[config.remat])
             block_step = jax.checkpoint(block_step, policy=keep, prevent_cse=False)
-        carry = (self.embedding(tuple(b.token for b in batches)), cache)
-        layers = (stacked, jnp.arange(config.blocks), seeds)
-        (hs, cache), _ = jax.lax.scan(block_step, carry, layers, unroll=config.unroll)
+        hs = self.embedding(tuple(b.token for b in batches))
+        hs, _ = jax.lax.scan(block_step, hs, (stacked, seeds), unroll=config.unroll)
         if predict is not None:
-            hs = [_take(h, *at) for h, at in zip(hs, predict, strict=True)]
+            hs = [h[:, at : at + n] for h, (at, n) in zip(hs, predict, strict=True)]
         shift, scale = self.final_modulation(cond_BC)
         hs = tuple(_modulate(self.final_norm(h), shift, scale, config.dtype) for h in hs)
-        return (self.logits(hs) if head else hs), cache
+        return self.logits(hs) if head else hs
 
     def _condition(self, sigma_B):
         if self.time is None:
             return None
         return jax.nn.silu(self.time(jnp.zeros((1,)) if sigma_B is None else sigma_B))
-
-
-def _take(h_BTD, offset, count: int):
-    if isinstance(offset, int):
-        return h_BTD[:, offset : offset + count]
-    return jnp.take(h_BTD, offset + jnp.arange(count), axis=1, mode="clip")
 
 
 def init(config: ModelConfig, key) -> dict:
@@ -378,7 +356,7 @@ def init(config: ModelConfig, key) -> dict:
 
 
 def bind(config: ModelConfig, mesh: Mesh | None = None):
-    """Returns apply(params, tokens, **kwargs) → (logits, cache), pure; see Transformer.__call__.
+    """Returns apply(params, tokens, **kwargs) → logits, pure; see Transformer.__call__.
 
     `tokens` is a tuple of batches, as there, or one batch alone: then so are `predict` and the
     logits. With a mesh, parameters lie on it by sharding.parameters, rows and tokens by its rules.
@@ -389,7 +367,22 @@ def bind(config: ModelConfig, mesh: Mesh | None = None):
         model = nnx.merge(graphdef, params)
         if not isinstance(tokens, Tokens):
             return model(tokens, predict=predict, **kwargs)
-        out, cache = model((tokens,), predict=predict and (predict,), **kwargs)
-        return out[0], cache
+        return model((tokens,), predict=predict and (predict,), **kwargs)[0]
 
     return apply
+
+
+def modulations(config: ModelConfig, params) -> tuple[tuple, tuple]:
+    """adaLN's vectors at σ = 0, float32: (shift, scale, gate, mlp_shift, mlp_scale, mlp_gate) of the
+    blocks, [N, D] each, and (shift, scale) of the head, [D]; numbers if there is no adaLN."""
+    config = dataclasses.replace(config, dtype="float32")
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, None, nnx.Rngs(0))))
+    model = nnx.merge(graphdef, params)
+    cond_BC = model._condition(None)
+    blockdef, stacked = nnx.split(model.blocks)
+    if cond_BC is None:
+        parts = Modulation(config, 6, None, nnx.Rngs(0))(None)
+        return tuple(jnp.full(config.blocks, part) for part in parts), parts[:2]
+    one = jax.vmap(lambda weights: nnx.merge(blockdef, weights).modulation(cond_BC))(stacked)
+    flat = lambda part: part.reshape(*part.shape[:-3], -1)  # noqa: E731
+    return tuple(map(flat, one)), tuple(map(flat, model.final_modulation(cond_BC)))

@@ -1,4 +1,9 @@
-"""python -m esolm_jax.sample --workdir=DIR: texts from the checkpoint in DIR."""
+"""python -m esolm_jax.sample --workdir=DIR: texts from the checkpoint in DIR.
+
+--prompt='once upon [MASK:3] time'   a prompt; may be given several times
+--prompts=FILE                       prompts of a text file or JSONL: see sampling/prompts.py
+--trace                              also a picture and a page that plays the steps
+"""
 
 import json
 import pathlib
@@ -6,61 +11,36 @@ import time
 
 import jax
 import numpy as np
+from absl import flags
 
 from esolm_jax import assemble, cli, results, sharding
 from esolm_jax.data.tokenizer import load_tokenizer
 from esolm_jax.errors import UserError
-from esolm_jax.sampling import decode, passes, schedule
-from esolm_jax.sampling.choose import Choice
+from esolm_jax.sampling import prompts as prompts_lib
+from esolm_jax.sampling import trace
+from esolm_jax.sampling.canvas import Canvas, Seed
+from esolm_jax.sampling.generate import Generator, check, passes_run
+from esolm_jax.sampling.network import fold
 
 
-def make_schedule(config, length: int) -> schedule.Schedule:
-    """The orders and step sizes that config.sample asks for, drawn from config.sample.seed.
-
-    Raises:
-      UserError: the family cannot be sampled by that schedule.
-    """
-    s, rng = config.sample, np.random.default_rng(config.sample.seed)
-    one_at_a_time = s.schedule in ("ancestral", "left_to_right") and s.steps == 0
-    if config.objective == "ar" and not one_at_a_time:
-        raise UserError(
-            f"config.sample.schedule={s.schedule!r}, sample.steps={s.steps}: objective ar "
-            "generates left to right, one token per step; leave both at their defaults"
-        )
-    if s.schedule == "left_to_right" and s.steps:
-        raise UserError(
-            f"config.sample.steps={s.steps}: must be 0 with sample.schedule left_to_right, which "
-            "generates one token per step"
-        )
-    if config.objective == "ar" or s.schedule == "left_to_right":
-        return schedule.left_to_right(s.num, length)
-    if config.objective == "bd3":
-        if s.schedule != "ancestral":
-            raise UserError(
-                f"config.sample.schedule={s.schedule!r}: must be ancestral or left_to_right with "
-                "objective bd3, which generates block by block"
-            )
-        return schedule.blockwise(rng, s.num, length, config.block_length, s.steps)
-    if s.schedule == "ancestral":
-        return schedule.ancestral(rng, s.num, length, config.alpha_0, s.steps)
-    shuffle = s.schedule == "shuffled_strided"
-    return schedule.strided(rng, s.num, length, config.alpha_0, s.steps, shuffle=shuffle)
+def define_flags() -> None:
+    flags.DEFINE_multi_string("prompt", [], "A text to continue, or with [MASK] spans to fill in.")
+    flags.DEFINE_string("prompts", None, "A text file, or .jsonl with prompts.")
+    flags.DEFINE_bool("trace", False, "Also write a picture and a page that plays the steps.")
 
 
-def _shown(ids: list[int], config, tokenizer) -> list[int]:
-    """The tokens of a text; with one document a window, what follows EOS was never trained."""
-    if config.data.packing == "pad" and tokenizer.eos_id in ids:
-        return ids[: ids.index(tokenizer.eos_id)]
-    return ids
+def _flag(name: str, default):
+    """Of this verb; as a library, there are none."""
+    return flags.FLAGS[name].value if name in flags.FLAGS else default
 
 
-def _check_mesh(config, mesh) -> None:
+def _check_mesh(rows: int, mesh) -> None:
     if jax.process_count() > 1:
         raise UserError(f"sampling is for one process, but there are {jax.process_count()}")
     shards = sharding.num_row_shards(mesh)
-    if config.sample.num % shards:
+    if rows % shards:
         raise UserError(
-            f"config.sample.num={config.sample.num}: must be a multiple of the {shards} devices "
+            f"config.sample.num={rows}: texts in all must be a multiple of the {shards} devices "
             "(mesh.data x mesh.fsdp) that rows are split over"
         )
     if mesh.shape["sequence"] > 1:
@@ -70,77 +50,141 @@ def _check_mesh(config, mesh) -> None:
         )
 
 
-def sample(config, workdir: pathlib.Path) -> dict:
-    """Samples config.sample.num texts; returns them with how they were made, JSON-able."""
-    s = config.sample
+def make_canvas(config, found: list[prompts_lib.Prompt], special, vocab_size: int) -> Canvas:
+    """config.sample.num rows of each prompt, or of nothing. UserError if one does not fit."""
+    s, length = config.sample, config.sample.length or config.data.seq_len
+    if not found:
+        return Canvas.empty(s.num, length, s.seed)
+    rows, seeds = [], []
+    for prompt in found:
+        tokens = prompts_lib.complete(prompt, length)
+        for n in range(s.num):
+            rows.append(tokens)
+            own = prompt.seed is not None
+            seeds.append(Seed(prompt.seed, n) if own else Seed(s.seed, len(seeds)))
+    return Canvas.of(rows, seeds, vocab_size=vocab_size, mask_id=special.mask)
+
+
+def sample(
+    config, workdir: pathlib.Path, *, prompt: list[str] = (), prompts: str | None = None
+) -> tuple[dict, trace.Trace]:
+    """Samples config.sample.num texts, of each prompt if there are any.
+
+    Returns (the texts and how they were made, JSON-able; which pass revealed what).
+    """
+    begin = time.perf_counter()
+    check(config)
     mesh = sharding.make_mesh(config.mesh)
-    _check_mesh(config, mesh)
-    trained = assemble.load_trained(config, workdir, s.weights, mesh)
     tokenizer = load_tokenizer(workdir / "tokenizer")
+    found = [prompts_lib.of_text(text, tokenizer) for text in prompt]
+    found += prompts_lib.of_file(pathlib.Path(prompts), tokenizer) if prompts else []
+    _check_mesh(config.sample.num * max(1, len(found)), mesh)
+    trained = assemble.load_trained(config, workdir, config.sample.weights, mesh)
     if tokenizer.fingerprint != trained.meta["tokenizer"]["fingerprint"]:
         raise UserError(
             f"{workdir}/tokenizer: not the tokenizer that the checkpoint was trained on"
         )
-    drawn = make_schedule(config, config.data.seq_len)
-    plan = passes.plan(
-        config, drawn, mask_id=trained.built.special.mask, start_token=trained.built.special.start
-    )
-    choice = Choice(
-        mask_id=trained.built.special.mask, temperature=s.temperature, top_p=s.top_p, top_k=s.top_k
-    )
-    key = jax.random.key(s.seed)
-    model = trained.built.model
-
-    def run(**kwargs):
-        begin = time.perf_counter()
-        text = decode.decode(model, trained.params, plan, choice, key, mesh=mesh, **kwargs)
-        return np.asarray(text), time.perf_counter() - begin
-
-    print(f"compiling, then {len(drawn.step_sizes)} passes for {s.num} texts …", flush=True)
-    _, compile_seconds = run(dry_run=True)
-    token_ids, seconds = run()
-    return {
-        "texts": [tokenizer.decode(_shown(row.tolist(), config, tokenizer)) for row in token_ids],
-        "token_ids": token_ids.tolist(),
-        "order": drawn.order.tolist(),
-        "step_sizes": drawn.step_sizes.tolist(),
-        "num_diffusion": drawn.num_diffusion,
-        "nfe": len(drawn.step_sizes),
-        "compile_seconds": compile_seconds,
-        "seconds": seconds,
-        "tokens_per_second": token_ids.size / seconds,
+    special, model = trained.built.special, trained.built.model
+    canvas = make_canvas(config, found, special, model.vocab_size)
+    generator = Generator.of(config, canvas, special)
+    network = fold(model, trained.params, mesh)
+    loaded = time.perf_counter()
+    run = {"mesh": mesh, "eos_id": tokenizer.eos_id}
+    total = int(generator.schedule.sizes.sum())
+    print(f"compiling, then {total:,} tokens for {len(canvas.token)} texts …", flush=True)
+    jax.block_until_ready(generator.run(network, dry_run=True, **run)[0])
+    compiled = time.perf_counter()
+    decoded, speculation = generator.run(network, **run)
+    decoded = jax.device_get(decoded)
+    end = time.perf_counter()
+    nfe = passes_run(generator, decoded)
+    figures = _texts(config, generator, decoded, tokenizer, found) | {
+        "num_diffusion": (generator.schedule.num_diffusion - generator.schedule.given).tolist(),
+        "nfe": nfe,
+        "load_seconds": loaded - begin,
+        "compile_seconds": compiled - loaded,
+        "seconds": end - compiled,
+        "first_sample_seconds": end - begin,
+        "tokens_per_second": total / (end - compiled),
+        "speculation": speculation,
         "objective": config.objective,
         "alpha_0": config.alpha_0,
-        "schedule": s.schedule,
-        "temperature": s.temperature,
-        "top_p": s.top_p,
-        "top_k": s.top_k,
-        "seed": s.seed,
-        "weights": s.weights,
+        "sample": config.sample.to_dict(),
         "step": trained.step,
     }
+    return figures, _trace(config, generator, decoded, tokenizer, nfe)
+
+
+def _texts(config, generator: Generator, decoded, tokenizer, found) -> dict:
+    rows, length = [], generator.schedule.length
+    for b, ids in enumerate(decoded.text):
+        ids = ids[: min(length[b], decoded.text_end[b])].tolist()
+        shown = ids
+        # With one document a window, what follows EOS was never trained.
+        if config.data.packing == "pad" and tokenizer.eos_id in ids:
+            shown = ids[: ids.index(tokenizer.eos_id)]
+        seed = generator.canvas.seeds[b]
+        rows.append(
+            {
+                "text": tokenizer.decode(shown),
+                "prompt": b // config.sample.num if found else None,
+                "token_ids": ids,
+                "seed": [seed.batch, seed.row],
+                "ended": bool(decoded.text_end[b] < length[b]),
+                "order": generator.schedule.order[b].tolist(),
+            }
+        )
+    return {"samples": rows}
+
+
+def _trace(config, generator: Generator, decoded, tokenizer, nfe: int) -> trace.Trace:
+    never = np.iinfo(np.int32).max
+    revealed = decoded.revealed.astype(np.int64)
+    inside = np.arange(revealed.shape[1])[None] < decoded.text_end[:, None]
+    numbered = np.where(revealed == -1, -1, revealed - generator.prompt_passes)
+    title = f"{config.objective}, α₀ = {config.alpha_0:g}, {revealed.shape[1]} tokens, NFE {nfe}"
+    return trace.Trace(
+        pieces=[tokenizer.pieces(row.tolist()) for row in decoded.text],
+        revealed=np.where((revealed == never) | ~inside, -2, numbered),
+        is_diffusion=generator.is_diffusion(),
+        title=title,
+    )
 
 
 def main(config, workdir: pathlib.Path) -> None:
-    figures = sample(config, workdir)
-    path = workdir / "samples.json"
-    results.write_text(path, json.dumps(figures) + "\n")
-    for i, text in enumerate(figures["texts"]):
-        print(f"--- sample {i} " + "-" * 60)
-        print(text)
-    print("-" * 71)
-    print(
-        f"{len(figures['texts'])} texts of {config.data.seq_len} tokens in "
-        f"{figures['seconds']:.2f} s (and {figures['compile_seconds']:.1f} s to compile): "
-        f"{figures['tokens_per_second']:,.0f} tokens/s, NFE {figures['nfe']}, "
-        f"{figures['num_diffusion']} tokens of each text by diffusion"
+    if not jax.config.jax_compilation_cache_dir:  # compiled programs are kept between runs
+        jax.config.update("jax_compilation_cache_dir", str(workdir.resolve() / "compiled"))
+    figures, steps = sample(
+        config, workdir, prompt=_flag("prompt", []), prompts=_flag("prompts", None)
     )
-    print(f"wrote {path}")
+    rows = figures.pop("samples")
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    texts, summary = workdir / "samples.jsonl", workdir / "samples.json"
+    results.write_text(texts, lines)
+    results.write_json(summary, figures)
+    for i, row in enumerate(rows):
+        print(f"--- sample {i} " + "-" * 60)
+        print(row["text"])
+    print("-" * 71)
+    total = sum(len(row["token_ids"]) for row in rows)
+    print(
+        f"{len(rows)} texts, {total:,} tokens in {figures['seconds']:.2f} s (and "
+        f"{figures['load_seconds']:.1f} s to load, {figures['compile_seconds']:.1f} s to compile): "
+        f"{figures['tokens_per_second']:,.0f} tokens/s, NFE {figures['nfe']}"
+    )
+    written = [texts, summary]
+    if _flag("trace", False):
+        page, picture = workdir / "trace.html", workdir / "trace.png"
+        trace.write_html(steps, page)
+        trace.write_png(steps, picture)
+        written += [page, picture]
+    for path in written:
+        print(f"wrote {path}")
     another = f"--config.sample.seed={config.sample.seed + 1}"
     print(cli.next_command("sample", workdir, another))
 
 
-CLI = {"reads_checkpoint": True}
+CLI = {"reads_checkpoint": True, "define_flags": define_flags}
 
 if __name__ == "__main__":
     cli.run(main, **CLI)

@@ -99,7 +99,7 @@ class Objective:
         `num_tokens` are the phases' token counts in the *global* batch, whatever part `labelled`
         is.
         """
-        hidden, _ = self.apply(
+        hidden = self.apply(
             params,
             tuple(part.tokens for part in labelled),
             predict=tuple((0, part.target.shape[1]) for part in labelled),

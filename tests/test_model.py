@@ -13,7 +13,6 @@ from tiny_run import quick  # noqa: F401
 
 from esolm_jax import model, sharding
 from esolm_jax.config import default_config
-from esolm_jax.kv_cache import KVCache
 from esolm_jax.labels import Labelled, Layout, Tokens
 from esolm_jax.loss import Head
 from esolm_jax.train_step import Objective
@@ -56,7 +55,7 @@ def params_of(config):
 @functools.cache
 def logits_of(config, mesh=None):
     apply = model.bind(config, mesh)
-    return jax.jit(lambda params, tokens: apply(params, tokens)[0])
+    return jax.jit(lambda params, tokens: apply(params, tokens))
 
 
 def two_streams(rows=2, length=LENGTH, seed=0, layout=True):
@@ -245,43 +244,18 @@ def test_two_batches_at_once_are_each_alone():
     apply, params = model.bind(DIT), params_of(DIT)
     batches = two_streams(rows=3), causal(rows=2, length=5)
     parts = (0, 8), (1, 3)
-    both, none = jax.jit(lambda params: apply(params, batches, predict=parts))(params)
-    assert none is None
+    both = jax.jit(lambda params: apply(params, batches, predict=parts))(params)
     for found, tokens, (offset, count) in zip(both, batches, parts, strict=True):
         wanted = logits_of(DIT)(params, tokens)[:, offset : offset + count]
         assert_close(found, wanted, 2e-6)
 
 
-def test_predicted_part_may_run_past_the_end():
-    apply, tokens = model.bind(DIT), causal()
-    run = jax.jit(lambda at: apply(params_of(DIT), tokens, predict=(at, 4))[0])
-    wanted = np.asarray(logits_of(DIT)(params_of(DIT), tokens))
-    for at in (2, 6):
-        assert_close(run(at), wanted[:, np.minimum(at + np.arange(4), LENGTH - 1)], 2e-6)
-
-
 def test_hidden_states_are_what_the_head_projects():
     apply, tokens, params = model.bind(DIT), causal(), params_of(DIT)
-    hidden, _ = jax.jit(lambda: apply(params, tokens, head=False))()
+    hidden = jax.jit(lambda: apply(params, tokens, head=False))()
     assert hidden.shape == (2, LENGTH, 16)
     logits = np.asarray(hidden, np.float64) @ params["logits"]["kernel"] + params["logits"]["bias"]
     assert_close(logits_of(DIT)(params, tokens), logits, 2e-6)
-
-
-@pytest.mark.parametrize("config", [DIT, LLAMA], ids=["dit", "llama"])
-def test_cached_passes_are_the_uncached_one(config):
-    """In three parts, into slots in order; LLAMA's keys are shared by two heads."""
-    apply, params, tokens = model.bind(config), params_of(config), causal()
-    cache = KVCache.empty(config, 2, LENGTH)
-    assert cache.key.shape == (2, 2, config.groups, LENGTH, config.head_width)
-    run = jax.jit(lambda part, cache, start: apply(params, part, cache=cache, start=start))
-    found = []
-    for start in range(0, LENGTH, 4):
-        part = jax.tree.map(lambda a: a[:, start : start + 4], tokens)  # noqa: B023
-        logits, cache = run(part, cache, start)
-        found.append(logits)
-    assert_close(np.concatenate(found, axis=1), logits_of(config)(params, tokens), 2e-6)
-    np.testing.assert_array_equal(cache.rank, tokens.rank)
 
 
 # Dtypes.
@@ -296,11 +270,10 @@ def test_bfloat16_is_for_computing_and_logits_are_float32(config):
     wanted = np.asarray(logits_of(config)(params, tokens))
     error = np.abs(np.asarray(logits) - wanted).max() / np.abs(wanted).max()
     assert 1e-4 < error < 0.05
-    text = str(jax.make_jaxpr(lambda: apply(params, tokens, head=False)[0])())
+    text = str(jax.make_jaxpr(lambda: apply(params, tokens, head=False))())
     assert "f64" not in text
-    hidden = jax.eval_shape(lambda: apply(params, tokens, head=False)[0])
+    hidden = jax.eval_shape(lambda: apply(params, tokens, head=False))
     assert hidden.dtype == jnp.bfloat16
-    assert KVCache.empty(low, 1, 4).key.dtype == jnp.bfloat16
     # What blocks hand on to each other, the carry of the scan over them.
     (scan,) = [
         e

@@ -200,7 +200,7 @@ def test_a_batch_that_does_not_fit_is_run_whole(accumulation):
     def apply(params, batches, *, predict, **kwargs):
         length = batches[0].token.shape[1]
         h = jnp.full((*batches[0].token.shape, 1), length, jnp.float32) * params["one"]
-        return (h[:, : predict[0][1]],), None
+        return (h[:, : predict[0][1]],)
 
     params = {"one": jnp.ones(()), "logits": {"kernel": jnp.zeros((1, 4)).at[0, 0].set(1.0)}}
     objective = train_step.Objective(apply, HEAD, (8,), accumulation)

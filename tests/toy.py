@@ -54,7 +54,7 @@ BUILT = Built(
     head=Head.of(CONFIG, MASK, chunk=16),
     special=SPECIAL,
 )
-logits_of = jax.jit(lambda tokens: apply(PARAMS, tokens)[0])
+logits_of = jax.jit(lambda tokens: apply(PARAMS, tokens))
 
 
 def config(objective: str, alpha_0: float, length: int = LENGTH, block_length: int = BLOCK):

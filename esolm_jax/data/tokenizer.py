@@ -2,8 +2,8 @@
 
 Both tokenizers have the same attributes: kind, vocab_size (with the specials, without the mask),
 mask_id (== vocab_size, one past the last real token), bos_id, eos_id, pad_id, and fingerprint.
-Both have encode, decode and save. Decoding drops BOS and PAD, and shows EOS as '[EOS]' and the
-mask as '[MASK]'.
+Both have encode, decode, pieces and save. Decoding drops BOS and PAD, and shows EOS as '[EOS]' and
+the mask as '[MASK]'.
 """
 
 import hashlib
@@ -40,7 +40,12 @@ class Bytes:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD. ValueError: id out of range."""
-        return _render(self, ids, lambda run: bytes(run).decode("utf-8", errors="replace"))
+        return "".join(_render(self, ids, lambda run: [bytes(run).decode(errors="replace")]))
+
+    def pieces(self, ids: Iterable[int]) -> list[str]:
+        """The part of decode(ids) that each id stands for; of the bytes of one character, the last
+        stands for it and the others for ''. ValueError: id out of range."""
+        return _render(self, ids, lambda run: _byte_pieces(bytes(run)))
 
     def save(self, directory: str | Path) -> None:
         Path(directory, BYTES_FILE).write_text(self.fingerprint + "\n")
@@ -82,7 +87,16 @@ class SentencePiece:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`. ValueError: id out of range."""
-        return _render(self, ids, self._model.decode)
+        return "".join(_render(self, ids, lambda run: [self._model.decode(run)]))
+
+    def pieces(self, ids: Iterable[int]) -> list[str]:
+        """The part of decode(ids) that each id stands for; of the bytes of one character, the last
+        stands for it and the others for ''. ValueError: id out of range."""
+        return _render(self, ids, self._run_pieces)
+
+    def _run_pieces(self, run: list[int]) -> list[str]:
+        found = self._model.decode(run, return_type="offset_mapping")
+        return [found["text"][start:stop] for start, stop in found["offsets"]]
 
     def save(self, directory: str | Path) -> None:
         Path(directory, MODEL_FILE).write_bytes(self.proto)
@@ -91,7 +105,10 @@ class SentencePiece:
 Tokenizer = Bytes | SentencePiece
 
 
-def _render(tokenizer: Tokenizer, ids: Iterable[int], text_of: Callable[[list], str]) -> str:
+def _render(
+    tokenizer: Tokenizer, ids: Iterable[int], parts_of: Callable[[list[int]], list[str]]
+) -> list[str]:
+    """Each special as one part, and the parts of each run of ids between specials."""
     shown = {  # in this order, because PAD may be EOS
         tokenizer.pad_id: "",
         tokenizer.bos_id: "",
@@ -103,11 +120,27 @@ def _render(tokenizer: Tokenizer, ids: Iterable[int], text_of: Callable[[list], 
         if not 0 <= i <= tokenizer.mask_id:
             raise ValueError(f"token id {i} is not in 0..{tokenizer.mask_id}")
         if i in shown:
-            out += [text_of(run) if run else "", shown[i]]
+            out += [*(parts_of(run) if run else ()), shown[i]]
             run = []
         else:
             run.append(i)
-    return "".join(out) + (text_of(run) if run else "")
+    return out + (parts_of(run) if run else [])
+
+
+def _byte_pieces(data: bytes) -> list[str]:
+    """For each byte the character that it ends, or ''; U+FFFD where decoding would put it."""
+    pieces: list[str] = []
+    while len(pieces) < len(data):
+        rest = data[len(pieces) :]
+        try:
+            text, bad = rest.decode(), 0
+        except UnicodeDecodeError as error:
+            text, bad = rest[: error.start].decode(), error.end - error.start
+        for character in text:
+            pieces += [""] * (len(character.encode()) - 1) + [character]
+        if bad:
+            pieces += [""] * (bad - 1) + ["\ufffd"]
+    return pieces
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:

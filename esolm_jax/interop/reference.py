@@ -10,8 +10,9 @@ import numpy as np
 from esolm_jax import model as model_lib
 from esolm_jax.errors import UserError
 from esolm_jax.labels import Tokens
-from esolm_jax.sampling import decode, passes
+from esolm_jax.sampling import decode, network, passes
 from esolm_jax.sampling.choose import Choice
+from esolm_jax.sampling.schedule import Schedule
 
 # (published name, our path, is it a matrix to transpose). PyTorch's Linear is (out, in).
 _BLOCK = "blocks.{block}."
@@ -138,7 +139,7 @@ class Reference:
         [B, T] (int, int, int, bool)."""
         labels = (jnp.asarray(a, jnp.int32) for a in (token, position, rank))
         tokens = Tokens(*labels, in_context=jnp.asarray(in_context, bool))
-        return self._apply(self.params, tokens)[0]
+        return self._apply(self.params, tokens)
 
     def sample(self, order, step_sizes, *, rng, temperature: float = 1.0, top_p: float = 1.0):
         """Cached Eso-LM (B) decoding, through the loop of `python -m esolm_jax.sample`.
@@ -152,9 +153,13 @@ class Reference:
         Returns: int32 [B, L] token ids in text order.
         """
         key = rng if isinstance(rng, jax.Array) else jax.random.key(int(rng))
-        plan = passes.eso_b(np.asarray(order), np.asarray(step_sizes), mask_id=self.mask_id)
+        order = np.asarray(order)
+        schedule = Schedule(order, np.asarray(step_sizes), num_diffusion=order.shape[1])
+        schedule.check()
+        plan = passes.eso_b(schedule, mask_id=self.mask_id)
         choice = Choice(mask_id=self.mask_id, temperature=temperature, top_p=top_p)
-        return decode.decode(self.config, self.params, plan, choice, key)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(order)))
+        return decode.decode(network.fold(self.config, self.params), plan, choice, keys).text
 
 
 def load(weights: Mapping[str, np.ndarray], num_heads: int) -> Reference:

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from esolm_jax import likelihood, objectives, sharding
-from esolm_jax.kv_cache import KVCache
-from esolm_jax.labels import Tokens
 from esolm_jax.pod import hlo, report
 from esolm_jax.pod.topology import Chip
+from esolm_jax.sampling import network as network_lib
+from esolm_jax.sampling.network import Window
 from esolm_jax.train_step import Training
 
 OTHERS = ("evaluate", "sample")
@@ -32,25 +32,33 @@ def evaluation(config, training: Training):
 
 
 def sampler_step(config, training: Training):
-    """One pass of a sampler of config.sample.num texts: a token of each, over a full KV cache."""
-    model, built = training.built.model, training.built
+    """One pass of a sampler of config.sample.num texts: the newest token and a mask of each, over
+    a full KV cache."""
+    built = training.built
+    model, mesh = built.model, built.mesh
     batch, length = config.sample.num, config.data.seq_len
 
-    def one_pass(params, token, position, rank, cache, start):
-        tokens = Tokens(token, position, rank, jnp.ones_like(token, bool))
-        return built.apply(params, tokens, cache=cache, start=start)
+    def one_pass(network, token, position, filled, cache):
+        causal = jnp.tril(jnp.ones((2, 2), bool))[None]
+        window = Window(token, position, causal, filled, pick=jnp.ones((batch, 1), jnp.int32))
+        logits, keys, values = network_lib.forward(network, window, cache, (length,))
+        return logits, network_lib.write(cache, keys, values, filled, aligned=True)
 
-    mesh = built.mesh
-    cache = jax.eval_shape(lambda: KVCache.empty(model, batch, length))
-    kv = sharding.place(mesh, None, "rows", "heads", None, None)
-    place = KVCache(key=kv, value=kv, rank=sharding.rows(mesh))
-    cache = jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), cache, place
-    )
-    one = _rows(training, (batch, 1))
-    start = jax.ShapeDtypeStruct((), jnp.int32)
     params = training.abstract_state().params
-    return jax.jit(one_pass, donate_argnums=4).lower(params, one, one, one, cache, start)
+    network = jax.eval_shape(functools.partial(network_lib.fold, model), params)
+    network = _placed(network, network_lib.shardings(network, mesh))
+    cache = jax.eval_shape(lambda: network_lib.empty_cache(model, batch, length + 2))
+    cache = _placed(
+        cache, jax.tree.map(lambda _: sharding.place(mesh, "rows", "heads", None, None), cache)
+    )
+    two, filled = _rows(training, (batch, 2)), jax.ShapeDtypeStruct((batch,), jnp.int32)
+    return jax.jit(one_pass, donate_argnums=4).lower(network, two, two, filled, cache)
+
+
+def _placed(arrays, where):
+    return jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), arrays, where
+    )
 
 
 def measure(program: str, config, training: Training, chip: Chip) -> dict:

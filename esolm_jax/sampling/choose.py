@@ -1,4 +1,4 @@
-"""From logits to tokens: temperature, nucleus, and a draw that is right in the tails."""
+"""From logits to tokens: temperature, top-k, nucleus, and draws that are right in the tails."""
 
 import dataclasses
 
@@ -7,18 +7,20 @@ import jax.numpy as jnp
 
 from esolm_jax.loss import exclude_mask_token
 
+# What a draw at a position is for: each has noise of its own.
+TOKEN, ACCEPT, RESIDUAL = range(3)
+
 
 def nucleus(logits_BPV, top_p: float):
-    """Keeps the smallest set of tokens whose probability reaches `top_p`; −∞ elsewhere.
-
-    The likeliest token is always kept. Returns float32 of the same shape.
+    """Keeps the smallest set of tokens whose probability reaches `top_p` (and ties of the last);
+    −∞ elsewhere. The likeliest token is always kept. Returns float32 of the same shape.
     """
-    order = jnp.argsort(-logits_BPV, axis=-1)
-    probs = jnp.take_along_axis(jax.nn.softmax(logits_BPV, axis=-1), order, axis=-1)
-    before = jnp.cumsum(probs, axis=-1) - probs
-    kept_sorted = (before < top_p).at[..., 0].set(True)
-    kept = jnp.take_along_axis(kept_sorted, jnp.argsort(order, axis=-1), axis=-1)
-    return jnp.where(kept, logits_BPV, -jnp.inf)
+    probs = jax.nn.softmax(logits_BPV, axis=-1)
+    falling = -jnp.sort(-probs, axis=-1)
+    before = jnp.cumsum(falling, axis=-1) - falling
+    last = jnp.maximum(1, jnp.sum(before < top_p, axis=-1, keepdims=True)) - 1
+    least = jnp.take_along_axis(falling, last, axis=-1)
+    return jnp.where(probs >= least, logits_BPV, -jnp.inf)
 
 
 def keep_top_k(logits_BPV, top_k: int):
@@ -28,18 +30,36 @@ def keep_top_k(logits_BPV, top_k: int):
     return jnp.where(logits_BPV >= kth, logits_BPV, -jnp.inf)
 
 
-def gumbel(row_keys_B, position_BP, vocab_size: int):
-    """Standard Gumbel noise float32 [B, P, V], keyed by row and text position alone, so that a
-    token's draw depends neither on its neighbours in the batch nor on the schedule.
+def _keys(row_keys_B, position_BP, purpose: int):
+    """One key for each row, text position and purpose: a token's draw depends neither on its
+    neighbours in the batch nor on the schedule."""
+
+    def one(row_key, position):
+        key = jax.random.fold_in(row_key, position)
+        return jax.random.fold_in(key, purpose) if purpose else key
+
+    return jax.vmap(jax.vmap(one, (None, 0)))(row_keys_B, position_BP)
+
+
+def gumbel(row_keys_B, position_BP, vocab_size: int, purpose: int = TOKEN):
+    """Standard Gumbel noise float32 [B, P, V], keyed by row and text position alone.
 
     `mode='high'`: plain float32 noise cuts the tails off, which lowers the temperature unseen.
     """
 
-    def one(row_key, position):
-        key = jax.random.fold_in(row_key, position)
+    def one(key):
         return jax.random.gumbel(key, (vocab_size,), jnp.float32, mode="high")
 
-    return jax.vmap(jax.vmap(one, (None, 0)))(row_keys_B, position_BP)
+    return jax.vmap(jax.vmap(one))(_keys(row_keys_B, position_BP, purpose))
+
+
+def log_uniform(row_keys_B, position_BP):
+    """Logarithms of uniform draws, float32 [B, P]: minus an exponential, exact in both tails."""
+
+    def one(key):
+        return -jnp.exp(-jax.random.gumbel(key, (), jnp.float32, mode="high"))
+
+    return jax.vmap(jax.vmap(one))(_keys(row_keys_B, position_BP, ACCEPT))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,16 +80,30 @@ class Choice:
 
     def __call__(self, logits_BPV, position_BP, row_keys_B):
         """int32 [B, P]: argmax(nucleus(logits / temperature) + Gumbel noise)."""
+        filtered = self._filtered(logits_BPV)
+        if self.temperature > 0:
+            filtered += self.noise(row_keys_B, position_BP, logits_BPV.shape[-1])
+        return jnp.argmax(filtered, axis=-1).astype(jnp.int32)
+
+    def noise(self, row_keys_B, position_BP, vocab_size):
+        return gumbel(row_keys_B, position_BP, vocab_size)
+
+    def log_probs(self, logits_BPV):
+        """float32 [B, P, V]: of the distribution that tokens are drawn from."""
+        filtered = self._filtered(logits_BPV)
+        if self.temperature == 0:
+            best = jnp.argmax(filtered, axis=-1, keepdims=True)
+            token = jax.lax.broadcasted_iota(jnp.int32, filtered.shape, filtered.ndim - 1)
+            return jnp.where(token == best, 0.0, -jnp.inf)
+        return jax.nn.log_softmax(filtered, axis=-1)
+
+    def _filtered(self, logits_BPV):
         logits_BPV = exclude_mask_token(logits_BPV, self.mask_id)
         if self.temperature == 0:
-            return jnp.argmax(logits_BPV, axis=-1).astype(jnp.int32)
+            return logits_BPV
         logits_BPV = logits_BPV / self.temperature
         if self.top_k:
             logits_BPV = keep_top_k(logits_BPV, self.top_k)
         if self.top_p < 1:
             logits_BPV = nucleus(logits_BPV, self.top_p)
-        noise = self.noise(row_keys_B, position_BP, logits_BPV.shape[-1])
-        return jnp.argmax(logits_BPV + noise, axis=-1).astype(jnp.int32)
-
-    def noise(self, row_keys_B, position_BP, vocab_size):
-        return gumbel(row_keys_B, position_BP, vocab_size)
+        return logits_BPV

@@ -1,4 +1,4 @@
-"""The decoding loop: one jitted program over an explicit KV cache, for every family.
+"""The decoding loop: one jitted program for each phase over an explicit KV cache, for every family.
 
 Known tokens, the cache and the tables of the passes go in; what a pass does is read off the tables
 (see passes.py), so the loop knows no family.
@@ -9,128 +9,260 @@ import functools
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 
-from esolm_jax import model as model_lib
-from esolm_jax.kv_cache import UNREAD_RANK, KVCache
-from esolm_jax.labels import Tokens
-from esolm_jax.model import ModelConfig
+from esolm_jax.attention import visible
+from esolm_jax.sampling import network as network_lib
+from esolm_jax.sampling.network import Cache, Network, Window
 from esolm_jax.sampling.passes import Passes
+
+UNREAD = jnp.iinfo(jnp.int32).max  # the rank of filler, that nobody reads
+NEVER = jnp.iinfo(jnp.int32).max  # a pass, or a place, that does not come
 
 
 @flax.struct.dataclass
 class State:
-    """What a pass hands to the next.
+    """What a pass hands to the next; S slots, with a margin for the widest window.
 
     Attributes:
-      known: int32 [B, L + W + 1], the tokens in generation order (behind the start token if AR).
-      cache: KVCache of L + W slots.
-      logits: float32 [B, L + W, V] at each rank when it was generated, or None.
+      known: int32 [B, S + 1], the tokens in generation order (behind the start token if AR).
+      cache: Cache of S slots, or None where no pass reads one.
+      revealed: int32 [B, S], the pass that generated a slot; −1 where it was given.
+      text_end: int32 [B], the position of the first EOS that was generated so far.
+      next: int32, the pass to come.
+      logits: float32 [B, S, V] at each rank when it was generated, or None.
     """
 
     known: jax.Array
-    cache: KVCache
+    cache: Cache | None
+    revealed: jax.Array
+    text_end: jax.Array
+    next: jax.Array
     logits: jax.Array | None
 
 
-def _window(passes: Passes, state: State, i, width: int) -> Tokens:
-    """The labelled tokens of pass i, [B, width]; filler gets a rank that nobody reads."""
-    start = passes.start[i]
-    slot = start + jnp.arange(width)
-    batch = passes.order.shape[0]
-    position = jax.lax.dynamic_slice_in_dim(passes.order, start, width, axis=1)
-    text = jax.lax.dynamic_slice_in_dim(state.known, start, width, axis=1)
-    rank = jax.lax.dynamic_slice_in_dim(passes.rank, start, width)
-    rank = jnp.where(slot < passes.bidirectional_below[i], 0, rank)
-    rank = jnp.where(slot < passes.end[i], rank, UNREAD_RANK)
-    is_known = slot < passes.first[i] + passes.shift
-    return Tokens(
-        token=jnp.where(is_known[None], text, passes.unknown),
+@flax.struct.dataclass
+class Decoded:
+    """What was generated, in text order.
+
+    Attributes:
+      text: int32 [B, L].
+      revealed: int32 [B, L], the pass (counting the prompt's) that generated each token; −1 =
+        given, NEVER = not generated, for the text had ended.
+      text_end: int32 [B], the position of the first EOS, or NEVER.
+      passes: int32, how many passes were run, those of the prompt included.
+      logits: float32 [B, L, V] by rank, or None.
+    """
+
+    text: jax.Array
+    revealed: jax.Array
+    text_end: jax.Array
+    passes: jax.Array
+    logits: jax.Array | None
+
+
+def spans(length: int) -> tuple[int, ...]:
+    """Of how many slots attention may read, for texts of `length` tokens: a pass reads the fewest
+    that hold what is filled."""
+    if length <= 192:
+        return (length,)
+    unit = -(-length // (8 * 64)) * 64
+    return tuple(sorted({min(n * unit, length) for n in (1, 2, 3, 4, 6, 8)}))
+
+
+def _window(passes: Passes, state: State, i, width: int, picked: int):
+    """What pass i runs, in `width` slots of each row, with logits of `picked` of them."""
+    start, first = passes.start[i], passes.first[i]
+    slot = start[:, None] + jnp.arange(width)[None]
+    position, token = (jnp.take_along_axis(a, slot, axis=1) for a in (passes.order, state.known))
+    rank = jnp.where(slot < passes.bidirectional_below[i][:, None], 0, passes.rank[slot])
+    rank = jnp.where(slot < passes.end[i][:, None], rank, UNREAD)
+    token = jnp.where(slot < first[:, None] + passes.shift, token, passes.unknown)
+    pick = (first - start)[:, None] + jnp.arange(picked)[None]
+    return Window(
+        token=token,
         position=position,
-        rank=jnp.broadcast_to(rank, (batch, width)),
-        in_context=jnp.ones((batch, width), bool),
+        visible=visible(rank[:, :, None], True, rank[:, None, :], True),
+        filled=start,
+        pick=jnp.minimum(pick, width - 1),
     )
 
 
-def _put(array, update, start, keep_P):
-    """Writes the kept columns of update [B, P, …] into array at [:, start:start + P]."""
-    old = jax.lax.dynamic_slice_in_dim(array, start, update.shape[1], axis=1)
-    keep = keep_P.reshape(1, -1, *[1] * (array.ndim - 2))
-    return jax.lax.dynamic_update_slice_in_dim(array, jnp.where(keep, update, old), start, axis=1)
+def put(array, new, at, keep):
+    """Writes the kept columns of new [B, P, …] to array [B, S, …] at [b, at[b, p]]."""
+    at = jnp.where(keep, at, array.shape[1])
+    return array.at[jnp.arange(len(array))[:, None], at].set(new, mode="drop")
+
+
+def _widened(array, width: int, axis: int):
+    pad = [(0, 0)] * array.ndim
+    pad[axis] = (0, width - array.shape[axis])
+    return jnp.pad(array, pad)
+
+
+def _run_shape(network, passes, state, i, row_keys, choice, shape, widest, spans_):
+    """(tokens [B, P], logits, keys, values) of pass i run in one shape, widened to the widest."""
+    width, picked = shape
+    window = _window(passes, state, i, width, picked)
+    logits, keys, values = network_lib.forward(network, window, state.cache, spans_)
+    chosen = None
+    if picked:
+        position = jnp.take_along_axis(window.position, window.pick, axis=1)
+        chosen = _widened(choice(logits, position, row_keys), widest[1], 1)
+        logits = _widened(logits, widest[1], 1)
+    if state.cache is None:
+        keys = values = ()
+    return (
+        chosen,
+        logits if state.logits is not None else None,
+        [_widened(k, widest[0], 3) for k in keys],
+        [_widened(v, widest[0], 2) for v in values],
+    )
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "mesh", "choice", "width", "generated"),
+    static_argnames=("choice", "shapes", "spans_", "aligned", "eos_id"),
     donate_argnames="state",
 )
-def _run(config, mesh, params, passes, state, row_keys_B, low, high, *, choice, width, generated):
-    """Passes low … high − 1, all of one window width, generating at most `generated` tokens."""
-    apply = model_lib.bind(config, mesh)
+def run(network, passes, index, state, row_keys, high, *, choice, shapes, spans_, aligned, eos_id):
+    """Passes up to high − 1, each in its one of the `shapes`; ends when every text has ended."""
+    widest = tuple(map(max, zip(*shapes, strict=True)))
+    length = spans_[-1]
 
-    def one_pass(i, state):
-        tokens = _window(passes, state, i, width)
-        start, first = passes.start[i], passes.first[i]
-        logits, cache = apply(
-            params, tokens, cache=state.cache, start=start, predict=(first - start, generated)
-        )
-        position = jax.lax.dynamic_slice_in_dim(passes.order, first, generated, axis=1)
-        chosen = choice(logits, position, row_keys_B)
-        keep = jnp.arange(generated) < passes.size[i]
-        known = _put(state.known, chosen, first + passes.shift, keep)
-        if state.logits is not None:
-            state = state.replace(logits=_put(state.logits, logits, first, keep))
-        return state.replace(known=known, cache=cache)
+    def one_pass(state):
+        i = state.next
+        branches = [
+            functools.partial(_run_shape, choice=choice, shape=s, widest=widest, spans_=spans_)
+            for s in shapes
+        ]
+        args = network, passes, state, i, row_keys
+        found = jax.lax.switch(index[i], branches, *args) if len(shapes) > 1 else branches[0](*args)
+        chosen, logits, keys, values = found
+        if chosen is not None:
+            slot = passes.first[i][:, None] + jnp.arange(widest[1])[None]
+            keep = jnp.arange(widest[1])[None] < passes.size[i][:, None]
+            state = _reveal(state, passes, i, slot, keep, chosen, logits, eos_id)
+        if state.cache is not None:
+            cache = network_lib.write(state.cache, keys, values, passes.start[i], aligned=aligned)
+            state = state.replace(cache=cache)
+        return state.replace(next=i + 1)
 
-    return jax.lax.fori_loop(low, high, one_pass, state)
+    def goes_on(state):
+        left = passes.lowest_left[state.next]
+        ended = (left >= length) | (state.text_end < left)
+        return (state.next < high) & ~ended.all()
+
+    return jax.lax.while_loop(goes_on, one_pass, state)
+
+
+def _reveal(state: State, passes, i, slot, keep, chosen, logits, eos_id) -> State:
+    text_end = state.text_end
+    if eos_id is not None:
+        position = jnp.take_along_axis(passes.order, slot, axis=1)
+        at = jnp.where(keep & (chosen == eos_id), position, NEVER)
+        text_end = jnp.minimum(text_end, at.min(axis=1))
+    if state.logits is not None:
+        state = state.replace(logits=put(state.logits, logits, slot, keep))
+    return state.replace(
+        known=put(state.known, chosen, slot + passes.shift, keep),
+        revealed=put(state.revealed, jnp.broadcast_to(i, slot.shape), slot, keep),
+        text_end=text_end,
+    )
+
+
+def row_keys(seeds) -> jax.Array:
+    """One key a row, from its Seed alone."""
+    batch, row = (jnp.array([getattr(s, n) for s in seeds], jnp.uint32) for n in ("batch", "row"))
+    return jax.vmap(lambda b, r: jax.random.fold_in(jax.random.key(b), r))(batch, row)
+
+
+def start_state(network: Network, passes: Passes, margin: int, mesh, *, with_logits, cached):
+    """The state before the first pass. `passes` are not padded."""
+    batch, length = passes.order.shape
+    config, slots = network.config, length + margin
+    known = np.full((batch, slots + 1), passes.start_token, np.int32)
+    known[:, passes.shift : passes.shift + length] = passes.known
+    is_given = np.arange(slots)[None] < passes.given[:, None]
+    empty = functools.partial(network_lib.empty_cache, config, batch, slots, mesh)
+    return State(
+        known=jnp.asarray(known),
+        cache=empty() if cached else None,
+        revealed=jnp.asarray(np.where(is_given, -1, NEVER).astype(np.int32)),
+        text_end=jnp.full(batch, NEVER, jnp.int32),
+        next=jnp.int32(0),
+        logits=jnp.zeros((batch, slots, config.vocab_size)) if with_logits else None,
+    )
 
 
 def decode(
-    config: ModelConfig,
-    params,
+    network: Network,
     passes: Passes,
     choice,
-    key,
+    keys,
     *,
-    mesh=None,
+    mesh: Mesh | None = None,
+    eos_id: int | None = None,
     with_logits: bool = False,
     dry_run: bool = False,
-):
-    """Runs all passes and returns int32 [B, L] tokens in text order.
+) -> Decoded:
+    """Runs all passes.
 
     Args:
+      network: of network.fold, on the mesh.
       passes: tables for B rows; see passes.py.
       choice: Choice, or any hashable callable of the same form.
-      key: one key; row b draws from fold_in(key, b).
-      mesh: where the parameters lie; None = one device. B must divide by its row shards.
-      with_logits: also return float32 [B, L, V], by rank, the logits each token was drawn from
-        (mask token not excluded).
+      keys: one for each row, of row_keys.
+      mesh: None = one device. B must divide by its row shards.
+      eos_id: if given, a text ends at the first of these that is generated, once all before it is
+        known, and the loop when all texts have.
+      with_logits: also return the logits each token was drawn from (mask token not excluded).
       dry_run: compile, but run no pass.
     """
-    batch, length = passes.order.shape
-    segments = passes.segments()
-    margin = max(width for _, _, width in segments)
-    passes = passes.padded(margin)
-    state = State(
-        known=jnp.full((batch, length + margin + 1), passes.start_token, jnp.int32),
-        cache=KVCache.empty(config, batch, length + margin),
-        logits=jnp.zeros((batch, length + margin, config.vocab_size)) if with_logits else None,
+    length = passes.order.shape[1]
+    segments = [(high, *passes.classes(low, high)) for low, high in passes.segments()]
+    margin = max(width for *_, shapes in segments for width, _ in shapes)
+    cached = bool(passes.start.max(initial=0))
+    state = start_state(network, passes, margin, mesh, with_logits=with_logits, cached=cached)
+    aligned, tables = passes.aligned, passes.padded(margin)
+    # One more row, for the end of the loop looks at the pass to come.
+    tables = tables.replace(lowest_left=np.pad(tables.lowest_left, ((0, 1), (0, 0))))
+    for high, index, shapes in segments:
+        state = run(
+            network, tables, index, state, keys, 0 if dry_run else high,
+            choice=choice, shapes=shapes, spans_=spans(length), aligned=aligned, eos_id=eos_id,
+        )  # fmt: skip
+    return in_text_order(state, passes)
+
+
+def prefill(network: Network, passes: Passes, keys, *, margin: int, mesh, dry_run: bool):
+    """(tables padded by at least `margin` slots, state with a cache) behind the passes of the prompt;
+    for loops that find the order or the steps of the rest themselves."""
+    segments = [(low, high) for low, high in passes.segments() if not passes.size[low].any()]
+    classes = [passes.classes(*segment) for segment in segments]
+    margin = max([margin, *(width for _, shapes in classes for width, _ in shapes)])
+    state = start_state(network, passes, margin, mesh, with_logits=False, cached=True)
+    tables, spans_ = passes.padded(margin), spans(passes.order.shape[1])
+    for (_, high), (index, shapes) in zip(segments, classes, strict=True):
+        state = run(
+            network, tables, index, state, keys, 0 if dry_run else high, choice=None,
+            shapes=shapes, spans_=spans_, aligned=passes.aligned, eos_id=None,
+        )  # fmt: skip
+    return tables, state
+
+
+def in_text_order(state: State, passes: Passes) -> Decoded:
+    length = passes.order.shape[1]
+    order = jnp.asarray(passes.order)
+
+    def put(by_rank):
+        return jnp.put_along_axis(jnp.zeros_like(by_rank), order, by_rank, axis=1, inplace=False)
+
+    return Decoded(
+        text=put(state.known[:, passes.shift : passes.shift + length]),
+        revealed=put(state.revealed[:, :length]),
+        text_end=state.text_end,
+        passes=state.next,
+        logits=None if state.logits is None else state.logits[:, :length],
     )
-    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
-    for low, high, width in segments:
-        state = _run(
-            config,
-            mesh,
-            params,
-            passes,
-            state,
-            row_keys,
-            low,
-            low if dry_run else high,
-            choice=choice,
-            width=width,
-            generated=int(passes.size[low:high].max()),
-        )
-    by_rank = state.known[:, passes.shift : passes.shift + length]
-    text = jnp.zeros_like(by_rank)
-    text = jnp.put_along_axis(text, passes.order[:, :length], by_rank, axis=1, inplace=False)
-    return (text, state.logits[:, :length]) if with_logits else text

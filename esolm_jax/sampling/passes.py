@@ -1,9 +1,9 @@
 """From a schedule to the forward passes of a family: the tables that drive the decoding loop.
 
-Slot j of the KV cache holds the token of rank j in the generation order. A pass runs the window of
-slots [start, start + width): those below `first` are known and enter the cache (or enter it
-again), the `size` slots from `first` on are generated, slots from `end` on are filler that nobody
-reads. Whatever is still a mask is rewritten by a later pass, before anyone reads it as known.
+Slot j holds the token of rank j in the generation order. A pass runs, in each row, the window of
+slots [start, end): those below `first` are known and enter the cache (or enter it again), the
+`size` slots from `first` on are generated, and the rest are masks too. Slots below `start` are in
+the cache. Whatever is still a mask is rewritten by a later pass, before anyone reads it as known.
 The families differ in these tables alone:
 
     family            window of a pass                          rank of slot j
@@ -13,6 +13,9 @@ The families differ in these tables alone:
     mdlm              everything                                0
     eso_a, diffusion  everything up to this pass's masks        0 if known, else j
     eso_a, sequential as eso_b, after one pass over the prefix  0 in the diffusion prefix, else j
+
+A prompt comes first in the order. Passes that generate nothing put it in the cache, PREFILL slots
+at a time; where tokens of one rank read each other (mdlm, eso_a) it is in the window anyway.
 """
 
 from typing import Self
@@ -21,8 +24,9 @@ import flax.struct
 import numpy as np
 
 from esolm_jax.errors import UserError
-from esolm_jax.sampling import schedule as schedule_lib
 from esolm_jax.sampling.schedule import Schedule
+
+PREFILL = 256
 
 
 @flax.struct.dataclass
@@ -30,159 +34,226 @@ class Passes:
     """Tables of the passes, all int32; a pytree, so that the decoding loop takes it as it is.
 
     Attributes:
-      order: [B, L]; rank: [L], the rank of each slot unless it lies below `bidirectional_below`.
-        (`padded` makes both longer.)
-      start, first, size, end, bidirectional_below: [steps], slots as described above; slots below
-        `bidirectional_below` are of rank 0.
+      order: [B, L]; known: [B, L], the given tokens by slot (whatever, where none is given).
+      rank: [L], the rank of each slot unless it lies below `bidirectional_below`.
+      start, first, size, end, bidirectional_below: [steps, B], slots as described above; slots
+        below `bidirectional_below` are of rank 0.
+      given: [B], how many leading slots hold given tokens.
+      lowest_left: [steps, B], the leftmost position that is still unknown before a pass.
       unknown: the token that stands for what is not known yet.
       shift: 0, or 1 where slot j holds text token j−1 and predicts token j (AR).
       start_token: what slot 0 holds when shift = 1.
     """
 
     order: np.ndarray
+    known: np.ndarray
     rank: np.ndarray
     start: np.ndarray
     first: np.ndarray
     size: np.ndarray
     end: np.ndarray
     bidirectional_below: np.ndarray
+    lowest_left: np.ndarray
+    given: np.ndarray
     unknown: int = flax.struct.field(pytree_node=False)
     shift: int = flax.struct.field(pytree_node=False, default=0)
     start_token: int = flax.struct.field(pytree_node=False, default=0)
 
+    @property
+    def nfe(self) -> int:
+        """Passes that generate something."""
+        return int((self.size.max(axis=1) > 0).sum())
+
+    @property
+    def widths(self) -> np.ndarray:
+        """[steps]: the widest window of any row."""
+        return (self.end - self.start).max(axis=1)
+
+    @property
+    def aligned(self) -> bool:
+        """Whether all rows always start at the same slot."""
+        return bool((self.start == self.start[:, :1]).all())
+
     def padded(self, margin: int) -> Self:
-        """With `margin` more slots in `order` and `rank`, so that every window lies inside."""
-        order = np.pad(self.order, ((0, 0), (0, margin)))
-        return self.replace(order=order, rank=np.pad(self.rank, (0, margin)))
+        """With `margin` more slots, so that every window lies inside."""
+        more = ((0, 0), (0, margin))
+        order, known = np.pad(self.order, more), np.pad(self.known, more)
+        return self.replace(order=order, known=known, rank=np.pad(self.rank, more[1]))
 
-    def segments(self) -> list[tuple[int, int, int]]:
-        """Runs of passes (from, to, width) that share one compiled width.
+    def segments(self) -> list[tuple[int, int]]:
+        """Runs of passes (from, to) that share a compiled program: the prompt's, up to the last
+        wide one, and the narrow ones after it (the token of the last pass, the mask of this)."""
+        prefill = int((self.size.max(axis=1) == 0).sum())
+        wide = np.nonzero(self.widths > 2)[0]
+        cut = max(int(wide[-1]) + 1 if wide.size else 0, prefill)
+        ends = [0, prefill, cut, len(self.size)]
+        return [(a, b) for a, b in zip(ends, ends[1:], strict=False) if b > a]
 
-        Two at most: up to the last wide pass, and the narrow passes after it (two slots: the
-        token of the last pass and the mask of this).
-        """
-        width = self.end - self.start
-        wide = np.nonzero(width > 2)[0]
-        cut = int(wide[-1]) + 1 if wide.size else 0
-        runs = [(0, cut), (cut, len(width))]
-        return [(a, b, int(width[a:b].max())) for a, b in runs if b > a]
+    def classes(self, low: int, high: int) -> tuple[np.ndarray, tuple[tuple[int, int], ...]]:
+        """Which shape each pass of a segment runs in: index [steps], and the shapes, ascending,
+        as (window, tokens generated), both powers of two, at most."""
+        widths, sizes = self.widths[low:high], self.size[low:high].max(axis=1)
+        rounded = np.array([_round_up(width) for width in widths.tolist()], int)
+        rounded = np.maximum(rounded, min(2, rounded.max()))
+        present = sorted(set(rounded.tolist()))
+        shapes = tuple(
+            (int(w), min(int(w), _round_up(int(sizes[rounded == w].max())))) for w in present
+        )
+        index = np.zeros(len(self.size), np.int32)
+        index[low:high] = np.searchsorted(present, rounded)
+        return index, shapes
 
 
-def _tables(order, step_sizes, *, start, end, rank, bidirectional_below, **rest) -> Passes:
-    first = np.cumsum(step_sizes) - step_sizes
-    start, first, size, end, below = (
-        np.broadcast_to(a, first.shape).astype(np.int32)
-        for a in (start, first, step_sizes, end, bidirectional_below)
-    )
+def _round_up(n: int) -> int:
+    """To a power of two, or a multiple of 128 beyond it."""
+    if n > 128:
+        return -(-n // 128) * 128
+    return 1 << (n - 1).bit_length() if n > 0 else 0
+
+
+def _first(schedule: Schedule) -> np.ndarray:
+    return schedule.given[None] + np.cumsum(schedule.sizes, axis=0) - schedule.sizes
+
+
+def _new_context(schedule: Schedule) -> np.ndarray:
+    """[steps, B]: the first slot that the pass before generated."""
+    before = np.concatenate([schedule.given[None], _first(schedule)[:-1]])
+    return before if len(schedule.sizes) else before[:0]
+
+
+def _lowest_left(schedule: Schedule, first: np.ndarray) -> np.ndarray:
+    slot = np.arange(schedule.order.shape[1])
+    position = np.where(slot[None] < schedule.length[:, None], schedule.order, len(slot))
+    behind = np.minimum.accumulate(position[:, ::-1], axis=1)[:, ::-1]
+    behind = np.pad(behind, ((0, 0), (0, 1)), constant_values=len(slot))
+    return np.take_along_axis(behind.T, first, axis=0)
+
+
+def _tables(schedule: Schedule, *, prefill, start, end, rank, bidirectional_below=0, **rest):
+    """`prefill`: [B], how many slots to put in the cache before the first pass that generates."""
+    chunk = PREFILL * np.arange(-(-int(prefill.max(initial=0)) // PREFILL))[:, None]
+    low, high = (np.minimum(c, prefill[None]) for c in (chunk, chunk + PREFILL))
+    first, done = _first(schedule), schedule.sizes == 0
+    start, end, below = (np.broadcast_to(a, first.shape) for a in (start, end, bidirectional_below))
+    start, end = np.where(done, first, start), np.where(done, first, end)
+    pairs = {
+        "start": (low, start),
+        "first": (high, first),
+        "size": (np.zeros_like(low), schedule.sizes),
+        "end": (high, end),
+        "bidirectional_below": (np.zeros_like(low), below),
+        "lowest_left": (np.zeros_like(low), _lowest_left(schedule, first)),
+    }
     return Passes(
-        order.astype(np.int32), rank.astype(np.int32), start, first, size, end, below, **rest
+        order=schedule.order.astype(np.int32),
+        known=schedule.known.astype(np.int32),
+        rank=rank.astype(np.int32),
+        given=schedule.given.astype(np.int32),
+        **{name: np.concatenate(pair).astype(np.int32) for name, pair in pairs.items()},
+        **rest,
     )
 
 
-def _last_pass(step_sizes: np.ndarray):
-    """First slot that the pass before generated: where the new context begins."""
-    first = np.cumsum(step_sizes) - step_sizes
-    return np.concatenate([[0], first[:-1]]).astype(np.int64)
-
-
-def ar(order: np.ndarray, step_sizes: np.ndarray, *, mask_id: int, start_token: int) -> Passes:
+def ar(schedule: Schedule, *, mask_id: int, start_token: int) -> Passes:
     """One token per pass, each fed to predict the next; the order is the identity."""
-    slot = np.arange(order.shape[1])
-    if (order != slot).any() or (step_sizes != 1).any():
-        raise UserError("objective ar generates in text order, one token per step")
+    slot = np.arange(schedule.order.shape[1])
+    if (schedule.order != slot[None]).any() or (schedule.sizes > 1).any():
+        raise UserError(
+            "objective ar generates in text order, one token per step, behind a prompt at the start"
+        )
+    first = _first(schedule)
     return _tables(
-        order,
-        step_sizes,
-        start=slot,
-        end=slot + 1,
+        schedule,
+        prefill=schedule.given,
+        start=first,
+        end=first + 1,
         rank=slot,
-        bidirectional_below=0,
         unknown=mask_id,
         shift=1,
         start_token=start_token,
     )
 
 
-def eso_b(order: np.ndarray, step_sizes: np.ndarray, *, mask_id: int) -> Passes:
+def eso_b(schedule: Schedule, *, mask_id: int) -> Passes:
     """Each pass holds what the last one generated (as context) and its own masks."""
-    schedule_lib.check(order, step_sizes)
-    rank = np.arange(order.shape[1])
     return _tables(
-        order,
-        step_sizes,
-        start=_last_pass(step_sizes),
-        end=np.cumsum(step_sizes),
-        rank=rank,
-        bidirectional_below=0,
+        schedule,
+        prefill=schedule.given,
+        start=_new_context(schedule),
+        end=_first(schedule) + schedule.sizes,
+        rank=np.arange(schedule.order.shape[1]),
         unknown=mask_id,
     )
 
 
-def mdlm(order: np.ndarray, step_sizes: np.ndarray, *, mask_id: int) -> Passes:
+def mdlm(schedule: Schedule, *, mask_id: int) -> Passes:
     """Every pass runs the whole canvas, and nothing of the cache outlives it."""
-    length = order.shape[1]
     return _tables(
-        order,
-        step_sizes,
+        schedule,
+        prefill=np.zeros_like(schedule.given),
         start=0,
-        end=length,
-        rank=np.zeros(length),
-        bidirectional_below=0,
+        end=schedule.length[None],
+        rank=np.zeros(schedule.order.shape[1]),
         unknown=mask_id,
     )
 
 
-def bd3(order: np.ndarray, step_sizes: np.ndarray, *, mask_id: int, block_length: int) -> Passes:
+def bd3(schedule: Schedule, *, mask_id: int, block_length: int) -> Passes:
     """A block is one rank: its passes run it whole; the first also caches the block before."""
-    block = (np.cumsum(step_sizes) - step_sizes) // block_length
-    if (np.cumsum(step_sizes) > (block + 1) * block_length).any():
+    first = _first(schedule)
+    slot = np.arange(schedule.order.shape[1])
+    if (schedule.order // block_length != slot[None] // block_length).any():
+        raise UserError(
+            "objective bd3 generates block by block: what is given must be the start of the text, "
+            f"or lie in the first block (of block_length={block_length}) that is generated"
+        )
+    block = first // block_length
+    inside = first + schedule.sizes <= (block + 1) * block_length
+    if not (inside | (schedule.sizes == 0)).all():
         raise UserError(f"step_sizes: no step may cross a block of block_length={block_length}")
-    new_block = np.diff(block, prepend=0) > 0
-    start = (block - new_block) * block_length
-    rank = np.arange(order.shape[1]) // block_length
+    whole = schedule.given // block_length
+    new_block = np.diff(block, axis=0, prepend=whole[None]) > 0
     return _tables(
-        order,
-        step_sizes,
-        start=start,
-        end=(block + 1) * block_length,
-        rank=rank,
-        bidirectional_below=0,
+        schedule,
+        prefill=whole * block_length,
+        start=(block - new_block) * block_length,
+        end=np.minimum((block + 1) * block_length, schedule.length[None]),
+        rank=slot // block_length,
         unknown=mask_id,
     )
 
 
-def eso_a(order: np.ndarray, step_sizes: np.ndarray, *, mask_id: int, num_diffusion: int) -> Passes:
+def eso_a(schedule: Schedule, *, mask_id: int) -> Passes:
     """Diffusion: known tokens see each other, so each pass runs them all again. Sequential: the
     diffusion tokens are cached by one pass, then as (B)."""
-    first = np.cumsum(step_sizes) - step_sizes
-    cached = first > num_diffusion  # the prefix is in the cache, with its final ranks
-    start = np.where(cached, _last_pass(step_sizes), 0)
+    first, prefix = _first(schedule), schedule.num_diffusion[None]
+    cached = first > prefix  # the prefix, with its final ranks
     return _tables(
-        order,
-        step_sizes,
-        start=start,
-        end=np.cumsum(step_sizes),
-        rank=np.arange(order.shape[1]),
-        bidirectional_below=np.minimum(first, num_diffusion),
+        schedule,
+        prefill=np.zeros_like(schedule.given),
+        start=np.where(cached, _new_context(schedule), 0),
+        end=first + schedule.sizes,
+        rank=np.arange(schedule.order.shape[1]),
+        bidirectional_below=np.minimum(first, prefix),
         unknown=mask_id,
     )
 
 
 def plan(config, schedule: Schedule, *, mask_id: int, start_token: int) -> Passes:
-    """The passes of `config.objective` for a schedule; `schedule.check` must hold.
+    """The passes of `config.objective` for a schedule. Reads objective and block_length.
 
-    Reads objective and block_length.
+    Raises:
+      UserError: the schedule is unsound, or not one that the family can follow.
     """
-    order, sizes = schedule.order, schedule.step_sizes
-    schedule_lib.check(order, sizes)
+    schedule.check()
     match config.objective:
         case "ar":
-            return ar(order, sizes, mask_id=mask_id, start_token=start_token)
+            return ar(schedule, mask_id=mask_id, start_token=start_token)
         case "mdlm":
-            return mdlm(order, sizes, mask_id=mask_id)
+            return mdlm(schedule, mask_id=mask_id)
         case "bd3":
-            return bd3(order, sizes, mask_id=mask_id, block_length=config.block_length)
+            return bd3(schedule, mask_id=mask_id, block_length=config.block_length)
         case "eso_a":
-            return eso_a(order, sizes, mask_id=mask_id, num_diffusion=schedule.num_diffusion)
+            return eso_a(schedule, mask_id=mask_id)
         case "eso_b":
-            return eso_b(order, sizes, mask_id=mask_id)
+            return eso_b(schedule, mask_id=mask_id)

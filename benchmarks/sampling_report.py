@@ -1,0 +1,182 @@
+"""The targets, table and plot of benchmarks/sampling.py, from its rows."""
+
+import math
+import pathlib
+
+LABELS = {
+    "eso_b": "Eso-LM (B)",
+    "ar": "AR",
+    "mdlm": "MDLM",
+    "bd3:16": "BD3-LM, L′ = 16",
+    "bd3:4": "BD3-LM, L′ = 4",
+}
+
+
+def targets(rows: dict) -> list[dict]:
+    """What was aimed at, as far as it was measured."""
+    found = []
+
+    def add(what: str, value: float, least=None, most=None) -> None:
+        met = value >= least if most is None else value <= most
+        found.append({"what": what, "value": value, "at_least": least, "at_most": most, "met": met})
+
+    for batch, least in ((1, 4.0), (8, 2.5)):
+        size = f"eso_b {batch} x 1024"
+        for name in (f"{size}, T = L", f"{size}, T = 1024, alpha_0 = 0.5"):
+            if "speed_relative_to_published" in rows.get(name, {}):
+                add(
+                    f"tokens/s of {name}, over the published code's",
+                    rows[name]["speed_relative_to_published"],
+                    least,
+                )
+    others = [
+        ("mdlm", 1024, 20.0),
+        ("mdlm", 8192, 65.0),
+        ("bd3:16", 8192, 4.0),
+        ("bd3:4", 8192, 5.0),
+    ]
+    for family, length, least in others:
+        pair = [rows.get(f"{f} 1 x {length}, T = L") for f in ("eso_b", family)]
+        if all(pair):
+            # MDLM could also run its passes as training does: by the faster of the two.
+            theirs = min(pair[1]["ms_per_pass"], pair[1].get("training_forward_ms", math.inf))
+            value = theirs / pair[0]["ms_per_pass"]
+            add(f"eso_b over {family} at L = {length}, batch 1, NFE = L", value, least)
+    for batch in (1, 8):
+        cost = {
+            r["length"]: 1 / r["tokens_per_second"]
+            for r in rows.values()
+            if (r["family"], r["batch"], r["num_steps"]) == ("eso_b", batch, 0)
+        }
+        lengths = sorted(cost)
+        growth = [
+            math.log(cost[b] / cost[a]) / math.log(b / a)
+            for a, b in zip(lengths, lengths[1:], strict=False)
+        ]
+        if growth:
+            what = f"eso_b, batch {batch}: steepest growth of a token's cost, as a power of L"
+            add(what, max(growth), most=1.0)
+    return found
+
+
+def line(name: str, row: dict) -> str:
+    about = " (extrapolated)" if row["extrapolated"] else ""
+    text = (
+        f"{name}: {row['tokens_per_second']:.1f} tokens/s, {row['ms_per_pass']:.2f} ms a pass, "
+        f"NFE {row['nfe']}{about}, compiled in {row['compile_seconds']:.0f} s"
+    )
+    if "published" in row:
+        theirs = row["published"]
+        text += f"; published {theirs['tokens_per_second']:.1f} tokens/s"
+        text += f", {theirs['ms_per_pass']:.2f} ms a pass, NFE {theirs['nfe']:.0f}"
+    return text
+
+
+def _order(row: dict):
+    families = list(LABELS)
+    return row["length"], row["batch"], families.index(row["family"]), row["num_steps"]
+
+
+def table(report: dict) -> str:
+    """All rows as Markdown, the targets, and how it was measured."""
+    rows = sorted(report["rows"].values(), key=_order)
+    has_published = any("published" in row for row in rows)
+    head = ["L", "batch", "model", "T", "NFE", "tokens/s", "ms/pass", "of bandwidth", "of FLOP/s"]
+    if has_published:
+        head += ["published tokens/s", "its ms/pass", "ours / published"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for row in rows:
+        about = "≈ " if row["extrapolated"] else ""
+        steps = {0: "one token a pass", row["length"] // 4: "L/4", row["length"]: "L"}
+        half = f", α₀ = {row['alpha_0']:g}" if row["alpha_0"] < 1 else ""
+        cells = [row["length"], row["batch"], LABELS[row["family"]], steps[row["num_steps"]] + half]
+        cells += [
+            row["nfe"],
+            f"{about}{row['tokens_per_second']:.4g}",
+            f"{row['ms_per_pass']:.3g}",
+            f"{row['bandwidth_fraction']:.1%}",
+            f"{row['flops_fraction']:.1%}",
+        ]
+        if "published" in row:
+            theirs = row["published"]
+            about = "≈ " if theirs["extrapolated"] else ""
+            cells += [f"{about}{theirs['tokens_per_second']:.4g}", f"{theirs['ms_per_pass']:.3g}"]
+            cells += [f"{row['speed_relative_to_published']:.2f}"]
+        elif has_published:
+            cells += ["–"] * 3
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join([*lines, "", *_targets(report), "", _notes(report)]) + "\n"
+
+
+def _targets(report: dict) -> list[str]:
+    lines = ["| target | | measured | met |", "|---|---|---|---|"]
+    for t in report["targets"]:
+        aim = f"≥ {t['at_least']:g}" if t["at_most"] is None else f"≤ {t['at_most']:g}"
+        lines.append(f"| {t['what']} | {aim} | {t['value']:.2f} | {'yes' if t['met'] else 'no'} |")
+    return lines
+
+
+def _notes(report: dict) -> str:
+    m, s, limits, rows = (report[k] for k in ("machine", "shapes", "limits", "rows"))
+    where = m["cpu"] if m["device"] == "cpu" else m["device"]
+    parts = [
+        f"{s['width']} wide, {s['blocks']} blocks, {s['heads']} heads, vocabulary "
+        f"{s['vocab_size']} with the mask, {s['dtype']}, random weights; {where}, {m['threads']} "
+        f"CPU threads, jax {m['jax']}"
+        + (f", torch {report['published']['torch']}" if report["published"] else "")
+        + ".",
+        "Medians of 3 to 5 runs, or one run where it takes long, without compiling "
+        f"({max(r['compile_seconds'] for r in rows.values()):.0f} s at most) and planning "
+        f"({max(r['plan_seconds'] for r in rows.values()):.2f} s at most).",
+        "≈: some passes, spread evenly over the generation, were timed (and of MDLM's batches that "
+        "do not fit in memory, some rows), and the rest is extrapolated. Eso-LM (B) over MDLM: by "
+        "MDLM's sampler or by the training's forward pass, whichever is faster.",
+        "Bandwidth: weights once and the filled part of the cache, of "
+        f"{limits['bytes_per_second'] / 1e9:.0f} GB/s over a working set as large as the weights, "
+        f"{limits['working_set_bytes'] / 2**20:.0f} MiB, which stays in the CPU's last cache.",
+        "FLOPs: matrix products of what a pass cannot do without, of "
+        f"{limits['flops_per_second'] / 1e9:.0f} GFLOP/s of a large product.",
+        "Other processes kept at most "
+        f"{max(r['cores_busy_with_others'] for r in rows.values()):.2f} cores busy.",
+    ]
+    if report["published"]:
+        parts.append(
+            "Published code: its own samplers (Eso-LM (B) and AR with their KV cache), in one "
+            "thread or in all, whichever was faster."
+        )
+    return f"{' '.join(parts)}\n\n    {report['command']}"
+
+
+def plot(rows: dict, path: pathlib.Path) -> None:
+    """Tokens a second against L."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    batches = sorted({row["batch"] for row in rows.values()})
+    figure, axes = pyplot.subplots(
+        1, len(batches), figsize=(1 + 5 * len(batches), 4.5), layout="constrained", squeeze=False
+    )
+    for batch, axis in zip(batches, axes[0], strict=True):
+        for color, (family, label) in enumerate(LABELS.items()):
+            mine = [r for r in rows.values() if (r["family"], r["batch"]) == (family, batch)]
+            mine = sorted((r for r in mine if r["alpha_0"] == 1), key=lambda r: r["length"])
+            for many, style in ((False, "o-"), (True, "s--")):
+                some = [r for r in mine if bool(r["num_steps"]) == many]
+                _curve(axis, some, style, f"C{color}", label + (", T = L/4" if many else ""))
+            published = [r for r in mine if "published" in r and not r["num_steps"]]
+            published = [r["published"] | {"length": r["length"]} for r in published]
+            _curve(axis, published, "x:", f"C{color}", f"{label}, published code")
+        axis.set(xlabel="L", ylabel="tokens/s", title=f"batch {batch}", yscale="log")
+        axis.set_xscale("log", base=2)
+        axis.grid(alpha=0.3)
+    axes[0, -1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _curve(axis, rows: list[dict], style: str, color: str, label: str) -> None:
+    if rows:
+        points = [(r["length"], r["tokens_per_second"]) for r in rows]
+        axis.plot(*zip(*points, strict=True), style, color=color, label=label, markersize=4)

@@ -1,0 +1,95 @@
+"""Canvases: what is known of each text before it is generated. Host side, numpy."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Self
+
+import numpy as np
+
+from esolm_jax.errors import UserError
+
+MASK = -1  # in a request: to be generated
+
+
+@dataclasses.dataclass(frozen=True)
+class Seed:
+    """Where a row's randomness comes from: nothing else in the batch, nor its size, matters.
+
+    Step sizes follow from `batch` and the number of tokens to generate, so that rows alike take
+    their steps together; orders and tokens follow from both numbers.
+    """
+
+    batch: int
+    row: int
+
+    def of_row(self) -> np.random.Generator:
+        return np.random.default_rng([self.batch, 0, self.row])
+
+    def of_sizes(self, count: int) -> np.random.Generator:
+        return np.random.default_rng([self.batch, 1, count])
+
+
+@dataclasses.dataclass(frozen=True)
+class Canvas:
+    """The texts of a batch, some of whose tokens are known.
+
+    Attributes:
+      token: int32 [B, L]; what stands where a token is unknown means nothing.
+      known: bool [B, L]; False beyond a row's length.
+      length: int32 [B], tokens of each text, at most L.
+      seeds: one for each row.
+    """
+
+    token: np.ndarray
+    known: np.ndarray
+    length: np.ndarray
+    seeds: tuple[Seed, ...]
+
+    @classmethod
+    def empty(cls, batch: int, length: int, seed: int = 0) -> Self:
+        """Nothing is known: unconditional sampling."""
+        shape = batch, length
+        seeds = tuple(Seed(seed, row) for row in range(batch))
+        return cls(np.zeros(shape, np.int32), np.zeros(shape, bool), np.full(batch, length), seeds)
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[int]], seeds, *, vocab_size: int, mask_id: int) -> Self:
+        """From token ids per row, MASK where a token is to be generated.
+
+        Raises:
+          UserError: a token is none of the vocabulary, or is its mask.
+        """
+        length = np.array([len(row) for row in rows])
+        token = np.full((len(rows), max(1, length.max(initial=0))), MASK, np.int32)
+        for b, row in enumerate(rows):
+            token[b, : len(row)] = row
+            for at, one in enumerate(row):
+                if one != MASK and (not 0 <= one < vocab_size or one == mask_id):
+                    what = "the mask token" if one == mask_id else f"not in 0..{vocab_size - 1}"
+                    raise UserError(f"prompt {b}: token {one} at place {at} is {what}")
+        return cls(np.maximum(token, 0), token != MASK, length, tuple(seeds))
+
+    @property
+    def given(self) -> np.ndarray:
+        """[B]: how many tokens are known."""
+        return self.known.sum(axis=1)
+
+    def unknown(self, row: int) -> np.ndarray:
+        """The places to be generated, ascending."""
+        return np.nonzero(~self.known[row, : self.length[row]])[0]
+
+    def forget(self, row: int, start: int, stop: int) -> Self:
+        """This canvas with the places [start, stop) of a row to be generated anew. All else is
+        kept: the order puts what is forgotten last, so nothing stale is ever read."""
+        if not 0 <= start < stop <= self.length[row]:
+            raise UserError(
+                f"span {start}:{stop} of text {row}: must lie in 0:{self.length[row]}, not empty"
+            )
+        known = self.known.copy()
+        known[row, start:stop] = False
+        return dataclasses.replace(self, known=known)
+
+    def filled(self, token: np.ndarray) -> Self:
+        """With all tokens known: the canvas for an edit of what was generated."""
+        inside = np.arange(token.shape[1])[None] < self.length[:, None]
+        return dataclasses.replace(self, token=np.asarray(token, np.int32), known=inside)

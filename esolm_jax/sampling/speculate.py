@@ -1,0 +1,298 @@
+"""Lossless speculation: several tokens a pass, from exactly the distribution of one token a pass.
+
+For Eso-LM (B), in both phases. A pass takes the n = k − 1 tokens that were drafted before. They
+enter the cache as context, and beside them query copies at their ranks give their exact
+conditionals p(x_σ(i) | x_σ(<i)), for a query copy reads the context below its rank and nothing
+else. Against these each draft, drawn from q, is accepted with probability min(1, p / q). At the
+first rejection the token is drawn from (p − q)₊ instead, and the drafts behind it are dropped:
+what they left in the cache counts as not filled. If none is rejected, the query behind the last
+draft gives one more token. So a pass yields 1 to k tokens.
+
+The same pass drafts the next n, in one of two ways:
+
+    chain      masks behind all drafts, each reading those before it, as masks do in training.
+               3k − 1 tokens a pass; after a rejection there is nothing to verify in the next.
+    staircase  for every number of drafts that may be accepted, n query copies that read the
+               context up to there and themselves. k² + k tokens a pass, never in vain.
+
+How many tokens a pass may yield is fixed, or adapts in each row: doubled when all drafts were
+accepted, cut back to what was. AR has no masks to draft with, so it gets nothing from this.
+"""
+
+import functools
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from esolm_jax.attention import visible
+from esolm_jax.sampling import decode as decode_lib
+from esolm_jax.sampling import network as network_lib
+from esolm_jax.sampling.choose import RESIDUAL, Choice, gumbel, log_uniform
+from esolm_jax.sampling.decode import NEVER, UNREAD, Decoded, State
+from esolm_jax.sampling.network import Network, Window
+from esolm_jax.sampling.passes import Passes
+
+STYLES = ("chain", "staircase")
+
+
+@flax.struct.dataclass
+class Speculation:
+    """What a pass hands to the next.
+
+    Attributes:
+      state: of the plain loop; its tokens behind `count` are drafts.
+      count: int32 [B], tokens that stand; all but the last of them are in the cache.
+      filled: int32 [B], slots of the cache that are.
+      drafted: int32 [B], drafts behind them, and log_q: float32 [B, n, V], what they were drawn
+        from.
+      reach: int32 [B], how many tokens a pass may yield.
+      tested, accepted: int32 [B, n], how many drafts were put to the test at each place behind the
+        last token that stood, and passed. (A draft behind a rejected one is not tested.)
+    """
+
+    state: State
+    count: jax.Array
+    filled: jax.Array
+    drafted: jax.Array
+    log_q: jax.Array
+    reach: jax.Array
+    tested: jax.Array
+    accepted: jax.Array
+
+
+def _labels(style: str, k: int, s: Speculation):
+    """(slot, rank, in_context) [B, W] of a pass: k contexts, then the tokens that predict."""
+    n = k - 1
+    step = jnp.arange(k)[None]
+    count, drafted = s.count[:, None], s.drafted[:, None]
+    context = s.filled[:, None] + step
+    is_real = context < count + drafted
+    if style == "chain":
+        query, mask = count + step[:, :n], count + drafted + step
+        slot = jnp.concatenate([context, query, mask], axis=1)
+        rank = jnp.concatenate([jnp.where(is_real, context, UNREAD), query, mask], axis=1)
+        in_context = [np.ones(k, bool), np.zeros(n, bool), np.ones(k, bool)]
+    else:
+        query = count + step
+        # Of group a: behind `a` accepted drafts and the token after them.
+        behind = query[:, :, None] + 1 + jnp.arange(n)[None, None]
+        # Ranks k apart leave room for query copies that read alike, but not each other.
+        apart = k * query[:, :, None] - 1 - jnp.arange(n)[None, None]
+        batch = len(query)
+        slot = jnp.concatenate([context, query, behind.reshape(batch, k * n)], axis=1)
+        context = jnp.where(is_real, k * context, UNREAD)
+        rank = jnp.concatenate([context, k * query, apart.reshape(batch, k * n)], axis=1)
+        in_context = [np.ones(k, bool), np.zeros(k + k * n, bool)]
+    return slot, rank, jnp.asarray(np.concatenate(in_context))[None]
+
+
+def _predict(network, passes: Passes, s: Speculation, style: str, k: int, spans_):
+    """Runs a pass: logits of what stands or falls [B, k, V], those of drafts [B, groups, n, V]
+    (one group in a chain), and what enters the cache."""
+    slot, rank, in_context = _labels(style, k, s)
+    slots = passes.order.shape[1]
+    inside = jnp.minimum(slot, slots - 1)
+    position, token = (
+        jnp.take_along_axis(a, inside, axis=1) for a in (passes.order, s.state.known)
+    )
+    is_context = jnp.arange(slot.shape[1])[None] < k
+    width = slot.shape[1]
+    window = Window(
+        token=jnp.where(is_context, token, passes.unknown),
+        position=position,
+        visible=visible(
+            rank[:, :, None], in_context[:, :, None], rank[:, None], in_context[:, None]
+        ),
+        filled=s.filled,
+        pick=jnp.broadcast_to(jnp.arange(k, width)[None], (len(slot), width - k)),
+    )
+    logits, keys, values = network_lib.forward(network, window, s.state.cache, spans_)
+    batch, _, vocab = logits.shape
+    drafts = logits[:, k:].reshape(batch, -1, k - 1, vocab)
+    return logits[:, :k], drafts, [a[..., :k] for a in keys], [a[:, :, :k] for a in values]
+
+
+def _verify(choice: Choice, s: Speculation, exact, token, position, keys):
+    """(accepted [B], log p of the token after them [B, V], which is to be drawn with residual noise
+    where a draft was rejected). `token`, `position`: [B, k] from `count` on."""
+    n, batch = token.shape[1] - 1, jnp.arange(len(token))
+    log_p = choice.log_probs(exact)
+    place = jnp.arange(n)[None]
+    is_draft = place < s.drafted[:, None]
+    of_draft = token[:, :n, None]
+    log_q = s.log_q[:, :n]
+    p, q = (jnp.take_along_axis(a, of_draft, axis=2)[..., 0] for a in (log_p[:, :n], log_q))
+    passed = is_draft & (log_uniform(keys, position[:, :n]) <= p - q)
+    accepted = jnp.cumprod(passed.astype(jnp.int32), axis=1).sum(axis=1)
+    log_p = log_p[batch, accepted]
+    if n == 0:
+        return accepted, log_p, jnp.zeros(accepted.shape, bool)
+    rejected = accepted < s.drafted
+    q_there = jnp.exp(log_q[batch, jnp.minimum(accepted, n - 1)])
+    rest = jnp.exp(log_p) - q_there
+    # Rounding may leave nothing, where p = q.
+    rest = jnp.where((rest > 0).any(axis=1, keepdims=True), rest, jnp.exp(log_p))
+    log_rest = jnp.where(rest > 0, jnp.log(jnp.maximum(rest, 1e-37)), -jnp.inf)
+    return accepted, jnp.where(rejected[:, None], log_rest, log_p), rejected
+
+
+def _draw(choice: Choice, log_p, position, keys, rejected=None):
+    """int32 [B, P], with noise of its own where a draft was rejected."""
+    if choice.temperature == 0:
+        return jnp.argmax(log_p, axis=-1).astype(jnp.int32)
+    noise = gumbel(keys, position, log_p.shape[-1])
+    if rejected is not None:
+        again = gumbel(keys, position, log_p.shape[-1], RESIDUAL)
+        noise = jnp.where(rejected[:, None, None], again, noise)
+    return jnp.argmax(log_p + noise, axis=-1).astype(jnp.int32)
+
+
+def _one_pass(network, passes, s: Speculation, keys, choice, style, k, most, spans_, length):
+    """One pass that yields at most k tokens; `most` is the largest k of all passes."""
+    n, batch = k - 1, jnp.arange(len(s.count))
+    exact, drafts, new_keys, new_values = _predict(network, passes, s, style, k, spans_)
+    slot = jnp.minimum(s.count[:, None] + jnp.arange(k)[None], passes.order.shape[1] - 1)
+    position, token = (jnp.take_along_axis(a, slot, axis=1) for a in (passes.order, s.state.known))
+    if style == "chain":  # the first mask is the query behind the drafts
+        here = jnp.arange(k)[None] == s.drafted[:, None]
+        exact = jnp.where(here[..., None], exact[:, n:], exact)
+    accepted, log_p, rejected = _verify(choice, s, exact, token, position, keys)
+    at = jnp.take_along_axis(position, accepted[:, None], axis=1)
+    fresh = _draw(choice, log_p[:, None], at, keys, rejected)
+    count = s.count + accepted + 1
+    # The drafts behind it.
+    group = 0 if style == "chain" else accepted
+    log_q = choice.log_probs(drafts[batch, group])
+    behind = count[:, None] + jnp.arange(n)[None]
+    there = jnp.take_along_axis(
+        passes.order, jnp.minimum(behind, passes.order.shape[1] - 1), axis=1
+    )
+    draft = _draw(choice, log_q, there, keys)
+    more = jnp.minimum(s.reach - 1, n)
+    if style == "chain":
+        more = jnp.where(rejected, 0, more)
+    tokens = jnp.concatenate([fresh, draft], axis=1)
+    to = count[:, None] - 1 + jnp.arange(k)[None]
+    state = s.state.replace(
+        known=decode_lib.put(s.state.known, tokens, to, to < length[:, None]),
+        cache=network_lib.write(s.state.cache, new_keys, new_values, s.filled, aligned=False),
+    )
+    count = jnp.minimum(count, length)
+    tested = (jnp.arange(n)[None] <= accepted[:, None]) & (jnp.arange(n)[None] < s.drafted[:, None])
+    s = s.replace(
+        state=state,
+        count=count,
+        filled=jnp.maximum(count - 1, s.filled),
+        drafted=jnp.clip(length - count, 0, more),
+        log_q=_filled_up(log_q, most - 1),
+        tested=s.tested + _filled_up(tested, most - 1).astype(jnp.int32),
+        accepted=s.accepted
+        + _filled_up(jnp.arange(n)[None] < accepted[:, None], most - 1).astype(jnp.int32),
+    )
+    return s, accepted, rejected
+
+
+def _filled_up(array, size: int):
+    """With zeros behind, [B, size, …]."""
+    return jnp.pad(array, ((0, 0), (0, size - array.shape[1]), *[(0, 0)] * (array.ndim - 2)))
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("choice", "style", "sizes", "spans_", "eos_id"),
+    donate_argnames="s",
+)
+def _run(network, passes, s, keys, length, lowest_left, *, choice, style, sizes, spans_, eos_id):
+    def one_pass(s: Speculation):
+        before = s.count
+        common = dict(choice=choice, style=style, most=sizes[-1], spans_=spans_, length=length)
+        branches = [functools.partial(_one_pass, k=k, **common) for k in sizes]
+        args = network, passes, s, keys
+        if len(sizes) > 1:
+            need = jnp.maximum(s.reach, s.drafted + 1).max()
+            which = jnp.searchsorted(jnp.array(sizes), need)
+            drafted = s.drafted
+            s, accepted, rejected = jax.lax.switch(which, branches, *args)
+            grown = jnp.where(drafted > 0, jnp.minimum(2 * s.reach, sizes[-1]), s.reach)
+            s = s.replace(reach=jnp.where(rejected, jnp.maximum(accepted + 1, 2), grown))
+        else:
+            s, _, _ = branches[0](*args)
+        return s.replace(state=_reveal(s.state, passes, before, s.count, eos_id))
+
+    def goes_on(s: Speculation):
+        left = jnp.take_along_axis(lowest_left, s.count[:, None], axis=1)[:, 0]
+        return ~((s.count >= length) | (s.state.text_end < left)).all()
+
+    return jax.lax.while_loop(goes_on, one_pass, s)
+
+
+def _reveal(state: State, passes, before, count, eos_id) -> State:
+    """Marks the tokens from `before` on as generated by this pass."""
+    slot = jnp.arange(state.revealed.shape[1])[None]
+    new = (slot >= before[:, None]) & (slot < count[:, None])
+    text_end = state.text_end
+    if eos_id is not None:
+        is_end = new & (state.known[:, : slot.shape[1]] == eos_id)
+        text_end = jnp.minimum(text_end, jnp.where(is_end, passes.order, NEVER).min(axis=1))
+    revealed = jnp.where(new, state.next, state.revealed)
+    return state.replace(revealed=revealed, text_end=text_end, next=state.next + 1)
+
+
+def speculate(
+    network: Network,
+    passes: Passes,
+    choice: Choice,
+    keys,
+    *,
+    k: int,
+    adaptive: bool = False,
+    style: str = "chain",
+    mesh=None,
+    eos_id: int | None = None,
+    dry_run: bool = False,
+) -> tuple[Decoded, dict]:
+    """Generates what `passes` (of passes.eso_b) would one token a pass, in fewer passes.
+
+    Args:
+      k: tokens a pass may yield, at least 2; `adaptive`: at most, see above.
+      style: one of STYLES.
+      others: as of decode.decode.
+
+    Returns:
+      What was generated, and {"tested", "accepted"}: int32 [B, k − 1], drafts by how far they were
+      behind the last token that stood.
+    """
+    length = passes.order.shape[1]
+    tables, state = decode_lib.prefill(network, passes, keys, margin=k, mesh=mesh, dry_run=dry_run)
+    batch, vocab = len(passes.order), network.config.vocab_size
+    sizes = tuple(sorted({*(2**i for i in range(1, 10) if 2**i < k), k})) if adaptive else (k,)
+    given = jnp.asarray(passes.given)
+    total = passes.given + passes.size.sum(axis=0)
+    s = Speculation(
+        state=state,
+        count=given + 0,
+        filled=given + 0,
+        drafted=jnp.zeros(batch, jnp.int32),
+        log_q=jnp.zeros((batch, k - 1, vocab)),
+        reach=jnp.full(batch, sizes[0], jnp.int32),
+        tested=jnp.zeros((batch, k - 1), jnp.int32),
+        accepted=jnp.zeros((batch, k - 1), jnp.int32),
+    )
+    s = _run(
+        network, tables, s, keys, given if dry_run else total.astype(np.int32),
+        _lowest_left(passes, total), choice=choice, style=style, sizes=sizes,
+        spans_=decode_lib.spans(length), eos_id=eos_id,
+    )  # fmt: skip
+    return decode_lib.in_text_order(s.state, passes), {"tested": s.tested, "accepted": s.accepted}
+
+
+def _lowest_left(passes: Passes, total) -> np.ndarray:
+    """[B, L + 1]: the leftmost position of those at this rank and later."""
+    batch, length = passes.order.shape
+    inside = np.arange(length)[None] < total[:, None]
+    position = np.pad(
+        np.where(inside, passes.order, length), ((0, 0), (0, 1)), constant_values=length
+    )
+    return np.minimum.accumulate(position[:, ::-1], axis=1)[:, ::-1].astype(np.int32)
