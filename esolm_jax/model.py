@@ -373,8 +373,8 @@ def bind(config: ModelConfig, mesh: Mesh | None = None):
 
 
 def modulations(config: ModelConfig, params) -> tuple[tuple, tuple]:
-    """adaLN's vectors at σ = 0, float32: (shift, scale, gate, mlp_shift, mlp_scale, mlp_gate) of the
-    blocks, [N, D] each, and (shift, scale) of the head, [D]; numbers if there is no adaLN."""
+    """adaLN's vectors at σ = 0, float32: (shift, scale, gate, mlp_shift, mlp_scale, mlp_gate) of
+    the blocks, [N, D] each, and (shift, scale) of the head, [D]; numbers if there is no adaLN."""
     config = dataclasses.replace(config, dtype="float32")
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, None, nnx.Rngs(0))))
     model = nnx.merge(graphdef, params)

@@ -22,5 +22,5 @@ verb sample --workdir="$workdir" "$@"
 echo
 echo "done in $(((SECONDS - begin) / 60)) min $(((SECONDS - begin) % 60)) s."
 echo "  perplexity      $workdir/evaluate.json"
-echo "  texts           $workdir/samples.json"
+echo "  texts           $workdir/samples.jsonl"
 echo "  learning curve  $workdir/learning_curve.png"

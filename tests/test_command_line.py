@@ -144,7 +144,8 @@ def test_overrides_reach_the_run(eso_b):
     assert saved["data"]["seq_len"] == LENGTH
     assert command("sample", f"--workdir={eso_b}", "--config.sample.top_k=6") == 0
     figures = json.loads((eso_b / "samples.json").read_text())
-    assert figures["top_k"] == 6 and figures["temperature"] == 0.5  # as saved
+    used = figures["sample"]
+    assert used["top_k"] == 6 and used["temperature"] == 0.5  # as saved
 
 
 # Workdirs.
@@ -258,7 +259,7 @@ def test_importance_weighted_bound_is_for_any_order_models(refused, request, fam
 def test_schedule_that_the_family_has_not_is_refused(refused, request, family, fields):
     workdir = request.getfixturevalue(family)
     args = [f"--workdir={workdir}", *arguments(fields)]
-    refused("sample", args, "config.sample.schedule=", f"objective {family}")
+    refused("sample", args, "config.sample.", f"objective {family}")
 
 
 def test_alpha_0_may_differ_from_training(eso_b):
@@ -285,7 +286,7 @@ def test_raw_weights_are_not_the_average(eso_b):
 def test_workdir_can_be_moved(eso_b, tmp_path):
     moved = shutil.copytree(eso_b, tmp_path / "moved")
     assert command("sample", f"--workdir={moved}") == 0
-    assert (moved / "samples.json").is_file()
+    assert (moved / "samples.jsonl").is_file()
 
 
 # The whole way.
@@ -332,10 +333,11 @@ def test_prepare_train_evaluate_sample(objective, alpha_0, packing, data, padded
     assert command("sample", workdir) == 0
     printed = capsys.readouterr().out
     figures = json.loads((tmp_path / "samples.json").read_text())
-    check_samples(figures)
-    assert figures["texts"][0] in printed
+    samples = read_samples(tmp_path)
+    check_samples(figures, samples)
+    assert samples[0]["text"] in printed
     if alpha_0 == 0 or objective == "ar":
-        assert figures["order"] == [list(range(LENGTH))] * 2
+        assert [sample["order"] for sample in samples] == [list(range(LENGTH))] * 2
 
 
 def check_evaluation(figures):
@@ -354,27 +356,90 @@ def check_evaluation(figures):
     assert (result["standard_error"] == 0) == exact
 
 
-def check_samples(figures):
-    assert len(figures["texts"]) == 2
-    token_ids, order = np.array(figures["token_ids"]), np.array(figures["order"])
+def read_samples(workdir) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "samples.jsonl").read_text().splitlines()]
+
+
+def check_samples(figures, samples):
+    assert len(samples) == 2
+    token_ids, order = (np.array([s[name] for s in samples]) for name in ("token_ids", "order"))
     assert token_ids.shape == order.shape == (2, LENGTH)
     assert (0 <= token_ids).all() and (token_ids < 259).all()  # 259 is the mask
     assert (np.sort(order) == np.arange(LENGTH)).all()
-    assert sum(figures["step_sizes"]) == LENGTH and min(figures["step_sizes"]) >= 1
-    assert figures["nfe"] == len(figures["step_sizes"])
+    assert 1 <= figures["nfe"] <= LENGTH
     assert figures["seconds"] > 0
     assert figures["tokens_per_second"] == pytest.approx(2 * LENGTH / figures["seconds"])
-    assert (figures["seed"], figures["weights"], figures["step"]) == (0, "ema", 2)
+    assert (figures["sample"]["seed"], figures["sample"]["weights"]) == (0, "ema")
+    assert figures["step"] == 2
 
 
 def test_samples_repeat_with_the_seed(eso_b):
     def sample(seed):
         assert command("sample", f"--workdir={eso_b}", f"--config.sample.seed={seed}") == 0
-        return json.loads((eso_b / "samples.json").read_text())
+        return read_samples(eso_b)
 
     first, again, other = sample(3), sample(3), sample(4)
-    assert first["token_ids"] == again["token_ids"] and first["order"] == again["order"]
-    assert first["token_ids"] != other["token_ids"] and first["order"] != other["order"]
+    assert first == again
+    for name in ("token_ids", "order"):
+        assert all(a[name] != b[name] for a, b in zip(first, other, strict=True))
+
+
+def test_prompts_are_kept_and_the_rest_is_filled_in(eso_b, tmp_path, capsys):
+    """From the command line and from a file, with a trace."""
+    lines = [
+        {"prompt": "ab[MASK:3]cd[MASK]", "seed": 5},
+        {"text": "to be or not", "rewrite": [[3, 5]]},
+    ]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    args = [f"--workdir={eso_b}", "--prompt=Hi", f"--prompts={file}", "--trace"]
+    assert command("sample", *args) == 0
+    printed = capsys.readouterr().out
+    samples = read_samples(eso_b)
+    assert [s["prompt"] for s in samples] == [0, 0, 1, 1, 2, 2]
+    for s in samples[:2]:
+        assert bytes(s["token_ids"][:2]) == b"Hi" and len(s["token_ids"]) == LENGTH
+    for n, s in enumerate(samples[2:4]):
+        ids = s["token_ids"]
+        assert bytes(ids[:2] + ids[5:7]) == b"abcd" and len(ids) == 8 and s["seed"] == [5, n]
+    for s in samples[4:]:
+        assert bytes(s["token_ids"][:3]) == b"to " and bytes(s["token_ids"][5:]) == b" or not"
+    for name in ("trace.html", "trace.png", "samples.jsonl"):
+        assert f"wrote {eso_b}/{name}" in printed and (eso_b / name).stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--prompt=" + "x" * (LENGTH + 1)], f"canvas of {LENGTH}"),
+        (["--prompt=a[MASK:0]"], "at least 1 token"),
+        (["--prompts=nowhere.txt"], "cannot be read"),
+        (["--config.sample.speculate=1"], "config.sample.speculate=1"),
+        (["--config.sample.speculate=2", "--config.sample.steps=4"], "config.sample.speculate=2"),
+        (["--config.sample.block=4"], "blockwise"),
+        (["--config.sample.confident=0"], "config.sample.confident=0"),
+    ],
+)
+def test_bad_sampling_is_refused(refused, eso_b, options, told):
+    refused("sample", [f"--workdir={eso_b}", *options], told)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"speculate": 3},
+        {"speculate": 3, "speculate_style": "staircase", "speculate_adaptive": True},
+        {"schedule": "confidence", "confident": 3, "threshold": 0.1},
+        {"schedule": "blockwise", "block": LENGTH // 2, "length": 2 * LENGTH, "stop_at_eos": True},
+    ],
+)
+def test_ways_to_sample(eso_b, options):
+    fields = arguments({f"sample.{name}": value for name, value in options.items()})
+    assert command("sample", f"--workdir={eso_b}", *fields) == 0
+    figures = json.loads((eso_b / "samples.json").read_text())
+    length = options.get("length", LENGTH)
+    assert all(len(s["token_ids"]) == length or s["ended"] for s in read_samples(eso_b))
+    assert 1 <= figures["nfe"] <= length
 
 
 @pytest.mark.parametrize("packing", ["wrap", "pad"])

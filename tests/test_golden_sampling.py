@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from golden_files import close, model, vectors
 
-from esolm_jax.sampling import decode, passes, schedule
+from esolm_jax.sampling import decode, network, passes, schedule, speculate
+from esolm_jax.sampling.canvas import Canvas
 from esolm_jax.sampling.choose import Choice, keep_top_k, nucleus
+from esolm_jax.sampling.schedule import Schedule
 
 MASK = 66
 KEY = jax.random.key(0)
@@ -50,13 +52,21 @@ def tolerance(case):
     return 3e-4 if "sharp" in case else 2e-5
 
 
-def eso_b(golden):
-    return passes.eso_b(golden["sort_idx"], golden["schedule"], mask_id=MASK)
+def eso_b(golden, sizes=None):
+    order = golden["sort_idx"]
+    sizes = golden["schedule"] if sizes is None else sizes
+    return passes.eso_b(Schedule(order, sizes, order.shape[1]), mask_id=MASK)
+
+
+def folded(golden):
+    reference = model(str(golden["weights"]))
+    return network.fold(reference.config, reference.params)
 
 
 def run(golden, plan, choice):
-    reference = model(str(golden["weights"]))
-    return decode.decode(reference.config, reference.params, plan, choice, KEY, with_logits=True)
+    keys = jax.random.split(KEY, len(plan.order))
+    found = decode.decode(folded(golden), plan, choice, keys, with_logits=True)
+    return np.asarray(found.text), found.logits
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -80,6 +90,22 @@ def test_greedy(case):
     np.testing.assert_array_equal(public, golden["greedy_samples"])
 
 
+@pytest.mark.parametrize("style", speculate.STYLES)
+@pytest.mark.parametrize("k", [2, 5])
+@pytest.mark.parametrize("case", CASES)
+def test_greedy_speculation_is_greedy_one_token_a_pass(case, k, style):
+    """And where the published schedule is one token a step, the published tokens."""
+    golden = vectors(case)
+    plan, greedy = eso_b(golden, np.ones(golden["sort_idx"].shape[1], int)), Choice(MASK, 0)
+    want, _ = run(golden, plan, greedy)
+    keys = jax.random.split(KEY, len(want))
+    found, _ = speculate.speculate(folded(golden), plan, greedy, keys, k=k, style=style)
+    np.testing.assert_array_equal(found.text, want)
+    assert int(found.passes) < plan.nfe
+    if (golden["schedule"] == 1).all():
+        np.testing.assert_array_equal(found.text, golden["greedy_samples"])
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_stochastic(case):
     golden = vectors(case)
@@ -91,13 +117,9 @@ def test_stochastic(case):
 def test_strided_order():
     golden = vectors("09c_sampling_subcontext")
     length = len(golden["sort_idx"])
-    plan = schedule.strided(
-        np.random.default_rng(0), 3, length, 1.0, int(golden["nfe"]), shuffle=False
-    )
+    plan = schedule.strided(Canvas.empty(3, length), 1.0, int(golden["nfe"]), shuffle=False)
     np.testing.assert_array_equal(plan.order[0], golden["sort_idx"])
-    text, logits = run(
-        golden, passes.eso_b(plan.order, plan.step_sizes, mask_id=MASK), Choice(MASK, 0)
-    )
+    text, logits = run(golden, passes.eso_b(plan, mask_id=MASK), Choice(MASK, 0))
     np.testing.assert_array_equal(text, golden["greedy_samples"])
     close(logits, golden["greedy_logits"])
 
@@ -109,8 +131,8 @@ def test_ar(start, greedy):
     golden = vectors(case)
     first = {"bos": int(golden["bos_index"]), "mask": MASK, "none": int(golden["bos_index"])}
     batch, length, _ = golden["greedy_step_logits"].shape
-    plan = schedule.left_to_right(batch, length)
-    plan = passes.ar(plan.order, plan.step_sizes, mask_id=MASK, start_token=first[start])
+    plan = schedule.left_to_right(Canvas.empty(batch, length))
+    plan = passes.ar(plan, mask_id=MASK, start_token=first[start])
     choice = Choice(MASK, 0) if greedy else Recorded(MASK, top_p=0.9, case=case)
     text, logits = run(golden, plan, choice)
     if start == "none":  # the start token is the first of the text

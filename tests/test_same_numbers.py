@@ -321,7 +321,8 @@ def test_weights_alone_are_read_on_one_device(objective, stopped, tmp_path, weig
     assert found["results"][0]["nll_per_token"] == pytest.approx(wanted.nll, rel=TOLERANCE)
     if weights == "ema":
         assert command("sample", *one) == 0
-        texts = np.array(json.loads((workdir / "samples.json").read_text())["token_ids"])
+        lines = (workdir / "samples.jsonl").read_text().splitlines()
+        texts = np.array([json.loads(line)["token_ids"] for line in lines])
         assert texts.shape == (2, 32) and texts.min() >= 0 and texts.max() < 259
 
 

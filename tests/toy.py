@@ -127,15 +127,37 @@ def log_probs(logits) -> np.ndarray:
     return np.asarray(logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True)))
 
 
-def text_log_p(objective, texts, orders, num_diffusion=0) -> np.ndarray:
-    """float64 [orders, texts]: log p_σ(x), summed up one step of one token after the other."""
+def text_log_p(objective, texts, orders, num_diffusion=0, given=0) -> np.ndarray:
+    """float64 [orders, texts]: log p_σ(x), summed up one step of one token after the other; of what
+    follows the first `given` ranks, given these."""
     length = len(texts[0])
-    cases = list(itertools.product(orders, texts, range(length)))
+    cases = list(itertools.product(orders, texts, range(given, length)))
     rows = [step(objective, text, order, r, 1, num_diffusion) for order, text, r in cases]
     log_p = log_probs(logits_at_end(rows)[:, -1])
     target = [text[order[r]] for order, text, r in cases]
     log_p = log_p[np.arange(len(cases)), target]
-    return log_p.reshape(len(orders), len(texts), length).sum(axis=-1)
+    return log_p.reshape(len(orders), len(texts), length - given).sum(axis=-1)
+
+
+def exact_log_p(alpha_0: float) -> np.ndarray:
+    """float64 [texts]: of TEXTS, when eso_b generates one token per step."""
+    shares = [(probability_of(n, alpha_0), orders_given(n)) for n in range(LENGTH + 1)]
+    p = [s * np.exp(text_log_p("eso_b", TEXTS, o)).mean(axis=0) for s, o in shares if s]
+    return np.log(np.sum(p, axis=0))
+
+
+def p_of_texts(texts, log_p, among=TEXTS) -> float:
+    """p-value of sampled texts [B, 4], log_p [orders, texts] of equally likely orders."""
+    texts = np.asarray(texts)
+    assert np.isin(texts, REAL).all()  # never the mask
+    base = CONFIG.vocab_size ** np.arange(LENGTH)
+    place = {code: i for i, code in enumerate((among @ base).tolist())}
+    codes, times = np.unique(texts @ base, return_counts=True)
+    counts = np.zeros(len(among), int)
+    counts[[place[code] for code in codes.tolist()]] = times
+    probabilities = np.exp(log_p).mean(axis=0)
+    assert abs(probabilities.sum() - 1) < 1e-6
+    return p_value(counts, probabilities)
 
 
 def p_value(counts, probabilities) -> float:

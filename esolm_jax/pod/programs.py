@@ -41,13 +41,15 @@ def sampler_step(config, training: Training):
     def one_pass(network, token, position, filled, cache):
         causal = jnp.tril(jnp.ones((2, 2), bool))[None]
         window = Window(token, position, causal, filled, pick=jnp.ones((batch, 1), jnp.int32))
-        logits, keys, values = network_lib.forward(network, window, cache, (length,))
-        return logits, network_lib.write(cache, keys, values, filled, aligned=True)
+        logits, keys, values = network_lib.forward(network, window, cache)
+        return logits, network_lib.write(
+            cache, keys, values, filled, logits.argmax(axis=-1), aligned=True
+        )
 
     params = training.abstract_state().params
     network = jax.eval_shape(functools.partial(network_lib.fold, model), params)
     network = _placed(network, network_lib.shardings(network, mesh))
-    cache = jax.eval_shape(lambda: network_lib.empty_cache(model, batch, length + 2))
+    cache = jax.eval_shape(lambda: network_lib.empty_cache(model, batch, length, 2))
     cache = _placed(
         cache, jax.tree.map(lambda _: sharding.place(mesh, "rows", "heads", None, None), cache)
     )

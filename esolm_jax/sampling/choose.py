@@ -62,6 +62,13 @@ def log_uniform(row_keys_B, position_BP):
     return jax.vmap(jax.vmap(one))(_keys(row_keys_B, position_BP, ACCEPT))
 
 
+def argmax(x_BPV):
+    """int32 [B, P]: the first place of the maximum; jnp.argmax is slow on a CPU."""
+    top = x_BPV.max(axis=-1, keepdims=True)
+    place = jax.lax.broadcasted_iota(jnp.int32, x_BPV.shape, x_BPV.ndim - 1)
+    return jnp.where(x_BPV == top, place, x_BPV.shape[-1] - 1).min(axis=-1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Choice:
     """How a token is chosen; hashable, so it is a static argument of the jitted loop.
@@ -83,7 +90,7 @@ class Choice:
         filtered = self._filtered(logits_BPV)
         if self.temperature > 0:
             filtered += self.noise(row_keys_B, position_BP, logits_BPV.shape[-1])
-        return jnp.argmax(filtered, axis=-1).astype(jnp.int32)
+        return argmax(filtered)
 
     def noise(self, row_keys_B, position_BP, vocab_size):
         return gumbel(row_keys_B, position_BP, vocab_size)

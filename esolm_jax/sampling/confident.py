@@ -78,16 +78,16 @@ def _window(p: Progress, length, unknown: int) -> Window:
 
 @functools.partial(
     jax.jit,
-    static_argnames=("choice", "most", "threshold", "unknown", "spans_"),
+    static_argnames=("choice", "most", "threshold", "unknown"),
     donate_argnames="p",
 )
-def _run(network, p: Progress, keys, length, *, choice, most, threshold, unknown, spans_):
+def _run(network, p: Progress, keys, length, *, choice, most, threshold, unknown):
     size = p.text.shape[1]
     position = jnp.broadcast_to(jnp.arange(size)[None], p.text.shape)
 
     def one_pass(p: Progress):
         window = _window(p, length, unknown)
-        logits, new_keys, new_values = network_lib.forward(network, window, p.cache, spans_)
+        logits, new_keys, new_values = network_lib.forward(network, window, p.cache)
         open_ = (p.revealed == NEVER) & (position < length[:, None])
         certain = jnp.where(open_, choice.log_probs(logits).max(axis=-1), -jnp.inf)
         certain, chosen = jax.lax.top_k(certain, most)
@@ -102,7 +102,9 @@ def _run(network, p: Progress, keys, length, *, choice, most, threshold, unknown
                 [a[:, :, :, :most] for a in new_keys],
                 [a[:, :, :most] for a in new_values],
             )
-            cache = network_lib.write(cache, new_keys, new_values, filled, aligned=False)
+            cache = network_lib.write(
+                cache, new_keys, new_values, filled, token, aligned=len(filled) == 1
+            )
             filled = filled + (p.recent < size).sum(axis=1)
         return Progress(
             text=decode_lib.put(p.text, token, chosen, keep),
@@ -169,7 +171,6 @@ def confident(
     p = _run(
         network, p, keys, jnp.asarray(0 * total if dry_run else total, jnp.int32),
         choice=choice, most=most, threshold=threshold, unknown=passes.unknown,
-        spans_=decode_lib.spans(length),
     )  # fmt: skip
     return Decoded(
         text=p.text,

@@ -62,15 +62,6 @@ class Decoded:
     logits: jax.Array | None
 
 
-def spans(length: int) -> tuple[int, ...]:
-    """Of how many slots attention may read, for texts of `length` tokens: a pass reads the fewest
-    that hold what is filled."""
-    if length <= 192:
-        return (length,)
-    unit = -(-length // (8 * 64)) * 64
-    return tuple(sorted({min(n * unit, length) for n in (1, 2, 3, 4, 6, 8)}))
-
-
 def _window(passes: Passes, state: State, i, width: int, picked: int):
     """What pass i runs, in `width` slots of each row, with logits of `picked` of them."""
     start, first = passes.start[i], passes.first[i]
@@ -101,11 +92,11 @@ def _widened(array, width: int, axis: int):
     return jnp.pad(array, pad)
 
 
-def _run_shape(network, passes, state, i, row_keys, choice, shape, widest, spans_):
+def _run_shape(network, passes, state, i, row_keys, choice, shape, widest):
     """(tokens [B, P], logits, keys, values) of pass i run in one shape, widened to the widest."""
     width, picked = shape
     window = _window(passes, state, i, width, picked)
-    logits, keys, values = network_lib.forward(network, window, state.cache, spans_)
+    logits, keys, values = network_lib.forward(network, window, state.cache)
     chosen = None
     if picked:
         position = jnp.take_along_axis(window.position, window.pick, axis=1)
@@ -123,19 +114,17 @@ def _run_shape(network, passes, state, i, row_keys, choice, shape, widest, spans
 
 @functools.partial(
     jax.jit,
-    static_argnames=("choice", "shapes", "spans_", "aligned", "eos_id"),
+    static_argnames=("choice", "shapes", "aligned", "eos_id"),
     donate_argnames="state",
 )
-def run(network, passes, index, state, row_keys, high, *, choice, shapes, spans_, aligned, eos_id):
+def run(network, passes, index, state, row_keys, high, *, choice, shapes, aligned, eos_id):
     """Passes up to high − 1, each in its one of the `shapes`; ends when every text has ended."""
     widest = tuple(map(max, zip(*shapes, strict=True)))
-    length = spans_[-1]
 
     def one_pass(state):
         i = state.next
         branches = [
-            functools.partial(_run_shape, choice=choice, shape=s, widest=widest, spans_=spans_)
-            for s in shapes
+            functools.partial(_run_shape, choice=choice, shape=s, widest=widest) for s in shapes
         ]
         args = network, passes, state, i, row_keys
         found = jax.lax.switch(index[i], branches, *args) if len(shapes) > 1 else branches[0](*args)
@@ -145,13 +134,16 @@ def run(network, passes, index, state, row_keys, high, *, choice, shapes, spans_
             keep = jnp.arange(widest[1])[None] < passes.size[i][:, None]
             state = _reveal(state, passes, i, slot, keep, chosen, logits, eos_id)
         if state.cache is not None:
-            cache = network_lib.write(state.cache, keys, values, passes.start[i], aligned=aligned)
+            after = keys[-1][:, 0, 0, 0] > jnp.inf if chosen is None else chosen
+            cache = network_lib.write(
+                state.cache, keys, values, passes.start[i], after.astype(jnp.int32), aligned=aligned
+            )
             state = state.replace(cache=cache)
         return state.replace(next=i + 1)
 
     def goes_on(state):
         left = passes.lowest_left[state.next]
-        ended = (left >= length) | (state.text_end < left)
+        ended = (left == NEVER) | (state.text_end < left)
         return (state.next < high) & ~ended.all()
 
     return jax.lax.while_loop(goes_on, one_pass, state)
@@ -185,7 +177,7 @@ def start_state(network: Network, passes: Passes, margin: int, mesh, *, with_log
     known = np.full((batch, slots + 1), passes.start_token, np.int32)
     known[:, passes.shift : passes.shift + length] = passes.known
     is_given = np.arange(slots)[None] < passes.given[:, None]
-    empty = functools.partial(network_lib.empty_cache, config, batch, slots, mesh)
+    empty = functools.partial(network_lib.empty_cache, config, batch, length, margin, mesh)
     return State(
         known=jnp.asarray(known),
         cache=empty() if cached else None,
@@ -227,27 +219,29 @@ def decode(
     state = start_state(network, passes, margin, mesh, with_logits=with_logits, cached=cached)
     aligned, tables = passes.aligned, passes.padded(margin)
     # One more row, for the end of the loop looks at the pass to come.
-    tables = tables.replace(lowest_left=np.pad(tables.lowest_left, ((0, 1), (0, 0))))
+    tables = tables.replace(
+        lowest_left=np.pad(tables.lowest_left, ((0, 1), (0, 0)), constant_values=NEVER)
+    )
     for high, index, shapes in segments:
         state = run(
             network, tables, index, state, keys, 0 if dry_run else high,
-            choice=choice, shapes=shapes, spans_=spans(length), aligned=aligned, eos_id=eos_id,
+            choice=choice, shapes=shapes, aligned=aligned, eos_id=eos_id,
         )  # fmt: skip
     return in_text_order(state, passes)
 
 
 def prefill(network: Network, passes: Passes, keys, *, margin: int, mesh, dry_run: bool):
-    """(tables padded by at least `margin` slots, state with a cache) behind the passes of the prompt;
-    for loops that find the order or the steps of the rest themselves."""
+    """(tables padded by at least `margin` slots, state with a cache) behind the passes of the
+    prompt; for loops that find the order or the steps of the rest themselves."""
     segments = [(low, high) for low, high in passes.segments() if not passes.size[low].any()]
     classes = [passes.classes(*segment) for segment in segments]
     margin = max([margin, *(width for _, shapes in classes for width, _ in shapes)])
     state = start_state(network, passes, margin, mesh, with_logits=False, cached=True)
-    tables, spans_ = passes.padded(margin), spans(passes.order.shape[1])
+    tables = passes.padded(margin)
     for (_, high), (index, shapes) in zip(segments, classes, strict=True):
         state = run(
             network, tables, index, state, keys, 0 if dry_run else high, choice=None,
-            shapes=shapes, spans_=spans_, aligned=passes.aligned, eos_id=None,
+            shapes=shapes, aligned=passes.aligned, eos_id=None,
         )  # fmt: skip
     return tables, state
 

@@ -42,29 +42,46 @@ class Network:
 
 @flax.struct.dataclass
 class Cache:
-    """Keys [B, G, K, S] (as their product with queries wants them) and values [B, G, S, K] of each
-    block."""
+    """Keys and values, for each block cut along the slots into chunks that are arrays of their own:
+    attention reads the first few, as far as they are filled, and a slice would be a copy.
 
-    keys: tuple[jax.Array, ...]
-    values: tuple[jax.Array, ...]
+    Attributes:
+      keys: [block][chunk], [B, G, K, slots of the chunk], as their product with queries wants them.
+      values: likewise, [B, G, slots of the chunk, K].
+      ends: for each chunk, the slot behind its last.
+    """
 
-    @property
-    def slots(self) -> int:
-        return self.values[0].shape[2]
+    keys: tuple[tuple[jax.Array, ...], ...]
+    values: tuple[tuple[jax.Array, ...], ...]
+    ends: tuple[int, ...] = flax.struct.field(pytree_node=False)
 
 
-def empty_cache(config: ModelConfig, batch: int, slots: int, mesh: Mesh | None = None) -> Cache:
-    """A cache of S = `slots` for B = `batch` rows, which lie on the mesh as their tokens do."""
-    shape = batch, config.groups, slots, config.head_width
+def _ends(length: int, widest: int) -> tuple[int, ...]:
+    """Of chunks no shorter than a window may be; the last has room for one that runs over."""
+    unit = max(64, -(-length // 512) * 64, -(-widest // 64) * 64)
+    ends = sorted({min(n * unit, length) for n in (1, 2, 3, 4, 6, 8)})
+    while len(ends) > 1 and ends[-1] - ends[-2] < unit:
+        del ends[-2]
+    return (*ends[:-1], length + widest)
 
-    def zeros(shape, *axes):
-        where = None if mesh is None else sharding.place(mesh, *axes)
-        return jnp.zeros(shape, config.dtype, device=where)
 
-    rows = ("rows", "heads", None, None)
+def empty_cache(
+    config: ModelConfig, batch: int, length: int, widest: int, mesh: Mesh | None = None
+) -> Cache:
+    """A cache for B = `batch` rows of `length` tokens in windows of up to `widest`; the rows lie on
+    the mesh as their tokens do."""
+    ends = _ends(length, widest)
+    sizes = [end - start for start, end in zip((0, *ends), ends, strict=False)]
+    where = None if mesh is None else sharding.place(mesh, "rows", "heads", None, None)
+
+    def zeros(*shape):
+        return jnp.zeros((batch, config.groups, *shape), config.dtype, device=where)
+
+    width, blocks = config.head_width, range(config.blocks)
     return Cache(
-        keys=tuple(zeros((*shape[:2], shape[3], shape[2]), *rows) for _ in range(config.blocks)),
-        values=tuple(zeros(shape, *rows) for _ in range(config.blocks)),
+        keys=tuple(tuple(zeros(width, size) for size in sizes) for _ in blocks),
+        values=tuple(tuple(zeros(size, width) for size in sizes) for _ in blocks),
+        ends=ends,
     )
 
 
@@ -131,7 +148,7 @@ def _fold(config: ModelConfig, params: dict) -> Network:
 
 
 def _behind_norm(norm: dict, linear: dict, shift, scale, config):
-    """(kernel, bias) that act on the normed h as `linear` does on h · norm · (1 + scale) + shift."""
+    """(kernel, bias) acting on the normed h as `linear` does on h · norm · (1 + scale) + shift."""
     kernel, bias = linear["kernel"], linear.get("bias")
     if config.cond_width:
         moved = jnp.tensordot(shift, kernel, 1)
@@ -184,13 +201,11 @@ class Window:
     pick: jax.Array
 
 
-def forward(network: Network, window: Window, cache: Cache | None, spans: tuple[int, ...]):
+def forward(network: Network, window: Window, cache: Cache | None):
     """One pass. The cache is read, not written.
 
     Args:
       cache: None = nothing was generated that would have to be seen.
-      spans: ascending numbers of slots, the last one enough for any pass: attention reads the
-        fewest of them that hold what is filled.
 
     Returns:
       (logits float32 [B, P, V], mask token not excluded, or None if P = 0;
@@ -199,14 +214,14 @@ def forward(network: Network, window: Window, cache: Cache | None, spans: tuple[
     config = network.config
     h = network.embedding[window.token]
     cos, sin = model_lib.rope_angles(window.position, config.head_width, config.rope_base)
-    span = None
-    if cache is not None:
-        span = jnp.searchsorted(jnp.array(spans), window.filled.max())
+    count = None
+    if cache is not None:  # of the chunks that are to be read
+        count = 1 + jnp.sum(window.filled.max() > jnp.array(cache.ends[:-1], jnp.int32))
     keys, values = [], []
     for i, block in enumerate(network.blocks):
         q, k, v = _heads(config, block, _norm(config, h), cos, sin)
         past = None if cache is None else (cache.keys[i], cache.values[i])
-        a_BGRWK = _attend(q, k, v, past, window, spans, span)
+        a_BGRWK = _attend(q, k, v, past, window, count)
         flat = jnp.moveaxis(a_BGRWK, 3, 1).reshape(*h.shape[:2], -1).astype(h.dtype)
         h = h + flat @ block["attention_out"]
         h = h + _mlp(config, block, _norm(config, h))
@@ -248,61 +263,84 @@ def _mlp(config, block, normed):
     return _linear(block, "mlp_out", model_lib.activate(config, inner))
 
 
-def _attend(q_BGRWK, k, v, past, window, spans, span):
-    """Attention of the window to the cache and to itself."""
+def _attend(q_BGRWK, k, v, past, window, count):
+    """Attention of the window to the first `count` chunks of the cache and to itself."""
     if past is None:
-        return _attend_span(0, q_BGRWK, k, v, None, window)
-    branches = [functools.partial(_attend_span, n) for n in spans]
+        return _attend_chunks(0, q_BGRWK, k, v, ((), ()), window)
+    branches = [
+        functools.partial(lambda n, past: _attend_chunks(n, q_BGRWK, k, v, past, window), n)
+        for n in range(1, len(past[0]) + 1)
+    ]
     if len(branches) == 1:
-        return branches[0](q_BGRWK, k, v, past, window)
-
-    def attend_span(n):
-        return lambda past: _attend_span(n, q_BGRWK, k, v, past, window)
-
-    return jax.lax.switch(span, [attend_span(n) for n in spans], past)
+        return branches[0](past)
+    return jax.lax.switch(count - 1, branches, past)
 
 
-def _attend_span(span: int, q_BGRWK, k, v, past, window):
-    """Softmax in float32 over `span` slots of the cache and the window."""
+def _attend_chunks(count: int, q_BGRWK, k, v, past, window):
+    """Softmax in float32 over `count` chunks of the cache and the window."""
     batch, groups, per_group, width, head_width = q_BGRWK.shape
     q = q_BGRWK.reshape(batch, groups, per_group * width, head_width)
     dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     here = dot("bgtk,bgsk->bgts", q, k).reshape(batch, groups, per_group, width, width)
     here = jnp.where(window.visible[:, None, None], here, MASKED)
-    here = here.reshape(batch, groups, -1, width)
-    if not span:
-        probs = jax.nn.softmax(here, axis=-1).astype(v.dtype)
-        return dot("bgts,bgsk->bgtk", probs, v).reshape(q_BGRWK.shape)
-    keys, values = past[0][..., :span], past[1][:, :, :span]
-    there = dot("bgtk,bgks->bgts", q, keys)
-    filled = jnp.arange(span)[None] < window.filled[:, None]
-    there = jnp.where(filled[:, None, None], there, MASKED)
-    top = jnp.maximum(here.max(-1, keepdims=True), there.max(-1, keepdims=True))
-    here, there = jnp.exp(here - top), jnp.exp(there - top)
-    total = here.sum(-1, keepdims=True) + there.sum(-1, keepdims=True)
-    out = dot("bgts,bgsk->bgtk", there.astype(v.dtype), values)
-    out = (out + dot("bgts,bgsk->bgtk", here.astype(v.dtype), v)) / total
-    return out.reshape(q_BGRWK.shape)
+    scores, values, start = [here.reshape(batch, groups, -1, width)], [v], 0
+    for keys, chunk in zip(past[0][:count], past[1][:count], strict=True):
+        filled = start + jnp.arange(keys.shape[3])[None] < window.filled[:, None]
+        score = dot("bgtk,bgks->bgts", q, keys)
+        scores.append(jnp.where(filled[:, None, None], score, MASKED))
+        values.append(chunk)
+        start += keys.shape[3]
+    top = functools.reduce(jnp.maximum, [score.max(-1, keepdims=True) for score in scores])
+    probs = [jnp.exp(score - top) for score in scores]
+    total = sum(p.sum(-1, keepdims=True) for p in probs)
+    out = sum(
+        dot("bgts,bgsk->bgtk", p.astype(v.dtype), value)
+        for p, value in zip(probs, values, strict=True)
+    )
+    return (out / total).reshape(q_BGRWK.shape)
 
 
-def write(cache: Cache, keys, values, start, *, aligned: bool) -> Cache:
+def write(cache: Cache, keys, values, start, after, *, aligned: bool) -> Cache:
     """Puts what a pass returned into slots [start, start + W).
 
     Args:
       start: int32 [B]; start + W must not exceed the slots.
+      after: int32, at least 0, that follows from all that the pass read of the cache. Writing has
+        to wait for it; XLA would copy the cache before each pass if it saw no such order.
       aligned: all rows start at the same slot, which is faster.
     """
-    if aligned:
+    start = start + jnp.minimum(after.min(), 0)
+    lows = (0, *cache.ends)
 
-        def put(array, new, axis):
-            return jax.lax.dynamic_update_slice_in_dim(array, new, start[0], axis)
-    else:
+    def put(chunks, new, axis):
+        return tuple(
+            _write_chunk(chunk, new, start - low, axis, aligned)
+            for chunk, low in zip(chunks, lows, strict=False)
+        )
 
-        def put(array, new, axis):
-            put_row = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=axis - 1)
-            return jax.vmap(put_row)(array, new, start)
-
-    return Cache(
+    return cache.replace(
         keys=tuple(put(a, new, 3) for a, new in zip(cache.keys, keys, strict=True)),
         values=tuple(put(a, new, 2) for a, new in zip(cache.values, values, strict=True)),
     )
+
+
+def _write_chunk(chunk, new, at, axis: int, aligned: bool):
+    """Puts the columns of `new` that fall into the chunk there, from place `at` [B] on, which may
+    lie before it or behind it."""
+    if not aligned:
+        row = functools.partial(_write_columns, axis=axis - 1)
+        return jax.vmap(row)(chunk, new, at)
+    return _write_columns(chunk, new, at[0], axis=axis)
+
+
+def _write_columns(chunk, new, at, *, axis: int):
+    width, size = new.shape[axis], chunk.shape[axis]
+    low = jnp.clip(at, 0, size - width)
+    old = jax.lax.dynamic_slice_in_dim(chunk, low, width, axis)
+    column = jnp.arange(width) + low - at  # of `new`, that comes to each place
+    moved = jnp.take(new, column, axis=axis, mode="clip")
+    shape = [1] * new.ndim
+    shape[axis] = width
+    keep = ((column >= 0) & (column < width)).reshape(shape)
+    update = jnp.where(keep, moved, old)
+    return jax.lax.dynamic_update_slice_in_dim(chunk, update, low, axis)

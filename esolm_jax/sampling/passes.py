@@ -39,7 +39,8 @@ class Passes:
       start, first, size, end, bidirectional_below: [steps, B], slots as described above; slots
         below `bidirectional_below` are of rank 0.
       given: [B], how many leading slots hold given tokens.
-      lowest_left: [steps, B], the leftmost position that is still unknown before a pass.
+      lowest_left: [steps, B], the leftmost position that is still unknown before a pass, or
+        the largest int32.
       unknown: the token that stands for what is not known yet.
       shift: 0, or 1 where slot j holds text token j−1 and predicts token j (AR).
       start_token: what slot 0 holds when shift = 1.
@@ -123,9 +124,10 @@ def _new_context(schedule: Schedule) -> np.ndarray:
 
 def _lowest_left(schedule: Schedule, first: np.ndarray) -> np.ndarray:
     slot = np.arange(schedule.order.shape[1])
-    position = np.where(slot[None] < schedule.length[:, None], schedule.order, len(slot))
+    none = np.iinfo(np.int32).max
+    position = np.where(slot[None] < schedule.length[:, None], schedule.order, none)
     behind = np.minimum.accumulate(position[:, ::-1], axis=1)[:, ::-1]
-    behind = np.pad(behind, ((0, 0), (0, 1)), constant_values=len(slot))
+    behind = np.pad(behind, ((0, 0), (0, 1)), constant_values=none)
     return np.take_along_axis(behind.T, first, axis=0)
 
 

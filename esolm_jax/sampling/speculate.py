@@ -29,7 +29,7 @@ import numpy as np
 from esolm_jax.attention import visible
 from esolm_jax.sampling import decode as decode_lib
 from esolm_jax.sampling import network as network_lib
-from esolm_jax.sampling.choose import RESIDUAL, Choice, gumbel, log_uniform
+from esolm_jax.sampling.choose import RESIDUAL, Choice, argmax, gumbel, log_uniform
 from esolm_jax.sampling.decode import NEVER, UNREAD, Decoded, State
 from esolm_jax.sampling.network import Network, Window
 from esolm_jax.sampling.passes import Passes
@@ -88,7 +88,7 @@ def _labels(style: str, k: int, s: Speculation):
     return slot, rank, jnp.asarray(np.concatenate(in_context))[None]
 
 
-def _predict(network, passes: Passes, s: Speculation, style: str, k: int, spans_):
+def _predict(network, passes: Passes, s: Speculation, style: str, k: int):
     """Runs a pass: logits of what stands or falls [B, k, V], those of drafts [B, groups, n, V]
     (one group in a chain), and what enters the cache."""
     slot, rank, in_context = _labels(style, k, s)
@@ -108,7 +108,7 @@ def _predict(network, passes: Passes, s: Speculation, style: str, k: int, spans_
         filled=s.filled,
         pick=jnp.broadcast_to(jnp.arange(k, width)[None], (len(slot), width - k)),
     )
-    logits, keys, values = network_lib.forward(network, window, s.state.cache, spans_)
+    logits, keys, values = network_lib.forward(network, window, s.state.cache)
     batch, _, vocab = logits.shape
     drafts = logits[:, k:].reshape(batch, -1, k - 1, vocab)
     return logits[:, :k], drafts, [a[..., :k] for a in keys], [a[:, :, :k] for a in values]
@@ -141,18 +141,18 @@ def _verify(choice: Choice, s: Speculation, exact, token, position, keys):
 def _draw(choice: Choice, log_p, position, keys, rejected=None):
     """int32 [B, P], with noise of its own where a draft was rejected."""
     if choice.temperature == 0:
-        return jnp.argmax(log_p, axis=-1).astype(jnp.int32)
+        return argmax(log_p)
     noise = gumbel(keys, position, log_p.shape[-1])
     if rejected is not None:
         again = gumbel(keys, position, log_p.shape[-1], RESIDUAL)
         noise = jnp.where(rejected[:, None, None], again, noise)
-    return jnp.argmax(log_p + noise, axis=-1).astype(jnp.int32)
+    return argmax(log_p + noise)
 
 
-def _one_pass(network, passes, s: Speculation, keys, choice, style, k, most, spans_, length):
+def _one_pass(network, passes, s: Speculation, keys, choice, style, k, most, length):
     """One pass that yields at most k tokens; `most` is the largest k of all passes."""
     n, batch = k - 1, jnp.arange(len(s.count))
-    exact, drafts, new_keys, new_values = _predict(network, passes, s, style, k, spans_)
+    exact, drafts, new_keys, new_values = _predict(network, passes, s, style, k)
     slot = jnp.minimum(s.count[:, None] + jnp.arange(k)[None], passes.order.shape[1] - 1)
     position, token = (jnp.take_along_axis(a, slot, axis=1) for a in (passes.order, s.state.known))
     if style == "chain":  # the first mask is the query behind the drafts
@@ -177,7 +177,9 @@ def _one_pass(network, passes, s: Speculation, keys, choice, style, k, most, spa
     to = count[:, None] - 1 + jnp.arange(k)[None]
     state = s.state.replace(
         known=decode_lib.put(s.state.known, tokens, to, to < length[:, None]),
-        cache=network_lib.write(s.state.cache, new_keys, new_values, s.filled, aligned=False),
+        cache=network_lib.write(
+            s.state.cache, new_keys, new_values, s.filled, tokens, aligned=len(count) == 1
+        ),
     )
     count = jnp.minimum(count, length)
     tested = (jnp.arange(n)[None] <= accepted[:, None]) & (jnp.arange(n)[None] < s.drafted[:, None])
@@ -201,13 +203,13 @@ def _filled_up(array, size: int):
 
 @functools.partial(
     jax.jit,
-    static_argnames=("choice", "style", "sizes", "spans_", "eos_id"),
+    static_argnames=("choice", "style", "sizes", "eos_id"),
     donate_argnames="s",
 )
-def _run(network, passes, s, keys, length, lowest_left, *, choice, style, sizes, spans_, eos_id):
+def _run(network, passes, s, keys, length, lowest_left, *, choice, style, sizes, eos_id):
     def one_pass(s: Speculation):
         before = s.count
-        common = dict(choice=choice, style=style, most=sizes[-1], spans_=spans_, length=length)
+        common = dict(choice=choice, style=style, most=sizes[-1], length=length)
         branches = [functools.partial(_one_pass, k=k, **common) for k in sizes]
         args = network, passes, s, keys
         if len(sizes) > 1:
@@ -283,7 +285,7 @@ def speculate(
     s = _run(
         network, tables, s, keys, given if dry_run else total.astype(np.int32),
         _lowest_left(passes, total), choice=choice, style=style, sizes=sizes,
-        spans_=decode_lib.spans(length), eos_id=eos_id,
+        eos_id=eos_id,
     )  # fmt: skip
     return decode_lib.in_text_order(s.state, passes), {"tested": s.tested, "accepted": s.accepted}
 
