@@ -212,7 +212,6 @@ def decode(
       with_logits: also return the logits each token was drawn from (mask token not excluded).
       dry_run: compile, but run no pass.
     """
-    length = passes.order.shape[1]
     segments = [(high, *passes.classes(low, high)) for low, high in passes.segments()]
     margin = max(width for *_, shapes in segments for width, _ in shapes)
     cached = bool(passes.start.max(initial=0))

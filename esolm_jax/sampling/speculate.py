@@ -266,7 +266,6 @@ def speculate(
       What was generated, and {"tested", "accepted"}: int32 [B, k − 1], drafts by how far they were
       behind the last token that stood.
     """
-    length = passes.order.shape[1]
     tables, state = decode_lib.prefill(network, passes, keys, margin=k, mesh=mesh, dry_run=dry_run)
     batch, vocab = len(passes.order), network.config.vocab_size
     sizes = tuple(sorted({*(2**i for i in range(1, 10) if 2**i < k), k})) if adaptive else (k,)
