@@ -107,6 +107,19 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     raise UserError(f"{directory}: holds no tokenizer ({files})")
 
 
+def read_tokenizer(given: str | Path) -> Tokenizer:
+    """The tokenizer in a file or folder of any kind: what save() left, a SentencePiece .model, or
+    the files that wordpieces.read takes; "bytes" is the one of bytes. Raises UserError."""
+    path = Path(given).expanduser()
+    if given == Bytes.kind:
+        return Bytes()
+    if (path / MODEL_FILE).is_file() or (path / BYTES_FILE).is_file():
+        return load_tokenizer(path)
+    if path.suffix == ".model" and path.is_file():
+        return SentencePiece(path.read_bytes(), str(path))
+    return wordpieces.read(path)
+
+
 def from_config(config: Any, train_documents: Callable[[], Iterable[str]]) -> Tokenizer:
     """The tokenizer that config.data asks for.
 

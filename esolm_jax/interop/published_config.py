@@ -3,7 +3,6 @@
 This is what `convert` runs with when --config is left out: FILE's hyper-parameters, in our words.
 """
 
-import pathlib
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -41,6 +40,7 @@ _HUB = {  # config.json of the models on the Hugging Face hub → names of the p
     "n_heads": "n_heads",
     "dropout": "dropout",
 }
+_HIDDEN = ("objective", "alpha_0", "start_token", "model.heads")  # no shape tells them
 _TOKENIZERS = {"gpt2": "gpt2", "bert-base-uncased": "bert"}
 _ESO = {  # by the mode of attention in each phase
     "algo.diffusion_attn_mode": {"causal": "eso_b", "mixed2": "eso_a"},
@@ -56,7 +56,7 @@ def get_config(path: str) -> ConfigDict:
     """
     published = published_file.read(path)
     if published.ours is not None:
-        return ConfigDict(published.ours).lock()
+        return ConfigDict(published.ours["config"]).lock()
     if published.hyper is None:
         raise UserError(
             "--config is missing: the number of heads cannot be read off the tensors, and "
@@ -164,6 +164,22 @@ def _set_data(config: ConfigDict, hyper: Any) -> None:
         config.data.source, config.data.train, config.data.test = "tfds:lm1b", "train", "test"
 
 
-def name_of(path: str) -> str:
-    """What to give as --config for the config of FILE."""
-    return f"{pathlib.Path(__file__)}:{path}"
+def check(config: ConfigDict, published: published_file.Published) -> None:
+    """UserError if the file's hyper-parameters say that the model is another than `config`'s, in
+    what the shapes of its tensors do not show."""
+    said: dict[str, Any] = {}
+    if published.ours is not None:
+        theirs = config_lib.flat(ConfigDict(published.ours["config"]))
+        said = {name: theirs.get(name) for name in _HIDDEN}
+    elif published.hyper is not None:
+        hyper, where = _with_sections(published.hyper), str(published.path)
+        _check_architecture(hyper, where)
+        said["model.heads"] = find(hyper, "model.n_heads")
+        if find(hyper, "algo.name") is not None:
+            said["objective"], said["alpha_0"] = _objective(hyper, where)
+    ours = config_lib.flat(config)
+    for name, value in said.items():
+        if value is not None and ours[name] != value:
+            raise UserError(
+                f"config.{name}={ours[name]!r}: {published.path} was trained with {value!r}"
+            )

@@ -16,7 +16,9 @@ from esolm_jax.interop import reference, safetensors_file, torch_archive
 from esolm_jax.interop.torch_pickle import Object
 
 _PREFIX = re.compile(r"((module|_orig_mod|backbone)\.)+")  # of wrappers; backbone: the model
-_NO_WEIGHTS = re.compile(r"(noise|metrics|valid_metrics|test_metrics|train_metrics)\.|sampling_eps_")
+_NO_WEIGHTS = re.compile(
+    r"(noise|metrics|valid_metrics|test_metrics|train_metrics)\.|sampling_eps_"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Published:
       ema: the same of the exponential moving average, or None if the file has one set of weights.
       hyper: hyper-parameters as the file stores them; see `find`. None if it has none.
       step: training steps done, or None if the file does not say.
-      ours: the config saved by our own export, or None.
+      ours: what our own export says: {"config", "tokenizer", "step", "weights"}, or None.
     """
 
     path: pathlib.Path
@@ -73,7 +75,7 @@ def _safetensors(file: pathlib.Path) -> Published:
             hyper = json.loads(beside.read_text("utf-8"))
         except ValueError as error:
             raise UserError(f"{beside}: not JSON: {error}") from error
-    return Published(file, raw, hyper=hyper, step=about.get("step"), ours=about.get("config"))
+    return Published(file, raw, hyper=hyper, step=about.get("step"), ours=about or None)
 
 
 def _torch(file: pathlib.Path) -> Published:

@@ -38,7 +38,8 @@ _TABLE = (
     ("output_layer.adaLN_modulation.weight", "final_modulation/linear/kernel", True),
     ("output_layer.adaLN_modulation.bias", "final_modulation/linear/bias", False),
 )
-CONSTANTS = ("rotary_emb.inv_freq",)  # stored beside the parameters, but not one
+INV_FREQ = "rotary_emb.inv_freq"
+CONSTANTS = (INV_FREQ,)  # stored beside the parameters, but not one
 
 
 def model_config(weights: Mapping[str, np.ndarray], num_heads: int) -> model_lib.ModelConfig:
@@ -55,6 +56,28 @@ def model_config(weights: Mapping[str, np.ndarray], num_heads: int) -> model_lib
         heads=num_heads,
         cond_width=0 if time is None else time.shape[0],
     )
+
+
+def check_config(model) -> None:
+    """UserError if the published code has no such model; `model` is config.model."""
+    allowed = {
+        "style": ("dit",),
+        "kv_heads": (0, model.heads),
+        "mlp_width": (0, 4 * model.width),
+        "rope_base": (10_000.0,),
+    }
+    for name, values in allowed.items():
+        if model[name] not in values:
+            raise UserError(
+                f"config.model.{name}={model[name]!r}: must be {values[0]!r} in a model with "
+                "published parameter names"
+            )
+
+
+def inv_freq(config: model_lib.ModelConfig) -> np.ndarray:
+    """The constant INV_FREQ: float32 [K/2]."""
+    exponents = np.arange(0, config.head_width, 2, dtype=np.float32) / np.float32(config.head_width)
+    return 1 / np.float32(config.rope_base) ** exponents
 
 
 def _from_published(path: str, array, config: model_lib.ModelConfig):
@@ -135,9 +158,7 @@ class Reference:
       config: ModelConfig; params: our pytree; mask_id: by default the last id of the vocabulary.
     """
 
-    def __init__(
-        self, config: model_lib.ModelConfig, params: dict, mask_id: int | None = None
-    ):
+    def __init__(self, config: model_lib.ModelConfig, params: dict, mask_id: int | None = None):
         self.config = config
         self.params = params
         self.mask_id = config.vocab_size - 1 if mask_id is None else mask_id
