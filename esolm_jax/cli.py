@@ -1,6 +1,7 @@
 """The command line that all verbs share: --config=FILE --workdir=DIR --config.field=value …"""
 
 import contextlib
+import functools
 import os
 import pathlib
 import re
@@ -17,6 +18,11 @@ from esolm_jax.errors import UserError, nearest
 
 FlagValue = Callable[[str], str | None]  # the value of --name, before flags are parsed
 _SAVED = pathlib.Path(__file__).with_name("saved_config.py")
+
+
+def saved_config(workdir: str | pathlib.Path) -> str:
+    """What to give as --config for the config of the latest checkpoint in a workdir."""
+    return f"{_SAVED}:{workdir}"
 
 
 def _flag_value(argv: list[str], name: str) -> str | None:
@@ -52,7 +58,7 @@ def _define_flags(argv: list[str], verb: str, needs_workdir: bool, find_config) 
     workdir = pathlib.Path(workdir or ".").expanduser()
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: is a file; it must be a folder, or not there yet")
-    default = None if config else find_config(workdir)
+    default = find_config(workdir)
     if not config and default is None:
         raise UserError(f"--config is missing: python -m esolm_jax.{verb} --config=configs/….py …")
     if config and not pathlib.Path(config.split(":")[0]).is_file():
@@ -114,9 +120,10 @@ def run(
         define_flags()
 
         def find_config(workdir):
-            given = default_config(lambda name: _flag_value(argv, name))
-            saved = reads_checkpoint or (needs_workdir and (workdir / checkpoint.FOLDER).is_dir())
-            return given or (f"{_SAVED}:{workdir}" if saved else None)
+            flag = functools.partial(_flag_value, argv)
+            has_checkpoints = needs_workdir and (workdir / checkpoint.FOLDER).is_dir()
+            saved = reads_checkpoint or (has_checkpoints and not flag("config"))
+            return default_config(flag) or (saved_config(workdir) if saved else None)
 
         _define_flags(argv, verb, needs_workdir, find_config)
         try:

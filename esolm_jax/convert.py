@@ -22,9 +22,12 @@ def define_flags() -> None:
 
 
 def default_config(flag: cli.FlagValue) -> str | None:
-    """With --from, the config that the file's own hyper-parameters make."""
+    """With --from, the config that the file's own hyper-parameters make; else the one saved."""
     _check_direction(flag("from"), flag("to"))
-    return f"{published_config.__file__}:{flag('from')}" if flag("from") else None
+    if flag("config"):
+        return None
+    source = f"{published_config.__file__}:{flag('from')}"
+    return source if flag("from") else cli.saved_config(pathlib.Path(flag("workdir")).expanduser())
 
 
 def _check_direction(source: str | None, target: str | None) -> None:

@@ -57,7 +57,12 @@ def shapes(vocab=VOCAB, width=WIDTH, cond=COND, blocks=BLOCKS):
         "mlp.2.bias": (width,),
     }
     ada = {"adaLN_modulation.weight": (6 * width, cond), "adaLN_modulation.bias": (6 * width,)}
-    sigma = {"0.weight": (cond, 256), "0.bias": (cond,), "2.weight": (cond, cond), "2.bias": (cond,)}
+    sigma = {
+        "0.weight": (cond, 256),
+        "0.bias": (cond,),
+        "2.weight": (cond, cond),
+        "2.bias": (cond,),
+    }
     found = {"vocab_embed.embedding": (vocab, width)}
     found |= {f"sigma_map.mlp.{name}": shape for name, shape in sigma.items() if cond}
     for i in range(blocks):

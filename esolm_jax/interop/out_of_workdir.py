@@ -10,6 +10,7 @@ from esolm_jax import assemble, sharding
 from esolm_jax.errors import UserError
 from esolm_jax.interop import reference, safetensors_file
 
+_PATHS = ("train", "validation", "test", "dir", "tfds_dir", "tokenizer_path")
 PREFIX = "backbone."  # of the model in the published checkpoints
 WEIGHTS = ("ema", "raw")
 
@@ -34,7 +35,7 @@ def convert(config, workdir: pathlib.Path, target: pathlib.Path, weights: str) -
     tensors = reference.to_published(trained.params)
     tensors[reference.INV_FREQ] = reference.inv_freq(trained.built.model)
     about = {
-        "config": trained.meta["config"],
+        "config": _without_paths(trained.meta["config"]),
         "tokenizer": trained.meta["tokenizer"],
         "step": trained.step,
         "weights": weights,
@@ -42,3 +43,8 @@ def convert(config, workdir: pathlib.Path, target: pathlib.Path, weights: str) -
     named = {PREFIX + name: np.asarray(array) for name, array in tensors.items()}
     safetensors_file.write(target, named, about)
     return trained.step, sum(a.size for a in jax.tree.leaves(trained.params))
+
+
+def _without_paths(config: dict) -> dict:
+    """What lies where on this machine is nobody's business who gets the file."""
+    return config | {"data": config["data"] | dict.fromkeys(_PATHS, "")}
