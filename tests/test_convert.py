@@ -231,10 +231,11 @@ def test_sample_evaluate_and_train_go_on(converted, tmp_path, capsys):
     assert json.loads((workdir / "samples.json").read_text())["step"] == STEP
     text = tiny_run.arguments(tiny_run.write_text(tmp_path / "text"))
     assert command("prepare", f"--workdir={workdir}", *text) == 0
-    assert command("evaluate", f"--workdir={workdir}", "--config.eval.batch_size=8") == 0
+    one_phase = "--config.alpha_0=1"  # is compiled sooner
+    assert command("evaluate", f"--workdir={workdir}", "--config.eval.batch_size=8", one_phase) == 0
     assert json.loads((workdir / "evaluate.json").read_text())["step"] == STEP
     capsys.readouterr()
-    more = [f"--config.train.steps={STEP + 1}", "--config.train.log_every=1"]
+    more = [f"--config.train.steps={STEP + 1}", "--config.train.log_every=1", one_phase]
     more += ["--config.train.batch_size=4", "--config.eval.batch_size=8"]  # only the model is given
     more += ["--config.optimizer.warmup_steps=1", "--config.model.dropout=0"]
     assert command("train", f"--workdir={workdir}", *text, *more) == 0

@@ -125,9 +125,8 @@ def _find(path: Path) -> Path:
 def _of_json(content: Any) -> tuple[str, dict[str, int], list, bool]:
     """kind, vocabulary, merges and case of a tokenizer.json."""
     model, before = content["model"], json.dumps(content.get("pre_tokenizer"))
-    kinds = {("BPE", "ByteLevel" in before): "gpt2", ("WordPiece", False): "bert"}
-    kind = kinds.get((model.get("type"), "ByteLevel" in before))
-    if kind is None:
+    kind = {"BPE": "gpt2", "WordPiece": "bert"}.get(model.get("type"))
+    if kind is None or (kind == "gpt2" and "ByteLevel" not in before):
         raise UserError(f"a {model.get('type')} tokenizer; allowed: byte-level BPE, WordPiece")
     vocab = dict(model["vocab"])
     for added in content.get("added_tokens") or []:
