@@ -35,7 +35,8 @@ def default_config() -> ConfigDict:
     data.seq_len = 128  # L
     data.packing = "wrap"  # wrap: documents joined by EOS | pad: one document a window
     data.tokenizer = "sentencepiece"  # sentencepiece | bytes | gpt2 | bert
-    data.tokenizer_path = ""  # its files (README); '' = train a SentencePiece model at prepare
+    data.tokenizer_path = ""  # a SentencePiece .model ('' = train one at prepare), or files of
+    # gpt2 or bert: a folder, tokenizer.json, vocab.json beside merges.txt, or vocab.txt
     data.vocab_size = 1024  # of a SentencePiece model to be trained, without the mask token
     data.workers = 0  # Grain worker processes; 0 = read in the training process
 
@@ -134,7 +135,7 @@ _SOURCE = (
     "shakespeare, text or tfds:<name>",
 )
 
-CHECKS: dict[str, Check] = {
+_CHECKS: dict[str, Check] = {
     "seed": _SEED,
     "alpha_0": _between(0, 1),
     "kappa": ((lambda v: 0 < v < 1), "between 0 and 1, both excluded"),
@@ -204,6 +205,12 @@ CHECKS: dict[str, Check] = {
 }
 
 
+def is_allowed(name: str, value) -> bool:
+    """Whether the field of this dotted name may have the value, by itself; of the right type."""
+    is_right, _ = _CHECKS[name]
+    return is_right(value)
+
+
 def flat(config: ConfigDict) -> dict:
     """Fields by dotted path: {"data.seq_len": 128, …}."""
     fields = {}
@@ -246,7 +253,7 @@ def validate(config: ConfigDict) -> None:
             f"config.objective={config.objective!r}: must be one of {', '.join(OBJECTIVES)}"
             f"{nearest(config.objective, OBJECTIVES)}"
         )
-    for name, (is_right, allowed) in CHECKS.items():
+    for name, (is_right, allowed) in _CHECKS.items():
         _fail_unless(is_right(fields[name]), name, fields[name], allowed)
     fixed_alpha = {"ar": 0.0, "mdlm": 1.0, "bd3": 1.0}.get(config.objective)
     if fixed_alpha is not None:

@@ -1,8 +1,11 @@
 """Published checkpoints → a workdir → published names: nothing lost, nothing guessed."""
 
 import json
+import os
 import pathlib
+import pickle
 import shutil
+import zipfile
 
 import numpy as np
 import published_toy
@@ -383,12 +386,26 @@ def test_other_files(refused, tmp_path):
         refused([*work, f"--from={path}"], told)
 
 
-def test_ema_that_does_not_fit(tmp_path):
-    raw = {name: array for name, array in toy(0).items()}
+def test_ema_that_does_not_fit():
+    raw = toy(0)
     shadow = list(raw.values())
+    assert list(published_file.Published(CKPT, raw, shadow).ema()) == list(raw)
     for broken in (shadow[:-1], [*shadow[1:], shadow[0]], {}):
         with pytest.raises(UserError, match="the EMA .*--weights=raw"):
-            published_file._shadow(pathlib.Path("file"), raw, broken)
+            published_file.Published(CKPT, raw, broken).ema()
+
+
+def test_a_hostile_checkpoint_runs_nothing(refused, tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/ran",)
+
+    path = tmp_path / "a.ckpt"
+    with zipfile.ZipFile(path, "w") as zipped:
+        zipped.writestr("a/data.pkl", pickle.dumps({"state_dict": {}, "epoch": Hostile()}, 2))
+    args = [f"--from={path}", f"--workdir={tmp_path / 'run'}", "--tokenizer=bytes"]
+    refused(args, "refused, nothing was run: it names posix.system")
+    refused([*args, f"--config={tiny_run.FILE}"], "refused, nothing was run")
 
 
 def test_prefixes_and_what_is_no_weight():

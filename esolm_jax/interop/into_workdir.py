@@ -122,16 +122,16 @@ def _check_sizes(config, published: published_file.Published) -> None:
 def _sets(published: published_file.Published, model, weights: str) -> tuple[dict, dict, str]:
     """params, ema, and which of the file's weights they are."""
     where = str(published.path)
-    if weights == "ema" and published.ema is None:
+    if weights == "ema" and published.shadow is None:
         raise UserError(f"--weights=ema: {where} has no EMA, but one set of weights")
-    if published.ema is None:
+    if published.shadow is None:
         raw = reference.to_params(published.raw, model, where)
         which = (published.ours or {}).get("weights")
         return raw, raw, f"the one set of weights in it{f' ({which})' if which else ''}"
     if weights == "raw":
         raw = reference.to_params(published.raw, model, where)
         return raw, raw, "the raw weights, not the EMA"
-    ema = reference.to_params(published.ema, model, f"{where}, EMA")
+    ema = reference.to_params(published.ema(), model, f"{where}, EMA")
     if weights == "ema":
         return ema, ema, "the EMA, not the raw weights"
     raw = reference.to_params(published.raw, model, where)

@@ -125,8 +125,7 @@ def _take(config: ConfigDict, name: str, value: Any) -> None:
     kind = type(config_lib.flat(config)[name])
     if not _is_number(value) or (kind is int and value != int(value)):
         return
-    is_right, _ = config_lib.CHECKS[name]
-    if is_right(value):
+    if config_lib.is_allowed(name, value):
         config.update_from_flattened_dict({name: kind(value)})
 
 

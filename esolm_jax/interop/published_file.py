@@ -28,7 +28,8 @@ class Published:
     Attributes:
       path: the file.
       raw: parameter name → tensor (has a shape; np.asarray reads it), in the order of the file.
-      ema: the same of the exponential moving average, or None if the file has one set of weights.
+      shadow: the exponential moving average as the file has it, or None if there is but one set
+        of weights; see `ema`.
       hyper: hyper-parameters as the file stores them; see `find`. None if it has none.
       step: training steps done, or None if the file does not say.
       ours: what our own export says: {"config", "tokenizer", "step", "weights"}, or None.
@@ -36,10 +37,31 @@ class Published:
 
     path: pathlib.Path
     raw: Mapping[str, Any]
-    ema: Mapping[str, Any] | None = None
+    shadow: Any = None
     hyper: Any = None
     step: int | None = None
     ours: dict | None = None
+
+    def ema(self) -> dict[str, Any]:
+        """The average by parameter name: the file has a list, in the order of the parameters.
+
+        Raises:
+          UserError: it is no such list.
+        """
+        shadow, advice = self.shadow, "take the other weights: --weights=raw"
+        if not isinstance(shadow, list) or len(shadow) != len(self.raw):
+            count = len(shadow) if isinstance(shadow, list) else "no list of"
+            raise UserError(
+                f"{self.path}: the EMA has {count} tensors for {len(self.raw)} parameters; {advice}"
+            )
+        for (name, tensor), average in zip(self.raw.items(), shadow, strict=True):
+            shape = getattr(average, "shape", None)
+            if shape != tensor.shape:
+                raise UserError(
+                    f"{self.path}: the EMA of {name} has shape {shape}, the parameter "
+                    f"{tensor.shape}; {advice}"
+                )
+        return dict(zip(self.raw, shadow, strict=True))
 
 
 def read(path: str) -> Published:
@@ -75,7 +97,7 @@ def _safetensors(file: pathlib.Path) -> Published:
             hyper = json.loads(beside.read_text("utf-8"))
         except ValueError as error:
             raise UserError(f"{beside}: not JSON: {error}") from error
-    return Published(file, raw, hyper=hyper, step=about.get("step"), ours=about or None)
+    return Published(file, raw, hyper=hyper, step=_step(about.get("step")), ours=about or None)
 
 
 def _torch(file: pathlib.Path) -> Published:
@@ -87,15 +109,17 @@ def _torch(file: pathlib.Path) -> Published:
         raise UserError(f"{file}: its state_dict is no dict")
     raw = _backbone(file, state)
     ema = content.get("ema") if state is not content else None
-    shadow = find(ema, "shadow_params")
-    step = content.get("global_step", find(ema, "num_updates"))
     return Published(
         path=file,
         raw=raw,
-        ema=None if shadow is None else _shadow(file, raw, shadow),
+        shadow=find(ema, "shadow_params"),
         hyper=content.get("hyper_parameters") if state is not content else None,
-        step=step if type(step) is int and 0 <= step < 2**31 else None,
+        step=_step(content.get("global_step", find(ema, "num_updates"))),
     )
+
+
+def _step(value: Any) -> int | None:
+    return value if type(value) is int and 0 <= value < 2**31 else None
 
 
 def _backbone(file: pathlib.Path, tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,23 +140,6 @@ def _backbone(file: pathlib.Path, tensors: Mapping[str, Any]) -> dict[str, Any]:
     if not found:
         raise UserError(f"{file}: holds no tensors")
     return found
-
-
-def _shadow(file: pathlib.Path, raw: Mapping[str, Any], shadow) -> dict[str, Any]:
-    """The EMA is a list, in the order of the parameters."""
-    if not isinstance(shadow, list) or len(shadow) != len(raw):
-        count = len(shadow) if isinstance(shadow, list) else "no list of"
-        raise UserError(
-            f"{file}: the EMA has {count} tensors for {len(raw)} parameters; take the other "
-            "weights: --weights=raw"
-        )
-    for (name, tensor), average in zip(raw.items(), shadow, strict=True):
-        if getattr(average, "shape", None) != tensor.shape:
-            raise UserError(
-                f"{file}: the EMA of {name} has shape {getattr(average, 'shape', None)}, the "
-                f"parameter {tensor.shape}; take the other weights: --weights=raw"
-            )
-    return dict(zip(raw, shadow, strict=True))
 
 
 def find(node: Any, path: str) -> Any:

@@ -36,10 +36,20 @@ def read(path: pathlib.Path) -> tuple[dict[str, Tensor], dict]:
     try:
         file = safetensors.safe_open(path, framework="np")
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-        about = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+        about = _about((file.metadata() or {}).get(METADATA, "{}"))
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise UserError(f"{path}: truncated, or not a safetensors file: {error}") from error
     return {name: Tensor(file, name, shape) for name, shape in shapes.items()}, about
+
+
+def _about(text: str) -> dict:
+    """What `write` was given; {} if it is of another make."""
+    about = json.loads(text)
+    is_ours = isinstance(about, dict) and all(
+        isinstance(about.get(name), kind)
+        for name, kind in (("config", dict), ("tokenizer", dict), ("weights", str))
+    )
+    return about if is_ours else {}
 
 
 def write(path: pathlib.Path, tensors: Mapping[str, np.ndarray], about: dict) -> None:
