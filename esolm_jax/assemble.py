@@ -35,7 +35,7 @@ def model_config(config, tokenizer: dict, platform: str) -> model_lib.ModelConfi
     `platform` ("cpu", "gpu", "tpu") chooses the attention if the config leaves it open."""
     m = config.model
     return model_lib.ModelConfig(
-        vocab_size=tokenizer["vocab_size"] + 1,
+        vocab_size=num_ids(tokenizer),
         width=m.width,
         blocks=m.blocks,
         heads=m.heads,
@@ -55,8 +55,15 @@ def model_config(config, tokenizer: dict, platform: str) -> model_lib.ModelConfi
 def planned_tokenizer(config) -> dict:
     """What `prepare` would write of the tokenizer that config.data asks for, as far as a model
     needs to know; of a SentencePiece file, its size is taken to be data.vocab_size."""
+    published = {"bert": (30522, 103, 101), "gpt2": (50257, 50257, 50256)}
     size = Bytes.vocab_size if config.data.tokenizer == "bytes" else config.data.vocab_size
-    return {"vocab_size": size, "mask_id": size, "bos_id": 0}
+    entry = published.get(config.data.tokenizer, (size, size, 0))
+    return dict(zip(("vocab_size", "mask_id", "bos_id"), entry, strict=True))
+
+
+def num_ids(tokenizer: dict) -> int:
+    """How many ids a model has logits for: the tokenizer's, and the mask's if it is not of them."""
+    return max(tokenizer["vocab_size"], tokenizer["mask_id"] + 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +88,8 @@ def build(config, tokenizer: dict, mesh) -> Built:
     model = model_config(config, tokenizer, platform)
     if model.attention == "splash" and platform != "tpu":
         raise UserError(f"config.model.attention='splash': is for TPUs, but these are {platform}s")
-    special = Special(mask=tokenizer["mask_id"], start=tokenizer["bos_id"])
+    start = tokenizer["mask_id" if config.start_token == "mask" else "bos_id"]
+    special = Special(mask=tokenizer["mask_id"], start=start)
     head = Head.of(model, special.mask, mesh, chunk=config.model.loss_chunk)
     return Built(mesh, model, model_lib.bind(model, mesh), head, special)
 
@@ -127,7 +135,7 @@ def check_same_tokenizer(manifest: Manifest, meta: dict) -> None:
         )
 
 
-_MODEL_FIELDS = ("objective",) + tuple(
+MODEL_FIELDS = ("objective", "start_token") + tuple(
     f"model.{name}"
     for name in (
         "width",
@@ -159,7 +167,7 @@ def load_trained(config, workdir: pathlib.Path, weights: str, mesh) -> Trained:
       UserError: there is none, or `config` is of another objective or model.
     """
     meta = checkpoint.read_meta(workdir)
-    check_same_fields(config, meta, lambda name: name in _MODEL_FIELDS)
+    check_same_fields(config, meta, lambda name: name in MODEL_FIELDS)
     built = build(config, meta["tokenizer"], mesh)
     like = abstract_params(built.model, mesh)
     params, step = checkpoint.restore_weights(workdir, weights, like)

@@ -1,6 +1,7 @@
 """The command line that all verbs share: --config=FILE --workdir=DIR --config.field=value …"""
 
 import contextlib
+import functools
 import os
 import pathlib
 import re
@@ -11,11 +12,17 @@ from collections.abc import Callable
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from esolm_jax import checkpoint, distributed
 from esolm_jax import config as config_lib
-from esolm_jax import distributed
 from esolm_jax.errors import UserError, nearest
 
+FlagValue = Callable[[str], str | None]  # the value of --name, before flags are parsed
 _SAVED = pathlib.Path(__file__).with_name("saved_config.py")
+
+
+def saved_config(workdir: str | pathlib.Path) -> str:
+    """What to give as --config for the config of the latest checkpoint in a workdir."""
+    return f"{_SAVED}:{workdir}"
 
 
 def _flag_value(argv: list[str], name: str) -> str | None:
@@ -36,7 +43,7 @@ def _check_overrides(argv: list[str]) -> None:
                 raise UserError(f"config.{match[1]}: unknown field{nearest(match[1], known)}")
 
 
-def _define_flags(argv: list[str], verb: str, reads_checkpoint: bool, needs_workdir: bool) -> None:
+def _define_flags(argv: list[str], verb: str, needs_workdir: bool, find_config) -> None:
     workdir, config = _flag_value(argv, "workdir"), _flag_value(argv, "config")
     flags.DEFINE_string("workdir", None, "Where the run keeps its data, checkpoints and results.")
     if any(re.match(r"--?help", arg) for arg in argv):
@@ -51,7 +58,7 @@ def _define_flags(argv: list[str], verb: str, reads_checkpoint: bool, needs_work
     workdir = pathlib.Path(workdir or ".").expanduser()
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: is a file; it must be a folder, or not there yet")
-    default = f"{_SAVED}:{workdir}" if reads_checkpoint else None
+    default = find_config(workdir)
     if not config and default is None:
         raise UserError(f"--config is missing: python -m esolm_jax.{verb} --config=configs/….py …")
     if config and not pathlib.Path(config.split(":")[0]).is_file():
@@ -96,20 +103,29 @@ def run(
     stoppable: bool = False,
     needs_workdir: bool = True,
     define_flags: Callable[[], None] = lambda: None,
+    default_config: Callable[[FlagValue], str | None] = lambda _: None,
 ):
     """Runs `main(config, workdir)` with a validated config; bad input ends with one line, code 2.
 
-    With `reads_checkpoint`, --config may be left out: it is the one saved in the workdir. In one of
-    several processes, main runs in all of them and only process 0 prints, unless it is a matter of
-    `one_process`. `stoppable`: main uses distributed.StopSignal. `define_flags`: of this verb only.
-    Without `needs_workdir`, main gets None.
+    --config may be left out in a workdir with checkpoints: it is the one saved there; with
+    `reads_checkpoint` it is an error if there are none. `default_config`, given what the flags are,
+    may name another. In one of several processes, main runs in all of them and only process 0
+    prints, unless it is a matter of `one_process`. `stoppable`: main uses distributed.StopSignal.
+    `define_flags`: of this verb only. Without `needs_workdir`, main gets None.
     """
 
     def parse(argv):
         verb = pathlib.Path(argv[0]).stem
         _check_overrides(argv)
         define_flags()
-        _define_flags(argv, verb, reads_checkpoint, needs_workdir)
+
+        def find_config(workdir):
+            flag = functools.partial(_flag_value, argv)
+            has_checkpoints = needs_workdir and (workdir / checkpoint.FOLDER).is_dir()
+            saved = reads_checkpoint or (has_checkpoints and not flag("config"))
+            return default_config(flag) or (saved_config(workdir) if saved else None)
+
+        _define_flags(argv, verb, needs_workdir, find_config)
         try:
             rest = flags.FLAGS(argv)
         except flags.Error as error:

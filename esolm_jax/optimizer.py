@@ -28,6 +28,13 @@ def make(config) -> optax.GradientTransformation:
     )
 
 
+def last_learning_rate(config, opt_state):
+    """That of the last update: float32. The optimizer counts its own updates, which are fewer than
+    the steps of a model if it goes on from converted weights."""
+    _, count = optax.tree.get_all_with_path(opt_state, "count")[-1]
+    return jnp.asarray(learning_rate(config)(count - 1), jnp.float32)
+
+
 def update_ema(ema, params, decay: float, num_updates):
     """ema ← d·ema + (1−d)·params with d = min(decay, (1+n)/(10+n)) at the n-th update, n >= 1."""
     n = num_updates.astype(jnp.float32)

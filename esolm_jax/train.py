@@ -64,7 +64,13 @@ class Run:
         if checkpoints.latest_step is None:
             return self.training.init(), 0
         meta = checkpoint.read_meta(self.workdir)
-        assemble.check_same_fields(self.config, meta, lambda name: not name.startswith(_FREE))
+        # Weights that `convert` brought were trained elsewhere: only the model is given.
+        free = meta.get("converted", False)
+        assemble.check_same_fields(
+            self.config,
+            meta,
+            lambda name: name in assemble.MODEL_FIELDS if free else not name.startswith(_FREE),
+        )
         assemble.check_same_tokenizer(self.manifest, meta)
         state, meta = checkpoints.restore(self.training.abstract_state())
         return state, meta["cursor"]
@@ -150,7 +156,7 @@ def main(config, workdir: pathlib.Path) -> None:
         workdir, keep_last=config.train.keep_last, keep_best=config.train.keep_best
     )
     state, cursor = run.restore_or_init(checkpoints)
-    if cursor:
+    if checkpoints.latest_step is not None:
         print(f"resuming {workdir} at step {int(state.step)}")
     if distributed.is_main():
         _write_what_it_is(run)

@@ -235,7 +235,7 @@ class Training:
         metrics = {"loss": jnp.sum(losses)}
         metrics |= {f"loss_{phase.name}": losses[i] for i, phase in enumerate(self.phases)}
         metrics["grad_norm"] = optax.tree.norm(grads)
-        metrics["learning_rate"] = optimizer_lib.learning_rate(config)(state.step)
+        metrics["learning_rate"] = optimizer_lib.last_learning_rate(config, opt_state)
         return TrainState(state.step + 1, params, ema, opt_state, state.key), metrics
 
     def step_fn(self):

@@ -24,6 +24,7 @@ from esolm_jax.data.manifest import (
     tokenizer_entry,
     write_manifest,
 )
+from esolm_jax.data.render import num_ids
 from esolm_jax.data.tokenizer import KINDS, Tokenizer, from_config
 from esolm_jax.errors import UserError, nearest
 
@@ -61,7 +62,7 @@ def prepare(config: Any, directory: str | Path, *, progress: bool = True) -> Man
             tokenizer=tokenizer_entry(tokenizer),
             seq_len=config.data.seq_len,
             packing=config.data.packing,
-            dtype=windows.record_dtype(tokenizer.mask_id),
+            dtype=windows.record_dtype(num_ids(tokenizer)),
             splits=splits,
         )
         write_manifest(manifest)
@@ -95,11 +96,11 @@ def _already_prepared(config: Any, directory: Path) -> Manifest:
             f"{config.data.source!r} (hash {manifest.source_hash[:12]}, now {source_hash[:12]}): "
             f"{advice}"
         )
-    if config.data.tokenizer == "sentencepiece" and config.data.tokenizer_path:
+    if config.data.tokenizer != "bytes" and config.data.tokenizer_path:
         now = from_config(config, lambda: ()).fingerprint
         if manifest.tokenizer["fingerprint"] != now:
             raise UserError(
-                f"{directory} was prepared with another model in config.data.tokenizer_path="
+                f"{directory} was prepared with another tokenizer in config.data.tokenizer_path="
                 f"{config.data.tokenizer_path!r}: {advice}"
             )
     print(f"already prepared: {directory}")
@@ -141,7 +142,7 @@ def _write_split(
     entry = {"documents": 0, "bytes": 0, "tokens": 0, "windows": 0}
     digest = hashlib.sha256()
     counts = np.zeros(tokenizer.vocab_size, np.int64)
-    dtype = windows.record_dtype(tokenizer.mask_id)
+    dtype = windows.record_dtype(num_ids(tokenizer))
     bar = tqdm(desc=split, unit=" documents", disable=not progress)
 
     def token_documents() -> Iterator[list[int]]:

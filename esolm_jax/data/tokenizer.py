@@ -1,9 +1,9 @@
-"""Text <-> token ids: SentencePiece, or plain UTF-8 bytes.
+"""Text <-> token ids: SentencePiece, plain UTF-8 bytes, or the tokenizers of the published runs.
 
-Both tokenizers have the same attributes: kind, vocab_size (with the specials, without the mask),
-mask_id (== vocab_size, one past the last real token), bos_id, eos_id, pad_id, and fingerprint.
-Both have encode, decode, pieces and save. Decoding drops BOS and PAD, and shows EOS as '[EOS]' and
-the mask as '[MASK]'.
+All tokenizers have the same attributes: kind, vocab_size (how many ids they have, specials
+included), mask_id (one of these, or one past them: == vocab_size), bos_id, eos_id, pad_id, and
+fingerprint. All have encode, decode, pieces and save. Decoding drops BOS and PAD, and shows EOS
+as '[EOS]' and the mask as '[MASK]'.
 """
 
 import hashlib
@@ -15,9 +15,12 @@ from typing import Any
 
 import sentencepiece
 
+from esolm_jax.data import wordpieces
+from esolm_jax.data.render import render
+from esolm_jax.data.wordpieces import WordPieces
 from esolm_jax.errors import UserError, nearest
 
-KINDS = ("sentencepiece", "bytes")
+KINDS = ("sentencepiece", "bytes", *wordpieces.KINDS)
 MODEL_FILE = "tokenizer.model"
 BYTES_FILE = "tokenizer.bytes"
 # The trainer holds its text, so it sees at most SAMPLE_LINES lines of at most LINE characters.
@@ -40,12 +43,12 @@ class Bytes:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD. ValueError: id out of range."""
-        return "".join(_render(self, ids, lambda run: [bytes(run).decode(errors="replace")]))
+        return "".join(render(self, ids, lambda run: [bytes(run).decode(errors="replace")]))
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
         """The part of decode(ids) that each id stands for; of the bytes of one character, the last
         stands for it and the others for ''. ValueError: id out of range."""
-        return _render(self, ids, lambda run: _byte_pieces(bytes(run)))
+        return render(self, ids, lambda run: _byte_pieces(bytes(run)))
 
     def save(self, directory: str | Path) -> None:
         Path(directory, BYTES_FILE).write_text(self.fingerprint + "\n")
@@ -87,12 +90,12 @@ class SentencePiece:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`. ValueError: id out of range."""
-        return "".join(_render(self, ids, lambda run: [self._model.decode(run)]))
+        return "".join(render(self, ids, lambda run: [self._model.decode(run)]))
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
         """The part of decode(ids) that each id stands for; of the bytes of one character, the last
         stands for it and the others for ''. ValueError: id out of range."""
-        return _render(self, ids, self._run_pieces)
+        return render(self, ids, self._run_pieces)
 
     def _run_pieces(self, run: list[int]) -> list[str]:
         found = self._model.decode(run, return_type="offset_mapping")
@@ -102,29 +105,7 @@ class SentencePiece:
         Path(directory, MODEL_FILE).write_bytes(self.proto)
 
 
-Tokenizer = Bytes | SentencePiece
-
-
-def _render(
-    tokenizer: Tokenizer, ids: Iterable[int], parts_of: Callable[[list[int]], list[str]]
-) -> list[str]:
-    """Each special as one part, and the parts of each run of ids between specials."""
-    shown = {  # in this order, because PAD may be EOS
-        tokenizer.pad_id: "",
-        tokenizer.bos_id: "",
-        tokenizer.eos_id: "[EOS]",
-        tokenizer.mask_id: "[MASK]",
-    }
-    out, run = [], []
-    for i in map(int, ids):
-        if not 0 <= i <= tokenizer.mask_id:
-            raise ValueError(f"token id {i} is not in 0..{tokenizer.mask_id}")
-        if i in shown:
-            out += [*(parts_of(run) if run else ()), shown[i]]
-            run = []
-        else:
-            run.append(i)
-    return out + (parts_of(run) if run else [])
+Tokenizer = Bytes | SentencePiece | WordPieces
 
 
 def _byte_pieces(data: bytes) -> list[str]:
@@ -150,7 +131,23 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         return SentencePiece(model.read_bytes(), str(model))
     if Path(directory, BYTES_FILE).is_file():
         return Bytes()
-    raise UserError(f"{directory}: holds no tokenizer ({MODEL_FILE} or {BYTES_FILE})")
+    if Path(directory, wordpieces.FILE).is_file():
+        return wordpieces.read(directory)
+    files = f"{MODEL_FILE}, {BYTES_FILE} or {wordpieces.FILE}"
+    raise UserError(f"{directory}: holds no tokenizer ({files})")
+
+
+def read_tokenizer(given: str | Path) -> Tokenizer:
+    """The tokenizer in a file or folder of any kind: what save() left, a SentencePiece .model, or
+    the files that wordpieces.read takes; "bytes" is the one of bytes. Raises UserError."""
+    path = Path(given).expanduser()
+    if given == Bytes.kind:
+        return Bytes()
+    if (path / MODEL_FILE).is_file() or (path / BYTES_FILE).is_file():
+        return load_tokenizer(path)
+    if path.suffix == ".model" and path.is_file():
+        return SentencePiece(path.read_bytes(), str(path))
+    return wordpieces.read(path)
 
 
 def from_config(config: Any, train_documents: Callable[[], Iterable[str]]) -> Tokenizer:
@@ -163,6 +160,8 @@ def from_config(config: Any, train_documents: Callable[[], Iterable[str]]) -> To
     data = config.data
     if data.tokenizer == "bytes":
         return Bytes()
+    if data.tokenizer in wordpieces.KINDS:
+        return _published(data)
     if data.tokenizer != "sentencepiece":
         raise UserError(
             f"config.data.tokenizer={data.tokenizer!r}: allowed are {', '.join(KINDS)}"
@@ -175,6 +174,16 @@ def from_config(config: Any, train_documents: Callable[[], Iterable[str]]) -> To
         return SentencePiece(Path(data.tokenizer_path).expanduser().read_bytes(), where)
     except OSError as error:
         raise UserError(f"{where}: cannot be read: {error}") from error
+
+
+def _published(data: Any) -> WordPieces:
+    where = f"config.data.tokenizer_path={data.tokenizer_path!r}"
+    if not data.tokenizer_path:
+        raise UserError(f"{where}: must name the files of the {data.tokenizer} tokenizer")
+    tokenizer = wordpieces.read(data.tokenizer_path)
+    if tokenizer.kind != data.tokenizer:
+        raise UserError(f"{where}: holds a {tokenizer.kind} tokenizer, not {data.tokenizer}")
+    return tokenizer
 
 
 def train_sentencepiece(documents: Iterable[str], vocab_size: int) -> SentencePiece:

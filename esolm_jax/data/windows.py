@@ -11,9 +11,9 @@ import numpy as np
 PACKINGS = ("wrap", "pad")
 
 
-def record_dtype(mask_id: int) -> str:
-    """'<u2' if every id up to `mask_id` fits in 16 bits, else '<u4'."""
-    return "<u2" if mask_id < 2**16 else "<u4"
+def record_dtype(num_ids: int) -> str:
+    """'<u2' if every id below `num_ids` fits in 16 bits, else '<u4'."""
+    return "<u2" if num_ids <= 2**16 else "<u4"
 
 
 def wrap(documents: Iterable[list[int]], length: int, eos_id: int) -> Iterator[list[int]]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from esolm_jax import model as model_lib
 from esolm_jax.errors import UserError
+from esolm_jax.interop import fit
 from esolm_jax.labels import Tokens
 from esolm_jax.sampling import decode, network, passes
 from esolm_jax.sampling.choose import Choice
@@ -38,7 +39,8 @@ _TABLE = (
     ("output_layer.adaLN_modulation.weight", "final_modulation/linear/kernel", True),
     ("output_layer.adaLN_modulation.bias", "final_modulation/linear/bias", False),
 )
-_CONSTANTS = ("rotary_emb.inv_freq",)  # stored beside the parameters, but not one
+INV_FREQ = "rotary_emb.inv_freq"
+CONSTANTS = (INV_FREQ,)  # stored beside the parameters, but not one
 
 
 def model_config(weights: Mapping[str, np.ndarray], num_heads: int) -> model_lib.ModelConfig:
@@ -57,6 +59,28 @@ def model_config(weights: Mapping[str, np.ndarray], num_heads: int) -> model_lib
     )
 
 
+def check_config(model) -> None:
+    """UserError if the published code has no such model; `model` is config.model."""
+    allowed = {
+        "style": ("dit",),
+        "kv_heads": (0, model.heads),
+        "mlp_width": (0, 4 * model.width),
+        "rope_base": (10_000.0,),
+    }
+    for name, values in allowed.items():
+        if model[name] not in values:
+            raise UserError(
+                f"config.model.{name}={model[name]!r}: must be {values[0]!r} in a model with "
+                "published parameter names"
+            )
+
+
+def inv_freq(config: model_lib.ModelConfig) -> np.ndarray:
+    """The constant INV_FREQ: float32 [K/2]."""
+    exponents = np.arange(0, config.head_width, 2, dtype=np.float32) / np.float32(config.head_width)
+    return 1 / np.float32(config.rope_base) ** exponents
+
+
 def _from_published(path: str, array, config: model_lib.ModelConfig):
     """[D, 3·H·K] → [D, H, 3, K] for queries, keys and values; [D, F] → [D, 1, F] for the MLP."""
     if path == "blocks/qkv/kernel" and array.ndim == 2 and array.size == 3 * config.width**2:
@@ -71,47 +95,54 @@ def _to_published(path: str, array):
     return np.squeeze(array, -2) if "mlp_in" in path else array
 
 
-def to_params(weights: Mapping[str, np.ndarray], config: model_lib.ModelConfig) -> dict:
+def to_params(
+    weights: Mapping[str, np.ndarray], config: model_lib.ModelConfig, where: str = "weights"
+) -> dict:
     """Published names → our parameters (float32), every tensor used once and shape-checked.
 
+    Args:
+      weights: arrays, or what has a shape and np.asarray() reads: each is read when it is used.
+      where: names them in errors.
+
     Raises:
-      UserError: a tensor is missing, left over, or of another shape than the model needs.
+      UserError: tensors are missing, left over, or of another shape than the model needs.
     """
-    rest = {name: np.asarray(a) for name, a in weights.items() if name not in _CONSTANTS}
     wanted = jax.eval_shape(lambda: model_lib.init(config, jax.random.key(0)))
+    fit.check(weights, published_shapes(wanted), where, ignored=CONSTANTS)
     params: dict = {}
     for template, path, transpose in _TABLE:
-        *parents, leaf = path.split("/")
-        shapes = wanted
-        for key in (*parents, leaf):
-            shapes = shapes.get(key) if shapes is not None else None
-        if shapes is None:
+        if _at(wanted, path) is None:
             continue
         stacked = "{block}" in template
         names = [template.format(block=i) for i in range(config.blocks if stacked else 1)]
-        if missing := [name for name in names if name not in rest]:
-            raise UserError(f"missing tensors: {', '.join(missing)}")
-        arrays = [rest.pop(name) for name in names]
+        arrays = [np.asarray(weights[name]) for name in names]
         arrays = [_from_published(path, a.T if transpose else a, config) for a in arrays]
-        value = np.stack(arrays) if stacked else arrays[0]
-        if value.shape != shapes.shape:
-            raise UserError(f"{names[0]}: shape {value.shape} here, {shapes.shape} in the model")
         node = params
+        *parents, leaf = path.split("/")
         for key in parents:
             node = node.setdefault(key, {})
-        node[leaf] = jnp.asarray(value, jnp.float32)
-    if rest:
-        raise UserError(f"tensors that belong to no part of this model: {', '.join(sorted(rest))}")
+        node[leaf] = jnp.asarray(np.stack(arrays) if stacked else arrays[0], jnp.float32)
     return params
+
+
+def _at(tree: Mapping | None, path: str):
+    """The leaf at a path, or None."""
+    for key in path.split("/"):
+        tree = tree.get(key) if tree is not None else None
+    return tree
+
+
+def published_shapes(params) -> dict[str, tuple[int, ...]]:
+    """Shapes under published names and layout, of parameters that have shapes."""
+    empty = jax.tree.map(lambda a: np.broadcast_to(np.float32(0), a.shape), params)
+    return {name: array.shape for name, array in to_published(empty).items()}
 
 
 def to_published(params: dict) -> dict[str, np.ndarray]:
     """Our parameters (or their gradients) → published names and layout."""
     weights = {}
     for template, path, transpose in _TABLE:
-        node = params
-        for key in path.split("/"):
-            node = node.get(key) if node is not None else None
+        node = _at(params, path)
         if node is None:
             continue
         value = np.asarray(node)
@@ -125,13 +156,13 @@ class Reference:
     """A model with published weights.
 
     Attributes:
-      config: ModelConfig; params: our pytree; mask_id: the last id of the vocabulary.
+      config: ModelConfig; params: our pytree; mask_id: by default the last id of the vocabulary.
     """
 
-    def __init__(self, config: model_lib.ModelConfig, params: dict):
+    def __init__(self, config: model_lib.ModelConfig, params: dict, mask_id: int | None = None):
         self.config = config
         self.params = params
-        self.mask_id = config.vocab_size - 1
+        self.mask_id = config.vocab_size - 1 if mask_id is None else mask_id
         self._apply = jax.jit(model_lib.bind(config))
 
     def logits(self, token, position, rank, in_context) -> jax.Array:
@@ -162,10 +193,13 @@ class Reference:
         return decode.decode(network.fold(self.config, self.params), plan, choice, keys).text
 
 
-def load(weights: Mapping[str, np.ndarray], num_heads: int) -> Reference:
-    """A model from published parameter names, with or without the prefix `backbone.`."""
+def load(
+    weights: Mapping[str, np.ndarray], num_heads: int, mask_id: int | None = None
+) -> Reference:
+    """A model from published parameter names, with or without the prefix `backbone.`; mask_id: if
+    it is not the last id (it is 103 of the runs on bert-base-uncased)."""
     weights = {name.removeprefix("backbone."): array for name, array in weights.items()}
     if "vocab_embed.embedding" not in weights:
         raise UserError("missing tensors: vocab_embed.embedding (is this an Eso-LM checkpoint?)")
     config = model_config(weights, num_heads)
-    return Reference(config, to_params(weights, config))
+    return Reference(config, to_params(weights, config), mask_id)

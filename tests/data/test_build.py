@@ -133,7 +133,7 @@ def test_given_model_is_compared(corpus, tmp_path):
     with pytest.raises(UserError, match="config.data.tokenizer_path=.*, but '' is wanted"):
         check(manifest, make_config(corpus, tokenizer="sentencepiece"))
     train_sentencepiece(["other text " * 9, "and more"], 280).save(tmp_path / "a")
-    with pytest.raises(UserError, match="another model in config.data.tokenizer_path="):
+    with pytest.raises(UserError, match="another tokenizer in config.data.tokenizer_path="):
         prepare(config, tmp_path / "b")
 
 

@@ -54,4 +54,4 @@ def test_records(dtype):
 
 
 def test_record_dtype_holds_every_id():
-    assert record_dtype(65535) == "<u2" and record_dtype(65536) == "<u4"
+    assert record_dtype(65536) == "<u2" and record_dtype(65537) == "<u4"

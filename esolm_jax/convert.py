@@ -1,0 +1,88 @@
+"""Published checkpoints → a workdir, and a workdir → safetensors under the published names.
+
+python -m esolm_jax.convert --from=FILE --workdir=DIR --tokenizer=FILE_OR_FOLDER
+python -m esolm_jax.convert --workdir=DIR --to=OUT.safetensors
+"""
+
+import pathlib
+import shlex
+
+from absl import flags
+
+from esolm_jax import checkpoint, cli
+from esolm_jax.errors import UserError
+from esolm_jax.interop import into_workdir, out_of_workdir, published_config
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("from", "", "A file of published weights: .ckpt, .pt, .bin, .safetensors.")
+    flags.DEFINE_string("to", "", "The .safetensors file to write.")
+    flags.DEFINE_string("tokenizer", "", "With --from: file or folder of the run's tokenizer.")
+    flags.DEFINE_string("weights", "", "With --from: both | ema | raw; with --to: ema | raw.")
+
+
+def default_config(flag: cli.FlagValue) -> str | None:
+    """With --from, the config that the file's own hyper-parameters make; else the one saved."""
+    _check_direction(flag("from"), flag("to"))
+    if flag("config"):
+        return None
+    source = f"{published_config.__file__}:{flag('from')}"
+    return source if flag("from") else cli.saved_config(pathlib.Path(flag("workdir")).expanduser())
+
+
+def _check_direction(source: str | None, target: str | None) -> None:
+    if bool(source) == bool(target):
+        raise UserError(
+            "give --from=FILE (published weights → --workdir) or --to=FILE (--workdir → "
+            f"safetensors){', not both' if source else ''}"
+        )
+
+
+def _weights(allowed: tuple[str, ...]) -> str:
+    """--weights, by default the first of those allowed."""
+    given = flags.FLAGS.weights or allowed[0]
+    if given not in allowed:
+        raise UserError(f"--weights={given}: must be one of {', '.join(allowed)}")
+    return given
+
+
+def main(config, workdir: pathlib.Path) -> None:
+    source, target = flags.FLAGS["from"].value, flags.FLAGS.to
+    _check_direction(source, target)
+    if source:
+        _bring_in(config, source, workdir)
+    else:
+        _send_out(config, workdir, pathlib.Path(target).expanduser())
+
+
+def _bring_in(config, source: str, workdir: pathlib.Path) -> None:
+    weights = _weights(into_workdir.WEIGHTS)
+    made = into_workdir.convert(config, source, workdir, flags.FLAGS.tokenizer, weights)
+    print(
+        f"{source}: {config.objective}, alpha_0 = {config.alpha_0}: {made.parameters:,} parameters "
+        f"at step {made.step:,}"
+    )
+    print(
+        f"taken: {made.weights}; the optimizer starts afresh, so the learning rate warms up again"
+    )
+    print(f"wrote {workdir}/{checkpoint.FOLDER}/{made.step}, {workdir}/tokenizer, and config.json")
+    print(cli.next_command("sample", workdir))
+    text = ["--config.data.source=text", "--config.data.train=FILES", "--config.data.test=FILES"]
+    print("to evaluate it or to train on, prepare text for it first:")
+    print(cli.next_command("prepare", workdir, *text))
+
+
+def _send_out(config, workdir: pathlib.Path, target: pathlib.Path) -> None:
+    weights = _weights(out_of_workdir.WEIGHTS)
+    step, parameters = out_of_workdir.convert(config, workdir, target, weights)
+    which = "the EMA" if weights == "ema" else "the raw weights"
+    print(f"{workdir}: {which} at step {step:,}, {parameters:,} parameters")
+    print(f"wrote {target}, under the published names")
+    back = [f"--from={target}", "--workdir=NEW", f"--tokenizer={workdir}/tokenizer"]
+    print(f"and back: python -m esolm_jax.convert {shlex.join(back)}")
+
+
+CLI = {"one_process": True, "define_flags": define_flags, "default_config": default_config}
+
+if __name__ == "__main__":
+    cli.run(main, **CLI)

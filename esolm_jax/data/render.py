@@ -1,0 +1,32 @@
+"""Ids → text, alike for all tokenizers."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+
+def num_ids(tokenizer: Any) -> int:
+    """How many ids there are with the mask, which may be one of the vocabulary or one past it."""
+    return max(tokenizer.vocab_size, tokenizer.mask_id + 1)
+
+
+def render(
+    tokenizer: Any, ids: Iterable[int], parts_of: Callable[[list[int]], list[str]]
+) -> list[str]:
+    """Each special as one part, and the parts of each run of ids between specials; no BOS and PAD,
+    but '[EOS]' and '[MASK]'. ValueError: id out of range."""
+    shown = {  # in this order, because PAD and BOS may be EOS
+        tokenizer.pad_id: "",
+        tokenizer.bos_id: "",
+        tokenizer.eos_id: "[EOS]",
+        tokenizer.mask_id: "[MASK]",
+    }
+    out, run = [], []
+    for i in map(int, ids):
+        if not 0 <= i < num_ids(tokenizer):
+            raise ValueError(f"token id {i} is not in 0..{num_ids(tokenizer) - 1}")
+        if i in shown:
+            out += [*(parts_of(run) if run else ()), shown[i]]
+            run = []
+        else:
+            run.append(i)
+    return out + (parts_of(run) if run else [])

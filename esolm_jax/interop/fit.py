@@ -1,0 +1,57 @@
+"""Whether named tensors are those of a model; if not, what is wrong, all of it at once."""
+
+import difflib
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from esolm_jax.errors import UserError
+
+_SHOWN = 8  # names of each kind
+
+
+def check(
+    tensors: Mapping[str, Any],
+    wanted: Mapping[str, tuple[int, ...]],
+    where: str,
+    ignored: Collection[str] = (),
+) -> None:
+    """UserError, one line that lists what is missing, left over and of another shape, with the
+    nearest names beside, unless the tensors are those wanted. `ignored` may be there or not."""
+    missing = [name for name in wanted if name not in tensors]
+    extra = [name for name in tensors if name not in wanted and name not in ignored]
+    shapes = [
+        f"{name}: shape {tuple(tensors[name].shape)} here, {shape} in the model"
+        for name, shape in wanted.items()
+        if name in tensors and tuple(tensors[name].shape) != shape
+    ]
+    problems = []
+    if missing:
+        problems.append(f"missing tensors: {_listed(missing, extra, 'here is')}")
+    if extra:
+        listed = _listed(extra, missing, "the model has")
+        problems.append(f"tensors that belong to no part of this model: {listed}")
+    if shapes:
+        problems.append(_cut(shapes, "; "))
+    if problems:
+        raise UserError(f"{where}: {'; '.join(problems)}")
+
+
+def _listed(names: list[str], others: list[str], beside: str) -> str:
+    """Names, those of all blocks alike as one, each with the nearest of the others."""
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(re.sub(r"\bblocks\.\d+\.", "blocks.*.", name), []).append(name)
+    shown = []
+    for pattern, members in alike.items():
+        name = members[0]
+        close = difflib.get_close_matches(name, others[:500], n=1)
+        count = f" (in {len(members)} blocks)" if len(members) > 1 else ""
+        label = pattern if count else name
+        shown.append(ascii(label)[1:-1] + count + (f" ({beside} {close[0]})" if close else ""))
+    return _cut(shown, ", ")
+
+
+def _cut(parts: list[str], separator: str) -> str:
+    more = f" and {len(parts) - _SHOWN} more" if len(parts) > _SHOWN else ""
+    return separator.join(parts[:_SHOWN]) + more

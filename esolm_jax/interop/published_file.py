@@ -1,0 +1,164 @@
+"""A file of published weights, opened: which tensors it holds, and what it says of the run.
+
+Three kinds: a Lightning checkpoint (.ckpt: state_dict, EMA, hyper-parameters), a plain state_dict
+(.pt, .bin), and safetensors. Parameter names are those of the backbone, without prefixes.
+"""
+
+import dataclasses
+import json
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from esolm_jax.errors import UserError
+from esolm_jax.interop import reference, safetensors_file, torch_archive
+from esolm_jax.interop.torch_pickle import Object
+
+_PREFIX = re.compile(r"((module|_orig_mod|backbone)\.)+")  # of wrappers; backbone: the model
+_NO_WEIGHTS = re.compile(
+    r"(noise|metrics|valid_metrics|test_metrics|train_metrics)\.|sampling_eps_"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """What a file holds.
+
+    Attributes:
+      path: the file.
+      raw: parameter name → tensor (has a shape; np.asarray reads it), in the order of the file.
+      shadow: the exponential moving average as the file has it, or None if there is but one set
+        of weights; see `ema`.
+      hyper: hyper-parameters as the file stores them; see `find`. None if it has none.
+      step: training steps done, or None if the file does not say.
+      ours: what our own export says: {"config", "tokenizer", "step", "weights"}, or None.
+    """
+
+    path: pathlib.Path
+    raw: Mapping[str, Any]
+    shadow: Any = None
+    hyper: Any = None
+    step: int | None = None
+    ours: dict | None = None
+
+    def ema(self) -> dict[str, Any]:
+        """The average by parameter name: the file has a list, in the order of the parameters.
+
+        Raises:
+          UserError: it is no such list.
+        """
+        shadow, advice = self.shadow, "take the other weights: --weights=raw"
+        if not isinstance(shadow, list) or len(shadow) != len(self.raw):
+            count = len(shadow) if isinstance(shadow, list) else "no list of"
+            raise UserError(
+                f"{self.path}: the EMA has {count} tensors for {len(self.raw)} parameters; {advice}"
+            )
+        for (name, tensor), average in zip(self.raw.items(), shadow, strict=True):
+            shape = getattr(average, "shape", None)
+            if shape != tensor.shape:
+                raise UserError(
+                    f"{self.path}: the EMA of {name} has shape {shape}, the parameter "
+                    f"{tensor.shape}; {advice}"
+                )
+        return dict(zip(self.raw, shadow, strict=True))
+
+
+def read(path: str) -> Published:
+    """Opens a file; tensors are read when they are used.
+
+    Raises:
+      UserError: not there, truncated, hostile, or without weights.
+    """
+    file = pathlib.Path(path).expanduser()
+    if not file.is_file():
+        raise UserError(f"--from={path}: no such file")
+    if file.suffix == ".safetensors":
+        return _safetensors(file)
+    with open(file, "rb") as opened:
+        start = opened.read(4)
+    if start == b"PK\x03\x04":
+        return _torch(file)
+    if start[:1] == b"\x80":
+        raise UserError(
+            f"--from={path}: a bare pickle (torch.save before PyTorch 1.6), which is not read; "
+            "load and save it with a newer PyTorch"
+        )
+    raise UserError(f"--from={path}: neither a file of torch.save nor *.safetensors")
+
+
+def _safetensors(file: pathlib.Path) -> Published:
+    tensors, about = safetensors_file.read(file)
+    raw = _backbone(file, tensors)
+    beside = file.with_name("config.json")  # as on the Hugging Face hub
+    hyper = None
+    if not about and beside.is_file():
+        try:
+            hyper = json.loads(beside.read_text("utf-8"))
+        except ValueError as error:
+            raise UserError(f"{beside}: not JSON: {error}") from error
+    return Published(file, raw, hyper=hyper, step=_step(about.get("step")), ours=about or None)
+
+
+def _torch(file: pathlib.Path) -> Published:
+    content = torch_archive.Archive(file).content
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: holds a {type(content).__name__}, not a dict of tensors")
+    state = content.get("state_dict", content)
+    if not isinstance(state, dict):
+        raise UserError(f"{file}: its state_dict is no dict")
+    raw = _backbone(file, state)
+    ema = content.get("ema") if state is not content else None
+    return Published(
+        path=file,
+        raw=raw,
+        shadow=find(ema, "shadow_params"),
+        hyper=content.get("hyper_parameters") if state is not content else None,
+        step=_step(content.get("global_step", find(ema, "num_updates"))),
+    )
+
+
+def _step(value: Any) -> int | None:
+    return value if type(value) is int and 0 <= value < 2**31 else None
+
+
+def _backbone(file: pathlib.Path, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters by name without prefixes; buffers and what is no part of the model left out."""
+    found: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        if not isinstance(name, str):
+            raise UserError(f"{file}: a state_dict whose keys are no names")
+        bare = _PREFIX.sub("", name, count=1) if _PREFIX.match(name) else name
+        if bare in reference.CONSTANTS or _NO_WEIGHTS.match(bare):
+            continue
+        if not hasattr(tensor, "__array__"):
+            kind = tensor.kind if isinstance(tensor, Object) else type(tensor).__name__
+            raise UserError(f"{file}: {ascii(name[:100])} is no tensor, but {kind}")
+        if bare in found:
+            raise UserError(f"{file}: {ascii(bare[:100])} is there twice, under two prefixes")
+        found[bare] = tensor
+    if not found:
+        raise UserError(f"{file}: holds no tensors")
+    return found
+
+
+def find(node: Any, path: str) -> Any:
+    """The value at a dotted path of nested hyper-parameters, or None.
+
+    Dicts, what the file says of an OmegaConf container, and of any dict-like object. References
+    such as ${model.length} are not followed: they are None.
+    """
+    for key in path.split("."):
+        node = _inside(node)
+        node = node.get(key) if isinstance(node, dict) else None
+    node = _inside(node)
+    return None if isinstance(node, str) and "${" in node else node
+
+
+def _inside(node: Any) -> Any:
+    if not isinstance(node, Object):
+        return node
+    state = node.state if isinstance(node.state, dict) else {}
+    if "_val" in state:  # an OmegaConf scalar
+        return state["_val"]
+    return state.get("_content") or node.entries
