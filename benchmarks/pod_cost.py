@@ -61,7 +61,7 @@ def case(file, argument, topology_name, num_slices=1, full_loss=False, **changes
 
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
-ROWS = 8  # a chip, in `scaling`
+ROWS = 8  # a chip, in `scaling` and `length`
 SECTIONS = {
     # Every config on the pod that its docstring names.
     "configs": [
@@ -86,10 +86,11 @@ SECTIONS = {
     ],
     # One model at growing length, and the loss that holds all logits.
     "length": [
-        case("owt", "0.5", "v5p:2x2x1", data__seq_len=n, train__batch_size=8) for n in LENGTHS
+        case("owt", "0.5", "v5p:2x2x1", data__seq_len=n, train__batch_size=4 * ROWS)
+        for n in LENGTHS
     ]
     + [
-        case("owt", "0.5", "v5p:2x2x1", full_loss=True, data__seq_len=n, train__batch_size=8)
+        case("owt", "0.5", "v5p:2x2x1", full_loss=True, data__seq_len=n, train__batch_size=4 * ROWS)
         for n in LENGTHS[:3]
     ],
 }
@@ -213,7 +214,9 @@ def table(found: dict) -> str:
                 len(sent["stray_gathers"]),
             ]
         )  # fmt: skip
-    text += "\n## Temporaries against length (owt:0.5, 8 rows on v5p:2x2x1, remat full)\n"
+    text += (
+        f"\n## Temporaries against length (owt:0.5, {ROWS} rows a chip on v5p:2x2x1, remat full)\n"
+    )
     text += _head("L", "GiB", "GiB / 1024 tokens", "with all logits", "ratio")
     for length in LENGTHS:
         ours, full = (_at_length(found, length, full) for full in (False, True))
