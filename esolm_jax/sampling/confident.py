@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from esolm_jax.attention import visible
+from esolm_jax.loss import exclude_mask_token
 from esolm_jax.sampling import decode as decode_lib
 from esolm_jax.sampling import network as network_lib
 from esolm_jax.sampling.choose import Choice
@@ -89,7 +90,9 @@ def _run(network, p: Progress, keys, length, *, choice, most, threshold, unknown
         window = _window(p, length, unknown)
         logits, new_keys, new_values = network_lib.forward(network, window, p.cache)
         open_ = (p.revealed == NEVER) & (position < length[:, None])
-        certain = jnp.where(open_, choice.log_probs(logits).max(axis=-1), -jnp.inf)
+        # Of the model itself, whatever the temperature.
+        log_p = jax.nn.log_softmax(exclude_mask_token(logits, choice.mask_id), axis=-1)
+        certain = jnp.where(open_, log_p.max(axis=-1), -jnp.inf)
         certain, chosen = jax.lax.top_k(certain, most)
         keep = jnp.isfinite(certain)
         if threshold:
