@@ -117,7 +117,7 @@ def test_time_embedding():
         np.zeros(golden["x0"].shape),
         mask=MASK,
     )
-    logits, _ = model_lib.bind(reference.config)(
+    logits = model_lib.bind(reference.config)(
         reference.params, labelled.tokens, sigma_B=golden["sigma_nonzero"]
     )
     close(logits, golden["logits_sigma_nonzero"])
