@@ -102,7 +102,7 @@ class FullLoss(Objective):
     def losses(self, params, labelled, num_tokens, dropout_key=None):
         tokens = tuple(part.tokens for part in labelled)
         predict = tuple((0, part.target.shape[1]) for part in labelled)
-        logits, _ = self.apply(params, tokens, predict=predict, dropout_key=dropout_key)
+        logits = self.apply(params, tokens, predict=predict, dropout_key=dropout_key)
         mask_id = self.head.mask_id
         return jnp.stack(
             [
