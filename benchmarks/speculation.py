@@ -1,0 +1,101 @@
+"""python -m benchmarks.speculation --workdir=DIR: what lossless speculation gains.
+
+Texts of the Eso-LM (B) in DIR, such as the quickstart's, one token a pass and by speculation, from
+the same distribution, over k, α₀ and both ways to draft. Tokens per pass and seconds, side by side
+in one run; compile time is left out. Writes docs/speculation.{json,md}.
+"""
+
+import argparse
+import pathlib
+import time
+
+import jax
+import numpy as np
+
+from esolm_jax import assemble, checkpoint, results, sharding
+from esolm_jax.sampling.canvas import Canvas
+from esolm_jax.sampling.generate import Generator, passes_run
+from esolm_jax.sampling.network import fold
+
+ALPHAS = (0.0, 0.125, 0.5, 1.0)
+WAYS = [("plain", 0, False)]
+WAYS += [(style, k, False) for style in ("chain", "staircase") for k in (2, 3, 4)]
+WAYS += [("chain", k, False) for k in (6, 8, 12)] + [("chain", 12, True)]
+
+
+def timed(generator: Generator, network, mesh, repeats: int) -> dict:
+    """Median seconds of a run, its passes and acceptance."""
+    jax.block_until_ready(generator.run(network, mesh=mesh, dry_run=True)[0])
+    seconds = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        decoded, counts = generator.run(network, mesh=mesh)
+        jax.block_until_ready(decoded)
+        seconds.append(time.perf_counter() - begin)
+    nfe = passes_run(generator, decoded)
+    tested, accepted = (np.array(counts.get(name, [])) for name in ("tested", "accepted"))
+    return {
+        "seconds": float(np.median(seconds)),
+        "nfe": nfe,
+        "tokens_per_pass": int(generator.schedule.length.max()) / nfe,
+        "acceptance": (accepted / np.maximum(tested, 1)).tolist(),
+    }
+
+
+def measure(workdir: pathlib.Path, num: int, repeats: int) -> dict:
+    config = checkpoint.saved_config(workdir)
+    with config.unlocked():
+        config.sample.num, config.sample.top_p = num, 1.0
+    mesh = sharding.make_mesh(config.mesh)
+    trained = assemble.load_trained(config, workdir, "ema", mesh)
+    network = fold(trained.built.model, trained.params, mesh)
+    rows = []
+    for alpha_0 in ALPHAS:
+        plain = None
+        for style, k, adaptive in WAYS:
+            with config.unlocked():
+                config.alpha_0, config.sample.speculate = alpha_0, k
+                config.sample.speculate_adaptive = adaptive
+                config.sample.speculate_style = "chain" if style == "plain" else style
+            canvas = Canvas.empty(num, config.data.seq_len)
+            generator = Generator.of(config, canvas, trained.built.special)
+            row = timed(generator, network, mesh, repeats)
+            plain = plain or row["seconds"]
+            row |= {"alpha_0": alpha_0, "style": style, "k": k, "adaptive": adaptive}
+            rows.append(row | {"speedup": plain / row["seconds"]})
+            print({name: row[name] for name in ("alpha_0", "style", "k", "seconds", "nfe")})
+    return {"length": config.data.seq_len, "batch": num, "step": trained.step, "rows": rows}
+
+
+def table(found: dict) -> str:
+    text = "# Lossless speculation on a trained model\n\n"
+    text += "Made by `python -m benchmarks.speculation`: the quickstart's model (step "
+    text += f"{found['step']}), {found['batch']} text(s) of {found['length']} tokens, temperature "
+    text += "1, against one token a pass in the same run. Acceptance is by how far a draft was "
+    text += "behind the last token that stood.\n\n"
+    text += "| α₀ | drafts | k | tokens per pass | seconds | speed-up | acceptance |\n"
+    text += "| --- | --- | --- | --- | --- | --- | --- |\n"
+    for row in found["rows"]:
+        k = f"≤ {row['k']}" if row["adaptive"] else row["k"] or "–"
+        rates = " ".join(f"{rate:.2f}" for rate in row["acceptance"][:7])
+        text += f"| {row['alpha_0']:g} | {row['style']} | {k} | {row['tokens_per_pass']:.2f} "
+        text += f"| {row['seconds']:.3f} | {row['speedup']:.2f} | {rates} |\n"
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workdir", type=pathlib.Path, required=True)
+    parser.add_argument("--num", type=int, default=1, help="texts in a batch")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("docs/speculation"))
+    arguments = parser.parse_args()
+    found = measure(arguments.workdir, arguments.num, arguments.repeats)
+    results.write_json(arguments.out.with_suffix(".json"), found)
+    results.write_text(arguments.out.with_suffix(".md"), table(found))
+    print(table(found))
+    print(f"wrote {arguments.out}.json and .md")
+
+
+if __name__ == "__main__":
+    main()
