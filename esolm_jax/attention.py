@@ -35,7 +35,7 @@ def visible(q_rank, q_in_context, k_rank, k_in_context):
 
 
 def dense_mask(q: Tokens, k: Tokens) -> jax.Array:
-    """The rule for all pairs: bool [B, Tq, Tk]."""
+    """The rule for all pairs: bool [B, Tq, Tk]. Of the labels, ranks and contexts are read."""
     return visible(
         q.rank[:, :, None], q.in_context[:, :, None], k.rank[:, None, :], k.in_context[:, None, :]
     )

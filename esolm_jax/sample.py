@@ -19,6 +19,7 @@ from esolm_jax.errors import UserError
 from esolm_jax.sampling import prompts as prompts_lib
 from esolm_jax.sampling import trace
 from esolm_jax.sampling.canvas import Canvas, Seed
+from esolm_jax.sampling.decode import NEVER
 from esolm_jax.sampling.generate import Generator, check, passes_run
 from esolm_jax.sampling.network import fold
 
@@ -66,11 +67,16 @@ def make_canvas(config, found: list[prompts_lib.Prompt], special, vocab_size: in
 
 
 def sample(
-    config, workdir: pathlib.Path, *, prompt: list[str] = (), prompts: str | None = None
-) -> tuple[dict, trace.Trace]:
+    config,
+    workdir: pathlib.Path,
+    *,
+    prompt: list[str] = (),
+    prompts: str | None = None,
+    with_trace: bool = False,
+) -> tuple[dict, trace.Trace | None]:
     """Samples config.sample.num texts, of each prompt if there are any.
 
-    Returns (the texts and how they were made, JSON-able; which pass revealed what).
+    Returns (the texts and how they were made, JSON-able; which pass revealed what, if asked for).
     """
     begin = time.perf_counter()
     check(config)
@@ -112,7 +118,8 @@ def sample(
         "sample": config.sample.to_dict(),
         "step": trained.step,
     }
-    return figures, _trace(config, generator, decoded, tokenizer, nfe)
+    steps = _trace(config, generator, decoded, tokenizer, nfe) if with_trace else None
+    return figures, steps
 
 
 def _texts(config, generator: Generator, decoded, tokenizer, found) -> dict:
@@ -138,14 +145,13 @@ def _texts(config, generator: Generator, decoded, tokenizer, found) -> dict:
 
 
 def _trace(config, generator: Generator, decoded, tokenizer, nfe: int) -> trace.Trace:
-    never = np.iinfo(np.int32).max
     revealed = decoded.revealed.astype(np.int64)
     inside = np.arange(revealed.shape[1])[None] < decoded.text_end[:, None]
-    numbered = np.where(revealed == -1, -1, revealed - generator.prompt_passes)
+    numbered = np.where(revealed == -1, trace.GIVEN, revealed - generator.passes.prompt_passes)
     title = f"{config.objective}, α₀ = {config.alpha_0:g}, {revealed.shape[1]} tokens, NFE {nfe}"
     return trace.Trace(
         pieces=[tokenizer.pieces(row.tolist()) for row in decoded.text],
-        revealed=np.where((revealed == never) | ~inside, -2, numbered),
+        revealed=np.where((revealed == NEVER) | ~inside, trace.NEVER, numbered),
         is_diffusion=generator.is_diffusion(),
         title=title,
     )
@@ -155,7 +161,11 @@ def main(config, workdir: pathlib.Path) -> None:
     if not jax.config.jax_compilation_cache_dir:  # compiled programs are kept between runs
         jax.config.update("jax_compilation_cache_dir", str(workdir.resolve() / "compiled"))
     figures, steps = sample(
-        config, workdir, prompt=_flag("prompt", []), prompts=_flag("prompts", None)
+        config,
+        workdir,
+        prompt=_flag("prompt", []),
+        prompts=_flag("prompts", None),
+        with_trace=_flag("trace", False),
     )
     rows = figures.pop("samples")
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -173,7 +183,7 @@ def main(config, workdir: pathlib.Path) -> None:
         f"{figures['tokens_per_second']:,.0f} tokens/s, NFE {figures['nfe']}"
     )
     written = [texts, summary]
-    if _flag("trace", False):
+    if steps is not None:
         page, picture = workdir / "trace.html", workdir / "trace.png"
         trace.write_html(steps, page)
         trace.write_png(steps, picture)

@@ -248,7 +248,6 @@ def test_the_cache_is_not_copied():
     state = decode.start_state(NETWORK, plan, 2, None, with_logits=False, cached=True)
     index, shapes = plan.classes(*plan.segments()[0])
     tables = plan.padded(2)
-    tables = tables.replace(lowest_left=np.pad(tables.lowest_left, ((0, 1), (0, 0))))
     text = decode.run.lower(
         NETWORK, tables, index, state, decode.row_keys(canvas.seeds), length, choice=CHOICE,
         shapes=shapes, aligned=True, eos_id=None,

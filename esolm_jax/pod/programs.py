@@ -39,28 +39,22 @@ def sampler_step(config, training: Training):
     batch, length = config.sample.num, config.data.seq_len
 
     def one_pass(network, token, position, filled, cache):
-        causal = jnp.tril(jnp.ones((2, 2), bool))[None]
-        window = Window(token, position, causal, filled, pick=jnp.ones((batch, 1), jnp.int32))
+        rank = jnp.broadcast_to(jnp.arange(2)[None], token.shape)
+        pick = jnp.ones((batch, 1), jnp.int32)
+        window = Window(token, position, rank, jnp.ones_like(token, bool), filled, pick)
         logits, keys, values = network_lib.forward(network, window, cache)
         return logits, network_lib.write(
             cache, keys, values, filled, logits.argmax(axis=-1), aligned=True
         )
 
     params = training.abstract_state().params
-    network = jax.eval_shape(functools.partial(network_lib.fold, model), params)
-    network = _placed(network, network_lib.shardings(network, mesh))
-    cache = jax.eval_shape(lambda: network_lib.empty_cache(model, batch, length, 2))
-    cache = _placed(
-        cache, jax.tree.map(lambda _: sharding.place(mesh, "rows", "heads", None, None), cache)
-    )
+    make = functools.partial(network_lib.fold, model, params)
+    network = sharding.abstract(make, network_lib.shardings(jax.eval_shape(make), mesh))
+    make = functools.partial(network_lib.empty_cache, model, batch, length, 2)
+    rows = sharding.place(mesh, "rows", "heads", None, None)
+    cache = sharding.abstract(make, jax.tree.map(lambda _: rows, jax.eval_shape(make)))
     two, filled = _rows(training, (batch, 2)), jax.ShapeDtypeStruct((batch,), jnp.int32)
     return jax.jit(one_pass, donate_argnums=4).lower(network, two, two, filled, cache)
-
-
-def _placed(arrays, where):
-    return jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), arrays, where
-    )
 
 
 def measure(program: str, config, training: Training, chip: Chip) -> dict:

@@ -12,7 +12,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from esolm_jax.attention import visible
 from esolm_jax.loss import exclude_mask_token
 from esolm_jax.sampling import decode as decode_lib
 from esolm_jax.sampling import network as network_lib
@@ -55,7 +54,8 @@ def _window(p: Progress, length, unknown: int) -> Window:
         return Window(
             token=p.text,
             position=position,
-            visible=visible(rank[:, :, None], True, rank[:, None], True),
+            rank=rank,
+            in_context=jnp.ones_like(rank, bool),
             filled=p.filled,
             pick=position,
         )
@@ -69,9 +69,8 @@ def _window(p: Progress, length, unknown: int) -> Window:
     return Window(
         token=jnp.concatenate([known, jnp.full((batch, size), unknown)], axis=1),
         position=jnp.concatenate([recent, position], axis=1),
-        visible=visible(
-            rank[:, :, None], in_context[:, :, None], rank[:, None], in_context[:, None]
-        ),
+        rank=rank,
+        in_context=in_context,
         filled=p.filled,
         pick=k + position,
     )
@@ -149,7 +148,6 @@ def confident(
       others: as of decode.decode.
     """
     length, most = passes.order.shape[1], min(most, passes.order.shape[1])
-    total = passes.given + passes.size.sum(axis=0)
     if cached:
         _, state = decode_lib.prefill(
             network, passes, keys, margin=most, mesh=mesh, dry_run=dry_run
@@ -158,21 +156,18 @@ def confident(
     else:
         cache, done = None, jnp.int32(0)
     is_given = jnp.arange(length)[None] < passes.given[:, None]
-
-    def by_position(by_rank):
-        order = jnp.asarray(passes.order)
-        return jnp.put_along_axis(jnp.zeros_like(by_rank), order, by_rank, axis=1, inplace=False)
-
+    known = jnp.where(is_given, passes.known, passes.unknown).astype(jnp.int32)
+    revealed = jnp.where(is_given, -1, NEVER).astype(jnp.int32)
     p = Progress(
-        text=by_position(jnp.where(is_given, passes.known, passes.unknown).astype(jnp.int32)),
-        revealed=by_position(jnp.where(is_given, -1, NEVER).astype(jnp.int32)),
+        text=decode_lib.by_position(passes, known),
+        revealed=decode_lib.by_position(passes, revealed),
         cache=cache,
         filled=jnp.asarray(passes.given) if cached else jnp.zeros(len(passes.order), jnp.int32),
         recent=jnp.full((len(passes.order), most), length, jnp.int32),
         next=done,
     )
     p = _run(
-        network, p, keys, jnp.asarray(0 * total if dry_run else total, jnp.int32),
+        network, p, keys, jnp.asarray(0 * passes.length if dry_run else passes.length, jnp.int32),
         choice=choice, most=most, threshold=threshold, unknown=passes.unknown,
     )  # fmt: skip
     return Decoded(

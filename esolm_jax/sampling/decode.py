@@ -12,13 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from esolm_jax.attention import visible
 from esolm_jax.sampling import network as network_lib
 from esolm_jax.sampling.network import Cache, Network, Window
-from esolm_jax.sampling.passes import Passes
+from esolm_jax.sampling.passes import NONE, Passes
 
-UNREAD = jnp.iinfo(jnp.int32).max  # the rank of filler, that nobody reads
-NEVER = jnp.iinfo(jnp.int32).max  # a pass, or a place, that does not come
+UNREAD = NONE  # the rank of filler, that nobody reads
+NEVER = NONE  # a pass, or a place, that does not come
 
 
 @flax.struct.dataclass
@@ -74,7 +73,8 @@ def _window(passes: Passes, state: State, i, width: int, picked: int):
     return Window(
         token=token,
         position=position,
-        visible=visible(rank[:, :, None], True, rank[:, None, :], True),
+        rank=rank,
+        in_context=jnp.ones_like(rank, bool),
         filled=start,
         pick=jnp.minimum(pick, width - 1),
     )
@@ -212,49 +212,50 @@ def decode(
       with_logits: also return the logits each token was drawn from (mask token not excluded).
       dry_run: compile, but run no pass.
     """
-    segments = [(high, *passes.classes(low, high)) for low, high in passes.segments()]
-    margin = max(width for *_, shapes in segments for width, _ in shapes)
-    cached = bool(passes.start.max(initial=0))
-    state = start_state(network, passes, margin, mesh, with_logits=with_logits, cached=cached)
-    aligned, tables = passes.aligned, passes.padded(margin)
-    # One more row, for the end of the loop looks at the pass to come.
-    tables = tables.replace(
-        lowest_left=np.pad(tables.lowest_left, ((0, 1), (0, 0)), constant_values=NEVER)
-    )
-    for high, index, shapes in segments:
-        state = run(
-            network, tables, index, state, keys, 0 if dry_run else high,
-            choice=choice, shapes=shapes, aligned=aligned, eos_id=eos_id,
-        )  # fmt: skip
+    _, state = _run_segments(
+        network, passes, keys, passes.segments(), choice, margin=0, mesh=mesh, eos_id=eos_id,
+        cached=bool(passes.start.max(initial=0)), with_logits=with_logits, dry_run=dry_run,
+    )  # fmt: skip
     return in_text_order(state, passes)
 
 
 def prefill(network: Network, passes: Passes, keys, *, margin: int, mesh, dry_run: bool):
     """(tables padded by at least `margin` slots, state with a cache) behind the passes of the
     prompt; for loops that find the order or the steps of the rest themselves."""
-    segments = [(low, high) for low, high in passes.segments() if not passes.size[low].any()]
+    segments = passes.segments()[:1] if passes.prompt_passes else []
+    return _run_segments(
+        network, passes, keys, segments, None, margin=margin, mesh=mesh, eos_id=None, cached=True,
+        with_logits=False, dry_run=dry_run,
+    )  # fmt: skip
+
+
+def _run_segments(
+    network, passes, keys, segments, choice, *, margin, mesh, eos_id, cached, with_logits, dry_run
+):
+    """(padded tables, state) after these segments from the start, one program for each."""
     classes = [passes.classes(*segment) for segment in segments]
     margin = max([margin, *(width for _, shapes in classes for width, _ in shapes)])
-    state = start_state(network, passes, margin, mesh, with_logits=False, cached=True)
+    state = start_state(network, passes, margin, mesh, with_logits=with_logits, cached=cached)
     tables = passes.padded(margin)
     for (_, high), (index, shapes) in zip(segments, classes, strict=True):
         state = run(
-            network, tables, index, state, keys, 0 if dry_run else high, choice=None,
-            shapes=shapes, aligned=passes.aligned, eos_id=None,
+            network, tables, index, state, keys, 0 if dry_run else high,
+            choice=choice, shapes=shapes, aligned=passes.aligned, eos_id=eos_id,
         )  # fmt: skip
     return tables, state
 
 
+def by_position(passes: Passes, by_rank):
+    """[B, L], from by rank to by position in the text."""
+    order = jnp.asarray(passes.order)
+    return jnp.put_along_axis(jnp.zeros_like(by_rank), order, by_rank, axis=1, inplace=False)
+
+
 def in_text_order(state: State, passes: Passes) -> Decoded:
     length = passes.order.shape[1]
-    order = jnp.asarray(passes.order)
-
-    def put(by_rank):
-        return jnp.put_along_axis(jnp.zeros_like(by_rank), order, by_rank, axis=1, inplace=False)
-
     return Decoded(
-        text=put(state.known[:, passes.shift : passes.shift + length]),
-        revealed=put(state.revealed[:, :length]),
+        text=by_position(passes, state.known[:, passes.shift : passes.shift + length]),
+        revealed=by_position(passes, state.revealed[:, :length]),
         text_end=state.text_end,
         passes=state.next,
         logits=None if state.logits is None else state.logits[:, :length],

@@ -125,11 +125,6 @@ class Generator:
         )  # fmt: skip
         return found, {name: np.asarray(n.sum(axis=0)).tolist() for name, n in counts.items()}
 
-    @property
-    def prompt_passes(self) -> int:
-        """How many of the passes only read the prompt."""
-        return int((self.passes.size.max(axis=1) == 0).sum())
-
     def is_diffusion(self) -> np.ndarray:
         """bool [B, L]: what the diffusion phase generates, by position."""
         slot, drawn = np.arange(self.schedule.order.shape[1])[None], self.schedule
@@ -143,4 +138,4 @@ class Generator:
 
 def passes_run(generator: Generator, decoded: Decoded) -> int:
     """The NFE: passes that generated something."""
-    return int(jax.device_get(decoded.passes)) - generator.prompt_passes
+    return int(jax.device_get(decoded.passes)) - generator.passes.prompt_passes

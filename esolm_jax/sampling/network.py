@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from esolm_jax import model as model_lib
 from esolm_jax import sharding
-from esolm_jax.attention import MASKED
+from esolm_jax.attention import MASKED, dense_mask
 from esolm_jax.model import ModelConfig
 
 
@@ -188,15 +188,15 @@ class Window:
     """What a pass runs: W tokens of each row.
 
     Attributes:
-      token, position: int32 [B, W].
-      visible: bool [B, W, W], by the rule, [row, query, key]; a token sees at least itself.
+      token, position, rank: int32 [B, W]; in_context: bool [B, W]: the four labels.
       filled: int32 [B]: slots of the cache below are visible, to all.
       pick: int32 [B, P], the places in the window that logits are wanted of.
     """
 
     token: jax.Array
     position: jax.Array
-    visible: jax.Array
+    rank: jax.Array
+    in_context: jax.Array
     filled: jax.Array
     pick: jax.Array
 
@@ -217,11 +217,11 @@ def forward(network: Network, window: Window, cache: Cache | None):
     count = None
     if cache is not None:  # of the chunks that are to be read
         count = 1 + jnp.sum(window.filled.max() > jnp.array(cache.ends[:-1], jnp.int32))
-    keys, values = [], []
+    mask_BWW, keys, values = dense_mask(window, window), [], []
     for i, block in enumerate(network.blocks):
         q, k, v = _heads(config, block, _norm(config, h), cos, sin)
         past = None if cache is None else (cache.keys[i], cache.values[i])
-        a_BGRWK = _attend(q, k, v, past, window, count)
+        a_BGRWK = _attend(q, k, v, past, mask_BWW, window.filled, count)
         flat = jnp.moveaxis(a_BGRWK, 3, 1).reshape(*h.shape[:2], -1).astype(h.dtype)
         h = h + flat @ block["attention_out"]
         h = h + _mlp(config, block, _norm(config, h))
@@ -263,29 +263,27 @@ def _mlp(config, block, normed):
     return _linear(block, "mlp_out", model_lib.activate(config, inner))
 
 
-def _attend(q_BGRWK, k, v, past, window, count):
+def _attend(q_BGRWK, k, v, past, mask_BWW, filled, count):
     """Attention of the window to the first `count` chunks of the cache and to itself."""
+    attend = functools.partial(_attend_chunks, q_BGRWK, k, v, mask_BWW, filled)
     if past is None:
-        return _attend_chunks(0, q_BGRWK, k, v, ((), ()), window)
-    branches = [
-        functools.partial(lambda n, past: _attend_chunks(n, q_BGRWK, k, v, past, window), n)
-        for n in range(1, len(past[0]) + 1)
-    ]
+        return attend(0, ((), ()))
+    branches = [functools.partial(attend, n) for n in range(1, len(past[0]) + 1)]
     if len(branches) == 1:
         return branches[0](past)
     return jax.lax.switch(count - 1, branches, past)
 
 
-def _attend_chunks(count: int, q_BGRWK, k, v, past, window):
+def _attend_chunks(q_BGRWK, k, v, mask_BWW, filled_B, count: int, past):
     """Softmax in float32 over `count` chunks of the cache and the window."""
     batch, groups, per_group, width, head_width = q_BGRWK.shape
     q = q_BGRWK.reshape(batch, groups, per_group * width, head_width)
     dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     here = dot("bgtk,bgsk->bgts", q, k).reshape(batch, groups, per_group, width, width)
-    here = jnp.where(window.visible[:, None, None], here, MASKED)
+    here = jnp.where(mask_BWW[:, None, None], here, MASKED)
     scores, values, start = [here.reshape(batch, groups, -1, width)], [v], 0
     for keys, chunk in zip(past[0][:count], past[1][:count], strict=True):
-        filled = start + jnp.arange(keys.shape[3])[None] < window.filled[:, None]
+        filled = start + jnp.arange(keys.shape[3])[None] < filled_B[:, None]
         score = dot("bgtk,bgks->bgts", q, keys)
         scores.append(jnp.where(filled[:, None, None], score, MASKED))
         values.append(chunk)

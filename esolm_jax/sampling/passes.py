@@ -27,6 +27,7 @@ from esolm_jax.errors import UserError
 from esolm_jax.sampling.schedule import Schedule
 
 PREFILL = 256
+NONE = np.iinfo(np.int32).max  # no position, rank or pass
 
 
 @flax.struct.dataclass
@@ -40,7 +41,7 @@ class Passes:
         below `bidirectional_below` are of rank 0.
       given: [B], how many leading slots hold given tokens.
       lowest_left: [steps, B], the leftmost position that is still unknown before a pass, or
-        the largest int32.
+        NONE.
       unknown: the token that stands for what is not known yet.
       shift: 0, or 1 where slot j holds text token j−1 and predicts token j (AR).
       start_token: what slot 0 holds when shift = 1.
@@ -61,9 +62,19 @@ class Passes:
     start_token: int = flax.struct.field(pytree_node=False, default=0)
 
     @property
+    def length(self) -> np.ndarray:
+        """[B]: tokens of each text."""
+        return self.given + self.size.sum(axis=0)
+
+    @property
+    def prompt_passes(self) -> int:
+        """The leading passes that only read the prompt."""
+        return int((self.size.max(axis=1) == 0).sum())
+
+    @property
     def nfe(self) -> int:
         """Passes that generate something."""
-        return int((self.size.max(axis=1) > 0).sum())
+        return len(self.size) - self.prompt_passes
 
     @property
     def widths(self) -> np.ndarray:
@@ -76,18 +87,20 @@ class Passes:
         return bool((self.start == self.start[:, :1]).all())
 
     def padded(self, margin: int) -> Self:
-        """With `margin` more slots, so that every window lies inside."""
+        """For the loop: with `margin` more slots, so that every window lies inside."""
         more = ((0, 0), (0, margin))
         order, known = np.pad(self.order, more), np.pad(self.known, more)
-        return self.replace(order=order, known=known, rank=np.pad(self.rank, more[1]))
+        # One row more, for the end of the loop looks at the pass to come.
+        left = np.pad(self.lowest_left, ((0, 1), (0, 0)), constant_values=NONE)
+        rank = np.pad(self.rank, more[1])
+        return self.replace(order=order, known=known, rank=rank, lowest_left=left)
 
     def segments(self) -> list[tuple[int, int]]:
         """Runs of passes (from, to) that share a compiled program: the prompt's, up to the last
         wide one, and the narrow ones after it (the token of the last pass, the mask of this)."""
-        prefill = int((self.size.max(axis=1) == 0).sum())
         wide = np.nonzero(self.widths > 2)[0]
-        cut = max(int(wide[-1]) + 1 if wide.size else 0, prefill)
-        ends = [0, prefill, cut, len(self.size)]
+        cut = max(int(wide[-1]) + 1 if wide.size else 0, self.prompt_passes)
+        ends = [0, self.prompt_passes, cut, len(self.size)]
         return [(a, b) for a, b in zip(ends, ends[1:], strict=False) if b > a]
 
     def classes(self, low: int, high: int) -> tuple[np.ndarray, tuple[tuple[int, int], ...]]:
@@ -122,13 +135,12 @@ def _new_context(schedule: Schedule) -> np.ndarray:
     return before if len(schedule.sizes) else before[:0]
 
 
-def _lowest_left(schedule: Schedule, first: np.ndarray) -> np.ndarray:
-    slot = np.arange(schedule.order.shape[1])
-    none = np.iinfo(np.int32).max
-    position = np.where(slot[None] < schedule.length[:, None], schedule.order, none)
-    behind = np.minimum.accumulate(position[:, ::-1], axis=1)[:, ::-1]
-    behind = np.pad(behind, ((0, 0), (0, 1)), constant_values=none)
-    return np.take_along_axis(behind.T, first, axis=0)
+def leftmost(order: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """int32 [B, L + 1]: of the texts of `length` [B], the leftmost position of those at this rank
+    and later, or NONE."""
+    inside = np.arange(order.shape[1])[None] < length[:, None]
+    position = np.pad(np.where(inside, order, NONE), ((0, 0), (0, 1)), constant_values=NONE)
+    return np.minimum.accumulate(position[:, ::-1], axis=1)[:, ::-1].astype(np.int32)
 
 
 def _tables(schedule: Schedule, *, prefill, start, end, rank, bidirectional_below=0, **rest):
@@ -136,6 +148,7 @@ def _tables(schedule: Schedule, *, prefill, start, end, rank, bidirectional_belo
     chunk = PREFILL * np.arange(-(-int(prefill.max(initial=0)) // PREFILL))[:, None]
     low, high = (np.minimum(c, prefill[None]) for c in (chunk, chunk + PREFILL))
     first, done = _first(schedule), schedule.sizes == 0
+    behind = leftmost(schedule.order, schedule.length)
     start, end, below = (np.broadcast_to(a, first.shape) for a in (start, end, bidirectional_below))
     start, end = np.where(done, first, start), np.where(done, first, end)
     pairs = {
@@ -144,7 +157,7 @@ def _tables(schedule: Schedule, *, prefill, start, end, rank, bidirectional_belo
         "size": (np.zeros_like(low), schedule.sizes),
         "end": (high, end),
         "bidirectional_below": (np.zeros_like(low), below),
-        "lowest_left": (np.zeros_like(low), _lowest_left(schedule, first)),
+        "lowest_left": (np.zeros_like(low), np.take_along_axis(behind.T, first, axis=0)),
     }
     return Passes(
         order=schedule.order.astype(np.int32),

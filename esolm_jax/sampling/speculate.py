@@ -26,13 +26,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esolm_jax.attention import visible
 from esolm_jax.sampling import decode as decode_lib
 from esolm_jax.sampling import network as network_lib
 from esolm_jax.sampling.choose import RESIDUAL, Choice, argmax, gumbel, log_uniform
 from esolm_jax.sampling.decode import NEVER, UNREAD, Decoded, State
 from esolm_jax.sampling.network import Network, Window
-from esolm_jax.sampling.passes import Passes
+from esolm_jax.sampling.passes import Passes, leftmost
 
 STYLES = ("chain", "staircase")
 
@@ -102,9 +101,8 @@ def _predict(network, passes: Passes, s: Speculation, style: str, k: int):
     window = Window(
         token=jnp.where(is_context, token, passes.unknown),
         position=position,
-        visible=visible(
-            rank[:, :, None], in_context[:, :, None], rank[:, None], in_context[:, None]
-        ),
+        rank=rank,
+        in_context=in_context,
         filled=s.filled,
         pick=jnp.broadcast_to(jnp.arange(k, width)[None], (len(slot), width - k)),
     )
@@ -127,8 +125,6 @@ def _verify(choice: Choice, s: Speculation, exact, token, position, keys):
     passed = is_draft & (log_uniform(keys, position[:, :n]) <= p - q)
     accepted = jnp.cumprod(passed.astype(jnp.int32), axis=1).sum(axis=1)
     log_p = log_p[batch, accepted]
-    if n == 0:
-        return accepted, log_p, jnp.zeros(accepted.shape, bool)
     rejected = accepted < s.drafted
     q_there = jnp.exp(log_q[batch, jnp.minimum(accepted, n - 1)])
     rest = jnp.exp(log_p) - q_there
@@ -270,7 +266,6 @@ def speculate(
     batch, vocab = len(passes.order), network.config.vocab_size
     sizes = tuple(sorted({*(2**i for i in range(1, 10) if 2**i < k), k})) if adaptive else (k,)
     given = jnp.asarray(passes.given)
-    total = passes.given + passes.size.sum(axis=0)
     s = Speculation(
         state=state,
         count=given + 0,
@@ -282,18 +277,8 @@ def speculate(
         accepted=jnp.zeros((batch, k - 1), jnp.int32),
     )
     s = _run(
-        network, tables, s, keys, given if dry_run else total.astype(np.int32),
-        _lowest_left(passes, total), choice=choice, style=style, sizes=sizes,
+        network, tables, s, keys, given if dry_run else passes.length.astype(np.int32),
+        leftmost(passes.order, passes.length), choice=choice, style=style, sizes=sizes,
         eos_id=eos_id,
     )  # fmt: skip
     return decode_lib.in_text_order(s.state, passes), {"tested": s.tested, "accepted": s.accepted}
-
-
-def _lowest_left(passes: Passes, total) -> np.ndarray:
-    """[B, L + 1]: the leftmost position of those at this rank and later."""
-    batch, length = passes.order.shape
-    inside = np.arange(length)[None] < total[:, None]
-    position = np.pad(
-        np.where(inside, passes.order, length), ((0, 0), (0, 1)), constant_values=length
-    )
-    return np.minimum.accumulate(position[:, ::-1], axis=1)[:, ::-1].astype(np.int32)
