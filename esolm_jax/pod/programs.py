@@ -50,7 +50,7 @@ def sampler_step(config, training: Training):
     params = training.abstract_state().params
     make = functools.partial(network_lib.fold, model, params)
     network = sharding.abstract(make, network_lib.shardings(jax.eval_shape(make), mesh))
-    make = functools.partial(network_lib.empty_cache, model, batch, length, 2)
+    make = functools.partial(network_lib.empty_cache, model, batch, length + 2)
     rows = sharding.place(mesh, "rows", "heads", None, None)
     cache = sharding.abstract(make, jax.tree.map(lambda _: rows, jax.eval_shape(make)))
     two, filled = _rows(training, (batch, 2)), jax.ShapeDtypeStruct((batch,), jnp.int32)

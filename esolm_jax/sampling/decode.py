@@ -177,7 +177,7 @@ def start_state(network: Network, passes: Passes, margin: int, mesh, *, with_log
     known = np.full((batch, slots + 1), passes.start_token, np.int32)
     known[:, passes.shift : passes.shift + length] = passes.known
     is_given = np.arange(slots)[None] < passes.given[:, None]
-    empty = functools.partial(network_lib.empty_cache, config, batch, length, margin, mesh)
+    empty = functools.partial(network_lib.empty_cache, config, batch, slots, mesh)
     return State(
         known=jnp.asarray(known),
         cache=empty() if cached else None,

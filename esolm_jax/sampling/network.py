@@ -8,6 +8,7 @@ weights out of a stack costs as much as to use them.
 
 import dataclasses
 import functools
+import math
 
 import flax.struct
 import jax
@@ -18,6 +19,10 @@ from esolm_jax import model as model_lib
 from esolm_jax import sharding
 from esolm_jax.attention import MASKED, dense_mask
 from esolm_jax.model import ModelConfig
+
+SLOTS = 64
+PREFIXES = 8
+FEW = 16  # queries of a group of heads: for more of them a CPU is faster at matrix products
 
 
 @flax.struct.dataclass
@@ -42,47 +47,35 @@ class Network:
 
 @flax.struct.dataclass
 class Cache:
-    """Keys and values, for each block cut along the slots into chunks that are arrays of their own:
-    attention reads the first few, as far as they are filled, and a slice would be a copy.
+    """Keys and values of S slots for each block; S is a multiple of SLOTS.
 
     Attributes:
-      keys: [block][chunk], [B, G, K, slots of the chunk], as their product with queries wants them.
-      values: likewise, [B, G, slots of the chunk, K].
-      ends: for each chunk, the slot behind its last.
+      keys: [block], [B, G, K, S], as their product with queries wants them.
+      values: [block], [B, G, S, K].
     """
 
-    keys: tuple[tuple[jax.Array, ...], ...]
-    values: tuple[tuple[jax.Array, ...], ...]
-    ends: tuple[int, ...] = flax.struct.field(pytree_node=False)
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+
+    @property
+    def prefixes(self) -> list[int]:
+        """How many slots a pass may read: the least of these that holds what is filled."""
+        slots = self.keys[0].shape[3]
+        unit = SLOTS * -(-slots // (PREFIXES * SLOTS))
+        return [*range(unit, slots, unit), slots]
 
 
-def _ends(length: int, widest: int) -> tuple[int, ...]:
-    """Of chunks no shorter than a window may be; the last has room for one that runs over."""
-    unit = max(64, -(-length // 512) * 64, -(-widest // 64) * 64)
-    ends = sorted({min(n * unit, length) for n in (1, 2, 3, 4, 6, 8)})
-    while len(ends) > 1 and ends[-1] - ends[-2] < unit:
-        del ends[-2]
-    return (*ends[:-1], length + widest)
-
-
-def empty_cache(
-    config: ModelConfig, batch: int, length: int, widest: int, mesh: Mesh | None = None
-) -> Cache:
-    """A cache for B = `batch` rows of `length` tokens in windows of up to `widest`; the rows lie on
+def empty_cache(config: ModelConfig, batch: int, slots: int, mesh: Mesh | None = None) -> Cache:
+    """A cache for B = `batch` rows of at least `slots`, a window's margin included; the rows lie on
     the mesh as their tokens do."""
-    ends = _ends(length, widest)
-    sizes = [end - start for start, end in zip((0, *ends), ends, strict=False)]
     where = None if mesh is None else sharding.place(mesh, "rows", "heads", None, None)
+    width, slots = config.head_width, SLOTS * -(-slots // SLOTS)
 
     def zeros(*shape):
-        return jnp.zeros((batch, config.groups, *shape), config.dtype, device=where)
+        shape = batch, config.groups, *shape
+        return tuple(jnp.zeros(shape, config.dtype, device=where) for _ in range(config.blocks))
 
-    width, blocks = config.head_width, range(config.blocks)
-    return Cache(
-        keys=tuple(tuple(zeros(width, size) for size in sizes) for _ in blocks),
-        values=tuple(tuple(zeros(size, width) for size in sizes) for _ in blocks),
-        ends=ends,
-    )
+    return Cache(keys=zeros(width, slots), values=zeros(slots, width))
 
 
 _PLACES = {  # logical axes; rows are split, so no weights are over fsdp
@@ -214,14 +207,10 @@ def forward(network: Network, window: Window, cache: Cache | None):
     config = network.config
     h = network.embedding[window.token]
     cos, sin = model_lib.rope_angles(window.position, config.head_width, config.rope_base)
-    count = None
-    if cache is not None:  # of the chunks that are to be read
-        count = 1 + jnp.sum(window.filled.max() > jnp.array(cache.ends[:-1], jnp.int32))
     mask_BWW, keys, values = dense_mask(window, window), [], []
     for i, block in enumerate(network.blocks):
         q, k, v = _heads(config, block, _norm(config, h), cos, sin)
-        past = None if cache is None else (cache.keys[i], cache.values[i])
-        a_BGRWK = _attend(q, k, v, past, mask_BWW, window.filled, count)
+        a_BGRWK = _attend(q, k, v, mask_BWW, window.filled, cache, i)
         flat = jnp.moveaxis(a_BGRWK, 3, 1).reshape(*h.shape[:2], -1).astype(h.dtype)
         h = h + flat @ block["attention_out"]
         h = h + _mlp(config, block, _norm(config, h))
@@ -263,39 +252,90 @@ def _mlp(config, block, normed):
     return _linear(block, "mlp_out", model_lib.activate(config, inner))
 
 
-def _attend(q_BGRWK, k, v, past, mask_BWW, filled, count):
-    """Attention of the window to the first `count` chunks of the cache and to itself."""
-    attend = functools.partial(_attend_chunks, q_BGRWK, k, v, mask_BWW, filled)
-    if past is None:
-        return attend(0, ((), ()))
-    branches = [functools.partial(attend, n) for n in range(1, len(past[0]) + 1)]
-    if len(branches) == 1:
-        return branches[0](past)
-    return jax.lax.switch(count - 1, branches, past)
+def _attend(q_BGRWK, k, v, mask_BWW, filled_B, cache: Cache | None, i: int):
+    """Attention of the window to itself and to what is filled of the cache of block i."""
+    attend = functools.partial(_attend_prefix, q_BGRWK, k, v, mask_BWW, filled_B)
+    if cache is None:
+        return attend(0, None)
+    past, prefixes = (cache.keys[i], cache.values[i]), cache.prefixes
+    which = jnp.sum(filled_B.max() > jnp.array(prefixes[:-1], jnp.int32))
+    return jax.lax.switch(which, [functools.partial(attend, n) for n in prefixes], past)
 
 
-def _attend_chunks(q_BGRWK, k, v, mask_BWW, filled_B, count: int, past):
-    """Softmax in float32 over `count` chunks of the cache and the window."""
+def _attend_prefix(q_BGRWK, k, v, mask_BWW, filled_B, prefix: int, past):
+    """Softmax in float32 over the window and the cache's slots below `prefix`."""
     batch, groups, per_group, width, head_width = q_BGRWK.shape
     q = q_BGRWK.reshape(batch, groups, per_group * width, head_width)
-    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    here = dot("bgtk,bgsk->bgts", q, k).reshape(batch, groups, per_group, width, width)
-    here = jnp.where(mask_BWW[:, None, None], here, MASKED)
-    scores, values, start = [here.reshape(batch, groups, -1, width)], [v], 0
-    for keys, chunk in zip(past[0][:count], past[1][:count], strict=True):
-        filled = start + jnp.arange(keys.shape[3])[None] < filled_B[:, None]
-        score = dot("bgtk,bgks->bgts", q, keys)
-        scores.append(jnp.where(filled[:, None, None], score, MASKED))
-        values.append(chunk)
-        start += keys.shape[3]
-    top = functools.reduce(jnp.maximum, [score.max(-1, keepdims=True) for score in scores])
-    probs = [jnp.exp(score - top) for score in scores]
-    total = sum(p.sum(-1, keepdims=True) for p in probs)
-    out = sum(
-        dot("bgts,bgsk->bgtk", p.astype(v.dtype), value)
-        for p, value in zip(probs, values, strict=True)
-    )
+    scored, weighted = _IN_PLACE if q.shape[2] <= FEW else _PRODUCTS
+    here = scored(q, k.swapaxes(2, 3), width).reshape(q_BGRWK.shape[:4] + (width,))
+    here = jnp.where(mask_BWW[:, None, None], here, MASKED).reshape(*q.shape[:3], width)
+    parts = [(here, lambda p: weighted(p, v, width))]
+    if prefix:
+        keys, values = past
+        score = jax.lax.cond(  # also lest XLA computes it twice, for its maximum and for exp
+            filled_B.max() > 0,
+            lambda: _where_filled(scored(q, keys, prefix), filled_B),
+            lambda: jnp.full((*q.shape[:3], prefix), MASKED, jnp.float32),
+        )
+        parts.append((score, lambda p: weighted(p, values, prefix)))
+    top = functools.reduce(jnp.maximum, [score.max(-1, keepdims=True) for score, _ in parts])
+    total, out = 0.0, 0.0
+    for score, weigh in parts:
+        p = jnp.exp(score - top)
+        total, out = total + p.sum(-1, keepdims=True), out + weigh(p.astype(v.dtype))
     return (out / total).reshape(q_BGRWK.shape)
+
+
+def _where_filled(score_BGTS, filled_B):
+    filled = jnp.arange(score_BGTS.shape[3])[None] < filled_B[:, None]
+    return jnp.where(filled[:, None, None], score_BGTS, MASKED)
+
+
+def _matmul(a, b):
+    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+
+
+# Products of queries [B, G, T, K] or probabilities [B, G, T, S] with the cache's first S slots.
+_PRODUCTS = (
+    lambda q, keys_BGKS, s: _matmul(q, keys_BGKS[..., :s]),
+    lambda p, values_BGSK, s: _matmul(p, values_BGSK[:, :, :s]),
+)
+
+
+def _multiply_add(q, keys_BGKS, s: int):
+    """One loop over S that adds K products."""
+    keys, q = keys_BGKS[:, :, None].astype(jnp.float32), q.astype(jnp.float32)
+    each = [q[..., i, None] * keys[:, :, :, i, :s] for i in range(q.shape[3])]
+    return functools.reduce(jnp.add, each)
+
+
+def _weighted_sum(p, values_BGSK, s: int):
+    """Folds S to a sixteenth until one is left."""
+    values, p = values_BGSK[:, :, None].astype(jnp.float32), p[..., None].astype(jnp.float32)
+    each = [p[:, :, :, a:b] * values[:, :, :, a:b] for a, b in _equal_parts(s)]
+    while (out := functools.reduce(jnp.add, each)).shape[3] > 1:
+        each = [out[:, :, :, a:b] for a, b in _equal_parts(out.shape[3])]
+    return out[:, :, :, 0]
+
+
+def _equal_parts(size: int) -> list[tuple[int, int]]:
+    """As many as divide it and sixteen; if none do, single ones."""
+    count = math.gcd(16, size)
+    step = size // count if count > 1 else 1
+    return [(at, at + step) for at in range(0, size, step)]
+
+
+def _on_cpu(in_place, product):
+    def chosen(a, b, s: int):
+        cpu, default = (functools.partial(f, s=s) for f in (in_place, product))
+        return jax.lax.platform_dependent(a, b, cpu=cpu, default=default)
+
+    return chosen
+
+
+# XLA for CPUs copies the slice that it gives to a product of matrices, and is slow at many small
+# ones; sums of products read the cache where it lies.
+_IN_PLACE = tuple(map(_on_cpu, (_multiply_add, _weighted_sum), _PRODUCTS))
 
 
 def write(cache: Cache, keys, values, start, after, *, aligned: bool) -> Cache:
@@ -308,37 +348,14 @@ def write(cache: Cache, keys, values, start, after, *, aligned: bool) -> Cache:
       aligned: all rows start at the same slot, which is faster.
     """
     start = start + jnp.minimum(after.min(), 0)
-    lows = (0, *cache.ends)
 
-    def put(chunks, new, axis):
-        return tuple(
-            _write_chunk(chunk, new, start - low, axis, aligned)
-            for chunk, low in zip(chunks, lows, strict=False)
-        )
+    def put(old, new, axis):
+        if aligned:
+            return jax.lax.dynamic_update_slice_in_dim(old, new, start[0], axis)
+        one = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=axis - 1)
+        return jax.vmap(one)(old, new, start)
 
     return cache.replace(
         keys=tuple(put(a, new, 3) for a, new in zip(cache.keys, keys, strict=True)),
         values=tuple(put(a, new, 2) for a, new in zip(cache.values, values, strict=True)),
     )
-
-
-def _write_chunk(chunk, new, at, axis: int, aligned: bool):
-    """Puts the columns of `new` that fall into the chunk there, from place `at` [B] on, which may
-    lie before it or behind it."""
-    if not aligned:
-        row = functools.partial(_write_columns, axis=axis - 1)
-        return jax.vmap(row)(chunk, new, at)
-    return _write_columns(chunk, new, at[0], axis=axis)
-
-
-def _write_columns(chunk, new, at, *, axis: int):
-    width, size = new.shape[axis], chunk.shape[axis]
-    low = jnp.clip(at, 0, size - width)
-    old = jax.lax.dynamic_slice_in_dim(chunk, low, width, axis)
-    column = jnp.arange(width) + low - at  # of `new`, that comes to each place
-    moved = jnp.take(new, column, axis=axis, mode="clip")
-    shape = [1] * new.ndim
-    shape[axis] = width
-    keep = ((column >= 0) & (column < width)).reshape(shape)
-    update = jnp.where(keep, moved, old)
-    return jax.lax.dynamic_update_slice_in_dim(chunk, update, low, axis)
