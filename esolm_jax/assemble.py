@@ -46,7 +46,14 @@ def model_config(config, tokenizer: dict, platform: str) -> model_lib.ModelConfi
         style=m.style,
         kv_heads=m.kv_heads,
         mlp_width=m.mlp_width,
+        attention_width=m.attention_width,
+        norm_eps=m.norm_eps,
+        qkv_bias=m.qkv_bias,
+        qk_norm=m.qk_norm,
+        positions=m.positions,
         rope_base=m.rope_base,
+        rope_factor=m.rope_factor,
+        rope_length=m.rope_length,
         attention=attention.resolve(m.attention, platform),
         remat=m.remat,
     )
@@ -145,7 +152,14 @@ MODEL_FIELDS = ("objective", "start_token") + tuple(
         "style",
         "kv_heads",
         "mlp_width",
+        "attention_width",
+        "norm_eps",
+        "qkv_bias",
+        "qk_norm",
+        "positions",
         "rope_base",
+        "rope_factor",
+        "rope_length",
     )
 )
 

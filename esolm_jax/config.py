@@ -47,10 +47,18 @@ def default_config() -> ConfigDict:
     model.cond_width = 128  # of the time embedding behind adaLN; 0 = no adaLN
     model.dropout = 0.1
     model.dtype = "float32"  # compute dtype: float32 | bfloat16
-    model.style = "dit"  # dit (LayerNorm, GELU, biases) | llama (RMSNorm, SwiGLU, no biases)
+    model.style = "dit"  # dit (LayerNorm, GELU, biases in the MLP) | gpt2 (dit, biases throughout,
+    # but for queries, keys and values) | llama (RMSNorm, SwiGLU, no biases)
     model.kv_heads = 0  # heads of keys and values; 0 = heads
     model.mlp_width = 0  # inner width of the MLP; 0 = 4 x width
+    model.attention_width = 0  # heads x width of a head; 0 = width
+    model.norm_eps = 1e-5
+    model.qkv_bias = False  # biases of queries, keys and values
+    model.qk_norm = False  # an RMSNorm of each query and key
+    model.positions = 0  # how many learned positions; 0 = RoPE
     model.rope_base = 10_000.0
+    model.rope_factor = 1.0  # slows down waves of more than rope_length tokens (Llama 3.1)
+    model.rope_length = 8192
     model.attention = "auto"  # auto (splash on TPU, else lean) | dense | lean | splash
     model.remat = "none"  # recomputed in the backward pass: none | matmuls | attention | full
     model.loss_chunk = 512  # tokens that are projected on the vocabulary at a time, a device
@@ -154,10 +162,15 @@ _CHECKS: dict[str, Check] = {
     "model.cond_width": _at_least(0),
     "model.dropout": _FRACTION,
     "model.dtype": _one_of("float32", "bfloat16"),
-    "model.style": _one_of("dit", "llama"),
+    "model.style": _one_of("dit", "gpt2", "llama"),
     "model.kv_heads": _at_least(0),
     "model.mlp_width": _at_least(0),
+    "model.attention_width": _at_least(0),
+    "model.norm_eps": _POSITIVE,
+    "model.positions": _at_least(0),
     "model.rope_base": ((lambda v: v > 1), "above 1"),
+    "model.rope_factor": _at_least(1),
+    "model.rope_length": _at_least(1),
     "model.attention": _one_of("auto", "dense", "lean", "splash"),
     "model.remat": _one_of("none", "matmuls", "attention", "full"),
     "model.loss_chunk": _at_least(1),
@@ -263,11 +276,19 @@ def validate(config: ConfigDict) -> None:
             config.alpha_0,
             f"{fixed_alpha} with objective {config.objective}",
         )
+    heads = "attention_width" if config.model.attention_width else "width"
     _fail_unless(
-        config.model.width % (2 * config.model.heads) == 0,
-        "model.width",
-        config.model.width,
+        config.model[heads] % (2 * config.model.heads) == 0,
+        f"model.{heads}",
+        config.model[heads],
         f"a multiple of 2 x model.heads = {2 * config.model.heads}",
+    )
+    _fail_unless(config.model.width % 2 == 0, "model.width", config.model.width, "even")
+    _fail_unless(
+        config.model.positions == 0 or config.model.positions >= config.data.seq_len,
+        "model.positions",
+        config.model.positions,
+        f"0 (RoPE) or at least data.seq_len = {config.data.seq_len}",
     )
     _fail_unless(
         config.model.heads % (config.model.kv_heads or 1) == 0,

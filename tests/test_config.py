@@ -84,7 +84,7 @@ OUT_OF_RANGE = [
     ("model.dropout", -0.1, "in [0, 1)"),
     ("model.dtype", "float16", "one of float32, bfloat16"),
     ("model.unroll", 0, "at least 1"),
-    ("model.style", "gpt", "one of dit, llama"),
+    ("model.style", "gpt", "one of dit, gpt2, llama"),
     ("model.kv_heads", -1, "at least 0"),
     ("model.mlp_width", -1, "at least 0"),
     ("model.rope_base", 1.0, "above 1"),
