@@ -34,9 +34,10 @@ def default_config() -> ConfigDict:
     data.dir = ""  # prepared data; '' = WORKDIR/data
     data.seq_len = 128  # L
     data.packing = "wrap"  # wrap: documents joined by EOS | pad: one document a window
-    data.tokenizer = "sentencepiece"  # sentencepiece | bytes | gpt2 | bert
-    data.tokenizer_path = ""  # a SentencePiece .model ('' = train one at prepare), or files of
-    # gpt2 or bert: a folder, tokenizer.json, vocab.json beside merges.txt, or vocab.txt
+    data.tokenizer = "sentencepiece"  # sentencepiece | bytes | gpt2 | bert | tokenizers
+    data.tokenizer_path = ""  # a SentencePiece .model ('' = train one at prepare); files of gpt2
+    # or bert: a folder, tokenizer.json, vocab.json beside merges.txt, or vocab.txt; tokenizers: the
+    # folder that `convert` left of a pretrained model's
     data.vocab_size = 1024  # of a SentencePiece model to be trained, without the mask token
     data.workers = 0  # Grain worker processes; 0 = read in the training process
 
@@ -153,7 +154,7 @@ _CHECKS: dict[str, Check] = {
     "data.holdout": ((lambda v: 0 < v < 0.5), "between 0 and 0.5, both excluded"),
     "data.seq_len": _at_least(2),
     "data.packing": _one_of("wrap", "pad"),
-    "data.tokenizer": _one_of("sentencepiece", "bytes", "gpt2", "bert"),
+    "data.tokenizer": _one_of("sentencepiece", "bytes", "gpt2", "bert", "tokenizers"),
     "data.vocab_size": _at_least(8),
     "data.workers": _at_least(0),
     "model.width": _at_least(2),

@@ -22,6 +22,7 @@ from esolm_jax import config as config_lib
 from esolm_jax import metrics as metrics_lib
 from esolm_jax.data.manifest import Manifest
 from esolm_jax.data.reader import TrainReader, unigram_perplexity
+from esolm_jax.errors import UserError
 from esolm_jax.train_step import TrainState
 
 # What may change between a run and its resumption.
@@ -64,6 +65,11 @@ class Run:
         if checkpoints.latest_step is None:
             return self.training.init(), 0
         meta = checkpoint.read_meta(self.workdir)
+        if meta.get("only_weights"):
+            raise UserError(
+                f"--workdir={self.workdir}: holds a pretrained model without the state of an "
+                f"optimizer; train from it in another --workdir: --config.init_from={self.workdir}"
+            )
         # Weights that `convert` brought were trained elsewhere: only the model is given.
         free = meta.get("converted", False)
         assemble.check_same_fields(

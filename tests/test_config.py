@@ -72,7 +72,7 @@ OUT_OF_RANGE = [
     ("data.holdout", 0.5, "between 0 and 0.5"),
     ("data.seq_len", 1, "at least 2"),
     ("data.packing", "wraps", "one of wrap, pad"),
-    ("data.tokenizer", "gpt4", "one of sentencepiece, bytes, gpt2, bert"),
+    ("data.tokenizer", "gpt4", "one of sentencepiece, bytes, gpt2, bert, tokenizers"),
     ("start_token", "eos", "one of bos, mask"),
     ("data.vocab_size", 7, "at least 8"),
     ("data.workers", -1, "at least 0"),
