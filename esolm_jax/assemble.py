@@ -120,14 +120,15 @@ def abstract_params(config: model_lib.ModelConfig, mesh):
     return sharding.abstract(make, sharding.parameters(mesh, jax.eval_shape(make)))
 
 
-def check_same_fields(config, meta: dict, is_fixed) -> None:
-    """UserError if a field for which `is_fixed(name)` differs from the checkpoint's config."""
+def check_same_fields(config, meta: dict, is_fixed, or_else: str = "another --workdir") -> None:
+    """UserError if a field for which `is_fixed(name)` differs from the checkpoint's config; the
+    message advises to use the same or what `or_else` says."""
     saved, now = config_lib.flat(ConfigDict(meta["config"])), config_lib.flat(config)
     for name, value in now.items():
         if is_fixed(name) and saved.get(name) != value:
             raise UserError(
                 f"config.{name}={value!r}: the checkpoint was trained with {saved.get(name)!r}; "
-                "use that, or another --workdir"
+                f"use that, or {or_else}"
             )
 
 

@@ -80,9 +80,7 @@ class Checkpoints:
         """Saves weights alone, at step 0; arrays `OnDisk` are never in memory as a whole."""
         pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_PIECE), params)
         saved = ocp.args.PyTreeSave(params, pieces, ocdbt_target_data_file_size=_PIECE)
-        self._manager.save(
-            0, args=ocp.args.Composite(params=saved, meta=ocp.args.JsonSave(meta))
-        )
+        self._manager.save(0, args=ocp.args.Composite(params=saved, meta=ocp.args.JsonSave(meta)))
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict]:
         """The latest state, placed as `like` (ShapeDtypeStructs with shardings), and its meta."""

@@ -22,6 +22,7 @@ def default_config() -> ConfigDict:
     config.block_length = 4  # bd3 only
     config.start_token = "bos"  # ar only: what the first token is predicted from: bos | mask
     config.low_variance = False  # train without the ELBO weight; alpha_0 = 1 only
+    config.init_from = ""  # train: start with the (EMA) weights of another workdir; '' = random
 
     config.data = data = ConfigDict()
     data.source = "shakespeare"  # shakespeare | text | tfds:<name>
@@ -48,8 +49,8 @@ def default_config() -> ConfigDict:
     model.cond_width = 128  # of the time embedding behind adaLN; 0 = no adaLN
     model.dropout = 0.1
     model.dtype = "float32"  # compute dtype: float32 | bfloat16
-    model.style = "dit"  # dit (LayerNorm, GELU, biases in the MLP) | gpt2 (dit, biases throughout,
-    # but for queries, keys and values) | llama (RMSNorm, SwiGLU, no biases)
+    model.style = "dit"  # dit (LayerNorm, GELU, biases in the MLP) | gpt2 (biases in the norms and
+    # behind the attention, too) | llama (RMSNorm, SwiGLU, no biases)
     model.kv_heads = 0  # heads of keys and values; 0 = heads
     model.mlp_width = 0  # inner width of the MLP; 0 = 4 x width
     model.attention_width = 0  # heads x width of a head; 0 = width
@@ -92,6 +93,7 @@ def default_config() -> ConfigDict:
     train.batch_size = 512  # global, in windows
     train.accumulation = 1  # micro-batches per step
     train.steps = 1_000_000
+    train.anneal_steps = 0  # alpha_0 rises from 0 to its value over so many steps; eso_a, eso_b
     train.log_every = 100
     train.eval_every = 5000  # NELBO on a part of the validation split
     train.eval_windows = 512  # how many windows of it; 0 = all
@@ -196,6 +198,7 @@ _CHECKS: dict[str, Check] = {
     "train.batch_size": _at_least(1),
     "train.accumulation": _at_least(1),
     "train.steps": _at_least(1),
+    "train.anneal_steps": _at_least(0),
     "train.log_every": _at_least(1),
     "train.eval_every": _at_least(1),
     "train.eval_windows": _at_least(0),
@@ -324,8 +327,17 @@ def validate_mesh(config: ConfigDict, mesh: Mapping[str, int]) -> None:
 
 def validate_training(config: ConfigDict, fractions: dict[str, float], row_shards: int) -> None:
     """UserError unless the config can be trained: low variance only without a sequential phase,
-    and every phase's share of the batch a whole number of rows that divides by the micro-batches
-    and, within each of these, by the devices that rows are split over."""
+    annealing only with both phases, and every phase's share of the batch a whole number of rows
+    that divides by the micro-batches and, within each of these, by the devices that rows are split
+    over."""
+    if config.train.anneal_steps:
+        _fail_unless(
+            config.objective in ("eso_a", "eso_b") and 0 < config.alpha_0 < 1,
+            "train.anneal_steps",
+            config.train.anneal_steps,
+            "0 unless objective is eso_a or eso_b and alpha_0 between 0 and 1, both excluded (they "
+            f"are {config.objective} and {config.alpha_0})",
+        )
     _fail_unless(
         not config.low_variance or config.alpha_0 == 1,
         "low_variance",

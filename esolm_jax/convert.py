@@ -3,7 +3,8 @@
 python -m esolm_jax.convert --from=FILE --workdir=DIR --tokenizer=FILE_OR_FOLDER
 python -m esolm_jax.convert --workdir=DIR --to=OUT.safetensors
 
-FOLDER: of the Hugging Face hub, a GPT-2, Llama or Qwen; written from an "ar" model of style "llama".
+FOLDER: as on the Hugging Face hub, of a GPT-2, Llama or Qwen; what is written is an "ar" model of
+style "llama".
 
 python -m esolm_jax.convert --from=FOLDER --workdir=DIR
 python -m esolm_jax.convert --workdir=DIR --to=FOLDER/
@@ -100,7 +101,9 @@ def _bring_in_pretrained(config, source: str, workdir: pathlib.Path) -> None:
     if flags.FLAGS.weights:
         raise UserError(f"--weights={flags.FLAGS.weights}: a folder has one set of weights")
     made = from_hub.convert(config, source, workdir, flags.FLAGS.tokenizer)
-    print(f"{source}: {config.model.style}-style, {made.parameters:,} parameters with the mask token")
+    print(
+        f"{source}: {config.model.style}-style, {made.parameters:,} parameters with the mask token"
+    )
     print(f"wrote {workdir}/{checkpoint.FOLDER}/0, {workdir}/tokenizer, and config.json")
     print(cli.next_command("sample", workdir))
     print("to make an Eso-LM of it, with your own text:")
@@ -115,7 +118,9 @@ def _send_out_to_hub(config, workdir: pathlib.Path, target: pathlib.Path) -> Non
     which = "the EMA" if weights == "ema" else "the raw weights"
     print(f"{workdir}: {which} at step {step:,}, {parameters:,} parameters")
     print(f"wrote {target}: config.json, model.safetensors and the tokenizer")
-    print(f"and back: python -m esolm_jax.convert {shlex.join([f'--from={target}', '--workdir=NEW'])}")
+    print(
+        f"and back: python -m esolm_jax.convert {shlex.join([f'--from={target}', '--workdir=NEW'])}"
+    )
 
 
 def _send_out(config, workdir: pathlib.Path, target: pathlib.Path) -> None:

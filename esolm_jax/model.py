@@ -1,10 +1,11 @@
 """The transformer: pre-norm blocks that know token labels only (DESIGN, section 3, Backbone).
 
-Styles: "dit" (LayerNorm, GELU, biases in the MLP, adaLN), "gpt2" (the same with biases everywhere)
-and "llama" (RMSNorm, SwiGLU, no biases). What pretrained models have on top (learned positions,
-biases or norms of queries and keys, …) are fields of ModelConfig. Modules are Flax NNX; blocks are stacked along a
-leading axis N and scanned. Training and decoding jit plain pytrees of parameters: `init` and `bind`
-convert between the two views.
+Styles: "dit" (LayerNorm, GELU, biases in the MLP, adaLN), "gpt2" (with biases in the norms and
+behind the attention, too) and "llama" (RMSNorm, SwiGLU, no biases). What else pretrained models
+have (learned positions, biases or norms of queries and keys, …) are fields of ModelConfig.
+
+Modules are Flax NNX; blocks are stacked along a leading axis N and scanned. Training and decoding
+jit plain pytrees of parameters: `init` and `bind` convert between the two views.
 """
 
 import dataclasses

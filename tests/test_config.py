@@ -12,7 +12,8 @@ from esolm_jax.config import default_config, flat, validate, validate_training
 from esolm_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
-FILES = sorted((ROOT / "configs").rglob("*.py"))
+# pretrained.py needs a workdir: see test_pretrained.py.
+FILES = sorted(set((ROOT / "configs").rglob("*.py")) - {ROOT / "configs" / "pretrained.py"})
 
 
 def load(path: pathlib.Path):
