@@ -95,6 +95,7 @@ def main() -> None:
         make_tokenizer().save(str(folder / "tokenizer.json"))
         (folder / "generation_config.json").unlink(missing_ok=True)
         tokens = torch.randint(0, IDS, (2, 12))
+        tokens[:, 0] = TOKENS - 1  # BOS, which our AR begins with
         with torch.no_grad():
             logits = model(tokens).logits
         np.savez_compressed(folder / "expected.npz", tokens=tokens.numpy(), logits=logits.numpy())
