@@ -1,7 +1,8 @@
 """A pretrained GPT-2, Llama or Qwen → a workdir with an autoregressive model of ours.
 
 Tensor by tensor into files as large as our parameters, and from these, piece by piece, into the
-checkpoint: of a model of any size, only one tensor is in memory at a time.
+checkpoint: of a model of any size, only one tensor is in memory at a time. These files are deleted
+in the end; meanwhile they need as much room on disk as the checkpoint.
 """
 
 import pathlib
@@ -46,7 +47,7 @@ def convert(config, source: str, workdir: pathlib.Path, tokenizer: str) -> Conve
     ids = _num_ids(hub, folder)
     found = _tokenizer(folder, tokenizer, hub, ids)
     with config.unlocked():
-        config.data.tokenizer = found.kind
+        config.data.tokenizer, config.data.vocab_size = found.kind, ids
         config.data.tokenizer_path = into_workdir.saved_tokenizer(found, workdir)
     model = assemble.model_config(config, tokenizer_entry(found), "cpu")
     prefix = hub_folder.prefix_of(tensors, model.style)
