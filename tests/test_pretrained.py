@@ -118,6 +118,20 @@ def test_half_precision_is_read(tmp_path, dtype):
     np.testing.assert_array_equal(norm, low["model.norm.weight"].astype(np.float32))
 
 
+def test_older_files_of_gpt2_are_read(converted, tmp_path):
+    """Names without the prefix, constants stored beside the parameters, the tied head too."""
+    folder = copy("gpt2", tmp_path)
+    tensors = {n.removeprefix("transformer."): a for n, a in tensors_of(folder).items()}
+    for i in range(2):
+        tensors[f"h.{i}.attn.bias"] = np.ones((1, 1, 32, 32), np.uint8)
+        tensors[f"h.{i}.attn.masked_bias"] = np.float32([-1e4])
+    tensors["lm_head.weight"] = tensors["wte.weight"]
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    assert convert(folder, tmp_path / "run") == 0
+    found, wanted = load(tmp_path / "run").params, load(converted["gpt2"]).params
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
 # Bad input.
 
 
