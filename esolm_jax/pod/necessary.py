@@ -67,10 +67,11 @@ def flops(model: ModelConfig, work: Pass) -> dict[str, float]:
     """FLOPs of the matrix products of forward and backward pass, by kind; 2 a multiplication."""
     gates = 2 if model.style == "llama" else 1
     heads = model.heads + 2 * model.groups
-    weights = model.width * (heads * model.head_width + model.width + (gates + 1) * model.inner)
+    out = model.heads * model.head_width
+    weights = model.width * (heads * model.head_width + out + (gates + 1) * model.inner)
     products = {
         "blocks": work.tokens * model.blocks * weights,
-        "attention": work.pairs * model.blocks * 2 * model.width,
+        "attention": work.pairs * model.blocks * 2 * out,
         "head": work.predicted * model.width * model.vocab_size,
     }
     return {kind: 2 * (1 + BACKWARD) * count for kind, count in products.items()}
