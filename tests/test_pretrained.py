@@ -3,18 +3,21 @@
 import json
 import pathlib
 import shutil
+import tracemalloc
 
 import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 import tiny_run
+from ml_collections import ConfigDict
 from tiny_run import command, quick
 
 from configs import pretrained
 from esolm_jax import assemble, checkpoint, config, objectives, sharding
 from esolm_jax.data import hub_tokenizer
 from esolm_jax.errors import UserError
+from esolm_jax.interop import hub_config, hub_names
 from esolm_jax.labels import Tokens
 
 pytestmark = pytest.mark.usefixtures(quick.__name__)
@@ -154,11 +157,46 @@ def test_older_files_of_gpt2_are_read(converted, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
+def test_large_model_is_never_in_memory(tmp_path):
+    """Of 77 MB no more than the largest tensors; what Orbax copies would be seen, too."""
+    folder = copy("llama", tmp_path)
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 20}
+    settings = json.loads((folder / "config.json").read_text()) | sizes | {"head_dim": 64}
+    (folder / "config.json").write_text(json.dumps(settings))
+    model = hub_config.get_config(str(folder)).model
+    model = assemble.model_config(
+        ConfigDict({"model": model}), {"vocab_size": IDS, "mask_id": IDS}, "cpu"
+    )
+    parts = hub_names.parts(model, IDS, tied=False, prefix="model.")
+    tensors = {part.name: np.ones(part.shape, np.float16) for part in parts}
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    size = 4 * sum(tensor.size for tensor in tensors.values())
+    del tensors
+    tracemalloc.start()
+    assert convert(folder, tmp_path / "run") == 0
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert size > 70e6 and peak < size / 4
+
+
 # Bad input.
 
 
 def copy(family, tmp_path):
     return pathlib.Path(shutil.copytree(HUB / family, tmp_path / "hub"))
+
+
+def cut(file, size):
+    file.write_bytes(file.read_bytes()[:size])
+
+
+def write_tensor(file, lies):
+    """A safetensors file of one tensor, whose header lies."""
+    tensor = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | lies
+    header = json.dumps({"transformer.wte.weight": tensor}).encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
 
 
 @pytest.fixture
@@ -249,6 +287,23 @@ def test_config_json_that_is_not_ours_is_told(refused, tmp_path, family, change,
         (
             "gpt2",
             lambda f: (f / "model.safetensors").write_bytes(b"short"),
+            ["truncated, or not a safetensors file"],
+        ),
+        ("gpt2", lambda f: cut(f / "model.safetensors", -100), ["truncated, or not a safetensors"]),
+        ("llama", lambda f: cut(f / "model-00003-of-00003.safetensors", 7), ["00003", "truncated"]),
+        (
+            "gpt2",
+            lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 7 + b"\x7f{}"),
+            ["truncated, or not a safetensors file"],
+        ),
+        (
+            "gpt2",
+            lambda f: write_tensor(f / "model.safetensors", {"data_offsets": [0, 2**40]}),
+            ["truncated, or not a safetensors file"],
+        ),
+        (
+            "gpt2",
+            lambda f: write_tensor(f / "model.safetensors", {"shape": [2**62, 2**62]}),
             ["truncated, or not a safetensors file"],
         ),
         (

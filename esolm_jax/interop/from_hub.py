@@ -1,8 +1,9 @@
 """A pretrained GPT-2, Llama or Qwen → a workdir with an autoregressive model of ours.
 
 Tensor by tensor into files as large as our parameters, and from these, piece by piece, into the
-checkpoint: of a model of any size, only one tensor is in memory at a time. These files are deleted
-in the end; meanwhile they need as much room on disk as the checkpoint.
+checkpoint: of a model of any size, only one tensor is in memory at a time (but for pages of mapped
+files, which the system drops when it wants the room). These files are deleted in the end;
+meanwhile they need 4 bytes a parameter on disk.
 """
 
 import pathlib
