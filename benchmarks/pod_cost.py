@@ -62,6 +62,8 @@ def case(file, argument, topology_name, num_slices=1, full_loss=False, **changes
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
 ROWS = 8  # a chip, in `scaling` and `length`
+CHIPS = 4  # of `length`
+OWN_ROWS = 32  # a chip, as owt is configured
 SECTIONS = {
     # Every config on the pod that its docstring names.
     "configs": [
@@ -86,12 +88,9 @@ SECTIONS = {
     ],
     # One model at growing length, and the loss that holds all logits.
     "length": [
-        case("owt", "0.5", "v5p:2x2x1", data__seq_len=n, train__batch_size=4 * ROWS)
-        for n in LENGTHS
-    ]
-    + [
-        case("owt", "0.5", "v5p:2x2x1", full_loss=True, data__seq_len=n, train__batch_size=4 * ROWS)
-        for n in LENGTHS[:3]
+        case("owt", "0.5", "v5p:2x2x1", full_loss=f, data__seq_len=n, train__batch_size=CHIPS * r)
+        for f in (False, True)
+        for n, r in [(n, ROWS) for n in LENGTHS[: 3 if f else None]] + [(LENGTHS[0], OWN_ROWS)]
     ],
 }
 
@@ -215,14 +214,15 @@ def table(found: dict) -> str:
             ]
         )  # fmt: skip
     text += (
-        f"\n## Temporaries against length (owt:0.5, {ROWS} rows a chip on v5p:2x2x1, remat full)\n"
+        f"\n## Temporaries against length (owt:0.5 on v5p:2x2x1, remat full; as configured it is "
+        f"{OWN_ROWS} rows of 1024 a chip)\n"
     )
-    text += _head("L", "GiB", "GiB / 1024 tokens", "with all logits", "ratio")
-    for length in LENGTHS:
-        ours, full = (_at_length(found, length, full) for full in (False, True))
+    text += _head("L", "rows a chip", "GiB", "GiB / 8192 tokens", "with all logits", "ratio")
+    for length, rows in [*((n, ROWS) for n in LENGTHS), (LENGTHS[0], OWN_ROWS)]:
+        ours, full = (_at_length(found, length, full, rows) for full in (False, True))
         if ours is None:
             continue
-        cells = [length, f"{ours / GIB:.2f}", f"{ours / GIB / (length / 1024):.3f}"]
+        cells = [length, rows, f"{ours / GIB:.2f}", f"{ours / GIB / (length * rows / 8192):.3f}"]
         cells += [f"{full / GIB:.2f}", f"{ours / full:.2f}"] if full else ["", ""]
         text += _row(cells)
     return text
@@ -248,9 +248,10 @@ def _cells(name: str, f: dict) -> list:
     ]
 
 
-def _at_length(found: dict, length: int, full: bool) -> float | None:
+def _at_length(found: dict, length: int, full: bool, rows: int = ROWS) -> float | None:
     for name, f in found.get("length", {}).items():
-        if f["seq_len"] == length and ("full-loss" in name) == full:
+        is_it = f["seq_len"] == length and f["batch_size"] == CHIPS * rows
+        if is_it and ("full-loss" in name) == full:
             return temporaries(f)
     return None
 
