@@ -89,7 +89,7 @@ def collective_bytes(config, model: ModelConfig, work: Pass, mesh, params) -> di
     again for the backward pass (the embedding and the head once), its float32 gradient is
     scattered back, and summed over the other axes that split the batch; a parameter that is whole
     everywhere has its gradient summed. Activations are summed over `tensor` four times a block,
-    once for the embedding and, where a token is predicted, once for the head; keys and values are
+    once for each embedding and, where a token is predicted, once for the head; keys and values are
     gathered over `sequence` for both passes and their gradients scattered.
     """
     shape = mesh.shape
@@ -115,7 +115,8 @@ def collective_bytes(config, model: ModelConfig, work: Pass, mesh, params) -> di
         sent["all-reduce"] += 2 * gather_bytes(size * 4, others)
     parts = sharding.num_row_shards(mesh) * shape["sequence"]
     local = work.tokens / parts
-    summed = (4 * model.blocks + 1) * local + work.predicted / parts
+    embeddings = 2 if model.positions else 1
+    summed = (4 * model.blocks + embeddings) * local + work.predicted / parts
     summed *= model.width * compute
     sent["all-reduce"] += 2 * gather_bytes(summed, shape["tensor"])
     kv = 2 * model.groups * model.head_width / shape["tensor"]
