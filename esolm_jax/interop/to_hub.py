@@ -75,7 +75,7 @@ def _kind(config) -> tuple[str, str]:
         if value != wanted:
             raise UserError(
                 f"config.{name}={value!r}: must be {wanted!r} in a model for --to=FOLDER/; "
-                "--to=FILE.safetensors takes others"
+                "--to=FILE.safetensors takes those of style 'dit'"
             )
     if (model.qkv_bias, model.qk_norm) not in _KINDS:
         raise UserError("config.model.qkv_bias, qk_norm: no model of the hub has both")
