@@ -30,7 +30,7 @@ setup(
         "tqdm>=4.70,<5",
     ],
     extras_require={
-        "interop": ["tokenizers>=0.23.3,<0.24"],  # those of the published runs
+        "interop": ["tokenizers>=0.23.3,<0.24"],  # of published runs and pretrained models
         "tpu": ["jax[tpu]>=0.10.2,<0.11"],  # brings the TPU compiler, which needs no TPU
         "test": [
             "jax[tpu]>=0.10.2,<0.11",

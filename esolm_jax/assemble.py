@@ -46,7 +46,14 @@ def model_config(config, tokenizer: dict, platform: str) -> model_lib.ModelConfi
         style=m.style,
         kv_heads=m.kv_heads,
         mlp_width=m.mlp_width,
+        attention_width=m.attention_width,
+        norm_eps=m.norm_eps,
+        qkv_bias=m.qkv_bias,
+        qk_norm=m.qk_norm,
+        positions=m.positions,
         rope_base=m.rope_base,
+        rope_factor=m.rope_factor,
+        rope_length=m.rope_length,
         attention=attention.resolve(m.attention, platform),
         remat=m.remat,
     )
@@ -113,14 +120,15 @@ def abstract_params(config: model_lib.ModelConfig, mesh):
     return sharding.abstract(make, sharding.parameters(mesh, jax.eval_shape(make)))
 
 
-def check_same_fields(config, meta: dict, is_fixed) -> None:
-    """UserError if a field for which `is_fixed(name)` differs from the checkpoint's config."""
+def check_same_fields(config, meta: dict, is_fixed, or_else: str = "another --workdir") -> None:
+    """UserError if a field for which `is_fixed(name)` differs from the checkpoint's config; the
+    message advises to use the same or what `or_else` says."""
     saved, now = config_lib.flat(ConfigDict(meta["config"])), config_lib.flat(config)
     for name, value in now.items():
         if is_fixed(name) and saved.get(name) != value:
             raise UserError(
                 f"config.{name}={value!r}: the checkpoint was trained with {saved.get(name)!r}; "
-                "use that, or another --workdir"
+                f"use that, or {or_else}"
             )
 
 
@@ -145,7 +153,14 @@ MODEL_FIELDS = ("objective", "start_token") + tuple(
         "style",
         "kv_heads",
         "mlp_width",
+        "attention_width",
+        "norm_eps",
+        "qkv_bias",
+        "qk_norm",
+        "positions",
         "rope_base",
+        "rope_factor",
+        "rope_length",
     )
 )
 

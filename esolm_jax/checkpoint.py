@@ -2,12 +2,14 @@
 
 A checkpoint is WORKDIR/checkpoints/<step> with four items: `params` and `ema` (each restorable
 alone), `optimizer` (step, optimizer state, random key), and `meta` (JSON: the resolved config, the
-data cursor, the tokenizer's identity, the code version).
+data cursor, the tokenizer's identity, the code version). One of a pretrained model has `params` and
+`meta` alone.
 """
 
 import pathlib
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers as policies
@@ -17,6 +19,7 @@ from esolm_jax.train_step import TrainState
 
 FOLDER = "checkpoints"
 METRIC = "nelbo"
+_PIECE = 2**25  # bytes that are written at a time of weights that lie on disk
 
 
 def _options(keep_last: int, keep_best: int) -> ocp.CheckpointManagerOptions:
@@ -73,6 +76,12 @@ class Checkpoints:
             metrics=None if nelbo is None else {METRIC: float(nelbo)},
         )
 
+    def save_weights(self, params: dict, meta: dict) -> None:
+        """Saves weights alone, at step 0; arrays `OnDisk` are never in memory as a whole."""
+        pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_PIECE), params)
+        saved = ocp.args.PyTreeSave(params, pieces, ocdbt_target_data_file_size=_PIECE)
+        self._manager.save(0, args=ocp.args.Composite(params=saved, meta=ocp.args.JsonSave(meta)))
+
     def restore(self, like: TrainState) -> tuple[TrainState, dict]:
         """The latest state, placed as `like` (ShapeDtypeStructs with shardings), and its meta."""
         restored = self._manager.restore(
@@ -91,6 +100,14 @@ class Checkpoints:
         """Waits for saves under way."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+class OnDisk(np.memmap):
+    """A file that is an array. Orbax copies arrays before it writes them, lest they change
+    meanwhile; this one does not change."""
+
+    def __deepcopy__(self, memo) -> "OnDisk":
+        return self
 
 
 def _optimizer_item(state: TrainState) -> dict:
@@ -141,7 +158,7 @@ def restore_weights(workdir, which: str, like) -> tuple[dict, int]:
     """Weights of the latest checkpoint and its step.
 
     Args:
-      which: "ema" or "raw".
+      which: "ema" or "raw"; of a pretrained model, they are the same.
       like: pytree of ShapeDtypeStruct with shardings, of the model's parameters.
 
     Raises:
@@ -150,8 +167,9 @@ def restore_weights(workdir, which: str, like) -> tuple[dict, int]:
     manager, step = _reader(workdir)
     item = {"ema": "ema", "raw": "params"}[which]
     with manager:
-        saved = manager.item_metadata(step)[item]
-        _check_shapes(workdir, saved, like)
+        items = manager.item_metadata(step)
+        item = item if item in items else "params"
+        _check_shapes(workdir, items[item], like)
         restored = manager.restore(
             step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(like)})
         )

@@ -30,6 +30,7 @@ def default_config() -> ConfigDict:
     config.block_length = 4  # bd3 only
     config.start_token = "bos"  # ar only: what the first token is predicted from: bos | mask
     config.low_variance = False  # train without the ELBO weight; alpha_0 = 1 only
+    config.init_from = ""  # train: start with the (EMA) weights of another workdir; '' = random
 
     config.data = data = ConfigDict()
     data.source = "shakespeare"  # shakespeare | text | tfds:<name>
@@ -42,9 +43,10 @@ def default_config() -> ConfigDict:
     data.dir = ""  # prepared data; '' = WORKDIR/data
     data.seq_len = 128  # L
     data.packing = "wrap"  # wrap: documents joined by EOS | pad: one document a window
-    data.tokenizer = "sentencepiece"  # sentencepiece | bytes | gpt2 | bert
-    data.tokenizer_path = ""  # a SentencePiece .model ('' = train one at prepare), or files of
-    # gpt2 or bert: a folder, tokenizer.json, vocab.json beside merges.txt, or vocab.txt
+    data.tokenizer = "sentencepiece"  # sentencepiece | bytes | gpt2 | bert | tokenizers
+    data.tokenizer_path = ""  # a SentencePiece .model ('' = train one at prepare); files of gpt2
+    # or bert: a folder, tokenizer.json, vocab.json beside merges.txt, or vocab.txt; tokenizers: the
+    # folder that `convert` left of a pretrained model's
     data.vocab_size = 1024  # of a SentencePiece model to be trained, without the mask token
     data.workers = 0  # Grain worker processes; 0 = read in the training process
 
@@ -55,10 +57,18 @@ def default_config() -> ConfigDict:
     model.cond_width = 128  # of the time embedding behind adaLN; 0 = no adaLN
     model.dropout = 0.1
     model.dtype = "float32"  # compute dtype: float32 | bfloat16
-    model.style = "dit"  # dit (LayerNorm, GELU, biases) | llama (RMSNorm, SwiGLU, no biases)
+    model.style = "dit"  # dit (LayerNorm, GELU, biases in the MLP) | gpt2 (biases in the norms and
+    # behind the attention, too) | llama (RMSNorm, SwiGLU, no biases)
     model.kv_heads = 0  # heads of keys and values; 0 = heads
     model.mlp_width = 0  # inner width of the MLP; 0 = 4 x width
+    model.attention_width = 0  # heads x width of a head; 0 = width
+    model.norm_eps = 1e-5
+    model.qkv_bias = False  # biases of queries, keys and values
+    model.qk_norm = False  # an RMSNorm of each query and key
+    model.positions = 0  # how many learned positions; 0 = RoPE
     model.rope_base = 10_000.0
+    model.rope_factor = 1.0  # slows down waves of more than rope_length tokens (Llama 3.1)
+    model.rope_length = 8192
     model.attention = "auto"  # auto (splash on TPU, else lean) | dense | lean | splash
     model.remat = "none"  # recomputed in the backward pass: none | matmuls | attention | full
     model.loss_chunk = 512  # tokens that are projected on the vocabulary at a time, a device
@@ -91,6 +101,7 @@ def default_config() -> ConfigDict:
     train.batch_size = 512  # global, in windows
     train.accumulation = 1  # micro-batches per step
     train.steps = 1_000_000
+    train.anneal_steps = 0  # alpha_0 rises from 0 to its value over so many steps; eso_a, eso_b
     train.log_every = 100
     train.eval_every = 5000  # NELBO on a part of the validation split
     train.eval_windows = 512  # how many windows of it; 0 = all
@@ -161,7 +172,7 @@ _CHECKS: dict[str, Check] = {
     "data.holdout": ((lambda v: 0 < v < 0.5), "between 0 and 0.5, both excluded"),
     "data.seq_len": _at_least(2),
     "data.packing": _one_of("wrap", "pad"),
-    "data.tokenizer": _one_of("sentencepiece", "bytes", "gpt2", "bert"),
+    "data.tokenizer": _one_of("sentencepiece", "bytes", "gpt2", "bert", "tokenizers"),
     "data.vocab_size": _at_least(8),
     "data.workers": _at_least(0),
     "model.width": _at_least(2),
@@ -170,10 +181,15 @@ _CHECKS: dict[str, Check] = {
     "model.cond_width": _at_least(0),
     "model.dropout": _FRACTION,
     "model.dtype": _one_of("float32", "bfloat16"),
-    "model.style": _one_of("dit", "llama"),
+    "model.style": _one_of("dit", "gpt2", "llama"),
     "model.kv_heads": _at_least(0),
     "model.mlp_width": _at_least(0),
+    "model.attention_width": _at_least(0),
+    "model.norm_eps": _POSITIVE,
+    "model.positions": _at_least(0),
     "model.rope_base": ((lambda v: v > 1), "above 1"),
+    "model.rope_factor": _at_least(1),
+    "model.rope_length": _at_least(1),
     "model.attention": _one_of("auto", "dense", "lean", "splash"),
     "model.remat": _one_of("none", "matmuls", "attention", "full"),
     "model.loss_chunk": _at_least(1),
@@ -198,6 +214,7 @@ _CHECKS: dict[str, Check] = {
     "train.batch_size": _at_least(1),
     "train.accumulation": _at_least(1),
     "train.steps": _at_least(1),
+    "train.anneal_steps": _at_least(0),
     "train.log_every": _at_least(1),
     "train.eval_every": _at_least(1),
     "train.eval_windows": _at_least(0),
@@ -285,11 +302,19 @@ def validate(config: ConfigDict) -> None:
             config.alpha_0,
             f"{fixed_alpha} with objective {config.objective}",
         )
+    heads = "attention_width" if config.model.attention_width else "width"
     _fail_unless(
-        config.model.width % (2 * config.model.heads) == 0,
-        "model.width",
-        config.model.width,
+        config.model[heads] % (2 * config.model.heads) == 0,
+        f"model.{heads}",
+        config.model[heads],
         f"a multiple of 2 x model.heads = {2 * config.model.heads}",
+    )
+    _fail_unless(config.model.width % 2 == 0, "model.width", config.model.width, "even")
+    _fail_unless(
+        config.model.positions == 0 or config.model.positions >= config.data.seq_len,
+        "model.positions",
+        config.model.positions,
+        f"0 (RoPE) or at least data.seq_len = {config.data.seq_len}",
     )
     _fail_unless(
         config.model.heads % (config.model.kv_heads or 1) == 0,
@@ -324,8 +349,17 @@ def validate_mesh(config: ConfigDict, mesh: Mapping[str, int]) -> None:
 
 def validate_training(config: ConfigDict, fractions: dict[str, float], row_shards: int) -> None:
     """UserError unless the config can be trained: low variance only without a sequential phase,
-    and every phase's share of the batch a whole number of rows that divides by the micro-batches
-    and, within each of these, by the devices that rows are split over."""
+    annealing only with both phases, and every phase's share of the batch a whole number of rows
+    that divides by the micro-batches and, within each of these, by the devices that rows are split
+    over."""
+    if config.train.anneal_steps:
+        _fail_unless(
+            config.objective in ("eso_a", "eso_b") and 0 < config.alpha_0 < 1,
+            "train.anneal_steps",
+            config.train.anneal_steps,
+            "0 unless objective is eso_a or eso_b and alpha_0 between 0 and 1, both excluded (they "
+            f"are {config.objective} and {config.alpha_0})",
+        )
     _fail_unless(
         not config.low_variance or config.alpha_0 == 1,
         "low_variance",

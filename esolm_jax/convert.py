@@ -1,7 +1,13 @@
-"""Published checkpoints → a workdir, and a workdir → safetensors under the published names.
+"""Published checkpoints and pretrained models → a workdir; a workdir → safetensors.
 
 python -m esolm_jax.convert --from=FILE --workdir=DIR --tokenizer=FILE_OR_FOLDER
 python -m esolm_jax.convert --workdir=DIR --to=OUT.safetensors
+
+FOLDER: as on the Hugging Face hub, of a GPT-2, Llama or Qwen; what is written is an "ar" model of
+style "llama".
+
+python -m esolm_jax.convert --from=FOLDER --workdir=DIR
+python -m esolm_jax.convert --workdir=DIR --to=FOLDER/
 """
 
 import pathlib
@@ -11,12 +17,24 @@ from absl import flags
 
 from esolm_jax import checkpoint, cli
 from esolm_jax.errors import UserError
-from esolm_jax.interop import into_workdir, out_of_workdir, published_config
+from esolm_jax.interop import (
+    from_hub,
+    hub_config,
+    into_workdir,
+    out_of_workdir,
+    published_config,
+    to_hub,
+)
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("from", "", "A file of published weights: .ckpt, .pt, .bin, .safetensors.")
-    flags.DEFINE_string("to", "", "The .safetensors file to write.")
+    flags.DEFINE_string(
+        "from",
+        "",
+        "A file of published weights (.ckpt, .pt, .bin, .safetensors), or the folder of a "
+        "pretrained model.",
+    )
+    flags.DEFINE_string("to", "", "The .safetensors file to write, or the folder, with / behind.")
     flags.DEFINE_string("tokenizer", "", "With --from: file or folder of the run's tokenizer.")
     flags.DEFINE_string("weights", "", "With --from: both | ema | raw; with --to: ema | raw.")
 
@@ -26,14 +44,17 @@ def default_config(flag: cli.FlagValue) -> str | None:
     _check_direction(flag("from"), flag("to"))
     if flag("config"):
         return None
-    source = f"{published_config.__file__}:{flag('from')}"
-    return source if flag("from") else cli.saved_config(pathlib.Path(flag("workdir")).expanduser())
+    source = flag("from")
+    if not source:
+        return cli.saved_config(pathlib.Path(flag("workdir")).expanduser())
+    reader = hub_config if hub_config.is_folder(source) else published_config
+    return f"{reader.__file__}:{source}"
 
 
 def _check_direction(source: str | None, target: str | None) -> None:
     if bool(source) == bool(target):
         raise UserError(
-            "give --from=FILE (published weights → --workdir) or --to=FILE (--workdir → "
+            "give --from=FILE_OR_FOLDER (weights → --workdir) or --to=FILE_OR_FOLDER (--workdir → "
             f"safetensors){', not both' if source else ''}"
         )
 
@@ -49,8 +70,12 @@ def _weights(allowed: tuple[str, ...]) -> str:
 def main(config, workdir: pathlib.Path) -> None:
     source, target = flags.FLAGS["from"].value, flags.FLAGS.to
     _check_direction(source, target)
-    if source:
+    if source and hub_config.is_folder(source):
+        _bring_in_pretrained(config, source, workdir)
+    elif source:
         _bring_in(config, source, workdir)
+    elif target.endswith("/") or pathlib.Path(target).expanduser().is_dir():
+        _send_out_to_hub(config, workdir, pathlib.Path(target).expanduser())
     else:
         _send_out(config, workdir, pathlib.Path(target).expanduser())
 
@@ -70,6 +95,32 @@ def _bring_in(config, source: str, workdir: pathlib.Path) -> None:
     text = ["--config.data.source=text", "--config.data.train=FILES", "--config.data.test=FILES"]
     print("to evaluate it or to train on, prepare text for it first:")
     print(cli.next_command("prepare", workdir, *text))
+
+
+def _bring_in_pretrained(config, source: str, workdir: pathlib.Path) -> None:
+    if flags.FLAGS.weights:
+        raise UserError(f"--weights={flags.FLAGS.weights}: a folder has one set of weights")
+    made = from_hub.convert(config, source, workdir, flags.FLAGS.tokenizer)
+    print(
+        f"{source}: {config.model.style}-style, {made.parameters:,} parameters with the mask token"
+    )
+    print(f"wrote {workdir}/{checkpoint.FOLDER}/0, {workdir}/tokenizer, and config.json")
+    print(cli.next_command("sample", workdir))
+    print("to make an Eso-LM of it, with your own text:")
+    recipe = [f"--config=configs/pretrained.py:{workdir}", "--config.data.train=FILES"]
+    print(cli.next_command("prepare", pathlib.Path("NEW"), *recipe))
+    print(cli.next_command("train", pathlib.Path("NEW"), *recipe))
+
+
+def _send_out_to_hub(config, workdir: pathlib.Path, target: pathlib.Path) -> None:
+    weights = _weights(out_of_workdir.WEIGHTS)
+    step, parameters = to_hub.convert(config, workdir, target, weights)
+    which = "the EMA" if weights == "ema" else "the raw weights"
+    print(f"{workdir}: {which} at step {step:,}, {parameters:,} parameters")
+    print(f"wrote {target}: config.json, model.safetensors and the tokenizer")
+    print(
+        f"and back: python -m esolm_jax.convert {shlex.join([f'--from={target}', '--workdir=NEW'])}"
+    )
 
 
 def _send_out(config, workdir: pathlib.Path, target: pathlib.Path) -> None:

@@ -1,11 +1,15 @@
 """The transformer: pre-norm blocks that know token labels only (DESIGN, section 3, Backbone).
 
-Two styles: "dit" (LayerNorm, GELU, biases, adaLN) and "llama" (RMSNorm, SwiGLU, no biases).
+Styles: "dit" (LayerNorm, GELU, biases in the MLP, adaLN), "gpt2" (with biases in the norms and
+behind the attention, too) and "llama" (RMSNorm, SwiGLU, no biases). What else pretrained models
+have (learned positions, biases or norms of queries and keys, …) are fields of ModelConfig.
+
 Modules are Flax NNX; blocks are stacked along a leading axis N and scanned. Training and decoding
 jit plain pytrees of parameters: `init` and `bind` convert between the two views.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -33,16 +37,23 @@ class ModelConfig:
 
     Attributes:
       vocab_size: V, the mask token included.
-      width, blocks, heads: D, N, H; D must be a multiple of 2·H.
+      width, blocks, heads: D, N, H.
       cond_width: C, width of the time embedding behind adaLN; 0 = no adaLN (AR).
       dropout: rate, applied after attention and MLP, in training only.
       dtype: compute dtype; parameters, norms, softmax and logits are float32.
       unroll: blocks per iteration of the scan over blocks: more is faster on a CPU and slower to
         compile.
-      style: "dit" or "llama".
+      style: "dit", "gpt2" or "llama".
       kv_heads: G, heads of keys and values, a divisor of H; 0 = H.
       mlp_width: F; 0 = 4·D.
+      attention_width: H·K, a multiple of 2·H; 0 = D.
+      norm_eps: ε under the square root of norms.
+      qkv_bias: whether queries, keys and values have biases (Qwen 2, GPT-2).
+      qk_norm: whether each query and key is RMS-normed, over K (Qwen 3).
+      positions: P > 0 = a learned embedding of P positions in place of RoPE (GPT-2).
       rope_base: of the angles position · base^(−2i/K).
+      rope_factor, rope_length: > 1 = frequencies of waves much longer than `rope_length` tokens are
+        divided by the factor (Llama 3.1); see rope_frequencies.
       attention: which of attention.KINDS computes it.
       remat: which of REMAT.
     """
@@ -58,7 +69,14 @@ class ModelConfig:
     style: str = "dit"
     kv_heads: int = 0
     mlp_width: int = 0
+    attention_width: int = 0
+    norm_eps: float = 1e-5
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    positions: int = 0
     rope_base: float = 10_000.0
+    rope_factor: float = 1.0
+    rope_length: int = 8192
     attention: str = "lean"
     remat: str = "none"
 
@@ -70,7 +88,7 @@ class ModelConfig:
     @property
     def head_width(self) -> int:
         """K."""
-        return self.width // self.heads
+        return (self.attention_width or self.width) // self.heads
 
     @property
     def inner(self) -> int:
@@ -107,13 +125,17 @@ def _linear(d_in: int, *d_out: int, name: str, config, mesh, rngs, bias=False):
     return Linear(d_in, d_out, place, rngs, init=_uniform_fan_in, bias_init=bias_init)
 
 
+def _rms_norm(size: int, config: ModelConfig, rngs):
+    return nnx.RMSNorm(size, epsilon=config.norm_eps, dtype=jnp.float32, rngs=rngs)
+
+
 def _norm(config: ModelConfig, rngs):
     if config.style == "llama":
-        return nnx.RMSNorm(config.width, epsilon=1e-5, dtype=jnp.float32, rngs=rngs)
+        return _rms_norm(config.width, config, rngs)
     return nnx.LayerNorm(
         config.width,
-        epsilon=1e-5,
-        use_bias=False,
+        epsilon=config.norm_eps,
+        use_bias=config.style == "gpt2",
         use_fast_variance=False,
         dtype=jnp.float32,
         rngs=rngs,
@@ -136,18 +158,38 @@ def _dropout(key, rate: float, h):
     return jnp.where(kept, h / (1 - rate), 0).astype(h.dtype)
 
 
-def rope_angles(position_BT, head_width: int, base: float):
-    """cos and sin, float32 [B, 1, T, K], of position · base^(−2i/K), for both halves of K; the
-    sine of the first half is negative."""
-    frequency = base ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
+def rope_frequencies(config: ModelConfig):
+    """base^(−2i/K), float32 [K/2]; with a rope_factor, as Llama 3.1 scales them.
+
+    Waves that fit more than four times in `rope_length` are kept, those longer than it are slowed
+    down by the factor, and those between are in between.
+    """
+    width = config.head_width
+    frequency = config.rope_base ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    if config.rope_factor == 1.0:
+        return frequency
+    waves = config.rope_length * frequency / (2 * math.pi)
+    kept = jnp.clip((waves - 1) / (4 - 1), 0, 1)
+    return frequency * (kept + (1 - kept) / config.rope_factor)
+
+
+def rope_angles(position_BT, config: ModelConfig):
+    """cos and sin, float32 [B, 1, T, K], of position · frequency, for both halves of K; the sine
+    of the first half is negative. None if positions are learned."""
+    if config.positions:
+        return None
+    frequency = rope_frequencies(config)
     angle = position_BT[:, None, :, None].astype(jnp.float32) * frequency[None, None, None]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     both = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
     return jax.lax.optimization_barrier(both)  # once, not fused into every use of them
 
 
-def rotate(x_BHTK, cos, sin):
+def rotate(x_BHTK, angles):
     """RoPE, half-split: the pairs are (i, i + K/2)."""
+    if angles is None:
+        return x_BHTK
+    cos, sin = angles
     x = x_BHTK.astype(jnp.float32)
     return (x * cos + jnp.roll(x, x.shape[-1] // 2, axis=-1) * sin).astype(x_BHTK.dtype)
 
@@ -213,16 +255,21 @@ class Block(nnx.Module):
     def __init__(self, config: ModelConfig, mesh: Mesh | None, rngs: nnx.Rngs):
         self.config = config
         c, how = config, {"config": config, "mesh": mesh, "rngs": rngs}
-        bias = c.style == "dit"
+        bias = c.style in ("dit", "gpt2")
         per_group = c.heads // c.groups + 2  # its queries, key and value
         gates = 2 if c.style == "llama" else 1
         self.attention_norm = _norm(c, rngs)
-        self.qkv = _linear(c.width, c.groups, per_group, c.head_width, name="qkv", **how)
-        self.attention_out = _linear(c.width, c.width, name="attention_out", **how)
+        heads = c.groups, per_group, c.head_width
+        self.qkv = _linear(c.width, *heads, name="qkv", bias=c.qkv_bias, **how)
+        self.attention_out = _linear(
+            c.heads * c.head_width, c.width, name="attention_out", bias=c.style == "gpt2", **how
+        )
         self.mlp_norm = _norm(c, rngs)
         self.mlp_in = _linear(c.width, gates, c.inner, name="mlp_in", bias=bias, **how)
         self.mlp_out = _linear(c.inner, c.width, name="mlp_out", bias=bias, **how)
         self.modulation = Modulation(c, 6, mesh, rngs)
+        self.q_norm = _rms_norm(c.head_width, c, rngs) if c.qk_norm else None
+        self.k_norm = _rms_norm(c.head_width, c, rngs) if c.qk_norm else None
 
     def project(self, hs, modulation, angles):
         """Normed, modulated h → rotated queries [B, H, T, K] and keys, and values [B, G, T, K]; of
@@ -230,23 +277,26 @@ class Block(nnx.Module):
         shift, scale, *_ = modulation
         normed = [_modulate(self.attention_norm(h), shift, scale, self.config.dtype) for h in hs]
         return [
-            self._heads(checkpoint_name(qkv, "qkv"), *cos_sin)
-            for qkv, cos_sin in zip(self.qkv(tuple(normed)), angles, strict=True)
+            self._heads(checkpoint_name(qkv, "qkv"), angle)
+            for qkv, angle in zip(self.qkv(tuple(normed)), angles, strict=True)
         ]
 
-    def _heads(self, qkv_BTGRK, cos, sin):
+    def _heads(self, qkv_BTGRK, angles):
         qkv_BGRTK = jnp.moveaxis(qkv_BTGRK, 1, 3)
         batch, _, _, length, width = qkv_BGRTK.shape
         q = qkv_BGRTK[:, :, :-2].reshape(batch, -1, length, width)
         k, v = qkv_BGRTK[:, :, -2], qkv_BGRTK[:, :, -1]
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+        if self.q_norm is not None:
+            q, k = self.q_norm(q).astype(q.dtype), self.k_norm(k).astype(k.dtype)
+        return rotate(q, angles), rotate(k, angles), v
 
     def combine(self, hs, attended, modulation, keys):
         """Residual of the attention [B, H, T, K], then of the MLP; of each batch."""
         _, _, gate, mlp_shift, mlp_scale, mlp_gate = modulation
         keys = [(None, None) if key is None else jax.random.split(key) for key in keys]
         rate, dtype = self.config.dropout, self.config.dtype
-        flat = [jnp.moveaxis(a, 1, 2).reshape(h.shape) for a, h in zip(attended, hs, strict=True)]
+        flat = [jnp.moveaxis(a, 1, 2) for a in attended]
+        flat = [a.reshape(*a.shape[:2], -1) for a in flat]
         outs = [checkpoint_name(o, "attention_out") for o in self.attention_out(tuple(flat))]
         hs = [
             h + gate * _dropout(key, rate, out)
@@ -287,6 +337,12 @@ class Transformer(nnx.Module):
             init=_zeros,
             bias_init=_zeros if config.style == "dit" else None,
         )
+        where = Place(axes["positions/embedding"], config.dtype, mesh)
+        self.positions = (
+            Embedding(config.positions, config.width, where, rngs, init=_uniform_width)
+            if config.positions
+            else None
+        )
 
     def __call__(
         self,
@@ -313,7 +369,7 @@ class Transformer(nnx.Module):
           For each batch logits float32 [B, P, V], mask token not yet excluded.
         """
         config = self.config
-        angles = [rope_angles(b.position, config.head_width, config.rope_base) for b in batches]
+        angles = [rope_angles(b.position, config) for b in batches]
         cond_BC = self._condition(sigma_B)
         graphdef, stacked = nnx.split(self.blocks)
         seeds = None
@@ -336,13 +392,20 @@ class Transformer(nnx.Module):
         if REMAT[config.remat] is not None:
             keep = jax.checkpoint_policies.save_only_these_names(*REMAT[config.remat])
             block_step = jax.checkpoint(block_step, policy=keep, prevent_cse=False)
-        hs = self.embedding(tuple(b.token for b in batches))
+        hs = self._embed(batches)
         hs, _ = jax.lax.scan(block_step, hs, (stacked, seeds), unroll=config.unroll)
         if predict is not None:
             hs = [h[:, at : at + n] for h, (at, n) in zip(hs, predict, strict=True)]
         shift, scale = self.final_modulation(cond_BC)
         hs = tuple(_modulate(self.final_norm(h), shift, scale, config.dtype) for h in hs)
         return self.logits(hs) if head else hs
+
+    def _embed(self, batches):
+        hs = self.embedding(tuple(b.token for b in batches))
+        if self.positions is None:
+            return hs
+        places = self.positions(tuple(b.position for b in batches))
+        return tuple(h + place for h, place in zip(hs, places, strict=True))
 
     def _condition(self, sigma_B):
         if self.time is None:

@@ -204,16 +204,20 @@ def is_exact(config) -> bool:
     return config.alpha_0 == 0
 
 
-def phases(config, special: Special, *, low_variance: bool) -> tuple[Phase, ...]:
+def phases(config, special: Special, *, low_variance: bool, alpha_0=None) -> tuple[Phase, ...]:
     """The phases of `config.objective`, those with an empty share of the batch left out.
 
     Reads objective, alpha_0, kappa, block_length and data.seq_len. `low_variance` drops the ELBO
     weight of the diffusion phase (training only). α₀ = 1 ⇒ κ = 1 and α₀ = 0 ⇒ κ = 0.
+
+    `alpha_0`, a traced scalar, is α₀ in place of the config's, as long as that is annealed; shapes
+    and shares of the batch stay those of the config's. At 0 the diffusion loss has weight 0.
     """
     partial = functools.partial
-    mask, alpha_0 = special.mask, config.alpha_0
+    mask, target = special.mask, config.alpha_0
+    alpha_0 = target if alpha_0 is None else alpha_0
     diffusion = partial(_diffusion, alpha_0=alpha_0, low_variance=low_variance)
-    predicts = 1 - alpha_0 / 2  # the mean of 1 − α_t
+    predicts = 1 - target / 2  # the mean of 1 − α_t
     match config.objective:
         case "ar":
             return (Phase("ar", 1.0, partial(_no_noise, partial(label_ar, start=special.start))),)
@@ -230,13 +234,13 @@ def phases(config, special: Special, *, low_variance: bool) -> tuple[Phase, ...]
             labels = label_eso_a_diffusion, label_eso_a_sequential
         case "eso_b":
             labels = label_eso_b_diffusion, label_eso_b_sequential
-    kappa = {0.0: 0.0, 1.0: 1.0}.get(alpha_0, config.kappa)
+    kappa = {0.0: 0.0, 1.0: 1.0}.get(target, config.kappa)
     natural = config.objective == "eso_a"
     first, second = (partial(label, mask=mask) for label in labels)
     diffusion = partial(diffusion, first, shuffled=True)
     sequential = partial(_sequential, second, alpha_0=alpha_0, natural=natural)
     both = (
         Phase("diffusion", kappa, diffusion, predicts),
-        Phase("sequential", 1 - kappa, sequential, 1 - alpha_0, droppable=True),
+        Phase("sequential", 1 - kappa, sequential, 1 - target, droppable=True),
     )
     return tuple(phase for phase in both if phase.fraction > 0)

@@ -22,6 +22,7 @@ from esolm_jax import config as config_lib
 from esolm_jax import metrics as metrics_lib
 from esolm_jax.data.manifest import Manifest
 from esolm_jax.data.reader import TrainReader, unigram_perplexity
+from esolm_jax.errors import UserError
 from esolm_jax.train_step import TrainState
 
 # What may change between a run and its resumption.
@@ -59,11 +60,16 @@ class Run:
         config_lib.validate_evaluation(config, sharding.num_row_shards(mesh))
 
     def restore_or_init(self, checkpoints) -> tuple[TrainState, int]:
-        """The latest checkpoint's state and data cursor, or a fresh state at cursor 0; born in
-        its place on the mesh."""
+        """The latest checkpoint's state and data cursor, or a fresh state at cursor 0, perhaps
+        with the weights of config.init_from; born in its place on the mesh."""
         if checkpoints.latest_step is None:
-            return self.training.init(), 0
+            return self.training.init(self._given_weights()), 0
         meta = checkpoint.read_meta(self.workdir)
+        if meta.get("only_weights"):
+            raise UserError(
+                f"--workdir={self.workdir}: holds a pretrained model without the state of an "
+                f"optimizer; train from it in another --workdir: --config.init_from={self.workdir}"
+            )
         # Weights that `convert` brought were trained elsewhere: only the model is given.
         free = meta.get("converted", False)
         assemble.check_same_fields(
@@ -74,6 +80,27 @@ class Run:
         assemble.check_same_tokenizer(self.manifest, meta)
         state, meta = checkpoints.restore(self.training.abstract_state())
         return state, meta["cursor"]
+
+    def _given_weights(self) -> dict | None:
+        """Those of config.init_from. UserError: of another model, or on another tokenizer."""
+        source = self.config.init_from
+        if not source:
+            return None
+        try:
+            meta = checkpoint.read_meta(pathlib.Path(source).expanduser())
+        except UserError as error:
+            raise UserError(f"config.init_from={source!r}: {error}") from error
+        assemble.check_same_fields(
+            self.config,
+            meta,
+            lambda name: name in assemble.MODEL_FIELDS and name.startswith("model."),
+            f"another config.init_from than {source!r}",
+        )
+        assemble.check_same_tokenizer(self.manifest, meta)
+        like = self.training.abstract_state().ema
+        weights, step = checkpoint.restore_weights(pathlib.Path(source).expanduser(), "ema", like)
+        print(f"weights from {source} at step {step:,}; all else starts afresh")
+        return weights
 
     def meta(self, cursor: int) -> dict:
         return {

@@ -195,14 +195,17 @@ class Training:
         self.optimizer = optimizer_lib.make(config)
         self.shardings = state_shardings(built.mesh, self._make_state, self.optimizer)
 
-    def _make_state(self) -> TrainState:
+    def _make_state(self, params=None) -> TrainState:
         params_key, noise_key = jax.random.split(jax.random.key(self.config.seed))
-        params = model_lib.init(self.built.model, params_key)
+        if params is None:
+            params = model_lib.init(self.built.model, params_key)
         return init_state(params, self.optimizer, noise_key)
 
-    def init(self) -> TrainState:
-        """A fresh state, born in its place on the mesh."""
-        return jax.jit(self._make_state, out_shardings=self.shardings)()
+    def init(self, params=None) -> TrainState:
+        """A fresh state, born in its place on the mesh; with given parameters, which are donated,
+        or random ones."""
+        make = jax.jit(self._make_state, donate_argnums=0, out_shardings=self.shardings)
+        return make(params)
 
     def abstract_state(self) -> TrainState:
         """ShapeDtypeStructs of the state, with shardings."""
@@ -217,13 +220,32 @@ class Training:
             "valid": jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=where),
         }
 
+    def annealed(self, step):
+        """α₀ at a step, float32: from 0 to the config's over train.anneal_steps."""
+        share = jnp.minimum(step / self.config.train.anneal_steps, 1)
+        return self.config.alpha_0 * share.astype(jnp.float32)
+
+    def _phases_at(self, step) -> tuple[Phase, ...]:
+        config = self.config
+        if not config.train.anneal_steps:
+            return self.phases
+        # Query copies are trimmed as the α₀ at the end allows; until then most batches do not fit
+        # and run whole.
+        return phases(
+            config,
+            self.built.special,
+            low_variance=config.low_variance,
+            alpha_0=self.annealed(step),
+        )
+
     def step(self, state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         """One update; pure. See step_fn."""
         config, mesh = self.config, self.built.mesh
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         noise_key, dropout_key = jax.random.split(key)
         with jax.named_scope("label"):
-            labelled = label_batch(self.phases, noise_key, batch["x"], batch["valid"])
+            phases_now = self._phases_at(state.step)
+            labelled = label_batch(phases_now, noise_key, batch["x"], batch["valid"])
             labelled = jax.lax.with_sharding_constraint(labelled, sharding.rows(mesh))
         losses, grads = self.objective.loss_and_grads(
             state.params, labelled, dropout_key if config.model.dropout else None
@@ -234,6 +256,8 @@ class Training:
             ema = optimizer_lib.update_ema(state.ema, params, config.optimizer.ema, state.step + 1)
         metrics = {"loss": jnp.sum(losses)}
         metrics |= {f"loss_{phase.name}": losses[i] for i, phase in enumerate(self.phases)}
+        if config.train.anneal_steps:
+            metrics["alpha_0"] = self.annealed(state.step)
         metrics["grad_norm"] = optax.tree.norm(grads)
         metrics["learning_rate"] = optimizer_lib.last_learning_rate(config, opt_state)
         return TrainState(state.step + 1, params, ema, opt_state, state.key), metrics
@@ -242,7 +266,8 @@ class Training:
         """step(state, batch) → (state, metrics), jitted; the state is donated.
 
         batch: {"x": int32 [B, L], "valid": bool [B, L]}, rows split over the mesh. metrics:
-        float32 scalars loss (nats per token), one loss per phase, grad_norm, learning_rate.
+        float32 scalars loss (nats per token), one loss per phase, alpha_0 (if it is annealed),
+        grad_norm, learning_rate.
         """
         return jax.jit(
             self.step,

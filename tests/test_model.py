@@ -36,6 +36,12 @@ DIT = model.ModelConfig(
     vocab_size=VOCAB, width=16, blocks=2, heads=2, cond_width=4, attention="dense"
 )
 
+GPT2 = model.ModelConfig(
+    vocab_size=VOCAB, width=16, blocks=2, heads=4, cond_width=0, style="gpt2", qkv_bias=True,
+    positions=16,
+)  # fmt: skip
+QWEN = dataclasses.replace(LLAMA, attention_width=32, qkv_bias=True, qk_norm=True)
+
 
 @functools.cache
 def params_of(config):
@@ -292,8 +298,10 @@ def test_bfloat16_is_for_computing_and_logits_are_float32(config):
     [
         (dict(fsdp=2, tensor=2, sequence=2), LLAMA),
         (dict(data=2, fsdp=2, tensor=2), DIT),
+        (dict(fsdp=2, tensor=2, sequence=2), GPT2),
+        (dict(data=2, fsdp=2, tensor=2), QWEN),
     ],
-    ids=["llama", "dit"],
+    ids=["llama", "dit", "gpt2", "qwen"],
 )
 def test_a_mesh_computes_the_loss_and_gradients_of_one_device(axes, config):
     settings = default_config().mesh

@@ -30,3 +30,15 @@ def render(
         else:
             run.append(i)
     return out + (parts_of(run) if run else [])
+
+
+def pieces_of(run: list[int], text_of: Callable[[list[int]], str]) -> list[str]:
+    """What each id of a run adds to its text; '' if it does not complete a character."""
+    found, so_far = [], ""
+    for end in range(1, len(run) + 1):
+        text = text_of(run[:end])
+        if text.endswith("\ufffd") and end < len(run):
+            text = so_far
+        found.append(text[len(so_far) :])
+        so_far = text
+    return found

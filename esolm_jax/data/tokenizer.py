@@ -1,4 +1,5 @@
-"""Text <-> token ids: SentencePiece, plain UTF-8 bytes, or the tokenizers of the published runs.
+"""Text <-> token ids: SentencePiece, plain UTF-8 bytes, the tokenizers of the published runs, or
+that of a pretrained model.
 
 All tokenizers have the same attributes: kind, vocab_size (how many ids they have, specials
 included), mask_id (one of these, or one past them: == vocab_size), bos_id, eos_id, pad_id, and
@@ -15,12 +16,13 @@ from typing import Any
 
 import sentencepiece
 
-from esolm_jax.data import wordpieces
+from esolm_jax.data import hub_tokenizer, wordpieces
+from esolm_jax.data.hub_tokenizer import HubTokenizer
 from esolm_jax.data.render import render
 from esolm_jax.data.wordpieces import WordPieces
 from esolm_jax.errors import UserError, nearest
 
-KINDS = ("sentencepiece", "bytes", *wordpieces.KINDS)
+KINDS = ("sentencepiece", "bytes", *wordpieces.KINDS, hub_tokenizer.KIND)
 MODEL_FILE = "tokenizer.model"
 BYTES_FILE = "tokenizer.bytes"
 # The trainer holds its text, so it sees at most SAMPLE_LINES lines of at most LINE characters.
@@ -105,7 +107,7 @@ class SentencePiece:
         Path(directory, MODEL_FILE).write_bytes(self.proto)
 
 
-Tokenizer = Bytes | SentencePiece | WordPieces
+Tokenizer = Bytes | SentencePiece | WordPieces | HubTokenizer
 
 
 def _byte_pieces(data: bytes) -> list[str]:
@@ -131,6 +133,8 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         return SentencePiece(model.read_bytes(), str(model))
     if Path(directory, BYTES_FILE).is_file():
         return Bytes()
+    if hub_tokenizer.is_here(directory):
+        return hub_tokenizer.read(directory)
     if Path(directory, wordpieces.FILE).is_file():
         return wordpieces.read(directory)
     files = f"{MODEL_FILE}, {BYTES_FILE} or {wordpieces.FILE}"
@@ -143,7 +147,8 @@ def read_tokenizer(given: str | Path) -> Tokenizer:
     path = Path(given).expanduser()
     if given == Bytes.kind:
         return Bytes()
-    if (path / MODEL_FILE).is_file() or (path / BYTES_FILE).is_file():
+    saved = (path / MODEL_FILE).is_file() or (path / BYTES_FILE).is_file()
+    if saved or hub_tokenizer.is_here(path):
         return load_tokenizer(path)
     if path.suffix == ".model" and path.is_file():
         return SentencePiece(path.read_bytes(), str(path))
@@ -160,7 +165,7 @@ def from_config(config: Any, train_documents: Callable[[], Iterable[str]]) -> To
     data = config.data
     if data.tokenizer == "bytes":
         return Bytes()
-    if data.tokenizer in wordpieces.KINDS:
+    if data.tokenizer in (*wordpieces.KINDS, hub_tokenizer.KIND):
         return _published(data)
     if data.tokenizer != "sentencepiece":
         raise UserError(
@@ -176,10 +181,12 @@ def from_config(config: Any, train_documents: Callable[[], Iterable[str]]) -> To
         raise UserError(f"{where}: cannot be read: {error}") from error
 
 
-def _published(data: Any) -> WordPieces:
+def _published(data: Any) -> WordPieces | HubTokenizer:
     where = f"config.data.tokenizer_path={data.tokenizer_path!r}"
     if not data.tokenizer_path:
         raise UserError(f"{where}: must name the files of the {data.tokenizer} tokenizer")
+    if data.tokenizer == hub_tokenizer.KIND:
+        return hub_tokenizer.read(data.tokenizer_path)
     tokenizer = wordpieces.read(data.tokenizer_path)
     if tokenizer.kind != data.tokenizer:
         raise UserError(f"{where}: holds a {tokenizer.kind} tokenizer, not {data.tokenizer}")

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from esolm_jax.data.render import render
+from esolm_jax.data.render import pieces_of, render
 from esolm_jax.errors import UserError
 
 KINDS = ("gpt2", "bert")
@@ -63,17 +63,7 @@ class WordPieces:
     def pieces(self, ids: Iterable[int]) -> list[str]:
         """The part of decode(ids) that each id stands for; of the ids that spell one character, the
         last stands for it and the others for ''. ValueError: id out of range."""
-        return render(self, ids, self._run_pieces)
-
-    def _run_pieces(self, run: list[int]) -> list[str]:
-        found, so_far = [], ""
-        for end in range(1, len(run) + 1):
-            text = self._text(run[:end])
-            if text.endswith("\ufffd") and end < len(run):  # a character is not complete
-                text = so_far
-            found.append(text[len(so_far) :])
-            so_far = text
-        return found
+        return render(self, ids, lambda run: pieces_of(run, self._text))
 
     def _text(self, run: list[int]) -> str:
         return self._tokenizer.decode(run, skip_special_tokens=False)

@@ -41,7 +41,7 @@ def _listed(names: list[str], others: list[str], beside: str) -> str:
     """Names, those of all blocks alike as one, each with the nearest of the others."""
     alike: dict[str, list[str]] = {}
     for name in names:
-        alike.setdefault(re.sub(r"\bblocks\.\d+\.", "blocks.*.", name), []).append(name)
+        alike.setdefault(re.sub(r"\b(blocks|layers|h)\.\d+\.", r"\1.*.", name), []).append(name)
     shown = []
     for pattern, members in alike.items():
         name = members[0]

@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 import shutil
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,7 @@ def convert(config, source: str, workdir: pathlib.Path, tokenizer: str, weights:
     Raises:
       UserError: the file, the config and the tokenizer do not fit, or the workdir is not empty.
     """
-    _check_empty(workdir)
+    check_empty(workdir)
     reference.check_config(config.model)
     published = published_file.read(source)
     published_config.check(config, published)
@@ -50,7 +51,7 @@ def convert(config, source: str, workdir: pathlib.Path, tokenizer: str, weights:
     _check_sizes(config, published)
     with config.unlocked():
         config.data.tokenizer = found.kind
-        config.data.tokenizer_path = _saved_tokenizer(found, workdir)
+        config.data.tokenizer_path = saved_tokenizer(found, workdir)
     model = assemble.model_config(config, tokenizer_entry(found), "cpu")
     raw, ema, words = _sets(published, model, weights)
     state = train_step.init_state(raw, optimizer.make(config), jax.random.key(config.seed))
@@ -63,11 +64,12 @@ def convert(config, source: str, workdir: pathlib.Path, tokenizer: str, weights:
         "version": esolm_jax.__version__,
         "converted": {"file": published.path.name, "weights": words},
     }
-    _write(workdir, state, meta, found)
+    write(workdir, meta, found, lambda checkpoints, _: checkpoints.save(state, meta))
     return Converted(step, sum(a.size for a in jax.tree.leaves(raw)), words)
 
 
-def _check_empty(workdir: pathlib.Path) -> None:
+def check_empty(workdir: pathlib.Path) -> None:
+    """UserError unless there is nothing in the workdir, or prepared data alone."""
     there = [path.name for path in workdir.iterdir()] if workdir.exists() else []
     if others := sorted(set(there) - {"data"}):
         raise UserError(
@@ -139,7 +141,7 @@ def _sets(published: published_file.Published, model, weights: str) -> tuple[dic
     return raw, ema, "raw weights and EMA" + (", which are the same in it" if same else "")
 
 
-def _saved_tokenizer(tokenizer, workdir: pathlib.Path) -> str:
+def saved_tokenizer(tokenizer, workdir: pathlib.Path) -> str:
     """config.data.tokenizer_path of the copy in the workdir."""
     if tokenizer.kind == "bytes":
         return ""
@@ -148,8 +150,15 @@ def _saved_tokenizer(tokenizer, workdir: pathlib.Path) -> str:
     return str(folder / tokenizer_lib.MODEL_FILE if is_file else folder)
 
 
-def _write(workdir: pathlib.Path, state, meta: dict, tokenizer) -> None:
-    """Beside the workdir first, so that one that was killed leaves no half of it."""
+def write(
+    workdir: pathlib.Path,
+    meta: dict,
+    tokenizer,
+    save: Callable[[checkpoint.Checkpoints, pathlib.Path], None],
+) -> None:
+    """Config, tokenizer and checkpoint; beside the workdir first, so that one that was killed
+    leaves no half of it. `save` gets the checkpoints, and a folder for files of its own that is
+    deleted in the end."""
     workdir = workdir.resolve()
     draft = workdir.with_name(f".{workdir.name}.converting")
     shutil.rmtree(draft, ignore_errors=True)
@@ -158,7 +167,7 @@ def _write(workdir: pathlib.Path, state, meta: dict, tokenizer) -> None:
         tokenizer.save(draft / "tokenizer")
         results.write_json(draft / "config.json", meta["config"])
         checkpoints = checkpoint.Checkpoints(draft, keep_last=1, keep_best=0)
-        checkpoints.save(state, meta)
+        save(checkpoints, draft)
         checkpoints.close()
         workdir.mkdir(parents=True, exist_ok=True)
         for name in ("tokenizer", "config.json", checkpoint.FOLDER):

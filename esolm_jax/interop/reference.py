@@ -65,7 +65,13 @@ def check_config(model) -> None:
         "style": ("dit",),
         "kv_heads": (0, model.heads),
         "mlp_width": (0, 4 * model.width),
+        "attention_width": (0, model.width),
+        "norm_eps": (1e-5,),
+        "qkv_bias": (False,),
+        "qk_norm": (False,),
+        "positions": (0,),
         "rope_base": (10_000.0,),
+        "rope_factor": (1.0,),
     }
     for name, values in allowed.items():
         if model[name] not in values:

@@ -22,6 +22,7 @@ class Tensor:
     file: safetensors.safe_open
     name: str
     shape: tuple[int, ...]
+    dtype: str  # as safetensors calls it
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         del copy
@@ -35,11 +36,15 @@ def read(path: pathlib.Path) -> tuple[dict[str, Tensor], dict]:
     """
     try:
         file = safetensors.safe_open(path, framework="np")
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        slices = {name: file.get_slice(name) for name in file.keys()}
         about = _about((file.metadata() or {}).get(METADATA, "{}"))
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise UserError(f"{path}: truncated, or not a safetensors file: {error}") from error
-    return {name: Tensor(file, name, shape) for name, shape in shapes.items()}, about
+    tensors = {
+        name: Tensor(file, name, tuple(part.get_shape()), part.get_dtype())
+        for name, part in slices.items()
+    }
+    return tensors, about
 
 
 def _about(text: str) -> dict:

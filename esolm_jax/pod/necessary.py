@@ -67,10 +67,11 @@ def flops(model: ModelConfig, work: Pass) -> dict[str, float]:
     """FLOPs of the matrix products of forward and backward pass, by kind; 2 a multiplication."""
     gates = 2 if model.style == "llama" else 1
     heads = model.heads + 2 * model.groups
-    weights = model.width * (heads * model.head_width + model.width + (gates + 1) * model.inner)
+    out = model.heads * model.head_width
+    weights = model.width * (heads * model.head_width + out + (gates + 1) * model.inner)
     products = {
         "blocks": work.tokens * model.blocks * weights,
-        "attention": work.pairs * model.blocks * 2 * model.width,
+        "attention": work.pairs * model.blocks * 2 * out,
         "head": work.predicted * model.width * model.vocab_size,
     }
     return {kind: 2 * (1 + BACKWARD) * count for kind, count in products.items()}
@@ -88,7 +89,7 @@ def collective_bytes(config, model: ModelConfig, work: Pass, mesh, params) -> di
     again for the backward pass (the embedding and the head once), its float32 gradient is
     scattered back, and summed over the other axes that split the batch; a parameter that is whole
     everywhere has its gradient summed. Activations are summed over `tensor` four times a block,
-    once for the embedding and, where a token is predicted, once for the head; keys and values are
+    once for each embedding and, where a token is predicted, once for the head; keys and values are
     gathered over `sequence` for both passes and their gradients scattered.
     """
     shape = mesh.shape
@@ -114,7 +115,8 @@ def collective_bytes(config, model: ModelConfig, work: Pass, mesh, params) -> di
         sent["all-reduce"] += 2 * gather_bytes(size * 4, others)
     parts = sharding.num_row_shards(mesh) * shape["sequence"]
     local = work.tokens / parts
-    summed = (4 * model.blocks + 1) * local + work.predicted / parts
+    embeddings = 2 if model.positions else 1
+    summed = (4 * model.blocks + embeddings) * local + work.predicted / parts
     summed *= model.width * compute
     sent["all-reduce"] += 2 * gather_bytes(summed, shape["tensor"])
     kv = 2 * model.groups * model.head_width / shape["tensor"]

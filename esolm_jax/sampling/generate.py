@@ -46,6 +46,12 @@ def check(config) -> None:
         )
     if objective in ("mdlm", "eso_a") and length > config.data.seq_len:
         refuse("length", f"at most data.seq_len={config.data.seq_len}")
+    positions = config.model.positions
+    if positions and length > positions:
+        raise UserError(
+            f"config.sample.length={s.length!r}: must be at most model.positions={positions}, for "
+            "there are no more"
+        )
     if s.block and s.schedule != "blockwise":
         raise UserError(f"config.sample.block={s.block}: is for sample.schedule blockwise")
     if objective == "bd3" and s.block not in (0, config.block_length):

@@ -27,18 +27,21 @@ FEW = 16  # queries of a group of heads: for more of them a CPU is faster at mat
 
 @flax.struct.dataclass
 class Network:
-    """Weights in the compute dtype, biases float32; biases are None where there are none.
+    """Weights in the compute dtype, biases and scales float32; None where there are none.
 
     Attributes:
       embedding: [V, D].
+      positions: [P, D], the embedding of learned positions.
       blocks: for each block a dict of `qkv` [D, G, R + 2, K] (the queries of a group, scaled by
         1/√K, then its key and value), `attention_out` [H·K, D], `mlp_in` [D, gates, F],
-        `mlp_out` [F, D], and their biases `…_bias`.
+        `mlp_out` [F, D], their biases `…_bias`, and, if queries and keys are normed,
+        `qk_norm_scale` [R + 1, K]: of the queries, by 1/√K too, and the key.
       logits, logits_bias: [D, V], [V].
       config: of the trained model.
     """
 
     embedding: jax.Array
+    positions: jax.Array | None
     blocks: tuple[dict, ...]
     logits: jax.Array
     logits_bias: jax.Array | None
@@ -80,9 +83,12 @@ def empty_cache(config: ModelConfig, batch: int, slots: int, mesh: Mesh | None =
 
 _PLACES = {  # logical axes; rows are split, so no weights are over fsdp
     "embedding": (None, None),
+    "positions": (None, None),
     "qkv": (None, "heads", None, None),
     "qkv_bias": ("heads", None, None),
+    "qk_norm_scale": (None, None),
     "attention_out": ("heads", None),
+    "attention_out_bias": (None,),
     "mlp_in": (None, None, "mlp"),
     "mlp_in_bias": (None, "mlp"),
     "mlp_out": ("mlp", None),
@@ -104,11 +110,15 @@ def shardings(network: Network, mesh: Mesh) -> Network:
 
 
 def fold(config: ModelConfig, params: dict, mesh: Mesh | None = None) -> Network:
-    """Folds the norms' scales, adaLN at σ = 0 and the scale of the scores into the weights.
+    """Folds the norms' scales and biases, adaLN at σ = 0 and the scale of the scores into the
+    weights.
 
     Args:
       params: as of model.init, on the mesh as sharding.parameters says.
       mesh: None = one device; else see shardings().
+
+    Raises:
+      AssertionError: a parameter is none of those that this network knows; it names them.
     """
     make = functools.partial(_fold, config)
     if mesh is None:
@@ -119,56 +129,76 @@ def fold(config: ModelConfig, params: dict, mesh: Mesh | None = None) -> Network
 
 def _fold(config: ModelConfig, params: dict) -> Network:
     of_blocks, of_head = model_lib.modulations(config, params)
-    stacked = params["blocks"]
+    left = jax.tree.map(lambda leaf: leaf, params)  # a copy: what is folded is taken out of it
+    stacked = left.pop("blocks")
+    for name in ("time", "final_modulation"):  # they are in of_blocks and of_head
+        left.pop(name, None)
 
     def put(name, array):
-        return array.astype(jnp.float32 if "bias" in name else config.dtype)
+        return array.astype(jnp.float32 if name.endswith(("bias", "scale")) else config.dtype)
 
     blocks = []
     for i in range(config.blocks):
         weights = jax.tree.map(lambda leaf: leaf[i], stacked)  # noqa: B023
         found = _fold_block(config, weights, [part[i] for part in of_blocks])
+        _check_all_taken({"blocks": weights})
         blocks.append({name: put(name, array) for name, array in found.items()})
-    shift, scale = of_head
-    kernel, bias = _behind_norm(params["final_norm"], params["logits"], shift, scale, config)
+    kernel, bias = _behind_norm(left["final_norm"], left["logits"], *of_head)
+    embedding = left["embedding"].pop("embedding")
+    positions = left["positions"].pop("embedding") if config.positions else None
+    _check_all_taken(left)
     return Network(
-        embedding=params["embedding"]["embedding"].astype(config.dtype),
+        embedding=put("embedding", embedding),
+        positions=None if positions is None else put("positions", positions),
         blocks=tuple(blocks),
-        logits=kernel.astype(config.dtype),
+        logits=put("logits", kernel),
         logits_bias=bias,
         config=config,
     )
 
 
-def _behind_norm(norm: dict, linear: dict, shift, scale, config):
-    """(kernel, bias) acting on the normed h as `linear` does on h · norm · (1 + scale) + shift."""
-    kernel, bias = linear["kernel"], linear.get("bias")
-    if config.cond_width:
+def _check_all_taken(left: dict) -> None:
+    """A part of the model that is forgotten here would silently change what is sampled."""
+    paths = [path for path, _ in jax.tree.leaves_with_path(left)]
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
+    if names:
+        raise AssertionError(f"parameters that sampling does not know: {', '.join(names)}")
+
+
+def _behind_norm(norm: dict, linear: dict, shift, scale):
+    """(kernel, bias) acting on the normed h as `linear` does on (h · norm + its bias) · (1 + scale)
+    + shift. Takes what it uses out of both."""
+    kernel, bias, norm_bias = linear.pop("kernel"), linear.pop("bias", None), norm.pop("bias", None)
+    rows = norm.pop("scale") * (1 + scale) * jnp.ones(len(kernel))
+    if norm_bias is not None:
+        shift = norm_bias * (1 + scale) + shift
+    if jnp.ndim(shift):  # else there is none
         moved = jnp.tensordot(shift, kernel, 1)
         bias = moved if bias is None else bias + moved
-    rows = norm["scale"] * (1 + scale) * jnp.ones(len(kernel))
     return rows.reshape(-1, *[1] * (kernel.ndim - 1)) * kernel, bias
 
 
 def _fold_block(config, weights: dict, modulation) -> dict:
+    """What of a block is in the Network, taken out of `weights`."""
     shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation
-    qkv, qkv_bias = _behind_norm(weights["attention_norm"], weights["qkv"], shift, scale, config)
+    weights.pop("modulation", None)
+    found = {}
+    qkv, qkv_bias = _behind_norm(weights["attention_norm"], weights["qkv"], shift, scale)
     queries = qkv.shape[2] - 2
-    score = jnp.where(jnp.arange(qkv.shape[2]) < queries, config.head_width**-0.5, 1.0)[:, None]
-    mlp_in, mlp_bias = _behind_norm(
-        weights["mlp_norm"], weights["mlp_in"], mlp_shift, mlp_scale, config
+    score = jnp.where(jnp.arange(queries + 2) < queries, config.head_width**-0.5, 1.0)[:, None]
+    if config.qk_norm:  # which would undo what is done to the weights
+        q, k = (weights[name].pop("scale") for name in ("q_norm", "k_norm"))
+        found["qk_norm_scale"] = jnp.stack([q] * queries + [k]) * score[:-1]
+        score = jnp.ones_like(score)
+    found["qkv"] = qkv * score[None, None]
+    found["qkv_bias"] = None if qkv_bias is None else qkv_bias * score[None]
+    found["mlp_in"], found["mlp_in_bias"] = _behind_norm(
+        weights["mlp_norm"], weights["mlp_in"], mlp_shift, mlp_scale
     )
-    found = {
-        "qkv": qkv * score[None, None],
-        "qkv_bias": None if qkv_bias is None else qkv_bias * score[None],
-        "attention_out": weights["attention_out"]["kernel"] * _row(gate),
-        "mlp_in": mlp_in,
-        "mlp_in_bias": mlp_bias,
-        "mlp_out": weights["mlp_out"]["kernel"] * _row(mlp_gate),
-        "mlp_out_bias": weights["mlp_out"].get("bias"),
-    }
-    if found["mlp_out_bias"] is not None:
-        found["mlp_out_bias"] = found["mlp_out_bias"] * mlp_gate
+    for name, by in (("attention_out", gate), ("mlp_out", mlp_gate)):
+        bias = weights[name].pop("bias", None)
+        found[name] = weights[name].pop("kernel") * _row(by)
+        found[f"{name}_bias"] = None if bias is None else bias * by
     return {name: array for name, array in found.items() if array is not None}
 
 
@@ -205,14 +235,14 @@ def forward(network: Network, window: Window, cache: Cache | None):
        keys [B, G, K, W] and values [B, G, W, K] of each block, to be written to the cache.)
     """
     config = network.config
-    h = network.embedding[window.token]
-    cos, sin = model_lib.rope_angles(window.position, config.head_width, config.rope_base)
+    h = _embed(network, window)
+    angles = model_lib.rope_angles(window.position, config)
     mask_BWW, keys, values = dense_mask(window, window), [], []
     for i, block in enumerate(network.blocks):
-        q, k, v = _heads(config, block, _norm(config, h), cos, sin)
+        q, k, v = _heads(config, block, _norm(config, h), angles)
         a_BGRWK = _attend(q, k, v, mask_BWW, window.filled, cache, i)
         flat = jnp.moveaxis(a_BGRWK, 3, 1).reshape(*h.shape[:2], -1).astype(h.dtype)
-        h = h + flat @ block["attention_out"]
+        h = h + _linear(block, "attention_out", flat)
         h = h + _mlp(config, block, _norm(config, h))
         keys.append(k.swapaxes(2, 3))
         values.append(v)
@@ -225,13 +255,24 @@ def forward(network: Network, window: Window, cache: Cache | None):
     return logits, keys, values
 
 
+def _embed(network, window):
+    h = network.embedding[window.token]
+    if network.positions is None:
+        return h
+    # Masks behind the end of a text may have any position.
+    return h + network.positions.at[window.position].get(mode="clip")
+
+
 def _norm(config, h_BWD):
     """LayerNorm or RMSNorm without its scale, which is in the weights; float32 inside."""
     h = h_BWD.astype(jnp.float32)
     if config.style != "llama":
         h = h - h.mean(axis=-1, keepdims=True)
-    h = h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + 1e-5)
-    return h.astype(config.dtype)
+    return _rms_norm(config, h).astype(config.dtype)
+
+
+def _rms_norm(config, x):
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + config.norm_eps)
 
 
 def _linear(block, name, h_BWD):
@@ -240,11 +281,18 @@ def _linear(block, name, h_BWD):
     return y if bias is None else y + bias.astype(y.dtype).reshape(1, 1, *bias.shape)
 
 
-def _heads(config, block, normed, cos, sin):
-    """Rotated queries [B, G, R, W, K] and keys [B, G, W, K], and values."""
+def _heads(config, block, normed, angles):
+    """Normed (if they are) and rotated queries [B, G, R, W, K] and keys [B, G, W, K], and
+    values."""
     qkv_BGRWK = jnp.moveaxis(_linear(block, "qkv", normed), 1, 3)
-    rotated = model_lib.rotate(qkv_BGRWK[:, :, :-1], cos[:, None], sin[:, None])
-    return rotated[:, :, :-1], rotated[:, :, -1], qkv_BGRWK[:, :, -1]
+    qk, v = qkv_BGRWK[:, :, :-1], qkv_BGRWK[:, :, -1]
+    if "qk_norm_scale" in block:
+        scale = block["qk_norm_scale"][None, None, :, None]
+        qk = (_rms_norm(config, qk.astype(jnp.float32)) * scale).astype(qk.dtype)
+    if angles is not None:
+        angles = [part[:, None] for part in angles]
+    rotated = model_lib.rotate(qk, angles)
+    return rotated[:, :, :-1], rotated[:, :, -1], v
 
 
 def _mlp(config, block, normed):

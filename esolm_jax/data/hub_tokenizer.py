@@ -1,0 +1,105 @@
+"""The tokenizer of a pretrained model, carried over as it is: a tokenizer.json of any kind.
+
+Needs the package `tokenizers` (pip install -e '.[interop]'). tokenizer.json does not say which
+tokens begin, end and fill a text, nor how many ids the model has; ids.json beside it does.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from esolm_jax.data.render import pieces_of, render
+from esolm_jax.errors import UserError
+
+KIND = "tokenizers"
+FILE, IDS_FILE = "tokenizer.json", "ids.json"
+_IDS = ("vocab_size", "bos", "eos", "pad")
+
+
+class HubTokenizer:
+    """A tokenizer.json, for a model with `vocab_size` ids; the mask is one past them.
+
+    The model may have more ids than the tokenizer has tokens (they fill its embedding up to a round
+    number): these decode to nothing. Special tokens are never found in text: there, they are
+    spelled like any other word.
+    """
+
+    kind = KIND
+
+    def __init__(self, content: bytes, ids: dict[str, int], where: str = FILE):
+        """Args: content: of tokenizer.json. ids: vocab_size, bos, eos, pad. where: names it in
+        errors. Raises UserError: damaged, or it does not fit the ids."""
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise UserError(
+                f"{where}: needs the package tokenizers: pip install -e '.[interop]'"
+            ) from error
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+        except Exception as error:  # `tokenizers` raises bare Exceptions
+            raise UserError(f"{where}: damaged: {type(error).__name__}: {error}") from error
+        self._tokenizer.encode_special_tokens = True
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self.content, self.ids = content, {name: ids[name] for name in _IDS}
+        self.vocab_size = self.mask_id = ids["vocab_size"]
+        self.bos_id, self.eos_id, self.pad_id = ids["bos"], ids["eos"], ids["pad"]
+        self._check(where)
+        identity = content + json.dumps(self.ids).encode()
+        self.fingerprint = hashlib.sha256(identity).hexdigest()
+
+    def _check(self, where: str) -> None:
+        size = self.vocab_size
+        token, highest = max(
+            self._tokenizer.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1]
+        )
+        if highest >= size:
+            raise UserError(
+                f"{where}: its token {ascii(token)[:80]} has id {highest}, but the model has only "
+                f"{size} ids: not the tokenizer of this model"
+            )
+        for name in ("bos", "eos", "pad"):
+            if not 0 <= self.ids[name] < size:
+                raise UserError(f"{where}: the {name} token has id {self.ids[name]} of {size}")
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, without specials."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`. ValueError: id out of range."""
+        return "".join(render(self, ids, lambda run: [self._text(run)]))
+
+    def pieces(self, ids: Iterable[int]) -> list[str]:
+        """The part of decode(ids) that each id stands for; of the ids that spell one character, the
+        last stands for it and the others for ''. ValueError: id out of range."""
+        return render(self, ids, lambda run: pieces_of(run, self._text))
+
+    def _text(self, run: list[int]) -> str:
+        return self._tokenizer.decode(run, skip_special_tokens=False)
+
+    def save(self, directory: str | Path) -> None:
+        Path(directory, FILE).write_bytes(self.content)
+        Path(directory, IDS_FILE).write_text(json.dumps(self.ids) + "\n")
+
+
+def is_here(directory: str | Path) -> bool:
+    """Whether `directory` holds what save() leaves."""
+    return Path(directory, FILE).is_file() and Path(directory, IDS_FILE).is_file()
+
+
+def read(directory: str | Path) -> HubTokenizer:
+    """What save() left in a folder. UserError: it is not there, or damaged."""
+    path = Path(directory).expanduser()
+    if not is_here(path):
+        raise UserError(
+            f"{path}: holds no tokenizer that `convert` carried over ({FILE} and {IDS_FILE})"
+        )
+    try:
+        ids = json.loads((path / IDS_FILE).read_text("utf-8"))
+        ids = {name: int(ids[name]) for name in _IDS}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path / IDS_FILE}: damaged: {error!r}") from error
+    return HubTokenizer((path / FILE).read_bytes(), ids, str(path / FILE))

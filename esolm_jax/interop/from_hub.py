@@ -1,0 +1,143 @@
+"""A pretrained GPT-2, Llama or Qwen → a workdir with an autoregressive model of ours.
+
+Tensor by tensor into files as large as our parameters, and from these, piece by piece, into the
+checkpoint: of a model of any size, only one tensor is in memory at a time (but for pages of mapped
+files, which the system drops when it wants the room). These files are deleted in the end;
+meanwhile they need 4 bytes a parameter on disk.
+"""
+
+import pathlib
+
+import jax
+import numpy as np
+import tqdm
+
+import esolm_jax
+from esolm_jax import assemble, checkpoint
+from esolm_jax import config as config_lib
+from esolm_jax import model as model_lib
+from esolm_jax.data import hub_tokenizer
+from esolm_jax.data import tokenizer as tokenizer_lib
+from esolm_jax.data.manifest import tokenizer_entry
+from esolm_jax.errors import UserError
+from esolm_jax.interop import hub_config, hub_folder, hub_names, into_workdir
+from esolm_jax.interop.into_workdir import Converted
+
+_DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+def convert(config, source: str, workdir: pathlib.Path, tokenizer: str) -> Converted:
+    """Writes checkpoint, tokenizer and config of the model in a folder: all of it or nothing.
+
+    Our vocabulary is the ids of its embedding and, one past them, the mask token: its row of the
+    embedding is the mean of the others (a row of zeros or noise is like none that the blocks have
+    seen, and RMSNorm would blow it up), its column of the head is 0.
+
+    Args:
+      config: of an "ar" model; config.model must be that of the folder.
+      source: the folder. tokenizer: a file or folder, or "" for the one in the folder.
+
+    Raises:
+      UserError: the folder, the config and the tokenizer do not fit, or the workdir is not empty.
+    """
+    into_workdir.check_empty(workdir)
+    folder = pathlib.Path(source).expanduser()
+    hub = hub_config.read(folder)
+    _check_config(config, source)
+    tensors = hub_folder.tensors(folder)
+    ids = _num_ids(hub, folder)
+    found = _tokenizer(folder, tokenizer, hub, ids)
+    with config.unlocked():
+        config.data.tokenizer, config.data.vocab_size = found.kind, ids
+        config.data.tokenizer_path = into_workdir.saved_tokenizer(found, workdir)
+    model = assemble.model_config(config, tokenizer_entry(found), "cpu")
+    prefix = hub_folder.prefix_of(tensors, model.style)
+    parts = hub_names.parts(model, ids, tied=hub_config.is_tied(hub), prefix=prefix)
+    hub_folder.check(tensors, parts, source)
+    _check_dtypes(tensors, parts, source)
+    meta = {
+        "config": config.to_dict(),
+        "cursor": 0,
+        "tokenizer": tokenizer_entry(found),
+        "version": esolm_jax.__version__,
+        "converted": {"folder": folder.resolve().name, "model_type": hub["model_type"]},
+        "only_weights": True,
+    }
+
+    def save(checkpoints: checkpoint.Checkpoints, draft: pathlib.Path) -> None:
+        params = _on_disk(model, draft / "arrays")
+        _fill(params, tensors, parts, ids)
+        checkpoints.save_weights(params, meta)
+
+    into_workdir.write(workdir, meta, found, save)
+    shapes = jax.tree.leaves(_shapes(model))
+    return Converted(0, sum(a.size for a in shapes), "the one set of weights in it")
+
+
+def _check_config(config, source: str) -> None:
+    """UserError unless the config is of the folder's model, which is autoregressive."""
+    theirs, ours = config_lib.flat(hub_config.get_config(source)), config_lib.flat(config)
+    for name in assemble.MODEL_FIELDS:
+        if ours[name] != theirs[name]:
+            raise UserError(
+                f"config.{name}={ours[name]!r}: the model in {source} has {theirs[name]!r}"
+            )
+
+
+def _num_ids(hub: dict, folder: pathlib.Path) -> int:
+    ids = hub.get("vocab_size")
+    if type(ids) is not int or ids < 2:
+        raise UserError(
+            f"{folder / hub_config.FILE}: vocab_size={ascii(ids)[:80]}: must be the number of ids"
+        )
+    return ids
+
+
+def _tokenizer(folder: pathlib.Path, given: str, hub: dict, ids: int) -> tokenizer_lib.Tokenizer:
+    """The tokenizer, as large as the embedding: tokenizer.json as it is, or one of our kinds."""
+    path = pathlib.Path(given).expanduser() if given else folder
+    file = path / hub_tokenizer.FILE if path.is_dir() else path
+    if file.name == hub_tokenizer.FILE and file.is_file():
+        special = hub_config.special_ids(hub, str(folder / hub_config.FILE))
+        content = file.read_bytes()
+        return hub_tokenizer.HubTokenizer(content, {"vocab_size": ids, **special}, str(file))
+    found = tokenizer_lib.read_tokenizer(given or folder)
+    if found.vocab_size != ids or found.mask_id != ids:
+        raise UserError(
+            f"{path}: the {found.kind} tokenizer has {found.vocab_size} ids, the model in {folder} "
+            f"{ids}: not the tokenizer of this model"
+        )
+    return found
+
+
+def _check_dtypes(tensors, parts, where: str) -> None:
+    other = {tensors[part.name].dtype for part in parts} - set(_DTYPES)
+    if other:
+        raise UserError(
+            f"{where}: its numbers are {', '.join(sorted(other))}; allowed: {', '.join(_DTYPES)}"
+        )
+
+
+def _shapes(model: model_lib.ModelConfig) -> dict:
+    return jax.eval_shape(lambda: model_lib.init(model, jax.random.key(0)))
+
+
+def _on_disk(model: model_lib.ModelConfig, folder: pathlib.Path) -> dict:
+    """Our parameters: float32 files of zeros."""
+    folder.mkdir()
+
+    def make(path, leaf):
+        file = folder / jax.tree_util.keystr(path, simple=True, separator=".")
+        return checkpoint.OnDisk(file, np.float32, "w+", shape=leaf.shape)
+
+    return jax.tree.map_with_path(make, _shapes(model))
+
+
+def _fill(params: dict, tensors, parts: list[hub_names.Part], ids: int) -> None:
+    for part in tqdm.tqdm(parts, "tensors", disable=None, leave=False):
+        node = params
+        for key in part.path.split("/"):
+            node = node[key]
+        part.put(node, np.asarray(tensors[part.name]))
+    embedding = params["embedding"]["embedding"]
+    embedding[ids] = np.mean(embedding[:ids], axis=0, dtype=np.float64)

@@ -1,0 +1,196 @@
+"""config.json of a GPT-2, Llama or Qwen of the Hugging Face hub, as a config file of its own:
+hub_config.py:FOLDER.
+
+This is what `convert` runs with when --config is left out: an autoregressive model of ours.
+"""
+
+import json
+import pathlib
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from esolm_jax import config as config_lib
+from esolm_jax.errors import UserError
+
+FILE = "config.json"
+_LENGTH = 1024  # data.seq_len, unless the model was made for less
+
+# ours → theirs, and what `transformers` takes if config.json has it not (None = it must).
+_GPT2 = {
+    "width": ("n_embd", None),
+    "blocks": ("n_layer", None),
+    "heads": ("n_head", None),
+    "mlp_width": ("n_inner", 0),
+    "positions": ("n_positions", None),
+    "norm_eps": ("layer_norm_epsilon", 1e-5),
+}
+_LLAMA = {
+    "width": ("hidden_size", None),
+    "blocks": ("num_hidden_layers", None),
+    "heads": ("num_attention_heads", None),
+    "kv_heads": ("num_key_value_heads", 0),
+    "mlp_width": ("intermediate_size", None),
+    "norm_eps": ("rms_norm_eps", 1e-6),
+}
+_QWEN = _LLAMA | {"kv_heads": ("num_key_value_heads", 32)}
+_TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
+_SILU = ("silu", "swish")
+
+# model_type → (fields, what is fixed of ours, their field → (values that we have, default)).
+_ROPE = {"use_sliding_window": ((False,), False), "hidden_act": (_SILU, "silu")}
+_FAMILIES: dict[str, tuple[dict, dict, dict]] = {
+    "gpt2": (
+        _GPT2,
+        {"style": "gpt2", "qkv_bias": True},
+        {
+            "activation_function": (_TANH, "gelu_new"),
+            "scale_attn_weights": ((True,), True),
+            "scale_attn_by_inverse_layer_idx": ((False,), False),
+            "add_cross_attention": ((False,), False),
+        },
+    ),
+    "llama": (
+        _LLAMA,
+        {"style": "llama"},
+        _ROPE | {"attention_bias": ((False,), False), "mlp_bias": ((False,), False)},
+    ),
+    "qwen2": (_QWEN, {"style": "llama", "qkv_bias": True}, _ROPE),
+    "qwen3": (
+        _QWEN,
+        {"style": "llama", "qk_norm": True},
+        _ROPE | {"attention_bias": ((False,), False)},
+    ),
+}
+_TIED = {"gpt2": True}  # tie_word_embeddings by default
+_HEAD_WIDTH = {"qwen3": 128}  # head_dim by default; of the others hidden_size / heads
+_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def is_folder(path: str) -> bool:
+    """Whether `path` is a folder, as the hub's models are; published checkpoints are files."""
+    return pathlib.Path(path).expanduser().is_dir()
+
+
+def read(folder: pathlib.Path) -> dict[str, Any]:
+    """What config.json says. UserError: not there, not JSON, or of a family that is not here."""
+    path = folder / FILE
+    try:
+        hub = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"--from={folder}: is a folder without {FILE}; give a folder of the Hugging Face hub "
+            "(config.json, *.safetensors, tokenizer.json) or a file of published weights"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}") from error
+    kind = hub.get("model_type") if isinstance(hub, dict) else None
+    if kind not in _FAMILIES:
+        raise UserError(
+            f"{path}: model_type={ascii(kind)[:80]}: an architecture that is not here; allowed are "
+            f"{', '.join(_FAMILIES)}"
+        )
+    return hub
+
+
+def is_tied(hub: dict[str, Any]) -> bool:
+    """Whether the embedding is the head, too."""
+    tied = hub.get("tie_word_embeddings")
+    return _TIED.get(hub["model_type"], False) if tied is None else bool(tied)
+
+
+def special_ids(hub: dict[str, Any], where: str) -> dict[str, int]:
+    """Ids of BOS, EOS and PAD; one that is missing is another: an AR text may begin with EOS, and
+    PAD is only filler. UserError: there is no EOS, or an id is no number."""
+    found = {}
+    for name in _SPECIAL:
+        value = hub.get(name)
+        value = value[0] if isinstance(value, list) and value else value
+        if value is not None and (type(value) is not int or value < -1):
+            raise UserError(f"{where}: {name}={ascii(value)[:80]}: must be a token id")
+        found[name.removesuffix("_token_id")] = None if value == -1 else value
+    if found["eos"] is None:
+        raise UserError(f"{where}: eos_token_id is missing: documents are joined by that token")
+    return {name: found["eos"] if i is None else i for name, i in found.items()}
+
+
+def get_config(path: str) -> ConfigDict:
+    """ConfigDict of the model in a folder, as an autoregressive one of ours.
+
+    Raises:
+      UserError: of an architecture that is not here; the message says in which parts.
+    """
+    folder = pathlib.Path(path).expanduser()
+    hub = read(folder)
+    fields, fixed, allowed = _FAMILIES[hub["model_type"]]
+    where = str(folder / FILE)
+    _check(hub, allowed, where)
+    config = config_lib.default_config()
+    with config.unlocked():
+        config.objective, config.alpha_0 = "ar", 0.0
+        model = config.model
+        model.cond_width, model.dropout = 0, 0.0
+        for name, value in fixed.items():
+            model[name] = value
+        for name, (theirs, default) in fields.items():
+            model[name] = _number(hub, theirs, default, type(model[name]), where)
+        if hub["model_type"] != "gpt2":
+            _set_heads(model, hub, where)
+            _set_rope(model, hub, where)
+        config.data.source = "text"
+        config.data.tokenizer = "tokenizers"
+        longest = model.positions or hub.get("max_position_embeddings") or _LENGTH
+        config.data.seq_len = min(_LENGTH, longest)
+    return config
+
+
+def _number(hub: dict, name: str, default, kind: type, where: str):
+    value = hub.get(name)
+    value = default if value is None else value
+    if value is None:
+        raise UserError(f"{where}: {name} is missing")
+    if type(value) not in (int, kind) or value < 0:
+        raise UserError(f"{where}: {name}={ascii(value)[:80]}: must be a positive {kind.__name__}")
+    return kind(value)
+
+
+def _check(hub: dict, allowed: dict, where: str) -> None:
+    """UserError that lists all that we have not."""
+    wrong = [
+        f"{name}={ascii(hub[name])[:80]} (allowed: {', '.join(map(str, values))})"
+        for name, (values, default) in allowed.items()
+        if hub.get(name, default) not in values
+    ]
+    layers = hub.get("layer_types") or []
+    if any(layer != "full_attention" for layer in layers):
+        wrong.append(f"layer_types={ascii(sorted(set(layers)))} (allowed: full_attention)")
+    if hub.get("quantization_config"):
+        wrong.append("quantization_config (allowed: none; take the weights before quantization)")
+    if wrong:
+        raise UserError(f"{where}: an architecture that is not here: {'; '.join(wrong)}")
+
+
+def _set_heads(model: ConfigDict, hub: dict, where: str) -> None:
+    default = _HEAD_WIDTH.get(hub["model_type"], 0)
+    width = _number(hub, "head_dim", default, int, where) * model.heads
+    model.attention_width = 0 if width == model.width else width
+    model.kv_heads = 0 if model.kv_heads == model.heads else model.kv_heads
+
+
+def _set_rope(model: ConfigDict, hub: dict, where: str) -> None:
+    """RoPE as it is, or with the scaling of Llama 3.1; written in two ways, old and new."""
+    rope = hub.get("rope_parameters") or hub.get("rope_scaling") or {}
+    base = {"rope_theta": hub.get("rope_theta")} if hub.get("rope_theta") is not None else {}
+    rope = base | rope
+    model.rope_base = _number(rope, "rope_theta", 10_000.0, float, where)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return
+    fixed = rope.get("low_freq_factor"), rope.get("high_freq_factor")
+    if kind != "llama3" or fixed != (1, 4):
+        raise UserError(
+            f"{where}: an architecture that is not here: rope scaling {ascii(rope)[:200]} "
+            "(allowed: none, or llama3 with low_freq_factor 1 and high_freq_factor 4)"
+        )
+    model.rope_factor = _number(rope, "factor", None, float, where)
+    model.rope_length = _number(rope, "original_max_position_embeddings", None, int, where)
