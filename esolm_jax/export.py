@@ -5,6 +5,7 @@ python -m esolm_jax.export --workdir=DIR --to=FOLDER
 --weights=ema|raw                      which of the two (default: ema)
 --formats=safetensors,stablehlo,onnx   some of them (default: all)
 --parts=score,step,sample              some functions (default: all that the model has)
+--tolerance=1e-4                       how far a logit may be off; wide models may need more
 """
 
 import pathlib
@@ -13,7 +14,7 @@ from absl import flags
 
 from esolm_jax import cli
 from esolm_jax.errors import UserError
-from esolm_jax.interop import export_folder, out_of_workdir
+from esolm_jax.interop import export_folder, out_of_workdir, parity
 from esolm_jax.interop.export_folder import Wanted
 
 
@@ -21,6 +22,7 @@ def define_flags() -> None:
     flags.DEFINE_string("to", "", "The folder to write: new, or empty.")
     flags.DEFINE_string("weights", "ema", "ema | raw")
     flags.DEFINE_string("formats", "", "Of safetensors, stablehlo, onnx; all by default.")
+    flags.DEFINE_float("tolerance", parity.TOLERANCE, "How far a logit may be off.")
     flags.DEFINE_string("parts", "", "Of score, step, sample; by default all that the model has.")
 
 
@@ -38,9 +40,13 @@ def main(config, workdir: pathlib.Path) -> None:
     if not f.to:
         raise UserError("--to is missing: the folder to write, new or empty")
     if f.weights not in out_of_workdir.WEIGHTS:
-        raise UserError(f"--weights={f.weights}: must be one of {', '.join(out_of_workdir.WEIGHTS)}")
+        raise UserError(
+            f"--weights={f.weights}: must be one of {', '.join(out_of_workdir.WEIGHTS)}"
+        )
+    if not f.tolerance > 0:
+        raise UserError(f"--tolerance={f.tolerance}: must be above 0")
     formats = _listed("formats", export_folder.FORMATS) or export_folder.FORMATS
-    wanted = Wanted(f.weights, formats, _listed("parts", export_folder.PARTS))
+    wanted = Wanted(f.weights, formats, _listed("parts", export_folder.PARTS), f.tolerance)
     target = pathlib.Path(f.to).expanduser()
     manifest = export_folder.export(config, workdir, target, wanted)
     which = "the EMA, not the raw weights" if f.weights == "ema" else "the RAW weights, not the EMA"

@@ -7,12 +7,13 @@ import gc
 import pathlib
 from collections.abc import Iterator
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from esolm_jax.interop import exported_sampler, parity, plain, signatures, stablehlo
 from esolm_jax.interop.sampling_plan import Plan
-from esolm_jax.interop.shipped import plain_transformer
+from esolm_jax.interop.shipped import plain_transformer, run_stablehlo
 from esolm_jax.labels import Tokens
 from esolm_jax.model import ModelConfig
 from esolm_jax.objectives import Special
@@ -28,6 +29,7 @@ class Source:
       parts: of score, step and sample.
       shapes: of the weights, by plain name.
       batches, logits: examples, and what the trained model gives for them.
+      tolerance: of a logit.
     """
 
     config: object
@@ -39,6 +41,7 @@ class Source:
     shapes: dict[str, tuple[int, ...]]
     batches: list[Tokens]
     logits: list[np.ndarray]
+    tolerance: float
 
     @property
     def network(self) -> dict:
@@ -66,6 +69,7 @@ class Source:
 
 
 def _entry(source: Source, part: str, file: str, runtime: str, found: dict, suffix="") -> dict:
+    parity.require(f"{file} ({part})", found, source.tolerance)
     signature = source.signature(part)
     outputs = [array.to_json() for array in signature.outputs]
     inputs = {array.name for array in signature.inputs}
@@ -77,7 +81,7 @@ def _entry(source: Source, part: str, file: str, runtime: str, found: dict, suff
         "runtime": runtime,
         "inputs": [array.to_json() for array in signature.inputs],
         "outputs": outputs,
-        "parity": {"batch_sizes": list(parity.BATCHES)} | parity.require(f"{file} ({part})", found),
+        "parity": {"batch_sizes": list(parity.BATCHES), **found},
     }
 
 
@@ -110,10 +114,6 @@ def of_numpy(source: Source, greedy: parity.Greedy) -> list[dict]:
 
 def of_stablehlo(source: Source, greedy: parity.Greedy, weights: dict) -> list[dict]:
     """<part>.stablehlo of every part."""
-    import jax
-
-    from esolm_jax.interop.shipped import run_stablehlo
-
     makers, runs = stablehlo.functions(source.network), {}
     s = source.config.sample
     makers["sample"] = exported_sampler.make(
@@ -129,7 +129,9 @@ def of_stablehlo(source: Source, greedy: parity.Greedy, weights: dict) -> list[d
     if sample:
         found["sample"] = parity.sampler_agrees(sample, source.texts(weights))
     platforms = "/".join(stablehlo.PLATFORMS)
-    runtime = f"jax {jax.__version__} (jax.export) for {platforms}; first input: the weights by name"
+    runtime = (
+        f"jax {jax.__version__} (jax.export) for {platforms}; first input: the weights by name"
+    )
     return [_entry(source, part, f"{part}.stablehlo", runtime, found[part]) for part in found]
 
 

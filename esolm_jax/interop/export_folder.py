@@ -44,11 +44,13 @@ class Wanted:
     Attributes:
       weights: "ema" or "raw".
       parts: those asked for by name; () = all that the model has.
+      tolerance: how far a logit may be off.
     """
 
     weights: str = "ema"
     formats: tuple[str, ...] = FORMATS
     parts: tuple[str, ...] = ()
+    tolerance: float = parity.TOLERANCE
 
     def left_out(self, config) -> dict[str, str]:
         """Why a part is not exported, by part. UserError if it was asked for."""
@@ -144,6 +146,7 @@ def _write_weights(config, workdir, draft, wanted: Wanted, left_out: dict) -> tu
         shapes=shapes,
         batches=batches,
         logits=parity.trained_logits(model, trained.params, batches),
+        tolerance=wanted.tolerance,
     )
     tensors = plain.tensors(model, trained.params)
     safetensors_file.write(draft / WEIGHTS, shapes, tensors, about)
@@ -200,7 +203,7 @@ def _manifest(source: Source, about: dict, entries: list[dict], left_out: dict) 
         "mask_id": source.special.mask,
         "tokenizer": about["tokenizer"],
         "sampling": source.plan.about,
-        "logit_tolerance": parity.TOLERANCE,
+        "logit_tolerance": source.tolerance,
         "artefacts": entries,
         "not_exported": left_out,
         "tensors": tensors,

@@ -47,7 +47,9 @@ class Graph:
             return None
         offset, shape = self.places[name]
         size = math.prod(shape)
-        dims = (size,) if len(shape) == 1 or name.endswith("_bias") else (shape[0], size // shape[0])
+        dims = (
+            (size,) if len(shape) == 1 or name.endswith("_bias") else (shape[0], size // shape[0])
+        )
         initializer = f"weights.{name}"
         tensor = TensorProto(name=initializer, dims=dims, data_type=TensorProto.FLOAT)
         tensor.data_location = TensorProto.EXTERNAL

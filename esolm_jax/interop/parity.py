@@ -19,7 +19,7 @@ from esolm_jax.sampling import decode, passes
 from esolm_jax.sampling.choose import Choice
 from esolm_jax.sampling.schedule import Schedule
 
-TOLERANCE = 1e-4  # of a logit
+TOLERANCE = 1e-4  # of a logit, unless told otherwise
 BATCHES = (1, 5)
 TOKENS = 64  # of a text that artefacts of a pass are checked on, at most
 
@@ -154,13 +154,13 @@ def sampler_agrees(sample, texts: Texts) -> dict[str, bool]:
     return agrees
 
 
-def require(file: str, found: dict) -> dict:
-    """`found` as it is. UserError unless logits agree to TOLERANCE and greedy texts are the
+def require(file: str, found: dict, tolerance: float) -> dict:
+    """`found` as it is. UserError unless logits agree to the tolerance and greedy texts are the
     same."""
     error = found.get("max_logit_error", 0.0)
-    if not error <= TOLERANCE:
+    if not error <= tolerance:
         raise UserError(
-            f"{file}: a logit is {error:.1e} off the trained model's, allowed is {TOLERANCE:g}; "
+            f"{file}: a logit is {error:.1e} off the trained model's, allowed is {tolerance:g}; "
             "nothing was exported"
         )
     if not found.get("greedy_identical", True):

@@ -46,7 +46,9 @@ def with_cache(step, plan, order, choose):
     known[:, :shift] = plan["start_token"]
     for first in range(length):
         start = max(first - 1 + shift, 0)
-        slot = np.broadcast_to(np.arange(start, first + 1, dtype=np.int32), (batch, first + 1 - start))
+        slot = np.broadcast_to(
+            np.arange(start, first + 1, dtype=np.int32), (batch, first + 1 - start)
+        )
         logits, keys, values = step(
             np.take_along_axis(known, slot, axis=1),
             np.take_along_axis(order, slot, axis=1),

@@ -62,9 +62,7 @@ def step(weights, network, token, position, rank, in_context, keys, values, fill
     return logits, xp.stack(keys), xp.stack(values)
 
 
-def forward(
-    weights, network, token, position, rank, in_context, *, past=None, pick=None, xp=np
-):
+def forward(weights, network, token, position, rank, in_context, *, past=None, pick=None, xp=np):
     """Returns (logits, keys, values), the latter [B, S, G, K] of each block.
 
     Args:

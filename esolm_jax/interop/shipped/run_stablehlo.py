@@ -32,7 +32,10 @@ def row_keys(seed, count):
 
 
 def main(count="1", seed="0", temperature="1"):
-    weights, sample = load_weights(FOLDER / "weights.safetensors"), load(FOLDER / "sample.stablehlo")
+    weights, sample = (
+        load_weights(FOLDER / "weights.safetensors"),
+        load(FOLDER / "sample.stablehlo"),
+    )
     text, *_ = sample(weights, row_keys(int(seed), int(count)), jnp.float32(float(temperature)))
     print("\n".join(json.dumps(row) for row in text.tolist()))
 
