@@ -92,6 +92,7 @@ def to_hyper(config) -> dict[str, Any]:
     name = {"ar": "ar", "mdlm": "mdlm", "bd3": "bd3lm"}.get(config.objective, "esolm")
     algo = {"name": name, "backbone": "esolm_dit" if name == "esolm" else "dit"}
     algo |= {"time_conditioning": False, "alpha_0": config.alpha_0, "batch_split": config.kappa}
+    algo["causal_attention"] = name == "ar"
     for path, objectives in _ESO.items():
         modes = [mode for mode, objective in objectives.items() if objective == config.objective]
         algo |= dict.fromkeys([path.removeprefix("algo.")] * len(modes), *modes)

@@ -35,7 +35,9 @@ def serialize(function, signature: Signature, weights: dict[str, tuple[int, ...]
     names = [dim for array in signature.inputs for dim in array.shape if isinstance(dim, str)]
     names = sorted(set(names))
     known = ["s >= w"] if "s" in names else []
-    dims = dict(zip(names, jax.export.symbolic_shape(",".join(names), constraints=known)))
+    dims = dict(
+        zip(names, jax.export.symbolic_shape(",".join(names), constraints=known), strict=True)
+    )
 
     def struct(shape, dtype):
         return jax.ShapeDtypeStruct([dims.get(dim, dim) for dim in shape], jnp.dtype(dtype))
