@@ -367,9 +367,8 @@ def test_tokenizer_that_does_not_match(refused, run, tmp_path):
     args = [f"--workdir={other}", f"--to={tmp_path / 'out'}"]
     (other / "tokenizer" / "tokenizer.bytes").unlink()
     refused(args, "holds no tokenizer")
-    (other / "tokenizer" / "vocab.txt").write_text(
-        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b"]) + "\n"
-    )
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b"]
+    (other / "tokenizer" / "vocab.txt").write_text("\n".join(words) + "\n")
     wordpieces.read(other / "tokenizer").save(other / "tokenizer")
     refused(args, "not the tokenizer that the checkpoint was trained on", "7 ids", "has 260")
 
