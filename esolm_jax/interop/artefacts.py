@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import math
 import pathlib
 from collections.abc import Iterator
 
@@ -11,7 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esolm_jax.interop import exported_sampler, parity, plain, signatures, stablehlo
+from esolm_jax.interop import (
+    exported_sampler,
+    parity,
+    plain,
+    safetensors_file,
+    signatures,
+    stablehlo,
+)
 from esolm_jax.interop.sampling_plan import Plan
 from esolm_jax.interop.shipped import plain_transformer, run_stablehlo
 from esolm_jax.labels import Tokens
@@ -55,8 +63,10 @@ class Source:
     @contextlib.contextmanager
     def weights(self) -> Iterator[dict]:
         """Those in the file, as arrays of JAX; nobody may keep them."""
-        arrays = plain_transformer.read_safetensors(self.folder / WEIGHTS)
-        found = {name: jnp.asarray(array) for name, array in arrays.items()}
+        path, found = self.folder / WEIGHTS, {}
+        for name, (offset, shape) in safetensors_file.places(path).items():  # never in memory twice
+            array = np.fromfile(path, "<f4", math.prod(shape), offset=offset)
+            found[name] = jnp.asarray(array.reshape(shape))
         try:
             yield found
         finally:

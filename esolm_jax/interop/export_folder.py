@@ -1,6 +1,7 @@
 """A workdir → a folder of artefacts that run without esolm_jax, each checked, and a manifest."""
 
 import dataclasses
+import gc
 import hashlib
 import importlib.resources
 import importlib.util
@@ -173,6 +174,7 @@ def _no_published_names(config) -> str:
 
 def _write_artefacts(source: Source, wanted: Wanted) -> list[dict]:
     entries = []
+    gc.collect()  # what is left of the parameters
     with source.weights() as weights:
         greedy = parity.Greedy.of(source.texts(weights))
         if "stablehlo" in wanted.formats:
