@@ -1,7 +1,5 @@
 """Functions of plain arrays → StableHLO for CPU, CUDA and TPU in one file, through jax.export."""
 
-import functools
-
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -48,13 +46,3 @@ def serialize(function, signature: Signature, weights: dict[str, tuple[int, ...]
     with jax.default_matmul_precision("highest"):
         export = jax.export.export(jax.jit(function), platforms=PLATFORMS)
         return bytes(export(of_weights, *specs).serialize())
-
-
-@functools.cache
-def missing() -> str:
-    """What has to be installed first, or ""."""
-    try:
-        import flatbuffers  # noqa: F401
-    except ImportError:
-        return "flatbuffers"
-    return ""
