@@ -30,10 +30,18 @@ setup(
         "tqdm>=4.70,<5",
     ],
     extras_require={
+        "export": [
+            "flatbuffers>=25.12.19,<26",  # jax.export writes and reads its files with it
+            "onnx>=1.23.2,<2",
+            "onnxruntime>=1.31.1,<2",
+        ],
         "interop": ["tokenizers>=0.23.3,<0.24"],  # of published runs and pretrained models
         "tpu": ["jax[tpu]>=0.10.2,<0.11"],  # brings the TPU compiler, which needs no TPU
         "test": [
+            "flatbuffers>=25.12.19,<26",
             "jax[tpu]>=0.10.2,<0.11",
+            "onnx>=1.23.2,<2",
+            "onnxruntime>=1.31.1,<2",
             "pytest>=9.2,<10",
             "pytest-xdist>=3.8,<4",
             "ruff>=0.17,<1",

@@ -114,7 +114,8 @@ def _optimizer_item(state: TrainState) -> dict:
     return {"step": state.step, "opt_state": state.opt_state, "key": state.key}
 
 
-def _reader(workdir) -> tuple[ocp.CheckpointManager, int]:
+def _reader(workdir, gigabytes: float = 96) -> tuple[ocp.CheckpointManager, int]:
+    """Of the latest checkpoint, and its step; `gigabytes` may be under way at a time."""
     folder = pathlib.Path(workdir).resolve() / FOLDER
     if not folder.is_dir():
         raise UserError(
@@ -125,8 +126,8 @@ def _reader(workdir) -> tuple[ocp.CheckpointManager, int]:
         folder,
         options=ocp.CheckpointManagerOptions(read_only=True),
         item_handlers={
-            "params": ocp.StandardCheckpointHandler(),
-            "ema": ocp.StandardCheckpointHandler(),
+            "params": ocp.StandardCheckpointHandler(restore_concurrent_gb=gigabytes),
+            "ema": ocp.StandardCheckpointHandler(restore_concurrent_gb=gigabytes),
             "optimizer": ocp.StandardCheckpointHandler(),
             "meta": ocp.JsonCheckpointHandler(),
         },
@@ -164,7 +165,9 @@ def restore_weights(workdir, which: str, like) -> tuple[dict, int]:
     Raises:
       UserError: the checkpoint is of a model of other sizes.
     """
-    manager, step = _reader(workdir)
+    largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
+    # What is under way is in memory twice: one parameter at a time, or what is as large.
+    manager, step = _reader(workdir, 1.01 * largest / 1e9)
     item = {"ema": "ema", "raw": "params"}[which]
     with manager:
         items = manager.item_metadata(step)

@@ -80,7 +80,7 @@ def test_logits_are_those_of_the_model(name):
     want = np.asarray(wanted(config))
     assert np.ptp(want, axis=(0, 1)).min() > 0.1  # they depend on what is read
     assert_near(run(net, None, 0, LENGTH)[0], want)
-    cache = network.empty_cache(config, len(want), LENGTH, 5)
+    cache = network.empty_cache(config, len(want), LENGTH + 5)
     for low, width in ((0, 5), (5, 5), (10, 2)):
         logits, cache = run(net, cache, low, width)
         assert_near(logits, want[:, low : low + width])

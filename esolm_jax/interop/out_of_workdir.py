@@ -1,9 +1,9 @@
 """A workdir's weights → safetensors under the published parameter names."""
 
+import itertools
 import pathlib
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from esolm_jax import assemble, sharding
@@ -30,19 +30,38 @@ def convert(config, workdir: pathlib.Path, target: pathlib.Path, weights: str) -
     if not target.parent.is_dir():
         raise UserError(f"--to={target}: there is no folder {target.parent}")
     reference.check_config(config.model)
+    trained = load(config, workdir, weights)
+    write(target, trained, weights)
+    return trained.step, sum(a.size for a in jax.tree.leaves(trained.params))
+
+
+def load(config, workdir: pathlib.Path, weights: str) -> assemble.Trained:
+    """The latest checkpoint on one device, however many it was trained on."""
     one = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1, "devices": 1})
-    trained = assemble.load_trained(config, workdir, weights, sharding.make_mesh(one))
-    tensors = reference.to_published(trained.params)
-    tensors[reference.INV_FREQ] = reference.inv_freq(trained.built.model)
-    about = {
+    return assemble.load_trained(config, workdir, weights, sharding.make_mesh(one))
+
+
+def write(target: pathlib.Path, trained: assemble.Trained, weights: str) -> None:
+    """Writes the file, tensor by tensor."""
+    inv_freq = reference.inv_freq(trained.built.model)
+    shapes = reference.published_shapes(trained.params) | {reference.INV_FREQ: inv_freq.shape}
+    tensors = itertools.chain(reference.published(trained.params), [(reference.INV_FREQ, inv_freq)])
+    safetensors_file.write(
+        target,
+        {PREFIX + name: shape for name, shape in shapes.items()},
+        ((PREFIX + name, array) for name, array in tensors),
+        about(trained, weights),
+    )
+
+
+def about(trained: assemble.Trained, weights: str) -> dict:
+    """Where the weights come from, without what lies where on this machine."""
+    return {
         "config": _without_paths(trained.meta["config"]),
         "tokenizer": trained.meta["tokenizer"],
         "step": trained.step,
         "weights": weights,
     }
-    named = {PREFIX + name: np.asarray(array) for name, array in tensors.items()}
-    safetensors_file.write(target, named, about)
-    return trained.step, sum(a.size for a in jax.tree.leaves(trained.params))
 
 
 def _without_paths(config: dict) -> dict:

@@ -87,6 +87,29 @@ def from_hyper(hyper: Any, where: str) -> ConfigDict:
     return config
 
 
+def to_hyper(config) -> dict[str, Any]:
+    """The inverse: hyper-parameters as the published runs have them, of what shapes do not show."""
+    name = {"ar": "ar", "mdlm": "mdlm", "bd3": "bd3lm"}.get(config.objective, "esolm")
+    algo = {"name": name, "backbone": "esolm_dit" if name == "esolm" else "dit"}
+    algo |= {"time_conditioning": False, "alpha_0": config.alpha_0, "batch_split": config.kappa}
+    algo["causal_attention"] = name == "ar"
+    for path, objectives in _ESO.items():
+        modes = [mode for mode, objective in objectives.items() if objective == config.objective]
+        algo |= dict.fromkeys([path.removeprefix("algo.")] * len(modes), *modes)
+    if name == "ar":
+        algo["prepend_token"] = config.start_token
+    names = {ours: hub for hub, ours in _TOKENIZERS.items()}
+    tokenizer = names.get(config.data.tokenizer, config.data.tokenizer)
+    hyper = {"algo": algo, "model": {"type": "ddit"}, "data": {"tokenizer_name_or_path": tokenizer}}
+    for ours, path in _FIELDS.items():
+        *sections, field = path.split(".")
+        node = hyper
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[field] = config_lib.flat(config)[ours]
+    return hyper
+
+
 def _with_sections(hyper: Any) -> Any:
     """Hyper-parameters as the published runs store them, from any place that holds them."""
     if find(hyper, "config") is not None:

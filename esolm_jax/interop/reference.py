@@ -1,7 +1,7 @@
 """Weights of the published implementation: its parameter names ↔ our pytree, and a loaded model."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -141,12 +141,12 @@ def _at(tree: Mapping | None, path: str):
 def published_shapes(params) -> dict[str, tuple[int, ...]]:
     """Shapes under published names and layout, of parameters that have shapes."""
     empty = jax.tree.map(lambda a: np.broadcast_to(np.float32(0), a.shape), params)
-    return {name: array.shape for name, array in to_published(empty).items()}
+    return {name: array.shape for name, array in published(empty)}
 
 
-def to_published(params: dict) -> dict[str, np.ndarray]:
-    """Our parameters (or their gradients) → published names and layout."""
-    weights = {}
+def published(params: dict) -> Iterator[tuple[str, np.ndarray]]:
+    """Our parameters (or their gradients) one after the other: (published name, array in the
+    published layout)."""
     for template, path, transpose in _TABLE:
         node = _at(params, path)
         if node is None:
@@ -154,8 +154,12 @@ def to_published(params: dict) -> dict[str, np.ndarray]:
         value = np.asarray(node)
         for i, array in enumerate(value if "{block}" in template else [value]):
             array = _to_published(path, array)
-            weights[template.format(block=i)] = array.T if transpose else array
-    return weights
+            yield template.format(block=i), array.T if transpose else array
+
+
+def to_published(params: dict) -> dict[str, np.ndarray]:
+    """All of published(params)."""
+    return dict(published(params))
 
 
 class Reference:

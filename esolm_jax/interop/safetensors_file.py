@@ -1,18 +1,19 @@
-"""Safetensors files: read tensor by tensor, written whole."""
+"""Safetensors files: read and written tensor by tensor."""
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import safetensors
-import safetensors.numpy
 
 from esolm_jax.errors import UserError
 
 METADATA = "esolm_jax"  # the key under which our own exports say what they hold
+ALIGNMENT = 64  # bytes, of the data within the file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,18 @@ def read(path: pathlib.Path) -> tuple[dict[str, Tensor], dict]:
     return tensors, about
 
 
+def places(path: pathlib.Path) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """(offset in bytes within the file, shape) of each tensor."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    return {
+        name: (8 + size + entry["data_offsets"][0], tuple(entry["shape"]))
+        for name, entry in header.items()
+    }
+
+
 def _about(text: str) -> dict:
     """What `write` was given; {} if it is of another make."""
     about = json.loads(text)
@@ -57,11 +70,32 @@ def _about(text: str) -> dict:
     return about if is_ours else {}
 
 
-def write(path: pathlib.Path, tensors: Mapping[str, np.ndarray], about: dict) -> None:
-    """Writes beside the file first and renames. `about`: JSON-able, kept in the metadata."""
-    # The library writes the memory of an array, whatever its strides say.
-    whole = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-    metadata = {"format": "pt", METADATA: json.dumps(about)}
+def write(
+    path: pathlib.Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Iterable[tuple[str, np.ndarray]],
+    about: dict,
+) -> None:
+    """Writes float32 tensors one at a time, beside the file first, and renames.
+
+    The library would want all of them in memory at once.
+
+    Args:
+      shapes: by name. tensors: (name, array) in the same order; each is dropped once written.
+      about: JSON-able, kept in the metadata.
+    """
+    header: dict = {"__metadata__": {"format": "pt", METADATA: json.dumps(about)}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-(len(text) + 8) % ALIGNMENT)
     draft = path.with_name(path.name + ".tmp")
-    safetensors.numpy.save_file(whole, draft, metadata)
+    with open(draft, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for (name, array), wanted in zip(tensors, shapes, strict=True):
+            if name != wanted or array.shape != shapes[name] or array.dtype != np.float32:
+                raise ValueError(f"{name}: not the tensor whose turn it is, {wanted}")
+            file.write(np.ascontiguousarray(array, "<f4").data)
     os.replace(draft, path)

@@ -1,0 +1,76 @@
+"""A workdir → artefacts for other runtimes, each checked, with a manifest.
+
+python -m esolm_jax.export --workdir=DIR --to=FOLDER
+
+--weights=ema|raw                      which of the two (default: ema)
+--formats=safetensors,stablehlo,onnx   some of them (default: all)
+--parts=score,step,sample              some functions (default: all that the model has)
+--tolerance=1e-4                       how far a logit may be off; wide models may need more
+"""
+
+import pathlib
+
+from absl import flags
+
+from esolm_jax import cli
+from esolm_jax.errors import UserError
+from esolm_jax.interop import export_folder, out_of_workdir, parity
+from esolm_jax.interop.export_folder import Wanted
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("to", "", "The folder to write: new, or empty.")
+    flags.DEFINE_string("weights", "ema", "ema | raw")
+    flags.DEFINE_string("formats", "", "Of safetensors, stablehlo, onnx; all by default.")
+    flags.DEFINE_float("tolerance", parity.TOLERANCE, "How far a logit may be off.")
+    flags.DEFINE_string("parts", "", "Of score, step, sample; by default all that the model has.")
+
+
+def _listed(name: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
+    """The flag's values. UserError: one is not allowed."""
+    given = [part.strip() for part in flags.FLAGS[name].value.split(",") if part.strip()]
+    for part in given:
+        if part not in allowed:
+            raise UserError(f"--{name}={part}: must be of {', '.join(allowed)}")
+    return tuple(part for part in allowed if part in given)
+
+
+def main(config, workdir: pathlib.Path) -> None:
+    f = flags.FLAGS
+    if not f.to:
+        raise UserError("--to is missing: the folder to write, new or empty")
+    if f.weights not in out_of_workdir.WEIGHTS:
+        raise UserError(
+            f"--weights={f.weights}: must be one of {', '.join(out_of_workdir.WEIGHTS)}"
+        )
+    if not f.tolerance > 0:
+        raise UserError(f"--tolerance={f.tolerance}: must be above 0")
+    formats = _listed("formats", export_folder.FORMATS) or export_folder.FORMATS
+    wanted = Wanted(f.weights, formats, _listed("parts", export_folder.PARTS), f.tolerance)
+    target = pathlib.Path(f.to).expanduser()
+    manifest = export_folder.export(config, workdir, target, wanted)
+    which = "the EMA, not the raw weights" if f.weights == "ema" else "the RAW weights, not the EMA"
+    print(f"exported: {which}, of step {manifest['step']:,}; adaLN is folded in")
+    if config.model.dtype != "float32":
+        print(f"trained in {config.model.dtype}; what is exported computes in float32")
+    for entry in manifest["artefacts"]:
+        print(f"{entry['file']:>22} {entry['function']:>6}: {_measured(entry['parity'])}")
+    for part, reason in manifest["not_exported"].items():
+        print(f"not exported: {part}: {reason}")
+    print(f"wrote {target}, with manifest.json")
+
+
+def _measured(found: dict) -> str:
+    said = []
+    if "max_logit_error" in found:
+        said.append(f"logits within {found['max_logit_error']:.1e} of the trained model's")
+    for name, what in (("greedy_identical", "greedy"), ("sampled_identical", "drawn")):
+        if name in found:
+            said.append(f"{what} texts {'identical to' if found[name] else 'not all'} ours")
+    return ", ".join(said)
+
+
+CLI = {"reads_checkpoint": True, "one_process": True, "define_flags": define_flags}
+
+if __name__ == "__main__":
+    cli.run(main, **CLI)

@@ -1,0 +1,44 @@
+"""python run_stablehlo.py [COUNT] [SEED] [TEMPERATURE]: token ids. Needs jax, and flatbuffers,
+which jax.export reads its files with."""
+
+import json
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+
+FOLDER = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(FOLDER))
+
+from plain_transformer import read_safetensors  # noqa: E402
+
+
+def load_weights(path):
+    """The first argument of every artefact."""
+    return {name: jnp.asarray(array) for name, array in read_safetensors(path).items()}
+
+
+def load(path):
+    """The artefact as a jitted function: (weights, …) → its outputs."""
+    return jax.jit(jax.export.deserialize(bytearray(path.read_bytes())).call)
+
+
+def row_keys(seed, count):
+    """uint32 [B, 2]: one key a row, as `python -m esolm_jax.sample` has them."""
+    rows = jnp.arange(count, dtype=jnp.uint32)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows)
+    return jax.random.key_data(keys)
+
+
+def main(count="1", seed="0", temperature="1"):
+    weights, sample = (
+        load_weights(FOLDER / "weights.safetensors"),
+        load(FOLDER / "sample.stablehlo"),
+    )
+    text, *_ = sample(weights, row_keys(int(seed), int(count)), jnp.float32(float(temperature)))
+    print("\n".join(json.dumps(row) for row in text.tolist()))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

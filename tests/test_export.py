@@ -1,0 +1,428 @@
+"""Exported artefacts compute what the model computes, in runtimes of their own."""
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.export
+import numpy as np
+import onnx
+import pytest
+import tiny_run
+from tiny_run import command, quick
+
+import esolm_jax
+from esolm_jax import assemble, checkpoint, optimizer, sharding, train_step
+from esolm_jax import model as model_lib
+from esolm_jax.data import wordpieces
+from esolm_jax.data.manifest import tokenizer_entry
+from esolm_jax.data.tokenizer import Bytes
+from esolm_jax.errors import UserError
+from esolm_jax.interop import (
+    exported_sampler,
+    into_workdir,
+    onnx_graph,
+    out_of_workdir,
+    parity,
+    plain,
+    published_config,
+    safetensors_file,
+    sampling_plan,
+)
+from esolm_jax.sampling import network as network_lib
+
+pytestmark = pytest.mark.usefixtures(quick.__name__)
+HERE = pathlib.Path(__file__).resolve().parent
+LENGTH, VOCAB = 12, 260
+ADALN = {"model.cond_width": 8, "model.blocks": 2}
+LLAMA = {"model.style": "llama", "model.kv_heads": 1, "model.blocks": 2, "model.mlp_width": 24}
+FAMILIES = {  # fields, formats
+    "eso_b": ({"objective": "eso_b", **ADALN}, "safetensors,stablehlo,onnx"),
+    "eso_b_strided": (
+        {"objective": "eso_b", "sample.schedule": "strided", "sample.steps": 5},
+        "stablehlo",
+    ),
+    "eso_b_llama": ({"objective": "eso_b", "model.cond_width": 8, **LLAMA}, "safetensors,onnx"),
+    "ar_llama": (
+        {"objective": "ar", "start_token": "mask", "sample.top_k": 9, "sample.top_p": 0.9, **LLAMA},
+        "stablehlo,onnx",
+    ),
+    "bd3": ({"objective": "bd3", "block_length": 4}, "safetensors,stablehlo"),
+    "eso_a": ({"objective": "eso_a", "model.cond_width": 8}, "stablehlo"),
+    "mdlm": (
+        {"objective": "mdlm", "sample.schedule": "strided", "sample.steps": 5},
+        "safetensors,stablehlo,onnx",
+    ),
+}
+
+
+def make_run(workdir: pathlib.Path, mesh=None, **fields) -> pathlib.Path:
+    """A workdir with a checkpoint of random weights, the EMA other ones than the raw."""
+    fields = {"data.seq_len": LENGTH, "data.source": "shakespeare"} | fields
+    config, tokenizer = tiny_run.make_config(fields), Bytes()
+    model = assemble.model_config(config, tokenizer_entry(tokenizer), "cpu")
+
+    def draw(key):
+        like = jax.eval_shape(lambda: model_lib.init(model, jax.random.key(0)))
+        leaves, tree = jax.tree.flatten(like)
+        keys = jax.random.split(jax.random.key(key), len(leaves))
+        made = [0.3 * jax.random.normal(k, a.shape) for k, a in zip(keys, leaves, strict=True)]
+        params = jax.tree.unflatten(tree, made)
+        return params if mesh is None else jax.device_put(params, sharding.parameters(mesh, params))
+
+    state = train_step.init_state(draw(0), optimizer.make(config), jax.random.key(0))
+    state = state.replace(ema=draw(1), step=jax.numpy.int32(7))
+    meta = {"config": config.to_dict(), "cursor": 0, "tokenizer": tokenizer_entry(tokenizer)}
+    into_workdir._write(workdir, state, meta | {"version": esolm_jax.__version__}, tokenizer)
+    return workdir
+
+
+def export(workdir, target, *args) -> dict:
+    assert command("export", f"--workdir={workdir}", f"--to={target}", *args) == 0
+    return json.loads((target / "manifest.json").read_text())
+
+
+def trained(workdir, weights="ema"):
+    config = checkpoint.saved_config(workdir)
+    return config, out_of_workdir.load(config, workdir, weights)
+
+
+def measured(manifest) -> dict:
+    """{(file, function): what was measured}."""
+    return {(a["file"], a["function"]): a["parity"] for a in manifest["artefacts"]}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, quick):
+    return make_run(tmp_path_factory.mktemp("export") / "run", **FAMILIES["eso_b"][0])
+
+
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory):
+    target = tmp_path_factory.mktemp("exported") / "out"
+    manifest = export(run, target)
+    return target, manifest
+
+
+# Every artefact, in a process that has no esolm_jax.
+
+
+@pytest.fixture(scope="module")
+def expected(run):
+    """Inputs for the other process, and what our own model and sampler make of them."""
+    config, found = trained(run)
+    model, batches = found.built.model, parity.examples(found.built.model, LENGTH)
+    logits = parity.trained_logits(model, found.params, batches)
+    network = network_lib.fold(plain.in_float32(model), found.params)
+    plan = sampling_plan.make(config, found, with_schedule=True)
+    texts = parity.Texts(config, plan, found.built.special, network)
+    given, want, rng = {}, {}, np.random.default_rng(3)
+    for batch, tokens, logit in zip(parity.BATCHES, batches, logits, strict=True):
+        names = "token", "position", "rank", "in_context"
+        given |= {f"{n}_{batch}": a for n, a in zip(names, parity.labels(tokens), strict=True)}
+        order = np.argsort(rng.random((batch, LENGTH)), axis=1).astype(np.int32)
+        keys = rng.integers(0, 2**32, (batch, 2), np.uint32)
+        given |= {f"order_{batch}": order, f"keys_{batch}": keys}
+        want |= {f"logits_{batch}": logit, f"text_{batch}": texts.of(order, LENGTH)}
+    return given, want, texts
+
+
+@pytest.mark.parametrize("runtime", ["numpy", "onnx", "stablehlo"])
+def test_runs_without_esolm_jax(exported, expected, runtime, tmp_path):
+    given, want, texts = expected
+    np.savez(tmp_path / "in.npz", **given)
+    script = [sys.executable, "-IB", HERE / "without_esolm_jax.py", exported[0], runtime]
+    subprocess.run([*script, tmp_path / "in.npz", tmp_path / "out.npz"], check=True, cwd=tmp_path)
+    got = dict(np.load(tmp_path / "out.npz"))
+    for batch in (1, 5):
+        assert np.abs(want[f"logits_{batch}"]).max() > 1  # so that 1e-4 means something
+        np.testing.assert_allclose(
+            got[f"logits_{batch}"], want[f"logits_{batch}"], rtol=0, atol=1e-4
+        )
+        np.testing.assert_array_equal(got[f"text_{batch}"], want[f"text_{batch}"])
+        if runtime == "stablehlo":
+            ours = texts.of(got[f"sample_order_{batch}"], LENGTH)
+            np.testing.assert_array_equal(got[f"sample_{batch}"], ours)
+
+
+@pytest.mark.parametrize("runtime", ["numpy", "onnx", "stablehlo"])
+def test_shipped_scripts_print_texts(exported, runtime, tmp_path):
+    script = [sys.executable, "-IB", exported[0] / f"run_{runtime}.py", "3", "1", "0.5"]
+    done = subprocess.run(script, check=True, cwd=tmp_path, capture_output=True, text=True)
+    rows = np.array([json.loads(line) for line in done.stdout.splitlines()])
+    assert rows.shape == (3, LENGTH) and rows.min() >= 0 and rows.max() < VOCAB - 1
+    assert len(np.unique(rows, axis=0)) == 3
+
+
+# The manifest.
+
+
+def test_manifest(exported, run):
+    target, manifest = exported
+    _, found = trained(run)
+    assert (manifest["step"], manifest["weights"], manifest["mask_id"]) == (7, "ema", 259)
+    assert (manifest["objective"], manifest["vocab_size"]) == ("eso_b", VOCAB)
+    assert manifest["not_exported"] == {}
+    assert manifest["tokenizer"]["fingerprint"] == Bytes.fingerprint
+    present = {str(p.relative_to(target)) for p in target.rglob("*") if p.is_file()}
+    assert present == manifest["files"].keys() | {"manifest.json"}
+    assert "tokenizer/tokenizer.bytes" in present
+    for name, about in manifest["files"].items():
+        content = (target / name).read_bytes()
+        assert about == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    files = {"weights.safetensors": {"score", "step"}, "score.stablehlo": {"score"}}
+    files |= {"step.stablehlo": {"step"}, "sample.stablehlo": {"sample"}}
+    files |= {"score.onnx": {"score"}, "step.onnx": {"step"}}
+    assert measured(manifest).keys() == {(f, part) for f, parts in files.items() for part in parts}
+    for (_, part), parity_ in measured(manifest).items():
+        assert parity_["batch_sizes"] == [1, 5]
+        assert part == "sample" or 0 < parity_["max_logit_error"] <= 1e-4
+        assert part == "score" or parity_["greedy_identical"]
+        assert part != "sample" or parity_["sampled_identical"]
+    assert str(run) not in (target / "manifest.json").read_text()
+    assert str(run) not in (target / "config.json").read_text()
+
+
+def test_signatures_are_those_of_the_files(exported):
+    """Names, shapes and dtypes in the manifest, beside what the runtimes say of the artefacts."""
+    target, manifest = exported
+    for entry in manifest["artefacts"]:
+        path = target / entry["file"]
+        if path.suffix == ".onnx":
+            graph = onnx.load(path, load_external_data=False).graph
+            for said, infos in ((entry["inputs"], graph.input), (entry["outputs"], graph.output)):
+                assert [array["name"] for array in said] == [info.name for info in infos]
+                for array, info in zip(said, infos, strict=True):
+                    kind = info.type.tensor_type
+                    dims = [d.dim_param or d.dim_value for d in kind.shape.dim]
+                    dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
+                    assert (array["shape"], array["dtype"]) == (dims, str(dtype))
+        if path.suffix == ".stablehlo":
+            read = jax.export.deserialize(bytearray(path.read_bytes()))
+            assert read.platforms == ("cpu", "cuda", "tpu")
+            weights = len(manifest["tensors"])
+            for said, avals in (
+                (entry["inputs"], read.in_avals[weights:]),
+                (entry["outputs"], read.out_avals),
+            ):
+                got = [([_dim(d) for d in a.shape], str(a.dtype)) for a in avals]
+                assert got == [(array["shape"], array["dtype"]) for array in said]
+
+
+def _dim(dim):
+    return dim if isinstance(dim, int) else str(dim)
+
+
+def test_weights_under_both_names(exported, run):
+    target, manifest = exported
+    _, found = trained(run)
+    tensors, about = safetensors_file.read(target / "weights.safetensors")
+    assert {name: list(t.shape) for name, t in tensors.items()} == manifest["tensors"]
+    folded = plain._named(network_lib.fold(plain.in_float32(found.built.model), found.params))
+    for name, array in folded.items():
+        np.testing.assert_allclose(np.asarray(tensors[name]), array, atol=1e-6, err_msg=name)
+    assert not any("modulation" in name or "norm" in name for name in tensors)
+    back = published_config.from_hyper(json.loads((target / "published.json").read_text()), "file")
+    assert (back.objective, back.alpha_0, back.model.heads) == ("eso_b", 0.5, 2)
+    assert (back.model.width, back.data.seq_len) == (16, LENGTH)
+    assert (about["step"], about["weights"]) == (7, "ema")
+
+
+def test_published_file_comes_back(exported, run, tmp_path, capsys):
+    target, _ = exported
+    work = [f"--workdir={tmp_path / 'back'}", f"--tokenizer={target / 'tokenizer'}"]
+    assert command("convert", f"--from={target / 'published.safetensors'}", *work) == 0
+    (_, want), (_, got) = trained(run), trained(tmp_path / "back")
+    jax.tree.map(np.testing.assert_array_equal, want.params, got.params)
+
+
+def test_raw_weights_are_other_weights(run, tmp_path, capsys):
+    export(run, tmp_path / "raw", "--weights=raw", "--formats=safetensors", "--parts=score")
+    assert "the RAW weights, not the EMA, of step 7" in capsys.readouterr().out
+    manifest = export(run, tmp_path / "ema", "--formats=safetensors")
+    assert "the EMA, not the raw weights, of step 7" in capsys.readouterr().out
+    assert "one program is of the format stablehlo" in manifest["not_exported"]["sample"]
+    raw, ema = (
+        np.asarray(safetensors_file.read(tmp_path / name / "weights.safetensors")[0]["embedding"])
+        for name in ("raw", "ema")
+    )
+    np.testing.assert_array_equal(raw, trained(run, "raw")[1].params["embedding"]["embedding"])
+    np.testing.assert_array_equal(ema, trained(run)[1].params["embedding"]["embedding"])
+
+
+# The families.
+
+
+@pytest.mark.parametrize("name", list(FAMILIES)[1:])
+def test_families(name, tmp_path, capsys):
+    fields, formats = FAMILIES[name]
+    run = make_run(tmp_path / "run", **fields)
+    manifest = export(run, tmp_path / "out", f"--formats={formats}")
+    found, left_out = measured(manifest), manifest["not_exported"]
+    assert all(a.get("greedy_identical", True) for a in found.values())
+    assert any("greedy_identical" in a for a in found.values())
+    if "stablehlo" in formats:
+        assert found["sample.stablehlo", "sample"]["sampled_identical"]
+    for suffix in {"onnx", "stablehlo"} & set(formats.split(",")):
+        assert (f"score.{suffix}", "score") in found
+        assert ((f"step.{suffix}", "step") in found) == (name != "mdlm")
+    assert ("step" in left_out) == (name == "mdlm")
+    published = (tmp_path / "out" / "published.safetensors").exists()
+    assert published == ("llama" not in name and "safetensors" in formats)
+    assert ("published.safetensors" in left_out) == (name == "eso_b_llama")
+
+
+def test_orders_of_the_sampler_are_two_phase(run):
+    """n ~ Binomial(L, α₀) positions in random order, then the others from left to right."""
+    config, found = trained(run)
+    with config.unlocked():
+        config.alpha_0 = 0.25
+    plan = sampling_plan.make(config, found, with_schedule=True)
+    keys = jax.random.split(jax.random.key(0), 4000)
+    order, n = map(np.asarray, exported_sampler._orders(plan, keys))
+    np.testing.assert_array_equal(np.sort(order, axis=1), np.tile(np.arange(LENGTH), (4000, 1)))
+    assert abs(n.mean() - 3) < 0.12 and abs(n.var() - 2.25) < 0.25  # over 5 standard errors
+    rest = [row[k:] for row, k in zip(order, n, strict=True)]
+    assert all((np.diff(row) > 0).all() for row in rest)
+    first = np.bincount(order[n > 0, 0], minlength=LENGTH) / (n > 0).sum()
+    assert abs(first - 1 / LENGTH).max() < 0.025
+
+
+def test_sharded_checkpoint_on_one_device(run, tmp_path):
+    axes = {"data": 1, "fsdp": 4, "tensor": 2, "sequence": 1, "devices": 8}
+    fields = FAMILIES["eso_b"][0] | {f"mesh.{name}": size for name, size in axes.items()}
+    mesh = sharding.make_mesh(tiny_run.make_config(fields).mesh)
+    sharded = make_run(tmp_path / "run", mesh, **fields)
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    args = [f"--workdir={sharded}", f"--to={tmp_path / 'out'}", "--formats=safetensors"]
+    subprocess.run(
+        [sys.executable, "-m", "esolm_jax.export", *args], check=True, env=env, cwd=HERE.parent
+    )
+    export(run, tmp_path / "one", "--formats=safetensors")
+    for name in ("published.safetensors", "weights.safetensors"):
+        got, want = (safetensors_file.read(tmp_path / out / name)[0] for out in ("out", "one"))
+        for key, tensor in want.items():
+            np.testing.assert_allclose(np.asarray(got[key]), np.asarray(tensor), atol=1e-6)
+
+
+# Bad input, and artefacts that are wrong.
+
+
+@pytest.fixture
+def refused(capsys, tmp_path):
+    """refused(args, *parts): one line with the parts, and nothing is left."""
+
+    def check(args, *parts):
+        before = sorted(tmp_path.rglob("*"))
+        capsys.readouterr()
+        assert command("export", *map(str, args)) == 2
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        (line,) = printed.err.splitlines()
+        for part in parts:
+            assert part in line
+        assert sorted(tmp_path.rglob("*")) == before
+
+    return check
+
+
+def test_bad_flags(refused, run, tmp_path):
+    work = f"--workdir={run}"
+    refused([f"--to={tmp_path / 'out'}"], "--workdir is missing")
+    refused([work], "--to is missing")
+    out = f"--to={tmp_path / 'out'}"
+    refused([f"--workdir={tmp_path}", out], "no checkpoints here")
+    refused([work, out, "--weights=both"], "--weights=both: must be one of ema, raw")
+    refused([work, out, "--formats=onnx,gguf"], "--formats=gguf: must be of safetensors, stablehlo")
+    refused([work, out, "--parts=train"], "--parts=train: must be of score, step, sample")
+    refused([work, out, "--tolerance=0"], "--tolerance=0.0: must be above 0")
+    refused([work, out, "--formats=onnx", "--parts=sample"], "is of the format stablehlo")
+    schedule = "--config.sample.schedule=confidence"
+    refused([work, out, schedule, "--parts=sample"], "--parts=sample: can't be exported")
+    refused([work, out, "--config.model.heads=1"], "config.model.heads=1")
+
+
+def test_target_that_is_not_empty(refused, run, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes").touch()
+    refused([f"--workdir={run}", f"--to={tmp_path / 'out'}"], "is not empty (notes)")
+    refused([f"--workdir={run}", f"--to={tmp_path / 'out' / 'notes'}"], "is a file")
+
+
+def test_mdlm_has_no_cached_step(refused, tmp_path):
+    run = make_run(tmp_path / "run", **FAMILIES["mdlm"][0])
+    args = [f"--workdir={run}", f"--to={tmp_path / 'out'}", "--parts=score,step"]
+    refused(args, "--parts=step: can't be exported: objective mdlm has no cached step")
+
+
+def test_tokenizer_that_does_not_match(refused, run, tmp_path):
+    other = shutil.copytree(run, tmp_path / "run")
+    args = [f"--workdir={other}", f"--to={tmp_path / 'out'}"]
+    (other / "tokenizer" / "tokenizer.bytes").unlink()
+    refused(args, "holds no tokenizer")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b"]
+    (other / "tokenizer" / "vocab.txt").write_text("\n".join(words) + "\n")
+    wordpieces.read(other / "tokenizer").save(other / "tokenizer")
+    refused(args, "not the tokenizer that the checkpoint was trained on", "7 ids", "has 260")
+
+
+def test_unknown_part_of_a_model(run):
+    config = trained(run)[1].built.model
+    odd = dataclasses.make_dataclass(
+        "Odd", [("positions", str, "rope")], bases=(model_lib.ModelConfig,), frozen=True
+    )
+    with pytest.raises(UserError, match="config.model.positions='learned': can't be exported yet"):
+        plain.check(odd(**vars(config), positions="learned"))
+
+
+def _worse(function):
+    """The same tensors, one of them a little off."""
+
+    def tensors(*args):
+        for name, array in function(*args):
+            yield name, array * np.float32(1.01 if name == "blocks.0.mlp_out" else 1)
+
+    return tensors
+
+
+def test_parity_that_fails(refused, run, tmp_path, monkeypatch):
+    args = [f"--workdir={run}", f"--to={tmp_path / 'out'}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(plain, "tensors", _worse(plain.tensors))
+        told = "off the trained model's, allowed is 0.0001; nothing was exported"
+        refused([*args, "--formats=safetensors"], "weights.safetensors (score)", told)
+    with monkeypatch.context() as patch:
+        patch.setattr(onnx_graph, "MASKED", 0.0)
+        refused([*args, "--formats=onnx"], "score.onnx (score)", told)
+    with monkeypatch.context() as patch:
+        patch.setattr(onnx_graph, "NOBODY", -1)  # slots that are not filled are read
+        refused([*args, "--formats=onnx", "--parts=step"], "step.onnx (step)", told)
+    with monkeypatch.context() as patch:
+        pick = exported_sampler._pick
+        later = lambda logits, *a, **k: pick(-logits, *a, **k)  # noqa: E731
+        patch.setattr(exported_sampler, "_pick", later)
+        refused([*args, "--formats=stablehlo", "--parts=sample"], "greedy samples differ from ours")
+
+
+def test_missing_extra(refused, run, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name == "onnxruntime" else find(name)
+    )
+    args = [f"--workdir={run}", f"--to={tmp_path / 'out'}"]
+    refused(args, "onnx needs onnxruntime", "pip install -e '.[export]'")
+
+
+def test_objective_of_the_published_code_round_trips():
+    for objective in ("ar", "mdlm", "bd3", "eso_a", "eso_b"):
+        config = tiny_run.make_config({"objective": objective})
+        back = published_config.from_hyper(published_config.to_hyper(config), "file")
+        assert (back.objective, back.alpha_0) == (objective, config.alpha_0)
+        assert back.model.blocks == config.model.blocks
