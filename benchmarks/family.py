@@ -50,21 +50,31 @@ def run_config(objective: str, alpha_0: float, workdir: pathlib.Path):
     return config
 
 
-def run(objective: str, alpha_0: float, workdir: pathlib.Path) -> dict:
-    """Trains and evaluates one member; its row of the table."""
+def trained(objective: str, alpha_0: float, workdir: pathlib.Path, seed: int = 0):
+    """(config, folder) of a member, trained unless it is already."""
     config = run_config(objective, alpha_0, workdir)
     name = objective if objective in ("ar", "mdlm", "bd3") else f"{objective}_{alpha_0:g}"
+    if seed:
+        name = f"{name}_seed{seed}"
+        with config.unlocked():
+            config.seed = seed
     folder = workdir / name
     saved = folder / "config.json"
     if saved.exists() and json.loads(saved.read_text())["train"]["steps"] != config.train.steps:
         raise UserError(f"--workdir={workdir}: {name} was trained for another number of --steps")
     train.main(config, folder)  # resumes, or finds nothing left to do
+    return config, folder
+
+
+def run(objective: str, alpha_0: float, workdir: pathlib.Path) -> dict:
+    """Trains and evaluates one member; its row of the table."""
+    config, folder = trained(objective, alpha_0, workdir)
     figures = evaluate.evaluate(config, folder)
     results.write_json(folder / "evaluate.json", figures)
     bounds = {r["bound"]: r for r in figures["results"]}
     first = figures["results"][0]
     row = {
-        "name": name,
+        "name": folder.name,
         "objective": objective,
         "alpha_0": alpha_0,
         "exact": first["bound"] == "exact",

@@ -1,0 +1,183 @@
+"""python -m benchmarks.frontier [--workdir=runs/family --out=docs]: quality against seconds.
+
+Models of the family (trained as benchmarks.family trains them, unless they are already) generate
+texts in more and fewer passes. Quality is the perplexity of the texts under an AR model trained
+with another seed, beside the entropy of a text's tokens: texts that repeat themselves have a low
+perplexity and a low entropy. Writes frontier.json, frontier.md and frontier.png to --out.
+"""
+
+import dataclasses
+import pathlib
+import statistics
+import time
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+
+from benchmarks import family
+from esolm_jax import assemble, likelihood, prepare, results, sharding
+from esolm_jax.data.manifest import load_manifest
+from esolm_jax.sampling.canvas import Canvas
+from esolm_jax.sampling.generate import Generator, passes_run
+from esolm_jax.sampling.network import fold
+
+_ONLY = flags.DEFINE_list("only", [], "Only these models, such as eso_b_0.5; none = all.")
+_TEXTS = flags.DEFINE_integer("texts", 64, "How many each point is of, in one batch.")
+JUDGE_SEED = 1
+STEPS = (8, 16, 32, 64, 0)  # of the diffusion phase; 0 = one token a pass
+MODELS = (("ar", 0.0), ("mdlm", 1.0), ("bd3", 1.0), *(("eso_b", a) for a in (1.0, 0.5, 0.125)))
+SPECULATED = 4
+REPEATS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """An AR model, which gives texts their exact likelihood."""
+
+    config: object
+    trained: assemble.Trained
+
+    @classmethod
+    def of(cls, workdir: pathlib.Path) -> "Judge":
+        config, folder = family.trained("ar", 0.0, workdir, seed=JUDGE_SEED)
+        mesh = sharding.make_mesh(config.mesh)
+        return cls(config, assemble.load_trained(config, folder, "ema", mesh))
+
+    def perplexity(self, text_BL: np.ndarray) -> float:
+        """Of whole texts, per token."""
+        estimate = likelihood.make_nelbo(self.config, self.trained.built)
+        batch = {"x": np.asarray(text_BL, np.int32), "valid": np.ones(text_BL.shape, bool)}
+        batch = sharding.put_batch(batch, self.trained.built.mesh, len(text_BL))
+        return estimate(self.trained.params, [batch], num_samples=1, seed=0).perplexity
+
+
+def entropy(text_BL: np.ndarray) -> float:
+    """Nats: of the frequencies of the tokens in a text, the mean over texts."""
+
+    def one(text):
+        p = np.unique(text, return_counts=True)[1] / len(text)
+        return -(p * np.log(p)).sum()
+
+    return float(np.mean([one(text) for text in text_BL]))
+
+
+def point(generator: Generator, network, judge: Judge) -> dict:
+    """Generates the texts a few times and judges them."""
+    jax.block_until_ready(generator.run(network, dry_run=True)[0])
+    seconds = []
+    for _ in range(REPEATS):
+        begin = time.perf_counter()
+        decoded, _ = generator.run(network)
+        jax.block_until_ready(decoded)
+        seconds.append(time.perf_counter() - begin)
+    text = np.asarray(decoded.text)
+    return {
+        "nfe": passes_run(generator, decoded),
+        "seconds_per_text": statistics.median(seconds) / len(text),
+        "perplexity": judge.perplexity(text),
+        "entropy": entropy(text),
+    }
+
+
+def frontier(objective: str, alpha_0: float, judge: Judge, workdir: pathlib.Path) -> dict:
+    """All points of one model, by name of the point."""
+    config, folder = family.trained(objective, alpha_0, workdir)
+    mesh = sharding.make_mesh(config.mesh)
+    trained = assemble.load_trained(config, folder, "ema", mesh)
+    network = fold(trained.built.model, trained.params, mesh)
+    ways = [{"steps": n} for n in (STEPS if objective != "ar" else (0,))]
+    if objective == "eso_b":
+        ways.append({"steps": 0, "speculate": SPECULATED})
+    found = {}
+    for way in ways:
+        with config.unlocked():
+            config.sample.top_p, config.sample.speculate = 1.0, 0
+            config.sample.update(way)
+        canvas = Canvas.empty(_TEXTS.value, config.data.seq_len)
+        name = f"T = {way['steps'] or 'L'}" + (f", k = {SPECULATED}" if len(way) > 1 else "")
+        found[name] = point(Generator.of(config, canvas, trained.built.special), network, judge)
+        print(f"{folder.name}, {name}: {found[name]}", flush=True)
+    return found
+
+
+def held_out(judge: Judge) -> dict:
+    """The same figures of as many windows of the test split."""
+    manifest = load_manifest(judge.config.data.dir)
+    batches = assemble.eval_batches(
+        judge.config, manifest, "test", _TEXTS.value, judge.trained.built.mesh
+    )
+    rows = [(np.asarray(batch["x"]), np.asarray(batch["valid"])) for batch in batches]
+    text, valid = (np.concatenate(part) for part in zip(*rows, strict=True))
+    text = text[valid.all(axis=1)]
+    return {"perplexity": judge.perplexity(text), "entropy": entropy(text)}
+
+
+def table(report: dict) -> str:
+    text = "| model | passes | NFE | ms a text | perplexity | entropy, nats |\n"
+    text += "|---|---|---|---|---|---|\n"
+    for model, points in report["models"].items():
+        for name, p in points.items():
+            text += f"| {model} | {name} | {p['nfe']} | {1e3 * p['seconds_per_text']:.1f} | "
+            text += f"{p['perplexity']:.1f} | {p['entropy']:.2f} |\n"
+    real = report["held_out"]
+    text += f"| test windows | – | – | – | {real['perplexity']:.1f} | {real['entropy']:.2f} |\n"
+    text += (
+        f"\n{report['texts']} texts of {report['length']} tokens each, in one batch, temperature "
+    )
+    text += "1; perplexity under an AR model trained with another seed; compiling is left out. "
+    return text + f"T = steps of the diffusion phase; k: speculation. {report['device']}.\n"
+
+
+def plot(report: dict, path: pathlib.Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for axis, key in zip(axes, ("perplexity", "entropy"), strict=True):
+        for i, (model, points) in enumerate(report["models"].items()):
+            plain = sorted(
+                (1e3 * p["seconds_per_text"], p[key]) for n, p in points.items() if "k =" not in n
+            )
+            axis.plot(*zip(*plain, strict=True), "o-", color=f"C{i}", label=model)
+            for name, p in points.items():
+                if "k =" in name:
+                    axis.plot(1e3 * p["seconds_per_text"], p[key], "*", color=f"C{i}", ms=12)
+        axis.axhline(report["held_out"][key], color="0.4", linestyle=":", label="test windows")
+        axis.set(xscale="log", xlabel="ms a text")
+    axes[0].set(ylabel="perplexity under an AR model", yscale="log")
+    axes[1].set(ylabel="entropy of a text's tokens, nats")
+    axes[0].legend(fontsize=8, title="stars: by speculation")
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def main(argv) -> None:
+    del argv
+    logging.set_verbosity(logging.ERROR)
+    workdir, out = pathlib.Path(flags.FLAGS.workdir), pathlib.Path(flags.FLAGS.out)
+    config = family.run_config("ar", 0.0, workdir)
+    prepare.main(config, workdir)
+    judge = Judge.of(workdir)
+    report = {
+        "texts": _TEXTS.value,
+        "length": config.data.seq_len,
+        "device": jax.devices()[0].device_kind,
+        "held_out": held_out(judge),
+        "models": {},
+    }
+    for objective, alpha_0 in MODELS:
+        name = objective if objective != "eso_b" else f"{objective}_{alpha_0:g}"
+        if not _ONLY.value or name in _ONLY.value:
+            report["models"][name] = frontier(objective, alpha_0, judge, workdir)
+    out.mkdir(parents=True, exist_ok=True)
+    results.write_json(out / "frontier.json", report)
+    results.write_text(out / "frontier.md", table(report))
+    plot(report, out / "frontier.png")
+    print(table(report) + f"wrote {out}/frontier.json, {out}/frontier.md and {out}/frontier.png")
+
+
+if __name__ == "__main__":
+    app.run(main)
