@@ -80,7 +80,8 @@ def make_run(workdir: pathlib.Path, mesh=None, **fields) -> pathlib.Path:
     state = train_step.init_state(draw(0), optimizer.make(config), jax.random.key(0))
     state = state.replace(ema=draw(1), step=jax.numpy.int32(7))
     meta = {"config": config.to_dict(), "cursor": 0, "tokenizer": tokenizer_entry(tokenizer)}
-    into_workdir._write(workdir, state, meta | {"version": esolm_jax.__version__}, tokenizer)
+    meta["version"] = esolm_jax.__version__
+    into_workdir.write(workdir, meta, tokenizer, lambda checkpoints, _: checkpoints.save(state, meta))
     return workdir
 
 
