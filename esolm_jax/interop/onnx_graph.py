@@ -42,7 +42,7 @@ class Graph:
         return name
 
     def weight(self, name: str) -> str | None:
-        """A kernel [D, …] as a matrix [D, _], a bias as a vector, what has two axes as it is; None =
+        """A kernel [D, …] as a matrix [D, _], a bias as a vector, the rest as it is; None =
         it is not there."""
         if name not in self.places:
             return None

@@ -4,8 +4,9 @@
     logits = score(weights, config["network"], token, position, rank, in_context)
 
 Each token has four labels, arrays [B, T]: `token`, its id (the mask id where it is to be
-predicted); `position` in the text; `rank` in the order of generation; `in_context`, False for a
-query copy that no later token reads. A query reads a key as `visible` says.
+predicted); `position` in the text, below the length of `positions` if these are learned; `rank` in
+the order of generation; `in_context`, False for a query copy that no later token reads. A query
+reads a key as `visible` says.
 """
 
 import json
