@@ -48,8 +48,9 @@ LLAMA = {"style": "llama", "kv_heads": 1, "blocks": 2, "mlp_width": 24}
 PRETRAINED = {  # as they come from the hub, and what training makes of them
     "gpt2": {"style": "gpt2", "positions": 14, "qkv_bias": True, "blocks": 2, "norm_eps": 0.01},
     "llama3": LLAMA | {"rope_base": 500.0, "rope_factor": 4.0, "rope_length": 16},
-    "qwen2": LLAMA | {"qkv_bias": True, "cond_width": 8},
-    "qwen3": LLAMA | {"heads": 4, "kv_heads": 2, "attention_width": 24, "qk_norm": True},
+    "qwen3": LLAMA
+    | {"heads": 4, "kv_heads": 2, "attention_width": 24, "qk_norm": True}
+    | {"cond_width": 8},
 }
 PRETRAINED = {
     name: {f"model.{field}": value for field, value in fields.items()}
@@ -67,7 +68,6 @@ FAMILIES = {  # fields, formats
         | PRETRAINED["llama3"],
         "safetensors,stablehlo,onnx",
     ),
-    "qwen2": ({"objective": "eso_b", **PRETRAINED["qwen2"]}, "safetensors,onnx"),
     "qwen3": ({"objective": "eso_b", **PRETRAINED["qwen3"]}, "safetensors,stablehlo,onnx"),
     "bd3": ({"objective": "bd3", "block_length": 4}, "safetensors,stablehlo"),
     "eso_a": ({"objective": "eso_a", "model.cond_width": 8}, "stablehlo"),
@@ -269,15 +269,15 @@ def test_published_file_comes_back(exported, run, tmp_path, capsys):
     jax.tree.map(np.testing.assert_array_equal, want.params, got.params)
 
 
-def test_raw_weights_are_other_weights(run, tmp_path, capsys, one_batch_size):
-    export(run, tmp_path / "raw", "--weights=raw", "--formats=safetensors", "--parts=score")
+def test_raw_weights_are_other_weights(run, exported, tmp_path, capsys, one_batch_size):
+    args = "--weights=raw", "--formats=safetensors", "--parts=score"
+    manifest = export(run, tmp_path / "raw", *args)
     assert "the RAW weights, not the EMA, of step 7" in capsys.readouterr().out
-    manifest = export(run, tmp_path / "ema", "--formats=safetensors")
-    assert "the EMA, not the raw weights, of step 7" in capsys.readouterr().out
+    assert manifest["not_exported"]["step"] == "not asked for"
     assert "one program is of the format stablehlo" in manifest["not_exported"]["sample"]
     raw, ema = (
-        np.asarray(safetensors_file.read(tmp_path / name / "weights.safetensors")[0]["embedding"])
-        for name in ("raw", "ema")
+        np.asarray(safetensors_file.read(folder / "weights.safetensors")[0]["embedding"])
+        for folder in (tmp_path / "raw", exported[0])
     )
     np.testing.assert_array_equal(raw, trained(run, "raw")[1].params["embedding"]["embedding"])
     np.testing.assert_array_equal(ema, trained(run)[1].params["embedding"]["embedding"])
@@ -291,6 +291,7 @@ def test_families(name, tmp_path, capsys, one_batch_size):
     fields, formats = FAMILIES[name]
     run = make_run(tmp_path / "run", **fields)
     manifest = export(run, tmp_path / "out", f"--formats={formats}")
+    assert "the EMA, not the raw weights, of step 7" in capsys.readouterr().out
     found, left_out = measured(manifest), manifest["not_exported"]
     assert all(a.get("max_logit_error", 0) <= 1e-4 for a in found.values())
     assert all(a.get("greedy_identical", True) for a in found.values())
