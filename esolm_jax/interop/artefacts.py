@@ -17,6 +17,7 @@ from esolm_jax.interop import (
     parity,
     plain,
     safetensors_file,
+    sampling_plan,
     signatures,
     stablehlo,
 )
@@ -85,7 +86,7 @@ def _entry(source: Source, part: str, file: str, runtime: str, found: dict, suff
     inputs = {array.name for array in signature.inputs}
     for array in outputs:
         array["name"] += suffix if array["name"] in inputs else ""
-    return {
+    entry = {
         "file": file,
         "function": part,
         "runtime": runtime,
@@ -93,6 +94,8 @@ def _entry(source: Source, part: str, file: str, runtime: str, found: dict, suff
         "outputs": outputs,
         "parity": {"batch_sizes": list(parity.BATCHES), **found},
     }
+    note = sampling_plan.step_note(source.config) if part == "step" else ""
+    return entry | ({"note": note} if note else {})
 
 
 def _check(source: Source, greedy: parity.Greedy, functions: dict) -> dict[str, dict]:

@@ -42,7 +42,8 @@ class Graph:
         return name
 
     def weight(self, name: str) -> str | None:
-        """A kernel [D, …] as a matrix [D, _], a bias as a vector; None = it is not there."""
+        """A kernel [D, …] as a matrix [D, _], a bias as a vector, the rest as it is; None =
+        it is not there."""
         if name not in self.places:
             return None
         offset, shape = self.places[name]
@@ -93,10 +94,14 @@ def build(weights: pathlib.Path, network: dict, signature: Signature) -> onnx.Mo
     g = Graph(weights)
     cached = "filled" in {array.name for array in signature.inputs}
     place, mask = _places_and_mask(g, cached)
-    angle = g("Cast", g.unsqueeze("position", 2, 3), to=TensorProto.FLOAT)
-    angle = g("Mul", angle, g.weight("rope"))
-    angles = g("Cos", angle), g("Sin", angle)
     h, all_keys, all_values = g("Gather", g.weight("embedding"), "token"), [], []
+    angles = None
+    if positions := g.weight("positions"):
+        h = g("Add", h, g("Gather", positions, "position"))
+    else:
+        angle = g("Cast", g.unsqueeze("position", 2, 3, 4), to=TensorProto.FLOAT)
+        angle = g("Mul", angle, g.weight("rope"))
+        angles = g("Cos", angle), g("Sin", angle)
     for i in range(network["blocks"]):
         h, keys, values = _block(g, i, network, h, angles, place, mask)
         all_keys.append(g.unsqueeze(keys, 0))
@@ -154,11 +159,14 @@ def _places_and_mask(g: Graph, cached: bool):
 
 
 def _normed(g: Graph, network: dict, h: str) -> str:
-    axis = np.array([-1], np.int64)
     if network["norm"] == "layer":
-        h = g("Sub", h, g("ReduceMean", h, axis))
-    square = g("ReduceMean", g("Mul", h, h), axis)
-    return g("Div", h, g("Sqrt", g("Add", square, np.float32(network["epsilon"]))))
+        h = g("Sub", h, g("ReduceMean", h, np.array([-1], np.int64)))
+    return _rms_normed(g, network, h)
+
+
+def _rms_normed(g: Graph, network: dict, x: str) -> str:
+    square = g("ReduceMean", g("Mul", x, x), np.array([-1], np.int64))
+    return g("Div", x, g("Sqrt", g("Add", square, np.float32(network["epsilon"]))))
 
 
 def _rotate(g: Graph, x: str, half: int, cos: str, sin: str) -> str:
@@ -175,10 +183,11 @@ def _block(g: Graph, i: int, network, h: str, angles, place, mask):
     per_group = of_group - 2
     qkv = g.linear(name["qkv"], _normed(g, network, h))
     qkv = g.reshape(qkv, 0, 0, groups, of_group, width)
-    parts = [g.part(qkv, 3, *ends) for ends in ((0, per_group), (per_group, per_group + 1))]
-    cos_sin = [g.unsqueeze(angle, 3) for angle in angles]
-    q, k = (_rotate(g, part, width // 2, *cos_sin) for part in parts)
-    v = g.part(qkv, 3, per_group + 1, of_group)
+    qk, v = g.part(qkv, 3, 0, per_group + 1), g.part(qkv, 3, per_group + 1, of_group)
+    if scale := g.weight(name["qk_norm_scale"]):
+        qk = g("Mul", _rms_normed(g, network, qk), scale)
+    qk = _rotate(g, qk, width // 2, *angles) if angles else qk
+    q, k = g.part(qk, 3, 0, per_group), g.part(qk, 3, per_group, per_group + 1)
     k, v = (g("Squeeze", x, np.array([3], np.int64)) for x in (k, v))
     if place is not None:
         k = g("ScatterND", g("Gather", "keys", np.int64(i)), place, k)

@@ -1,15 +1,15 @@
 """The folded network under plain names, tensor by tensor: a transformer without adaLN.
 
 Names and layout are those of sampling/network.py: `embedding` [V, D], `blocks.<i>.qkv`
-[D, G, R + 2, K] …, `logits` [D, V]; besides, `rope` [K/2]: the frequencies of the angles. What
-every runtime here can compute is listed in this file; another part of a model is refused.
+[D, G, R + 2, K] …, `logits` [D, V]; besides, unless positions are learned, `rope` [K/2]: the
+frequencies of the angles. What every runtime here can compute is listed in this file; another part
+of a model is refused.
 """
 
 import dataclasses
 from collections.abc import Iterator, Mapping
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from esolm_jax import model as model_lib
@@ -20,14 +20,17 @@ from esolm_jax.sampling import network as network_lib
 from esolm_jax.sampling.network import Network
 
 ROPE = "rope"
-_OUTSIDE = {"embedding", "logits", "logits_bias"}
+_OUTSIDE = {"embedding", "positions", "logits", "logits_bias"}
 _STYLES = {
-    "dit": {"norm": "layer", "epsilon": 1e-5, "activation": "gelu"},
-    "llama": {"norm": "rms", "epsilon": 1e-5, "activation": "swiglu"},
+    "dit": {"norm": "layer", "activation": "gelu"},
+    "gpt2": {"norm": "layer", "activation": "gelu"},
+    "llama": {"norm": "rms", "activation": "swiglu"},
 }
 # What the exported functions follow, or need not know.
 _FIELDS = {"vocab_size", "width", "blocks", "heads", "cond_width", "style", "kv_heads", "mlp_width"}
-_FIELDS |= {"rope_base", "dropout", "dtype", "unroll", "attention", "remat"}
+_FIELDS |= {"attention_width", "norm_eps", "qkv_bias", "qk_norm", "positions"}
+_FIELDS |= {"rope_base", "rope_factor", "rope_length"}
+_FIELDS |= {"dropout", "dtype", "unroll", "attention", "remat"}
 
 
 def in_float32(config: ModelConfig) -> ModelConfig:
@@ -53,7 +56,7 @@ def check(config: ModelConfig) -> None:
 
 def description(config: ModelConfig) -> dict:
     """What forward() of plain_transformer.py must be told beside the weights."""
-    return {"blocks": config.blocks} | _STYLES[config.style]
+    return {"blocks": config.blocks, "epsilon": config.norm_eps} | _STYLES[config.style]
 
 
 def _fold(config: ModelConfig, params: dict) -> Network:
@@ -75,7 +78,7 @@ def shapes(config: ModelConfig, params) -> dict[str, tuple[int, ...]]:
     check(config)
     network = jax.eval_shape(lambda p: _fold(in_float32(config), p), params)
     named = {name: leaf.shape for name, leaf in _named(network).items()}
-    return named | {ROPE: (config.head_width // 2,)}
+    return named if config.positions else named | {ROPE: (config.head_width // 2,)}
 
 
 def tensors(config: ModelConfig, params: dict) -> Iterator[tuple[str, np.ndarray]]:
@@ -85,7 +88,7 @@ def tensors(config: ModelConfig, params: dict) -> Iterator[tuple[str, np.ndarray
     held: dict[str, jax.Array] = {}
     for name in shapes(config, params):
         if name == ROPE:
-            yield name, np.asarray(rope(config))
+            yield name, np.asarray(model_lib.rope_frequencies(config))
             continue
         if name not in held:
             block = int(name.split(".")[1]) if name.startswith("blocks.") else None
@@ -110,12 +113,6 @@ def _fold_part(one: ModelConfig, params: dict, block: int | None, name: str) -> 
         }
 
     return jax.jit(part)(params)
-
-
-def rope(config: ModelConfig) -> jax.Array:
-    """Frequencies float32 [K/2] of the angles position · base^(−2i/K)."""
-    k = config.head_width
-    return config.rope_base ** (-jnp.arange(0, k, 2, dtype=jnp.float32) / k)
 
 
 def to_network(config: ModelConfig, weights: Mapping[str, jax.Array]) -> Network:

@@ -45,6 +45,16 @@ def _family(config, length: int) -> dict:
     }[config.objective]
 
 
+def step_note(config) -> str:
+    """What a caller of the cached step has to know of this family, or ""."""
+    return {
+        "eso_a": "the cache is exact in the sequential phase only, after one step over all tokens "
+        "of the diffusion phase with rank 0: while these are generated, they read each other",
+        "bd3": "tokens of a block read each other: they may stay in the cache once the block is "
+        "complete, and was run as it is then",
+    }.get(config.objective, "")
+
+
 def no_step(config) -> str:
     """Why there is no cached step, or ""."""
     if config.objective == "mdlm":

@@ -4,8 +4,9 @@
     logits = score(weights, config["network"], token, position, rank, in_context)
 
 Each token has four labels, arrays [B, T]: `token`, its id (the mask id where it is to be
-predicted); `position` in the text; `rank` in the order of generation; `in_context`, False for a
-query copy that no later token reads. A query reads a key as `visible` says.
+predicted); `position` in the text, below the length of `positions` if these are learned; `rank` in
+the order of generation; `in_context`, False for a query copy that no later token reads. A query
+reads a key as `visible` says.
 """
 
 import json
@@ -81,19 +82,26 @@ def forward(weights, network, token, position, rank, in_context, *, past=None, p
         k_rank = put(k_rank, place, rank)
         k_in_context = put(xp.ones(k_rank.shape, bool), place, in_context)
     mask = visible(rank[:, :, None], in_context[:, :, None], k_rank[:, None], k_in_context[:, None])
-    angle = position[:, :, None, None].astype(np.float32) * weights["rope"][None, None, None]
-    cos, sin = xp.cos(angle), xp.sin(angle)
-    h, all_keys, all_values = weights["embedding"][token], [], []
+    h, angle, all_keys, all_values = weights["embedding"][token], None, [], []
+    if "positions" in weights:
+        h = h + weights["positions"][position]
+    else:
+        rope = weights["rope"][None, None, None, None]
+        angle = position[:, :, None, None, None].astype(np.float32) * rope
     for i in range(network["blocks"]):
         block = {part: weights.get(f"blocks.{i}.{part}") for part in PARTS}
         qkv = linear(block, "qkv", normed(network, h, xp))
-        q = rotate(qkv[:, :, :, :-2], cos[:, :, :, None], sin[:, :, :, None], xp)
-        k, v = rotate(qkv[:, :, :, -2], cos, sin, xp), qkv[:, :, :, -1]
+        qk, v = qkv[:, :, :, :-1], qkv[:, :, :, -1]
+        if block["qk_norm_scale"] is not None:
+            qk = rms_normed(network, qk, xp) * block["qk_norm_scale"][None, None, None]
+        qk = qk if angle is None else rotate(qk, xp.cos(angle), xp.sin(angle), xp)
+        q, k = qk[:, :, :, :-1], qk[:, :, :, -1]
         if past is not None:
             k, v = put(past[0][i], place, k), put(past[1][i], place, v)
         all_keys.append(k)
         all_values.append(v)
-        h = h + linear(block, "attention_out", attend(q, k, v, mask, xp).reshape(h.shape))
+        attended = attend(q, k, v, mask, xp).reshape(*h.shape[:2], -1)
+        h = h + linear(block, "attention_out", attended)
         inner = linear(block, "mlp_in", normed(network, h, xp))
         h = h + linear(block, "mlp_out", activate(network, inner, xp))
     if pick is not None:
@@ -101,7 +109,8 @@ def forward(weights, network, token, position, rank, in_context, *, past=None, p
     return linear(weights, "logits", normed(network, h, xp)), all_keys, all_values
 
 
-PARTS = ("qkv", "qkv_bias", "attention_out", "mlp_in", "mlp_in_bias", "mlp_out", "mlp_out_bias")
+PARTS = ("qkv", "qkv_bias", "qk_norm_scale", "attention_out", "attention_out_bias")
+PARTS += ("mlp_in", "mlp_in_bias", "mlp_out", "mlp_out_bias")
 
 
 def visible(q_rank, q_in_context, k_rank, k_in_context):
@@ -132,7 +141,11 @@ def normed(network, h, xp):
     """LayerNorm or RMSNorm; its scale is in the weights behind it."""
     if network["norm"] == "layer":
         h = h - h.mean(axis=-1, keepdims=True)
-    return h / xp.sqrt((h * h).mean(axis=-1, keepdims=True) + np.float32(network["epsilon"]))
+    return rms_normed(network, h, xp)
+
+
+def rms_normed(network, x, xp):
+    return x / xp.sqrt((x * x).mean(axis=-1, keepdims=True) + np.float32(network["epsilon"]))
 
 
 def rotate(x, cos, sin, xp):
