@@ -13,6 +13,7 @@ import pathlib
 
 from absl import app, flags, logging
 
+from benchmarks import markdown
 from configs import shakespeare
 from esolm_jax import config as config_lib
 from esolm_jax import evaluate, metrics, prepare, results, train
@@ -105,24 +106,21 @@ def run(name: str, config, workdir: pathlib.Path) -> dict:
 
 def table(rows: list[dict]) -> str:
     """The rows as Markdown."""
-    lines = [
-        "| model | α₀ | training tokens | NELBO, nats per token | perplexity | bits/byte |",
-        "|---|---|---|---|---|---|",
-    ]
+    head = "model", "α₀", "training tokens", "NELBO, nats per token", "perplexity", "bits/byte"
+    lines = []
     for row in rows:
         error = f" ± {row['standard_error']:.4f}" if row["standard_error"] else " (exact)"
         label = LABELS.get(row["name"], "the AR model").replace("alpha_0", "α₀")
-        lines.append(
-            f"| {label} | {row['alpha_0']:g} | {row['training_tokens'] / 1e6:.2f} M | "
-            f"{row['nelbo']:.3f}{error} | {row['perplexity']:.1f} | {row['bits_per_byte']:.3f} |"
-        )
+        cells = [label, f"{row['alpha_0']:g}", f"{row['training_tokens'] / 1e6:.2f} M"]
+        cells += [f"{row['nelbo']:.3f}{error}", f"{row['perplexity']:.1f}"]
+        lines.append([*cells, f"{row['bits_per_byte']:.3f}"])
     note = (
         "Test plays of Shakespeare. Tokens are those each run was trained on; the AR model's come "
         f"on top where it was the start. AdamW, cosine from {RATES['scratch']:g} (random weights "
         f"and AR) or {RATES['annealed']:g}; α₀ is annealed over the first half of the steps. One "
         "seed."
     )
-    return "\n".join([*lines, "", note]) + "\n"
+    return f"{markdown.table(head, lines)}\n{note}\n"
 
 
 def plot(rows: list[dict], unigram: float, path: pathlib.Path) -> None:

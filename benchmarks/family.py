@@ -11,6 +11,7 @@ import pathlib
 
 from absl import app, flags, logging
 
+from benchmarks import markdown
 from configs.shakespeare import get_config
 from esolm_jax import config as config_lib
 from esolm_jax import evaluate, prepare, results, train
@@ -95,19 +96,16 @@ def run(objective: str, alpha_0: float, workdir: pathlib.Path) -> dict:
 
 def table(rows: list[dict]) -> str:
     """The rows as Markdown."""
-    lines = [
-        "| model | α₀ | perplexity (NELBO) | MC error, nats | importance-weighted | bits/byte |",
-        "|---|---|---|---|---|---|",
-    ]
+    head = "model", "α₀", "perplexity (NELBO)", "MC error, nats", "importance-weighted", "bits/byte"
+    lines = []
     for row in rows:
         weighted = row["importance_weighted_perplexity"]
         weighted = f"{weighted:.2f} (K = {row['num_orders']})" if weighted else "–"
         exact = " (exact)" if row["exact"] else ""
-        lines.append(
-            f"| {row['objective']} | {row['alpha_0']:g} | {row['perplexity']:.2f}{exact} | "
-            f"{row['standard_error_nats']:.4f} | {weighted} | {row['bits_per_byte']:.3f} |"
-        )
-    return "\n".join(lines) + "\n"
+        cells = [row["objective"], f"{row['alpha_0']:g}", f"{row['perplexity']:.2f}{exact}"]
+        cells += [f"{row['standard_error_nats']:.4f}", weighted, f"{row['bits_per_byte']:.3f}"]
+        lines.append(cells)
+    return markdown.table(head, lines)
 
 
 def plot(rows: list[dict], path: pathlib.Path) -> None:

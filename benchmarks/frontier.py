@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
-from benchmarks import family
+from benchmarks import family, markdown
 from esolm_jax import assemble, likelihood, prepare, results, sharding
 from esolm_jax.data.manifest import load_manifest
 from esolm_jax.sampling.canvas import Canvas
@@ -114,19 +114,20 @@ def held_out(judge: Judge) -> dict:
 
 
 def table(report: dict) -> str:
-    text = "| model | passes | NFE | ms a text | perplexity | entropy, nats |\n"
-    text += "|---|---|---|---|---|---|\n"
+    rows = []
     for model, points in report["models"].items():
         for name, p in points.items():
-            text += f"| {model} | {name} | {p['nfe']} | {1e3 * p['seconds_per_text']:.1f} | "
-            text += f"{p['perplexity']:.1f} | {p['entropy']:.2f} |\n"
+            cells = [model, name, p["nfe"], f"{1e3 * p['seconds_per_text']:.1f}"]
+            rows.append([*cells, f"{p['perplexity']:.1f}", f"{p['entropy']:.2f}"])
     real = report["held_out"]
-    text += f"| test windows | – | – | – | {real['perplexity']:.1f} | {real['entropy']:.2f} |\n"
-    text += (
-        f"\n{report['texts']} texts of {report['length']} tokens each, in one batch, temperature "
+    rows.append(["test windows", *"–––", f"{real['perplexity']:.1f}", f"{real['entropy']:.2f}"])
+    head = "model", "passes", "NFE", "ms a text", "perplexity", "entropy, nats"
+    return (
+        f"{markdown.table(head, rows)}\n"
+        f"{report['texts']} texts of {report['length']} tokens each, in one batch, temperature 1; "
+        "perplexity under an AR model trained with another seed; compiling is left out. T = steps "
+        f"of the diffusion phase; k: speculation. {report['device']}.\n"
     )
-    text += "1; perplexity under an AR model trained with another seed; compiling is left out. "
-    return text + f"T = steps of the diffusion phase; k: speculation. {report['device']}.\n"
 
 
 def plot(report: dict, path: pathlib.Path) -> None:

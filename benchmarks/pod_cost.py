@@ -17,6 +17,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 
+from benchmarks import markdown
 from esolm_jax import compile as compile_lib
 from esolm_jax import results
 from esolm_jax.loss import token_nll
@@ -162,14 +163,6 @@ def temporaries(figures: dict) -> float | None:
 GIB = 2.0**30
 
 
-def _row(cells) -> str:
-    return "| " + " | ".join(str(cell) for cell in cells) + " |\n"
-
-
-def _head(*cells) -> str:
-    return "\n" + _row(cells) + _row(["---"] * len(cells))
-
-
 def table(found: dict) -> str:
     """The figures as Markdown."""
     text = "# What training costs on pods\n\n"
@@ -180,52 +173,55 @@ def table(found: dict) -> str:
     text += "it computes; the head with half a chunk for rounding. Their ratio is to the "
     text += "necessary ones (esolm_jax/pod/necessary.py: attention at the visible pairs, three "
     text += "times forward, no recomputation). Bytes sent are those of ring algorithms beside "
-    text += "the ideal of the sharding.\n\n## Every config on its pod\n"
-    text += _head(
-        "config", "pod", "mesh", "batch x L", "remat", "HBM GiB", "FLOPs x", "sent x", "step ms",
-        "MFU <=",
-    )  # fmt: skip
-    for name, f in found.get("configs", {}).items():
-        text += _row(_cells(name, f))
-    text += "\n## All objectives at one batch (512 x 1024, remat none, v5p:2x2x4)\n"
-    text += _head("objective", "TFLOPs a chip", "x necessary", "x mdlm", "sent x")
-    work = found.get("work", {})
+    text += "the ideal of the sharding.\n"
+    parts = {
+        "Every config on its pod": _configs,
+        "All objectives at one batch (512 x 1024, remat none, v5p:2x2x4)": _work,
+        f"The same {ROWS} rows a chip on more chips (owt:0.5)": _scaling,
+        "Temporaries against length (owt:0.5 on v5p:2x2x1, remat full; as configured it is "
+        f"{OWN_ROWS} rows of 1024 a chip)": _lengths,
+    }
+    return text + "".join(f"\n## {name}\n\n{part(found)}" for name, part in parts.items())
+
+
+def _configs(found: dict) -> str:
+    head = "config", "pod", "mesh", "batch x L", "remat", "HBM GiB", "FLOPs x", "sent x", "step ms"
+    rows = [_cells(name, f) for name, f in found.get("configs", {}).items()]
+    return markdown.table([*head, "MFU <="], rows)
+
+
+def _work(found: dict) -> str:
+    work, rows = found.get("work", {}), []
     mdlm = next((f["flops"]["compiled"] for n, f in work.items() if ":mdlm" in n), None)
     for name, f in work.items():
         flops = f["flops"]
-        text += _row(
-            [
-                name.split()[0].split(":")[1],
-                f"{flops['compiled'] / 1e12:.2f}",
-                f"{flops['ratio']:.3f}",
-                f"{flops['compiled'] / mdlm:.3f}" if mdlm else "",
-                f"{f['collectives']['ratio']:.3f}",
-            ]
-        )
-    text += f"\n## The same {ROWS} rows a chip on more chips (owt:0.5)\n"
-    text += _head("pod", "chips", "mesh", "HBM GiB", "MB sent a chip", "sent x", "whole stacks")
+        cells = [name.split()[0].split(":")[1], f"{flops['compiled'] / 1e12:.2f}"]
+        cells += [f"{flops['ratio']:.3f}", f"{flops['compiled'] / mdlm:.3f}" if mdlm else ""]
+        rows.append([*cells, f"{f['collectives']['ratio']:.3f}"])
+    return markdown.table(["objective", "TFLOPs a chip", "x necessary", "x mdlm", "sent x"], rows)
+
+
+def _scaling(found: dict) -> str:
+    rows = []
     for f in found.get("scaling", {}).values():
         sent = f["collectives"]
-        text += _row(
-            [
-                f["topology"], f["chips"], _mesh(f), f"{f['hbm']['total'] / GIB:.2f}",
-                f"{sum(sent['sent'].values()) / 1e6:.0f}", f"{sent['ratio']:.3f}",
-                len(sent["stray_gathers"]),
-            ]
-        )  # fmt: skip
-    text += (
-        f"\n## Temporaries against length (owt:0.5 on v5p:2x2x1, remat full; as configured it is "
-        f"{OWN_ROWS} rows of 1024 a chip)\n"
-    )
-    text += _head("L", "rows a chip", "GiB", "GiB / 8192 tokens", "with all logits", "ratio")
+        cells = [f["topology"], f["chips"], _mesh(f), f"{f['hbm']['total'] / GIB:.2f}"]
+        cells += [f"{sum(sent['sent'].values()) / 1e6:.0f}", f"{sent['ratio']:.3f}"]
+        rows.append([*cells, len(sent["stray_gathers"])])
+    head = "pod", "chips", "mesh", "HBM GiB", "MB sent a chip", "sent x", "whole stacks"
+    return markdown.table(head, rows)
+
+
+def _lengths(found: dict) -> str:
+    lines = []
     for length, rows in [*((n, ROWS) for n in LENGTHS), (LENGTHS[0], OWN_ROWS)]:
         ours, full = (_at_length(found, length, full, rows) for full in (False, True))
         if ours is None:
             continue
         cells = [length, rows, f"{ours / GIB:.2f}", f"{ours / GIB / (length * rows / 8192):.3f}"]
-        cells += [f"{full / GIB:.2f}", f"{ours / full:.2f}"] if full else ["", ""]
-        text += _row(cells)
-    return text
+        lines.append(cells + ([f"{full / GIB:.2f}", f"{ours / full:.2f}"] if full else ["", ""]))
+    head = "L", "rows a chip", "GiB", "GiB / 8192 tokens", "with all logits", "ratio"
+    return markdown.table(head, lines)
 
 
 def _mesh(figures: dict) -> str:

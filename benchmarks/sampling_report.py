@@ -3,6 +3,8 @@
 import math
 import pathlib
 
+from benchmarks import markdown
+
 LABELS = {
     "eso_b": "Eso-LM (B)",
     "ar": "AR",
@@ -84,7 +86,7 @@ def table(report: dict) -> str:
     head = ["L", "batch", "model", "T", "NFE", "tokens/s", "ms/pass", "of bandwidth", "of FLOP/s"]
     if has_published:
         head += ["published tokens/s", "its ms/pass", "ours / published"]
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    lines = []
     for row in rows:
         about = "≈ " if row["extrapolated"] else ""
         steps = {0: "one token a pass", row["length"] // 4: "L/4", row["length"]: "L"}
@@ -104,16 +106,16 @@ def table(report: dict) -> str:
             cells += [f"{row['speed_relative_to_published']:.2f}"]
         elif has_published:
             cells += ["–"] * 3
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join([*lines, "", *_targets(report), "", _notes(report)]) + "\n"
+        lines.append(cells)
+    return "\n".join([markdown.table(head, lines), _targets(report), _notes(report) + "\n"])
 
 
-def _targets(report: dict) -> list[str]:
-    lines = ["| target | | measured | met |", "|---|---|---|---|"]
+def _targets(report: dict) -> str:
+    lines = []
     for t in report["targets"]:
         aim = f"≥ {t['at_least']:g}" if t["at_most"] is None else f"≤ {t['at_most']:g}"
-        lines.append(f"| {t['what']} | {aim} | {t['value']:.2f} | {'yes' if t['met'] else 'no'} |")
-    return lines
+        lines.append([t["what"], aim, f"{t['value']:.2f}", "yes" if t["met"] else "no"])
+    return markdown.table(["target", "", "measured", "met"], lines)
 
 
 def _notes(report: dict) -> str:

@@ -12,6 +12,7 @@ import time
 import jax
 import numpy as np
 
+from benchmarks import markdown
 from esolm_jax import assemble, checkpoint, results, sharding
 from esolm_jax.sampling.canvas import Canvas
 from esolm_jax.sampling.generate import Generator, passes_run
@@ -73,14 +74,14 @@ def table(found: dict) -> str:
     text += f"{found['step']}), {found['batch']} text(s) of {found['length']} tokens, temperature "
     text += "1, against one token a pass in the same run. Acceptance is by how far a draft was "
     text += "behind the last token that stood.\n\n"
-    text += "| α₀ | drafts | k | tokens per pass | seconds | speed-up | acceptance |\n"
-    text += "| --- | --- | --- | --- | --- | --- | --- |\n"
+    head = "α₀", "drafts", "k", "tokens per pass", "seconds", "speed-up", "acceptance"
+    rows = []
     for row in found["rows"]:
         k = f"≤ {row['k']}" if row["adaptive"] else row["k"] or "–"
         rates = " ".join(f"{rate:.2f}" for rate in row["acceptance"][:7])
-        text += f"| {row['alpha_0']:g} | {row['style']} | {k} | {row['tokens_per_pass']:.2f} "
-        text += f"| {row['seconds']:.3f} | {row['speedup']:.2f} | {rates} |\n"
-    return text
+        cells = [f"{row['alpha_0']:g}", row["style"], k, f"{row['tokens_per_pass']:.2f}"]
+        rows.append([*cells, f"{row['seconds']:.3f}", f"{row['speedup']:.2f}", rates])
+    return text + markdown.table(head, rows)
 
 
 def main() -> None:

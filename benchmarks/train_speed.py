@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
+from benchmarks import markdown
 from esolm_jax import assemble, results, sharding, train_step
 from esolm_jax import config as config_lib
 from esolm_jax.errors import UserError
@@ -403,7 +404,7 @@ def table(report: dict) -> str:
     head = ["objective", "α₀", "s/step", "tokens/s", "× mdlm", "MFU"]
     if has_published:
         head += ["published s/step", "published tokens/s", "× its mdlm", "ours / published"]
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    lines = []
     for row in rows:
         cells = [
             row["objective"],
@@ -426,8 +427,8 @@ def table(report: dict) -> str:
             ]
         elif has_published:
             cells += ["–"] * 4
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n\n" + _notes(report) + "\n"
+        lines.append(cells)
+    return f"{markdown.table(head, lines)}\n{_notes(report)}\n"
 
 
 def _notes(report: dict) -> str:

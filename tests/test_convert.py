@@ -14,7 +14,7 @@ import safetensors.numpy
 import tiny_run
 from golden_files import close, vectors
 from published_toy import FOLDER, STEP
-from tiny_run import command, quick
+from tiny_run import command, quick, refused_by
 
 from esolm_jax import assemble, checkpoint, objectives, sharding
 from esolm_jax.errors import UserError
@@ -59,22 +59,7 @@ def assert_same(got, want):
         np.testing.assert_array_equal(got[name], array, err_msg=name)
 
 
-@pytest.fixture
-def refused(capsys, tmp_path):
-    """refused(args, *parts): one line with the parts, and nothing is written."""
-
-    def check(args, *parts):
-        before = sorted(tmp_path.rglob("*"))
-        capsys.readouterr()
-        assert command("convert", *map(str, args)) == 2
-        printed = capsys.readouterr()
-        assert printed.out == ""
-        (line,) = printed.err.splitlines()
-        for part in parts:
-            assert part in line
-        assert sorted(tmp_path.rglob("*")) == before
-
-    return check
+refused = refused_by("convert")
 
 
 # Round trips.

@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 import pytest
 import tiny_run
-from tiny_run import command, quick
+from tiny_run import command, quick, refused_by
 
 import esolm_jax
 from esolm_jax import assemble, checkpoint, optimizer, sharding, train_step
@@ -362,22 +362,7 @@ def test_sharded_checkpoint_on_one_device(exported, tmp_path, quick):
 # Bad input, and artefacts that are wrong.
 
 
-@pytest.fixture
-def refused(capsys, tmp_path):
-    """refused(args, *parts): one line with the parts, and nothing is left."""
-
-    def check(args, *parts):
-        before = sorted(tmp_path.rglob("*"))
-        capsys.readouterr()
-        assert command("export", *map(str, args)) == 2
-        printed = capsys.readouterr()
-        assert printed.out == ""
-        (line,) = printed.err.splitlines()
-        for part in parts:
-            assert part in line
-        assert sorted(tmp_path.rglob("*")) == before
-
-    return check
+refused = refused_by("export")
 
 
 def test_bad_flags(refused, run, tmp_path):

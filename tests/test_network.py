@@ -13,6 +13,7 @@ from tiny_run import quick  # noqa: F401
 from esolm_jax import model, sharding
 from esolm_jax.config import default_config
 from esolm_jax.labels import Tokens
+from esolm_jax.sampling import cache as cache_lib
 from esolm_jax.sampling import network
 from esolm_jax.sampling.network import Window
 
@@ -64,7 +65,7 @@ def run(net, cache, low, width):
     window = Window(token, position, rank, jnp.ones_like(token, bool), start, pick)
     logits, keys, values = network.forward(net, window, cache)
     if cache is not None:
-        cache = network.write(cache, keys, values, start, start, aligned=True)
+        cache = cache_lib.write(cache, keys, values, start, start, aligned=True)
     return logits, cache
 
 
@@ -80,7 +81,7 @@ def test_logits_are_those_of_the_model(name):
     want = np.asarray(wanted(config))
     assert np.ptp(want, axis=(0, 1)).min() > 0.1  # they depend on what is read
     assert_near(run(net, None, 0, LENGTH)[0], want)
-    cache = network.empty_cache(config, len(want), LENGTH + 5)
+    cache = cache_lib.empty_cache(config, len(want), LENGTH + 5)
     for low, width in ((0, 5), (5, 5), (10, 2)):
         logits, cache = run(net, cache, low, width)
         assert_near(logits, want[:, low : low + width])

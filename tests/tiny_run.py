@@ -180,3 +180,25 @@ def last_checkpoint(config, workdir: pathlib.Path):
     state, _ = run.restore_or_init(checkpoints)
     checkpoints.close()
     return to_host(state), checkpoint.read_meta(workdir)
+
+
+def refused_by(verb: str):
+    """A fixture refused(args, *parts): the verb ends with one line that has these parts, and
+    nothing is written."""
+
+    @pytest.fixture
+    def refused(capsys, tmp_path):
+        def check(args, *parts):
+            before = sorted(tmp_path.rglob("*"))
+            capsys.readouterr()
+            assert command(verb, *map(str, args)) == 2
+            printed = capsys.readouterr()
+            assert printed.out == ""
+            (line,) = printed.err.splitlines()
+            for part in parts:
+                assert part in line
+            assert sorted(tmp_path.rglob("*")) == before
+
+        return check
+
+    return refused

@@ -6,10 +6,9 @@ tokens begin, end and fill a text, nor how many ids the model has; ids.json besi
 
 import hashlib
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
-from esolm_jax.data.render import pieces_of, render
+from esolm_jax.data.render import ByTokenizers
 from esolm_jax.errors import UserError
 
 KIND = "tokenizers"
@@ -17,7 +16,7 @@ FILE, IDS_FILE = "tokenizer.json", "ids.json"
 _IDS = ("vocab_size", "bos", "eos", "pad")
 
 
-class HubTokenizer:
+class HubTokenizer(ByTokenizers):
     """A tokenizer.json, for a model with `vocab_size` ids; the mask is one past them.
 
     The model may have more ids than the tokenizer has tokens (they fill its embedding up to a round
@@ -63,22 +62,6 @@ class HubTokenizer:
         for name in ("bos", "eos", "pad"):
             if not 0 <= self.ids[name] < size:
                 raise UserError(f"{where}: the {name} token has id {self.ids[name]} of {size}")
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text`, without specials."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`. ValueError: id out of range."""
-        return "".join(render(self, ids, lambda run: [self._text(run)]))
-
-    def pieces(self, ids: Iterable[int]) -> list[str]:
-        """The part of decode(ids) that each id stands for; of the ids that spell one character, the
-        last stands for it and the others for ''. ValueError: id out of range."""
-        return render(self, ids, lambda run: pieces_of(run, self._text))
-
-    def _text(self, run: list[int]) -> str:
-        return self._tokenizer.decode(run, skip_special_tokens=False)
 
     def save(self, directory: str | Path) -> None:
         Path(directory, FILE).write_bytes(self.content)

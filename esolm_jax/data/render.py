@@ -42,3 +42,23 @@ def pieces_of(run: list[int], text_of: Callable[[list[int]], str]) -> list[str]:
         found.append(text[len(so_far) :])
         so_far = text
     return found
+
+
+class ByTokenizers:
+    """Text to ids and back by `self._tokenizer`, one of the package `tokenizers`."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, without specials."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`. ValueError: id out of range."""
+        return "".join(render(self, ids, lambda run: [self._text(run)]))
+
+    def pieces(self, ids: Iterable[int]) -> list[str]:
+        """The part of decode(ids) that each id stands for; of the ids that spell one character, the
+        last stands for it and the others for ''. ValueError: id out of range."""
+        return render(self, ids, lambda run: pieces_of(run, self._text))
+
+    def _text(self, run: list[int]) -> str:
+        return self._tokenizer.decode(run, skip_special_tokens=False)

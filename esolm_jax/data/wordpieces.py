@@ -7,11 +7,10 @@ same vocabulary makes the same tokenizer, with the same fingerprint.
 
 import hashlib
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from esolm_jax.data.render import pieces_of, render
+from esolm_jax.data.render import ByTokenizers
 from esolm_jax.errors import UserError
 
 KINDS = ("gpt2", "bert")
@@ -21,7 +20,7 @@ _NEEDED = {"gpt2": ("<|endoftext|>",), "bert": ("[PAD]", "[UNK]", "[CLS]", "[SEP
 _BYTES = 256
 
 
-class WordPieces:
+class WordPieces(ByTokenizers):
     """GPT-2's byte-level BPE (kind "gpt2") or BERT's WordPiece (kind "bert").
 
     GPT-2 has no mask token: it becomes one past the last id, as in the published checkpoints; its
@@ -51,22 +50,6 @@ class WordPieces:
             raise UserError(f"a {self.kind} tokenizer without {', '.join(missing)}")
         if self.kind == "gpt2" and sum(len(token) == 1 for token in vocab) < _BYTES:
             raise UserError("a gpt2 tokenizer that has not all 256 bytes")
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text`, without specials."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`. ValueError: id out of range."""
-        return "".join(render(self, ids, lambda run: [self._text(run)]))
-
-    def pieces(self, ids: Iterable[int]) -> list[str]:
-        """The part of decode(ids) that each id stands for; of the ids that spell one character, the
-        last stands for it and the others for ''. ValueError: id out of range."""
-        return render(self, ids, lambda run: pieces_of(run, self._text))
-
-    def _text(self, run: list[int]) -> str:
-        return self._tokenizer.decode(run, skip_special_tokens=False)
 
     def save(self, directory: str | Path) -> None:
         Path(directory, FILE).write_text(self._tokenizer.to_str(), encoding="utf-8")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from esolm_jax import likelihood, objectives, sharding
 from esolm_jax.pod import hlo, report
 from esolm_jax.pod.topology import Chip
+from esolm_jax.sampling import cache as cache_lib
 from esolm_jax.sampling import network as network_lib
 from esolm_jax.sampling.network import Window
 from esolm_jax.train_step import Training
@@ -43,14 +44,14 @@ def sampler_step(config, training: Training):
         pick = jnp.ones((batch, 1), jnp.int32)
         window = Window(token, position, rank, jnp.ones_like(token, bool), filled, pick)
         logits, keys, values = network_lib.forward(network, window, cache)
-        return logits, network_lib.write(
+        return logits, cache_lib.write(
             cache, keys, values, filled, logits.argmax(axis=-1), aligned=True
         )
 
     params = training.abstract_state().params
     make = functools.partial(network_lib.fold, model, params)
     network = sharding.abstract(make, network_lib.shardings(jax.eval_shape(make), mesh))
-    make = functools.partial(network_lib.empty_cache, model, batch, length + 2)
+    make = functools.partial(cache_lib.empty_cache, model, batch, length + 2)
     rows = sharding.place(mesh, "rows", "heads", None, None)
     cache = sharding.abstract(make, jax.tree.map(lambda _: rows, jax.eval_shape(make)))
     two, filled = _rows(training, (batch, 2)), jax.ShapeDtypeStruct((batch,), jnp.int32)

@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from esolm_jax.loss import exclude_mask_token
+from esolm_jax.sampling import cache as cache_lib
 from esolm_jax.sampling import decode as decode_lib
 from esolm_jax.sampling import network as network_lib
+from esolm_jax.sampling.cache import Cache
 from esolm_jax.sampling.choose import Choice
 from esolm_jax.sampling.decode import NEVER, UNREAD, Decoded
-from esolm_jax.sampling.network import Cache, Network, Window
+from esolm_jax.sampling.network import Network, Window
 from esolm_jax.sampling.passes import Passes
 
 
@@ -104,7 +106,7 @@ def _run(network, p: Progress, keys, length, *, choice, most, threshold, unknown
                 [a[:, :, :, :most] for a in new_keys],
                 [a[:, :, :most] for a in new_values],
             )
-            cache = network_lib.write(
+            cache = cache_lib.write(
                 cache, new_keys, new_values, filled, token, aligned=len(filled) == 1
             )
             filled = filled + (p.recent < size).sum(axis=1)

@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from esolm_jax.sampling import cache as cache_lib
 from esolm_jax.sampling import network as network_lib
-from esolm_jax.sampling.network import Cache, Network, Window
+from esolm_jax.sampling.cache import Cache
+from esolm_jax.sampling.network import Network, Window
 from esolm_jax.sampling.passes import NONE, Passes
 
 UNREAD = NONE  # the rank of filler, that nobody reads
@@ -135,7 +137,7 @@ def run(network, passes, index, state, row_keys, high, *, choice, shapes, aligne
             state = _reveal(state, passes, i, slot, keep, chosen, logits, eos_id)
         if state.cache is not None:
             after = keys[-1][:, 0, 0, 0] > jnp.inf if chosen is None else chosen
-            cache = network_lib.write(
+            cache = cache_lib.write(
                 state.cache, keys, values, passes.start[i], after.astype(jnp.int32), aligned=aligned
             )
             state = state.replace(cache=cache)
@@ -177,7 +179,7 @@ def start_state(network: Network, passes: Passes, margin: int, mesh, *, with_log
     known = np.full((batch, slots + 1), passes.start_token, np.int32)
     known[:, passes.shift : passes.shift + length] = passes.known
     is_given = np.arange(slots)[None] < passes.given[:, None]
-    empty = functools.partial(network_lib.empty_cache, config, batch, slots, mesh)
+    empty = functools.partial(cache_lib.empty_cache, config, batch, slots, mesh)
     return State(
         known=jnp.asarray(known),
         cache=empty() if cached else None,

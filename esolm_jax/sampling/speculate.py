@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from esolm_jax.sampling import cache as cache_lib
 from esolm_jax.sampling import decode as decode_lib
 from esolm_jax.sampling import network as network_lib
 from esolm_jax.sampling.choose import RESIDUAL, Choice, argmax, gumbel, log_uniform
@@ -173,7 +174,7 @@ def _one_pass(network, passes, s: Speculation, keys, choice, style, k, most, len
     to = count[:, None] - 1 + jnp.arange(k)[None]
     state = s.state.replace(
         known=decode_lib.put(s.state.known, tokens, to, to < length[:, None]),
-        cache=network_lib.write(
+        cache=cache_lib.write(
             s.state.cache, new_keys, new_values, s.filled, tokens, aligned=len(count) == 1
         ),
     )
