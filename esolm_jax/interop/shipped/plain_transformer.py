@@ -82,19 +82,20 @@ def forward(weights, network, token, position, rank, in_context, *, past=None, p
         k_rank = put(k_rank, place, rank)
         k_in_context = put(xp.ones(k_rank.shape, bool), place, in_context)
     mask = visible(rank[:, :, None], in_context[:, :, None], k_rank[:, None], k_in_context[:, None])
-    h, angle, all_keys, all_values = weights["embedding"][token], None, [], []
+    h, angles, all_keys, all_values = weights["embedding"][token], None, [], []
     if "positions" in weights:
         h = h + weights["positions"][position]
     else:
         rope = weights["rope"][None, None, None, None]
         angle = position[:, :, None, None, None].astype(np.float32) * rope
+        angles = xp.cos(angle), xp.sin(angle)
     for i in range(network["blocks"]):
         block = {part: weights.get(f"blocks.{i}.{part}") for part in PARTS}
         qkv = linear(block, "qkv", normed(network, h, xp))
         qk, v = qkv[:, :, :, :-1], qkv[:, :, :, -1]
         if block["qk_norm_scale"] is not None:
             qk = rms_normed(network, qk, xp) * block["qk_norm_scale"][None, None, None]
-        qk = qk if angle is None else rotate(qk, xp.cos(angle), xp.sin(angle), xp)
+        qk = qk if angles is None else rotate(qk, *angles, xp)
         q, k = qk[:, :, :, :-1], qk[:, :, :, -1]
         if past is not None:
             k, v = put(past[0][i], place, k), put(past[1][i], place, v)
