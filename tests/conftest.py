@@ -9,6 +9,14 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("PJRT_NPROC", "64")  # for why, see distributed.start
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "standard")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _drop_programs():
+    """Compiled programs of one file are of no use to the next, and take gigabytes."""
+    yield
+    jax.clear_caches()

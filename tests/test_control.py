@@ -252,9 +252,8 @@ def test_the_cache_is_not_copied():
         NETWORK, tables, index, state, decode.row_keys(canvas.seeds), length, choice=CHOICE,
         shapes=shapes, aligned=True, eos_id=None,
     ).compile().as_text()  # fmt: skip
-    sizes = {array.shape for chunks in state.cache.keys for array in chunks}
-    assert len(sizes) > 1 and config.blocks == len(state.cache.keys)
-    for shape in sizes:
+    assert config.blocks == len(state.cache.keys) and len(state.cache.prefixes) > 1
+    for shape in {array.shape for array in (*state.cache.keys, *state.cache.values)}:
         name = "f32[" + ",".join(map(str, shape)) + "]"
         lines = [line for line in text.splitlines() if name in line and " copy(" in line]
         inside = [line for line in lines if "while/body" in line]

@@ -125,3 +125,21 @@ def test_parameters_that_it_does_not_know_are_refused(place, monkeypatch):
     name = f"{place}/gain".lstrip("/")
     with pytest.raises(AssertionError, match=f"parameters that sampling does not know: {name}\\b"):
         network.fold(GPT2, params)
+
+
+@pytest.mark.parametrize("slots", [24, 128])
+@pytest.mark.parametrize("aligned", [True, False])
+def test_what_a_pass_returned_lies_in_its_slots(slots, aligned):
+    config = dataclasses.replace(DIT, blocks=2)
+    cache = cache_lib.empty_cache(config, 3, slots)
+    wide = [np.random.default_rng(i).random((3, config.groups, 4, 8)) for i in range(4)]
+    wide = [jnp.asarray(np.repeat(a, config.head_width // 8, 3), jnp.float32) for a in wide]
+    keys, values = [a.swapaxes(2, 3) for a in wide[:2]], wide[2:]
+    start = jnp.array([7, 7, 7] if aligned else [0, slots - 4, 9])
+    found = cache_lib.write(cache, keys, values, start, start, aligned=aligned)
+    for row, at in enumerate(start.tolist()):
+        want = np.zeros((2, config.groups, slots, config.head_width), np.float32)
+        want[:, :, at : at + 4] = [value[row] for value in values]
+        np.testing.assert_array_equal([value[row] for value in found.values], want)
+        want[:, :, at : at + 4] = [key[row].swapaxes(1, 2) for key in keys]
+        np.testing.assert_array_equal([k[row].swapaxes(1, 2) for k in found.keys], want)

@@ -52,7 +52,8 @@ def convert(config, workdir: pathlib.Path, target: pathlib.Path, weights: str) -
     draft.mkdir()
     try:
         results.write_json(draft / hub_config.FILE, _config_json(config, tokenizer, kind))
-        safetensors_file.write(draft / hub_folder.FILE, tensors, {})
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        safetensors_file.write(draft / hub_folder.FILE, shapes, tensors.items(), {})
         shutil.copytree(workdir / "tokenizer", draft, dirs_exist_ok=True)
         if target.exists():
             target.rmdir()

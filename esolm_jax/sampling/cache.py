@@ -16,14 +16,14 @@ from esolm_jax import sharding
 from esolm_jax.attention import MASKED
 from esolm_jax.model import ModelConfig
 
-SLOTS = 64
+SLOTS, FEW_SLOTS = 64, 8  # caches are of multiples of these, so that parts of them are alike
 PREFIXES = 8
 FEW = 16  # queries of a group of heads: for more of them a CPU is faster at matrix products
 
 
 @flax.struct.dataclass
 class Cache:
-    """Keys and values of S slots for each block; S is a multiple of SLOTS.
+    """Keys and values of S slots for each block.
 
     Attributes:
       keys: [block], [B, G, K, S], as their product with queries wants them.
@@ -45,7 +45,8 @@ def empty_cache(config: ModelConfig, batch: int, slots: int, mesh: Mesh | None =
     """A cache for B = `batch` rows of at least `slots`, a window's margin included; the rows lie on
     the mesh as their tokens do."""
     where = None if mesh is None else sharding.place(mesh, "rows", "heads", None, None)
-    width, slots = config.head_width, SLOTS * -(-slots // SLOTS)
+    unit = SLOTS if slots > SLOTS else FEW_SLOTS
+    width, slots = config.head_width, unit * -(-slots // unit)
 
     def zeros(*shape):
         shape = batch, config.groups, *shape
@@ -156,14 +157,22 @@ def write(cache: Cache, keys, values, start, after, *, aligned: bool) -> Cache:
       aligned: all rows start at the same slot, which is faster.
     """
     start = start + jnp.minimum(after.min(), 0)
-
-    def put(old, new, axis):
-        if aligned:
-            return jax.lax.dynamic_update_slice_in_dim(old, new, start[0], axis)
-        one = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=axis - 1)
-        return jax.vmap(one)(old, new, start)
-
+    put = _put_alike if aligned else _put_by_row
     return cache.replace(
-        keys=tuple(put(a, new, 3) for a, new in zip(cache.keys, keys, strict=True)),
-        values=tuple(put(a, new, 2) for a, new in zip(cache.values, values, strict=True)),
+        keys=tuple(put(a, new, start, 3) for a, new in zip(cache.keys, keys, strict=True)),
+        values=tuple(put(a, new, start, 2) for a, new in zip(cache.values, values, strict=True)),
     )
+
+
+def _put_alike(old, new, start_B, axis: int):
+    return jax.lax.dynamic_update_slice_in_dim(old, new, start_B[0], axis)
+
+
+def _put_by_row(old, new, start_B, axis: int):
+    if old.shape[axis] > SLOTS:  # a loop over rows on a CPU, where this is quicker than all slots
+        one = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=axis - 1)
+        return jax.vmap(one)(old, new, start_B)
+    place = jnp.arange(old.shape[axis])[None] - start_B[:, None]
+    place = jnp.expand_dims(place, (1, 5 - axis))
+    moved = jnp.take_along_axis(new, jnp.clip(place, 0, new.shape[axis] - 1), axis=axis)
+    return jnp.where((place >= 0) & (place < new.shape[axis]), moved, old)

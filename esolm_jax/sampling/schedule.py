@@ -111,11 +111,13 @@ def ancestral_sizes(rng: np.random.Generator, length: int, alpha_0: float, num_s
     return np.array([size for size in sizes if size], np.int32)
 
 
-def _then_left_to_right(first: np.ndarray, sizes: np.ndarray, positions: np.ndarray) -> Row:
-    """Diffusion positions `first` in their order, then the others left to right."""
-    rest = np.setdiff1d(positions, first)
-    sizes = np.concatenate([sizes, np.ones(len(rest), np.int32)]).astype(np.int32)
-    return np.concatenate([first, rest]).astype(np.int32), sizes, len(first)
+def _then_left_to_right(positions: np.ndarray, sizes: np.ndarray) -> Row:
+    """As many positions as the diffusion `sizes` add up to, as they come, then the others left to
+    right."""
+    n = int(sizes.sum())
+    sizes = np.concatenate([sizes, np.ones(len(positions) - n, np.int32)]).astype(np.int32)
+    order = np.concatenate([positions[:n], np.sort(positions[n:])])
+    return order.astype(np.int32), sizes, n
 
 
 def _ancestral(seed, positions, alpha_0: float, num_steps: int) -> Row:
@@ -124,7 +126,7 @@ def _ancestral(seed, positions, alpha_0: float, num_steps: int) -> Row:
         sizes = ancestral_sizes(seed.of_sizes(len(positions)), len(positions), alpha_0, num_steps)
     else:
         sizes = np.ones(rng.binomial(len(positions), alpha_0), np.int32)
-    return _then_left_to_right(rng.permutation(positions)[: sizes.sum()], sizes, positions)
+    return _then_left_to_right(rng.permutation(positions), sizes)
 
 
 def ancestral(canvas: Canvas, alpha_0: float, num_steps: int) -> Schedule:
@@ -147,10 +149,9 @@ def strided(canvas: Canvas, alpha_0: float, num_steps: int, *, shuffle: bool) ->
     def row(b, unknown) -> Row:
         n = min(num_steps or len(unknown), len(unknown))
         strides = canvas.seeds[b].of_sizes(n).permutation(n) if shuffle else np.arange(n)
-        groups = [unknown[i::n] for i in strides[: round(alpha_0 * n)]]
-        first = np.concatenate([*groups, np.zeros(0, int)]).astype(int)
-        sizes = np.array([len(group) for group in groups], np.int32)
-        return _then_left_to_right(first, sizes, unknown)
+        groups = [unknown[i::n] for i in strides]
+        sizes = np.array([len(group) for group in groups[: round(alpha_0 * n)]], np.int32)
+        return _then_left_to_right(np.concatenate([*groups, unknown[:0]]), sizes)
 
     return of_rows(canvas, row)
 
@@ -173,9 +174,7 @@ def blockwise(canvas: Canvas, block_length: int, alpha_0: float, num_steps: int)
                 sizes = ancestral_sizes(of_sizes, len(here), alpha_0, max(1, steps))
             else:
                 sizes = np.ones(rng.binomial(len(here), alpha_0), np.int32)
-            order, sizes, n_here = _then_left_to_right(
-                rng.permutation(here)[: sizes.sum()], sizes, here
-            )
+            order, sizes, n_here = _then_left_to_right(rng.permutation(here), sizes)
             if n_here:
                 n = sum(map(len, orders)) + n_here
             orders.append(order)
@@ -188,4 +187,4 @@ def blockwise(canvas: Canvas, block_length: int, alpha_0: float, num_steps: int)
 def left_to_right(canvas: Canvas) -> Schedule:
     """One token per step, in text order."""
     none = np.zeros(0, np.int32)
-    return of_rows(canvas, lambda b, unknown: _then_left_to_right(none, none, unknown))
+    return of_rows(canvas, lambda b, unknown: _then_left_to_right(unknown, none))
