@@ -9,14 +9,15 @@ Writes anneal.json, anneal.md (the table) and anneal.png (the curves) to --out. 
 two CPU cores. What is finished is not done again.
 """
 
+import functools
 import pathlib
 
 from absl import app, flags, logging
 
-from benchmarks import markdown
+from benchmarks import write_up
 from configs import shakespeare
 from esolm_jax import config as config_lib
-from esolm_jax import evaluate, metrics, prepare, results, train
+from esolm_jax import evaluate, metrics, prepare, train
 from esolm_jax.data.manifest import load_manifest
 from esolm_jax.data.reader import unigram_perplexity
 from esolm_jax.interop import from_hub, hub_config, to_hub
@@ -120,7 +121,7 @@ def table(rows: list[dict]) -> str:
         f"and AR) or {RATES['annealed']:g}; α₀ is annealed over the first half of the steps. One "
         "seed."
     )
-    return f"{markdown.table(head, lines)}\n{note}\n"
+    return f"{write_up.table(head, lines)}\n{note}\n"
 
 
 def plot(rows: list[dict], unigram: float, path: pathlib.Path) -> None:
@@ -165,11 +166,9 @@ def main(argv) -> None:
         print(f"== {LABELS[name]}", flush=True)
         rows.append(run(name, eso_config(name, workdir, converted), workdir))
     unigram = unigram_perplexity(load_manifest(workdir / "data"), "validation")
-    out.mkdir(parents=True, exist_ok=True)
-    results.write_json(out / "anneal.json", {"runs": rows, "unigram_perplexity": unigram})
-    results.write_text(out / "anneal.md", table(rows))
-    plot(rows, unigram, out / "anneal.png")
-    print(table(rows) + f"wrote {out}/anneal.json, {out}/anneal.md and {out}/anneal.png")
+    figures = {"runs": rows, "unigram_perplexity": unigram}
+    draw = functools.partial(plot, rows, unigram)
+    write_up.write(out / "anneal", figures, table(rows), draw)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import pathlib
 
 from absl import app, flags, logging
 
-from benchmarks import markdown
+from benchmarks import write_up
 from configs.shakespeare import get_config
 from esolm_jax import config as config_lib
 from esolm_jax import evaluate, prepare, results, train
@@ -51,10 +51,14 @@ def run_config(objective: str, alpha_0: float, workdir: pathlib.Path):
     return config
 
 
+def name_of(objective: str, alpha_0: float) -> str:
+    return objective if objective in ("ar", "mdlm", "bd3") else f"{objective}_{alpha_0:g}"
+
+
 def trained(objective: str, alpha_0: float, workdir: pathlib.Path, seed: int = 0):
     """(config, folder) of a member, trained unless it is already."""
     config = run_config(objective, alpha_0, workdir)
-    name = objective if objective in ("ar", "mdlm", "bd3") else f"{objective}_{alpha_0:g}"
+    name = name_of(objective, alpha_0)
     if seed:
         name = f"{name}_seed{seed}"
         with config.unlocked():
@@ -105,7 +109,7 @@ def table(rows: list[dict]) -> str:
         cells = [row["objective"], f"{row['alpha_0']:g}", f"{row['perplexity']:.2f}{exact}"]
         cells += [f"{row['standard_error_nats']:.4f}", weighted, f"{row['bits_per_byte']:.3f}"]
         lines.append(cells)
-    return markdown.table(head, lines)
+    return write_up.table(head, lines)
 
 
 def plot(rows: list[dict], path: pathlib.Path) -> None:
@@ -155,11 +159,7 @@ def main(argv) -> None:
     for i, (objective, alpha_0) in enumerate(RUNS, 1):
         print(f"[{i}/{len(RUNS)}] {objective}, alpha_0 = {alpha_0}", flush=True)
         rows.append(run(objective, alpha_0, workdir))
-    out.mkdir(parents=True, exist_ok=True)
-    results.write_json(out / "family.json", rows)
-    results.write_text(out / "family.md", table(rows))
-    plot(rows, out / "family.png")
-    print(table(rows) + f"wrote {out}/family.json, {out}/family.md and {out}/family.png")
+    write_up.write(out / "family", rows, table(rows), lambda path: plot(rows, path))
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
-from benchmarks import family, markdown
-from esolm_jax import assemble, likelihood, prepare, results, sharding
+from benchmarks import family, write_up
+from esolm_jax import assemble, likelihood, prepare, sharding
 from esolm_jax.data.manifest import load_manifest
 from esolm_jax.sampling.canvas import Canvas
 from esolm_jax.sampling.generate import Generator, passes_run
@@ -123,7 +123,7 @@ def table(report: dict) -> str:
     rows.append(["test windows", *"–––", f"{real['perplexity']:.1f}", f"{real['entropy']:.2f}"])
     head = "model", "passes", "NFE", "ms a text", "perplexity", "entropy, nats"
     return (
-        f"{markdown.table(head, rows)}\n"
+        f"{write_up.table(head, rows)}\n"
         f"{report['texts']} texts of {report['length']} tokens each, in one batch, temperature 1; "
         "perplexity under an AR model trained with another seed; compiling is left out. T = steps "
         f"of the diffusion phase; k: speculation. {report['device']}.\n"
@@ -170,14 +170,10 @@ def main(argv) -> None:
         "models": {},
     }
     for objective, alpha_0 in MODELS:
-        name = objective if objective != "eso_b" else f"{objective}_{alpha_0:g}"
+        name = family.name_of(objective, alpha_0)
         if not _ONLY.value or name in _ONLY.value:
             report["models"][name] = frontier(objective, alpha_0, judge, workdir)
-    out.mkdir(parents=True, exist_ok=True)
-    results.write_json(out / "frontier.json", report)
-    results.write_text(out / "frontier.md", table(report))
-    plot(report, out / "frontier.png")
-    print(table(report) + f"wrote {out}/frontier.json, {out}/frontier.md and {out}/frontier.png")
+    write_up.write(out / "frontier", report, table(report), lambda path: plot(report, path))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ What was measured before stays in the JSON until it is measured again.
 import argparse
 import concurrent.futures
 import dataclasses
+import functools
 import importlib.util
 import json
 import multiprocessing
@@ -17,7 +18,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 
-from benchmarks import markdown
+from benchmarks import write_up
 from esolm_jax import compile as compile_lib
 from esolm_jax import results
 from esolm_jax.loss import token_nll
@@ -187,7 +188,7 @@ def table(found: dict) -> str:
 def _configs(found: dict) -> str:
     head = "config", "pod", "mesh", "batch x L", "remat", "HBM GiB", "FLOPs x", "sent x", "step ms"
     rows = [_cells(name, f) for name, f in found.get("configs", {}).items()]
-    return markdown.table([*head, "MFU <="], rows)
+    return write_up.table([*head, "MFU <="], rows)
 
 
 def _work(found: dict) -> str:
@@ -198,7 +199,7 @@ def _work(found: dict) -> str:
         cells = [name.split()[0].split(":")[1], f"{flops['compiled'] / 1e12:.2f}"]
         cells += [f"{flops['ratio']:.3f}", f"{flops['compiled'] / mdlm:.3f}" if mdlm else ""]
         rows.append([*cells, f"{f['collectives']['ratio']:.3f}"])
-    return markdown.table(["objective", "TFLOPs a chip", "x necessary", "x mdlm", "sent x"], rows)
+    return write_up.table(["objective", "TFLOPs a chip", "x necessary", "x mdlm", "sent x"], rows)
 
 
 def _scaling(found: dict) -> str:
@@ -209,7 +210,7 @@ def _scaling(found: dict) -> str:
         cells += [f"{sum(sent['sent'].values()) / 1e6:.0f}", f"{sent['ratio']:.3f}"]
         rows.append([*cells, len(sent["stray_gathers"])])
     head = "pod", "chips", "mesh", "HBM GiB", "MB sent a chip", "sent x", "whole stacks"
-    return markdown.table(head, rows)
+    return write_up.table(head, rows)
 
 
 def _lengths(found: dict) -> str:
@@ -221,7 +222,7 @@ def _lengths(found: dict) -> str:
         cells = [length, rows, f"{ours / GIB:.2f}", f"{ours / GIB / (length * rows / 8192):.3f}"]
         lines.append(cells + ([f"{full / GIB:.2f}", f"{ours / full:.2f}"] if full else ["", ""]))
     head = "L", "rows a chip", "GiB", "GiB / 8192 tokens", "with all logits", "ratio"
-    return markdown.table(head, lines)
+    return write_up.table(head, lines)
 
 
 def _mesh(figures: dict) -> str:
@@ -293,11 +294,7 @@ def main() -> None:
     arguments = parser.parse_args()
     names = [name for name in arguments.only.split(",") if name]
     found = run(names, arguments.match, arguments.workers, arguments.out.with_suffix(".json"))
-    text = table(found)
-    results.write_text(arguments.out.with_suffix(".md"), text)
-    plot(found, arguments.out.with_suffix(".png"))
-    print(text)
-    print(f"wrote {arguments.out}.json, .md, .png")
+    write_up.write(arguments.out, found, table(found), functools.partial(plot, found))
 
 
 if __name__ == "__main__":

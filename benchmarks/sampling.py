@@ -13,6 +13,7 @@ measured before stays in the JSON until it is measured again.
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -22,7 +23,7 @@ import sys
 
 import jax
 
-from benchmarks import sampling_cases, sampling_limits, sampling_report
+from benchmarks import sampling_cases, sampling_limits, sampling_report, write_up
 from benchmarks.sampling_cases import AR_CONFIG, CONFIG, MASK, Case, Ours
 from benchmarks.train_speed import Load, machine, num_threads, spread
 from esolm_jax import results
@@ -212,10 +213,8 @@ def main() -> None:
     options.out = options.out or default
     options.out.parent.mkdir(parents=True, exist_ok=True)
     report = run(options)
-    text = sampling_report.table(report)
-    results.write_text(options.out.with_suffix(".md"), text)
-    sampling_report.plot(report["rows"], options.out.with_suffix(".png"))
-    print(text + f"wrote {options.out}.json, .md, .png")
+    draw = functools.partial(sampling_report.plot, report["rows"])
+    write_up.write(options.out, report, sampling_report.table(report), draw)
 
 
 if __name__ == "__main__":

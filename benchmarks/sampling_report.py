@@ -3,7 +3,7 @@
 import math
 import pathlib
 
-from benchmarks import markdown
+from benchmarks import write_up
 
 LABELS = {
     "eso_b": "Eso-LM (B)",
@@ -107,7 +107,7 @@ def table(report: dict) -> str:
         elif has_published:
             cells += ["–"] * 3
         lines.append(cells)
-    return "\n".join([markdown.table(head, lines), _targets(report), _notes(report) + "\n"])
+    return "\n".join([write_up.table(head, lines), _targets(report), _notes(report) + "\n"])
 
 
 def _targets(report: dict) -> str:
@@ -115,7 +115,7 @@ def _targets(report: dict) -> str:
     for t in report["targets"]:
         aim = f"≥ {t['at_least']:g}" if t["at_most"] is None else f"≤ {t['at_most']:g}"
         lines.append([t["what"], aim, f"{t['value']:.2f}", "yes" if t["met"] else "no"])
-    return markdown.table(["target", "", "measured", "met"], lines)
+    return write_up.table(["target", "", "measured", "met"], lines)
 
 
 def _notes(report: dict) -> str:

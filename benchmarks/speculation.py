@@ -12,8 +12,8 @@ import time
 import jax
 import numpy as np
 
-from benchmarks import markdown
-from esolm_jax import assemble, checkpoint, results, sharding
+from benchmarks import write_up
+from esolm_jax import assemble, checkpoint, sharding
 from esolm_jax.sampling.canvas import Canvas
 from esolm_jax.sampling.generate import Generator, passes_run
 from esolm_jax.sampling.network import fold
@@ -81,7 +81,7 @@ def table(found: dict) -> str:
         rates = " ".join(f"{rate:.2f}" for rate in row["acceptance"][:7])
         cells = [f"{row['alpha_0']:g}", row["style"], k, f"{row['tokens_per_pass']:.2f}"]
         rows.append([*cells, f"{row['seconds']:.3f}", f"{row['speedup']:.2f}", rates])
-    return text + markdown.table(head, rows)
+    return text + write_up.table(head, rows)
 
 
 def main() -> None:
@@ -92,10 +92,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("docs/speculation"))
     arguments = parser.parse_args()
     found = measure(arguments.workdir, arguments.num, arguments.repeats)
-    results.write_json(arguments.out.with_suffix(".json"), found)
-    results.write_text(arguments.out.with_suffix(".md"), table(found))
-    print(table(found))
-    print(f"wrote {arguments.out}.json and .md")
+    write_up.write(arguments.out, found, table(found))
 
 
 if __name__ == "__main__":

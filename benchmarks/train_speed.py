@@ -26,8 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from benchmarks import markdown
-from esolm_jax import assemble, results, sharding, train_step
+from benchmarks import write_up
+from esolm_jax import assemble, sharding, train_step
 from esolm_jax import config as config_lib
 from esolm_jax.errors import UserError
 from esolm_jax.pod import necessary
@@ -38,7 +38,7 @@ PUBLISHED = ("ar", "mdlm", "eso_a", "eso_b")  # what the published code trains
 
 _PRESET = flags.DEFINE_enum("preset", "cpu", ["cpu", "small"], "Shapes.")
 _OBJECTIVES = flags.DEFINE_list("objectives", OBJECTIVES, "Each is NAME or NAME:ALPHA_0.")
-_OUT = flags.DEFINE_string("out", "docs/train_speed.json", "The table goes beside it, as .md.")
+_OUT = flags.DEFINE_string("out", "docs/train_speed", "Without .md and .json.")
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "Bursts of each objective.")
 _STEPS = flags.DEFINE_integer("steps", 3, "Steps in a burst.")
 _PUBLISHED = flags.DEFINE_string("published", "", "A checkout of the published code.")
@@ -428,7 +428,7 @@ def table(report: dict) -> str:
         elif has_published:
             cells += ["–"] * 4
         lines.append(cells)
-    return f"{markdown.table(head, lines)}\n{_notes(report)}\n"
+    return f"{write_up.table(head, lines)}\n{_notes(report)}\n"
 
 
 def _notes(report: dict) -> str:
@@ -492,11 +492,7 @@ def main(argv) -> None:
     if _THREADS.value:  # before JAX and PyTorch count them
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: _THREADS.value])
     report = run()
-    out = pathlib.Path(_OUT.value)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    results.write_json(out, report)
-    results.write_text(out.with_suffix(".md"), table(report))
-    print(table(report) + f"wrote {out} and {out.with_suffix('.md')}")
+    write_up.write(pathlib.Path(_OUT.value), report, table(report))
 
 
 if __name__ == "__main__":

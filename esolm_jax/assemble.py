@@ -30,32 +30,24 @@ def load_data(config, workdir: pathlib.Path) -> Manifest:
     return manifest
 
 
+_SIZES = "width blocks heads cond_width style kv_heads mlp_width attention_width norm_eps".split()
+_SIZES += "qkv_bias qk_norm positions rope_base rope_factor rope_length".split()
+# What weights were trained with, and can be used with alone.
+MODEL_FIELDS = ("objective", "start_token", *(f"model.{name}" for name in _SIZES))
+
+
 def model_config(config, tokenizer: dict, platform: str) -> model_lib.ModelConfig:
     """Sizes of the model: config.model and the tokenizer's vocabulary with the mask token.
     `platform` ("cpu", "gpu", "tpu") chooses the attention if the config leaves it open."""
     m = config.model
     return model_lib.ModelConfig(
         vocab_size=num_ids(tokenizer),
-        width=m.width,
-        blocks=m.blocks,
-        heads=m.heads,
-        cond_width=m.cond_width,
         dropout=m.dropout,
         dtype=m.dtype,
         unroll=m.unroll,
-        style=m.style,
-        kv_heads=m.kv_heads,
-        mlp_width=m.mlp_width,
-        attention_width=m.attention_width,
-        norm_eps=m.norm_eps,
-        qkv_bias=m.qkv_bias,
-        qk_norm=m.qk_norm,
-        positions=m.positions,
-        rope_base=m.rope_base,
-        rope_factor=m.rope_factor,
-        rope_length=m.rope_length,
         attention=attention.resolve(m.attention, platform),
         remat=m.remat,
+        **{name: m[name] for name in _SIZES},
     )
 
 
@@ -141,28 +133,6 @@ def check_same_tokenizer(manifest: Manifest, meta: dict) -> None:
             f"({have['kind']} of {have['vocab_size']} tokens, {have['fingerprint'][:12]}…, not "
             f"{want['kind']} of {want['vocab_size']} tokens, {want['fingerprint'][:12]}…)"
         )
-
-
-MODEL_FIELDS = ("objective", "start_token") + tuple(
-    f"model.{name}"
-    for name in (
-        "width",
-        "blocks",
-        "heads",
-        "cond_width",
-        "style",
-        "kv_heads",
-        "mlp_width",
-        "attention_width",
-        "norm_eps",
-        "qkv_bias",
-        "qk_norm",
-        "positions",
-        "rope_base",
-        "rope_factor",
-        "rope_length",
-    )
-)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -77,7 +77,7 @@ def main(config, workdir: pathlib.Path) -> None:
     elif target.endswith("/") or pathlib.Path(target).expanduser().is_dir():
         _send_out_to_hub(config, workdir, pathlib.Path(target).expanduser())
     else:
-        _send_out(config, workdir, pathlib.Path(target).expanduser())
+        _send_out_published(config, workdir, pathlib.Path(target).expanduser())
 
 
 def _bring_in(config, source: str, workdir: pathlib.Path) -> None:
@@ -113,24 +113,26 @@ def _bring_in_pretrained(config, source: str, workdir: pathlib.Path) -> None:
 
 
 def _send_out_to_hub(config, workdir: pathlib.Path, target: pathlib.Path) -> None:
-    weights = _weights(out_of_workdir.WEIGHTS)
-    step, parameters = to_hub.convert(config, workdir, target, weights)
-    which = "the EMA" if weights == "ema" else "the raw weights"
-    print(f"{workdir}: {which} at step {step:,}, {parameters:,} parameters")
+    _send_out(to_hub.convert, config, workdir, target)
     print(f"wrote {target}: config.json, model.safetensors and the tokenizer")
-    print(
-        f"and back: python -m esolm_jax.convert {shlex.join([f'--from={target}', '--workdir=NEW'])}"
-    )
+    _print_way_back(f"--from={target}", "--workdir=NEW")
 
 
-def _send_out(config, workdir: pathlib.Path, target: pathlib.Path) -> None:
+def _send_out_published(config, workdir: pathlib.Path, target: pathlib.Path) -> None:
+    _send_out(out_of_workdir.convert, config, workdir, target)
+    print(f"wrote {target}, under the published names")
+    _print_way_back(f"--from={target}", "--workdir=NEW", f"--tokenizer={workdir}/tokenizer")
+
+
+def _send_out(convert, config, workdir: pathlib.Path, target: pathlib.Path) -> None:
     weights = _weights(out_of_workdir.WEIGHTS)
-    step, parameters = out_of_workdir.convert(config, workdir, target, weights)
+    step, parameters = convert(config, workdir, target, weights)
     which = "the EMA" if weights == "ema" else "the raw weights"
     print(f"{workdir}: {which} at step {step:,}, {parameters:,} parameters")
-    print(f"wrote {target}, under the published names")
-    back = [f"--from={target}", "--workdir=NEW", f"--tokenizer={workdir}/tokenizer"]
-    print(f"and back: python -m esolm_jax.convert {shlex.join(back)}")
+
+
+def _print_way_back(*args: str) -> None:
+    print(f"and back: python -m esolm_jax.convert {shlex.join(args)}")
 
 
 CLI = {"one_process": True, "define_flags": define_flags, "default_config": default_config}

@@ -8,11 +8,10 @@ import shutil
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
-from esolm_jax import assemble, results, sharding
+from esolm_jax import results
 from esolm_jax.errors import UserError
-from esolm_jax.interop import hub_config, hub_folder, hub_names, safetensors_file
+from esolm_jax.interop import hub_config, hub_folder, hub_names, out_of_workdir, safetensors_file
 
 # (qkv_bias, qk_norm) → model_type, architecture
 _KINDS = {
@@ -35,8 +34,7 @@ def convert(config, workdir: pathlib.Path, target: pathlib.Path, weights: str) -
     if not target.parent.is_dir():
         raise UserError(f"--to={target}: there is no folder {target.parent}")
     kind = _kind(config)
-    one = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1, "devices": 1})
-    trained = assemble.load_trained(config, workdir, weights, sharding.make_mesh(one))
+    trained = out_of_workdir.load(config, workdir, weights)
     tokenizer = trained.meta["tokenizer"]
     if tokenizer["mask_id"] != tokenizer["vocab_size"]:
         raise UserError(

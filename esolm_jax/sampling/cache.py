@@ -157,22 +157,14 @@ def write(cache: Cache, keys, values, start, after, *, aligned: bool) -> Cache:
       aligned: all rows start at the same slot, which is faster.
     """
     start = start + jnp.minimum(after.min(), 0)
-    put = _put_alike if aligned else _put_by_row
-    return cache.replace(
-        keys=tuple(put(a, new, start, 3) for a, new in zip(cache.keys, keys, strict=True)),
-        values=tuple(put(a, new, start, 2) for a, new in zip(cache.values, values, strict=True)),
-    )
 
-
-def _put_alike(old, new, start_B, axis: int):
-    return jax.lax.dynamic_update_slice_in_dim(old, new, start_B[0], axis)
-
-
-def _put_by_row(old, new, start_B, axis: int):
-    if old.shape[axis] > SLOTS:  # a loop over rows on a CPU, where this is quicker than all slots
+    def put(old, new, axis):
+        if aligned:
+            return jax.lax.dynamic_update_slice_in_dim(old, new, start[0], axis)
         one = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=axis - 1)
-        return jax.vmap(one)(old, new, start_B)
-    place = jnp.arange(old.shape[axis])[None] - start_B[:, None]
-    place = jnp.expand_dims(place, (1, 5 - axis))
-    moved = jnp.take_along_axis(new, jnp.clip(place, 0, new.shape[axis] - 1), axis=axis)
-    return jnp.where((place >= 0) & (place < new.shape[axis]), moved, old)
+        return jax.vmap(one)(old, new, start)
+
+    return cache.replace(
+        keys=tuple(put(a, new, 3) for a, new in zip(cache.keys, keys, strict=True)),
+        values=tuple(put(a, new, 2) for a, new in zip(cache.values, values, strict=True)),
+    )
