@@ -39,8 +39,8 @@ PUBLISHED = ("ar", "mdlm", "eso_a", "eso_b")  # what the published code trains
 _PRESET = flags.DEFINE_enum("preset", "cpu", ["cpu", "small"], "Shapes.")
 _OBJECTIVES = flags.DEFINE_list("objectives", OBJECTIVES, "Each is NAME or NAME:ALPHA_0.")
 _OUT = flags.DEFINE_string("out", "docs/train_speed", "Without .md and .json.")
-_ROUNDS = flags.DEFINE_integer("rounds", 7, "Bursts of each objective.")
-_STEPS = flags.DEFINE_integer("steps", 3, "Steps in a burst.")
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "Bursts of each objective.")
+_STEPS = flags.DEFINE_integer("steps", 8, "Steps in a burst.")
 _PUBLISHED = flags.DEFINE_string("published", "", "A checkout of the published code.")
 _PYTHON = flags.DEFINE_string("published_python", sys.executable, "Python with torch and einops.")
 _PATIENCE = flags.DEFINE_float(
@@ -299,7 +299,7 @@ def measure(ours: list[Ours], published: Published | None, names: list[str], loa
     """
     found, states = {one.name: [] for one in ours}, {}
     for one in ours:  # the first steps are thrown away
-        turn(one, states, published, names, 1)
+        turn(one, states, published, names, _STEPS.value)
     for index in range(_ROUNDS.value):
         for one in ours[:: -1 if index % 2 else 1]:
             while True:

@@ -9,6 +9,7 @@ jit plain pytrees of parameters: `init` and `bind` convert between the two views
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -155,7 +156,7 @@ def _dropout(key, rate: float, h):
     bits = jax.random.bits(key, (*batch, width // 2), jnp.uint32)
     draws = jax.lax.bitcast_convert_type(bits, jnp.uint16).reshape(h.shape)
     kept = draws >= round(rate * 2**16)
-    return jnp.where(kept, h / (1 - rate), 0).astype(h.dtype)
+    return h * jnp.where(kept, 1 / (1 - rate), 0).astype(h.dtype)
 
 
 def rope_frequencies(config: ModelConfig):
@@ -282,10 +283,12 @@ class Block(nnx.Module):
         ]
 
     def _heads(self, qkv_BTGRK, angles):
-        qkv_BGRTK = jnp.moveaxis(qkv_BTGRK, 1, 3)
-        batch, _, _, length, width = qkv_BGRTK.shape
-        q = qkv_BGRTK[:, :, :-2].reshape(batch, -1, length, width)
-        k, v = qkv_BGRTK[:, :, -2], qkv_BGRTK[:, :, -1]
+        parts = qkv_BTGRK.shape[3]
+        # Split, not sliced: the gradient is then put together, not summed from padded parts.
+        split = jnp.split(qkv_BTGRK, (parts - 2, parts - 1), axis=3)
+        q, k, v = (jnp.moveaxis(a, 1, 3) for a in split)
+        q = q.reshape(len(q), -1, *q.shape[3:])
+        k, v = k[:, :, 0], v[:, :, 0]
         if self.q_norm is not None:
             q, k = self.q_norm(q).astype(q.dtype), self.k_norm(k).astype(k.dtype)
         return rotate(q, angles), rotate(k, angles), v
@@ -304,7 +307,9 @@ class Block(nnx.Module):
         ]
         normed = [_modulate(self.mlp_norm(h), mlp_shift, mlp_scale, dtype) for h in hs]
         inner = [checkpoint_name(i, "mlp_in") for i in self.mlp_in(tuple(normed))]
-        outs = self.mlp_out(tuple(activate(self.config, i) for i in inner))
+        # Its input is all that is kept of it: the rest costs more to store than to compute again.
+        active = jax.checkpoint(functools.partial(activate, self.config))
+        outs = self.mlp_out(tuple(active(i) for i in inner))
         return tuple(
             h + mlp_gate * _dropout(key, rate, out)
             for h, out, (_, key) in zip(hs, outs, keys, strict=True)

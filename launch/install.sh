@@ -40,4 +40,4 @@ if [ ! -e "$stamp" ] || [ setup.py -nt "$stamp" ]; then
 fi
 
 # Large arrays of a step are freed and asked for again: keep the pages (a fifth faster on a CPU).
-export GLIBC_TUNABLES="glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=4294967296"
+export GLIBC_TUNABLES="glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=4294967296:glibc.malloc.arena_max=1"
