@@ -1,8 +1,13 @@
-"""Result files: whole or not there, never half-written."""
+"""Result files and folders: whole or not there, never half-written."""
 
+import contextlib
 import json
 import os
 import pathlib
+import shutil
+from collections.abc import Iterator
+
+from esolm_jax.errors import UserError
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
@@ -14,3 +19,30 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 def write_json(path: pathlib.Path, value) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def check_new_folder(flag: str, folder: pathlib.Path) -> None:
+    """UserError unless there is no such folder, or nothing in it."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{flag}={folder}: is a file; it must be a new or empty folder")
+    if folder.exists() and (there := sorted(path.name for path in folder.iterdir())):
+        raise UserError(
+            f"{flag}={folder}: is not empty ({', '.join(there[:5])}); it must be a new or empty "
+            "folder"
+        )
+
+
+@contextlib.contextmanager
+def new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder beside `folder` to write in, which takes its place unless something fails."""
+    folder = folder.resolve()
+    draft = folder.with_name(f".{folder.name}.writing")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        yield draft
+        if folder.exists():
+            folder.rmdir()
+        draft.rename(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)

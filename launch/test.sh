@@ -5,4 +5,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/install.sh test
 export JAX_PLATFORMS=cpu
 .venv/bin/ruff check .
-.venv/bin/python -m pytest -n 2 "$@"
+# Files stay together on a worker, for what they set up, until one has nothing left to do.
+.venv/bin/python -m pytest -n 2 --dist worksteal "$@"

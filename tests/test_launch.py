@@ -439,7 +439,13 @@ def test_local_kills_survivors(env, tmp_path):
 
 def started(env, tmp_path, command, count, **options) -> subprocess.Popen:
     process = subprocess.Popen(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options
+        command,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        # A shell cannot trap what is ignored when it starts, as SIGINT is in the background.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        **options,
     )
     end = time.monotonic() + 20
     while len(list(tmp_path.glob("*.ready"))) < count:

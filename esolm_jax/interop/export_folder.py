@@ -6,13 +6,12 @@ import hashlib
 import importlib.resources
 import importlib.util
 import pathlib
-import shutil
 
 import jax
 
 import esolm_jax
 from esolm_jax import assemble, results
-from esolm_jax.data.manifest import tokenizer_entry
+from esolm_jax.data.render import num_ids
 from esolm_jax.data.tokenizer import load_tokenizer
 from esolm_jax.errors import UserError
 from esolm_jax.interop import (
@@ -85,41 +84,22 @@ def export(config, workdir: pathlib.Path, target: pathlib.Path, wanted: Wanted) 
       UserError: no checkpoint, a tokenizer that is not its, something that can't be exported, or
         an artefact that does not compute what the model computes.
     """
-    _check_empty(target)
+    results.check_new_folder("--to", target)
     wanted.check_installed()
     left_out = wanted.left_out(config)
-    target = target.resolve()
-    draft = target.with_name(f".{target.name}.exporting")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    try:
+    with results.new_folder(target) as draft:
         source, about = _write_weights(config, workdir, draft, wanted, left_out)
         entries = _write_artefacts(source, wanted)
         _write_scripts(draft, wanted)
         manifest = _manifest(source, about, entries, left_out)
         results.write_json(draft / "manifest.json", manifest)
-        if target.exists():
-            target.rmdir()
-        draft.rename(target)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return manifest
-
-
-def _check_empty(target: pathlib.Path) -> None:
-    if target.exists() and not target.is_dir():
-        raise UserError(f"--to={target}: is a file; it must be a new or empty folder")
-    if target.exists() and (there := sorted(path.name for path in target.iterdir())):
-        raise UserError(
-            f"--to={target}: is not empty ({', '.join(there[:5])}); it must be a new or empty "
-            "folder"
-        )
 
 
 def _copy_tokenizer(workdir: pathlib.Path, trained: assemble.Trained, folder: pathlib.Path) -> None:
     """UserError unless it is the checkpoint's."""
     tokenizer, want = load_tokenizer(workdir / "tokenizer"), trained.meta["tokenizer"]
-    ids, vocab_size = assemble.num_ids(tokenizer_entry(tokenizer)), trained.built.model.vocab_size
+    ids, vocab_size = num_ids(tokenizer), trained.built.model.vocab_size
     if ids != vocab_size or tokenizer.fingerprint != want["fingerprint"]:
         raise UserError(
             f"{workdir}/tokenizer: not the tokenizer that the checkpoint was trained on: "

@@ -13,6 +13,7 @@ import esolm_jax
 from esolm_jax import assemble, checkpoint, optimizer, results, train_step
 from esolm_jax.data import tokenizer as tokenizer_lib
 from esolm_jax.data.manifest import tokenizer_entry
+from esolm_jax.data.render import num_ids
 from esolm_jax.errors import UserError
 from esolm_jax.interop import published_config, published_file, reference
 
@@ -92,7 +93,7 @@ def _tokenizer(config, given: str) -> tokenizer_lib.Tokenizer:
 
 def _check_vocabulary(published: published_file.Published, tokenizer) -> None:
     table = published.raw.get("vocab_embed.embedding")
-    ids = assemble.num_ids(tokenizer_entry(tokenizer))
+    ids = num_ids(tokenizer)
     if table is not None and len(table.shape) == 2 and table.shape[0] != ids:
         raise UserError(
             f"{published.path}: has {table.shape[0]} ids, but the {tokenizer.kind} tokenizer has "

@@ -29,8 +29,7 @@ def convert(config, workdir: pathlib.Path, target: pathlib.Path, weights: str) -
     Raises:
       UserError: no checkpoint, a model that the hub does not have, or the folder is not empty.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"--to={target}: is not empty; it must be new")
+    results.check_new_folder("--to", target)
     if not target.parent.is_dir():
         raise UserError(f"--to={target}: there is no folder {target.parent}")
     kind = _kind(config)
@@ -45,19 +44,11 @@ def convert(config, workdir: pathlib.Path, target: pathlib.Path, weights: str) -
     parts = hub_names.parts(trained.built.model, ids, tied=False, prefix="model.")
     params = jax.tree.map(np.asarray, trained.params)
     tensors = {part.name: part.get(_at(params, part.path)) for part in parts}
-    draft = target.with_name(f".{target.name}.converting")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir()
-    try:
+    with results.new_folder(target) as draft:
         results.write_json(draft / hub_config.FILE, _config_json(config, tokenizer, kind))
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         safetensors_file.write(draft / hub_folder.FILE, shapes, tensors.items(), {})
         shutil.copytree(workdir / "tokenizer", draft, dirs_exist_ok=True)
-        if target.exists():
-            target.rmdir()
-        draft.rename(target)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return trained.step, sum(tensor.size for tensor in tensors.values())
 
 
