@@ -1,5 +1,6 @@
 """A workdir's weights → safetensors under the published parameter names."""
 
+import gc
 import itertools
 import pathlib
 
@@ -8,7 +9,7 @@ from ml_collections import ConfigDict
 
 from esolm_jax import assemble, sharding
 from esolm_jax.errors import UserError
-from esolm_jax.interop import reference, safetensors_file
+from esolm_jax.interop import memory, reference, safetensors_file
 
 _PATHS = ("train", "validation", "test", "dir", "tfds_dir", "tokenizer_path")
 PREFIX = "backbone."  # of the model in the published checkpoints
@@ -36,9 +37,15 @@ def convert(config, workdir: pathlib.Path, target: pathlib.Path, weights: str) -
 
 
 def load(config, workdir: pathlib.Path, weights: str) -> assemble.Trained:
-    """The latest checkpoint on one device, however many it was trained on."""
+    """The latest checkpoint on one device, however many it was trained on.
+
+    Takes the memory of the model and of its largest tensor.
+    """
+    memory.return_what_is_freed()
     one = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1, "devices": 1})
-    return assemble.load_trained(config, workdir, weights, sharding.make_mesh(one))
+    trained = assemble.load_trained(config, workdir, weights, sharding.make_mesh(one))
+    gc.collect()  # the restore leaves the last tensor behind, in a cycle
+    return trained
 
 
 def write(target: pathlib.Path, trained: assemble.Trained, weights: str) -> None:

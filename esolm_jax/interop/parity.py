@@ -125,6 +125,7 @@ class Greedy:
         for batch in BATCHES:
             order, num_diffusion = decode_loop.draw_orders(rng, plan, batch)
             cases.append((order, num_diffusion, texts.of(order, num_diffusion)))
+            jax.clear_caches()  # a program on a CPU holds the weights once more, packed for it
         return cls(plan, cases)
 
     def is_from(self, run) -> bool:

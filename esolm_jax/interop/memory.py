@@ -1,0 +1,16 @@
+"""Memory that is freed goes back to the system at once (glibc)."""
+
+import ctypes
+
+_M_MMAP_THRESHOLD = -3  # of mallopt(3)
+
+
+def return_what_is_freed(above: int = 2**20) -> None:
+    """Arrays of more bytes than this lie in mappings of their own from now on.
+
+    By default, freed ones of up to 32 MB stay in the heap: 80 MB of them after the restore of a
+    200 MB checkpoint. Without glibc, nothing changes.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, above)
