@@ -20,6 +20,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_run
+from thorough import ALL
 from tiny_run import FILE, QUICK, arguments, command, make_config, quick
 
 from esolm_jax import assemble, checkpoint, distributed, likelihood, metrics, sharding
@@ -27,7 +28,6 @@ from esolm_jax import config as config_lib
 from esolm_jax import train as train_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
-ALL = os.environ.get("ESOLM_TEST_ALL") == "1"
 pytestmark = pytest.mark.usefixtures(quick.__name__)
 
 OBJECTIVES = ("ar", "mdlm", "bd3", "eso_a", "eso_b")

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
+from thorough import thorough
 
 from esolm_jax.sampling import decode, network, passes, schedule, speculate
 from esolm_jax.sampling.canvas import MASK, Canvas, Seed
@@ -39,10 +40,10 @@ def run(canvas, *, alpha_0=0.5, choice=CHOICE, of=NETWORK, **kwargs):
     [
         ("chain", 2, 0.0, 0),
         ("chain", 4, 0.5, 0),
-        ("chain", 4, 0.5, 1),
+        pytest.param("chain", 4, 0.5, 1, marks=thorough),
         ("staircase", 2, 1.0, 0),
         ("staircase", 3, 0.5, 0),
-        ("staircase", 3, 0.5, 1),
+        pytest.param("staircase", 3, 0.5, 1, marks=thorough),
     ],
 )
 def test_texts_follow_the_distribution_of_one_token_a_pass(alpha_0, style, k, seed):
@@ -61,7 +62,7 @@ def test_the_test_would_see_drafts_that_nobody_verified():
     assert toy.p_of_texts(texts, toy.exact_log_p(0.5)[None]) < 1e-9
 
 
-@pytest.mark.parametrize("always", [True, False])
+@pytest.mark.parametrize("always", [pytest.param(True, marks=thorough), False])
 def test_the_test_would_see_a_wrong_verification(monkeypatch, always):
     """Accept everything; or redraw from p in place of (p − q)₊."""
     if always:
@@ -82,7 +83,7 @@ def test_the_test_would_see_a_wrong_verification(monkeypatch, always):
     assert toy.p_of_texts(texts, toy.exact_log_p(0.5)[None]) < 1e-4
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", [STYLES[0], pytest.param(STYLES[1], marks=thorough)])
 def test_filtered_choices_are_followed(style):
     """Temperature and top-k: against one token a pass, text by text."""
     choice = dataclasses.replace(CHOICE, temperature=0.7, top_k=2)

@@ -1,0 +1,8 @@
+"""What needs more time than it is worth at every change: ESOLM_TEST_ALL=1 runs it, too."""
+
+import os
+
+import pytest
+
+ALL = os.environ.get("ESOLM_TEST_ALL") == "1"
+thorough = pytest.mark.skipif(not ALL, reason="only with ESOLM_TEST_ALL=1")
