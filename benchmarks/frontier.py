@@ -134,7 +134,7 @@ def plot(report: dict, path: pathlib.Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for axis, key in zip(axes, ("perplexity", "entropy"), strict=True):
@@ -148,6 +148,9 @@ def plot(report: dict, path: pathlib.Path) -> None:
                     axis.plot(1e3 * p["seconds_per_text"], p[key], "*", color=f"C{i}", ms=12)
         axis.axhline(report["held_out"][key], color="0.4", linestyle=":", label="test windows")
         axis.set(xscale="log", xlabel="ms a text")
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_locator(ticker.LogLocator(subs=(2, 5)))
+        axis.xaxis.set_minor_formatter("{x:g}")
     axes[0].set(ylabel="perplexity under an AR model", yscale="log")
     axes[1].set(ylabel="entropy of a text's tokens, nats")
     axes[0].legend(fontsize=8, title="stars: by speculation")
