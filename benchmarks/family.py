@@ -6,6 +6,7 @@ family.md (the table) to --out. About an hour on two CPU cores. Runs that are fi
 evaluated again but not trained again; a run that was interrupted goes on.
 """
 
+import functools
 import json
 import pathlib
 
@@ -159,7 +160,7 @@ def main(argv) -> None:
     for i, (objective, alpha_0) in enumerate(RUNS, 1):
         print(f"[{i}/{len(RUNS)}] {objective}, alpha_0 = {alpha_0}", flush=True)
         rows.append(run(objective, alpha_0, workdir))
-    write_up.write(out / "family", rows, table(rows), lambda path: plot(rows, path))
+    write_up.write(out / "family", rows, table(rows), functools.partial(plot, rows))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ perplexity and a low entropy. Writes frontier.json, frontier.md and frontier.png
 """
 
 import dataclasses
+import functools
 import pathlib
 import statistics
 import time
@@ -176,7 +177,7 @@ def main(argv) -> None:
         name = family.name_of(objective, alpha_0)
         if not _ONLY.value or name in _ONLY.value:
             report["models"][name] = frontier(objective, alpha_0, judge, workdir)
-    write_up.write(out / "frontier", report, table(report), lambda path: plot(report, path))
+    write_up.write(out / "frontier", report, table(report), functools.partial(plot, report))
 
 
 if __name__ == "__main__":

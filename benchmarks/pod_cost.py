@@ -144,7 +144,6 @@ def run(names: list[str], match: str, workers: int, path: pathlib.Path) -> dict:
     for section, cases in SECTIONS.items():  # in their order, and nothing that is no more
         kept = found.get(section, {})
         found[section] = {c.name: kept[c.name] for c in cases if c.name in kept}
-    results.write_json(path, found)
     return found
 
 

@@ -33,16 +33,23 @@ def check_new_folder(flag: str, folder: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A folder beside `folder` to write in, which takes its place unless something fails."""
-    folder = folder.resolve()
+def draft_beside(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """An empty folder beside `folder` to write in; what was not moved is deleted in the end."""
     draft = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     try:
         yield draft
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder to write in, which takes the place of `folder` unless something fails."""
+    folder = folder.resolve()
+    with draft_beside(folder) as draft:
+        yield draft
         if folder.exists():
             folder.rmdir()
         draft.rename(folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)

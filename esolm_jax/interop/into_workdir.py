@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-import shutil
 from collections.abc import Callable
 
 import jax
@@ -161,10 +160,8 @@ def write(
     leaves no half of it. `save` gets the checkpoints, and a folder for files of its own that is
     deleted in the end."""
     workdir = workdir.resolve()
-    draft = workdir.with_name(f".{workdir.name}.converting")
-    shutil.rmtree(draft, ignore_errors=True)
-    (draft / "tokenizer").mkdir(parents=True)
-    try:
+    with results.draft_beside(workdir) as draft:
+        (draft / "tokenizer").mkdir()
         tokenizer.save(draft / "tokenizer")
         results.write_json(draft / "config.json", meta["config"])
         checkpoints = checkpoint.Checkpoints(draft, keep_last=1, keep_best=0)
@@ -173,5 +170,3 @@ def write(
         workdir.mkdir(parents=True, exist_ok=True)
         for name in ("tokenizer", "config.json", checkpoint.FOLDER):
             (draft / name).rename(workdir / name)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)

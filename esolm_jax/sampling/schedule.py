@@ -120,10 +120,10 @@ def _then_left_to_right(positions: np.ndarray, sizes: np.ndarray) -> Row:
     return order.astype(np.int32), sizes, n
 
 
-def _ancestral(seed, positions, alpha_0: float, num_steps: int) -> Row:
-    rng = seed.of_row()
+def _ancestral(rng, seed, number: int, positions, alpha_0: float, num_steps: int) -> Row:
+    """Draws from `rng`, and the sizes of steps from the seed's generator of this number."""
     if num_steps:
-        sizes = ancestral_sizes(seed.of_sizes(len(positions)), len(positions), alpha_0, num_steps)
+        sizes = ancestral_sizes(seed.of_sizes(number), len(positions), alpha_0, num_steps)
     else:
         sizes = np.ones(rng.binomial(len(positions), alpha_0), np.int32)
     return _then_left_to_right(rng.permutation(positions), sizes)
@@ -134,9 +134,12 @@ def ancestral(canvas: Canvas, alpha_0: float, num_steps: int) -> Schedule:
 
     `num_steps` = 0 means one token per step: n ~ Binomial(L, α₀) diffusion tokens.
     """
-    return of_rows(
-        canvas, lambda b, unknown: _ancestral(canvas.seeds[b], unknown, alpha_0, num_steps)
-    )
+
+    def row(b, unknown) -> Row:
+        seed = canvas.seeds[b]
+        return _ancestral(seed.of_row(), seed, len(unknown), unknown, alpha_0, num_steps)
+
+    return of_rows(canvas, row)
 
 
 def strided(canvas: Canvas, alpha_0: float, num_steps: int, *, shuffle: bool) -> Schedule:
@@ -165,16 +168,13 @@ def blockwise(canvas: Canvas, block_length: int, alpha_0: float, num_steps: int)
     blocks = -(-canvas.token.shape[1] // block_length)
 
     def row(b, unknown) -> Row:
-        rng, orders, all_sizes, n = canvas.seeds[b].of_row(), [], [], 0
+        seed, orders, all_sizes, n = canvas.seeds[b], [], [], 0
+        rng = seed.of_row()
         for block in range(blocks):
             here = unknown[unknown // block_length == block]
-            steps = num_steps // blocks + (block < num_steps % blocks)
-            if num_steps:
-                of_sizes = canvas.seeds[b].of_sizes(len(here) + block * len(unknown))
-                sizes = ancestral_sizes(of_sizes, len(here), alpha_0, max(1, steps))
-            else:
-                sizes = np.ones(rng.binomial(len(here), alpha_0), np.int32)
-            order, sizes, n_here = _then_left_to_right(rng.permutation(here), sizes)
+            steps = num_steps and max(1, num_steps // blocks + (block < num_steps % blocks))
+            number = len(here) + block * len(unknown)
+            order, sizes, n_here = _ancestral(rng, seed, number, here, alpha_0, steps)
             if n_here:
                 n = sum(map(len, orders)) + n_here
             orders.append(order)
