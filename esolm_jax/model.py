@@ -130,22 +130,38 @@ def _rms_norm(size: int, config: ModelConfig, rngs):
     return nnx.RMSNorm(size, epsilon=config.norm_eps, dtype=jnp.float32, rngs=rngs)
 
 
-def _norm(config: ModelConfig, rngs):
-    if config.style == "llama":
-        return _rms_norm(config.width, config, rngs)
-    return nnx.LayerNorm(
-        config.width,
-        epsilon=config.norm_eps,
-        use_bias=config.style == "gpt2",
-        use_fast_variance=False,
-        dtype=jnp.float32,
-        rngs=rngs,
-    )
+def over_rms(config: ModelConfig, x):
+    """x / √(mean(x²) + ε) over the last axis."""
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + config.norm_eps)
 
 
-def _modulate(h, shift, scale, dtype):
-    """adaLN: h · (1 + scale) + shift, rounded to the compute dtype once."""
-    return (h * (1 + scale) + shift).astype(dtype)
+def standardise(config: ModelConfig, h):
+    """What LayerNorm, or RMSNorm, does before its scale and bias: float32."""
+    h = h.astype(jnp.float32)
+    if config.style != "llama":
+        h = h - h.mean(axis=-1, keepdims=True)
+    return over_rms(config, h)
+
+
+class Norm(nnx.Module):
+    """LayerNorm or RMSNorm, and adaLN: (n · g + b) · (1 + scale) + shift of the standardised h, n.
+
+    The vectors are multiplied first: that is a pass less over the tokens, and in the backward pass
+    one sum over them less.
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = config
+        shape = (config.width,)
+        self.scale = nnx.Param(nnx.initializers.ones(rngs.params(), shape))
+        has_bias = config.style == "gpt2"
+        self.bias = nnx.Param(_zeros(rngs.params(), shape)) if has_bias else None
+
+    def __call__(self, h_BTD, shift, scale):
+        by = self.scale[...][None, None] * (1 + scale)
+        if self.bias is not None:
+            shift = self.bias[...][None, None] * (1 + scale) + shift
+        return (standardise(self.config, h_BTD) * by + shift).astype(self.config.dtype)
 
 
 def _dropout(key, rate: float, h):
@@ -259,13 +275,13 @@ class Block(nnx.Module):
         bias = c.style in ("dit", "gpt2")
         per_group = c.heads // c.groups + 2  # its queries, key and value
         gates = 2 if c.style == "llama" else 1
-        self.attention_norm = _norm(c, rngs)
+        self.attention_norm = Norm(c, rngs)
         heads = c.groups, per_group, c.head_width
         self.qkv = _linear(c.width, *heads, name="qkv", bias=c.qkv_bias, **how)
         self.attention_out = _linear(
             c.heads * c.head_width, c.width, name="attention_out", bias=c.style == "gpt2", **how
         )
-        self.mlp_norm = _norm(c, rngs)
+        self.mlp_norm = Norm(c, rngs)
         self.mlp_in = _linear(c.width, gates, c.inner, name="mlp_in", bias=bias, **how)
         self.mlp_out = _linear(c.inner, c.width, name="mlp_out", bias=bias, **how)
         self.modulation = Modulation(c, 6, mesh, rngs)
@@ -276,10 +292,10 @@ class Block(nnx.Module):
         """Normed, modulated h → rotated queries [B, H, T, K] and keys, and values [B, G, T, K]; of
         each batch."""
         shift, scale, *_ = modulation
-        normed = [_modulate(self.attention_norm(h), shift, scale, self.config.dtype) for h in hs]
+        normed = tuple(self.attention_norm(h, shift, scale) for h in hs)
         return [
             self._heads(checkpoint_name(qkv, "qkv"), angle)
-            for qkv, angle in zip(self.qkv(tuple(normed)), angles, strict=True)
+            for qkv, angle in zip(self.qkv(normed), angles, strict=True)
         ]
 
     def _heads(self, qkv_BTGRK, angles):
@@ -297,7 +313,7 @@ class Block(nnx.Module):
         """Residual of the attention [B, H, T, K], then of the MLP; of each batch."""
         _, _, gate, mlp_shift, mlp_scale, mlp_gate = modulation
         keys = [(None, None) if key is None else jax.random.split(key) for key in keys]
-        rate, dtype = self.config.dropout, self.config.dtype
+        rate = self.config.dropout
         flat = [jnp.moveaxis(a, 1, 2) for a in attended]
         flat = [a.reshape(*a.shape[:2], -1) for a in flat]
         outs = [checkpoint_name(o, "attention_out") for o in self.attention_out(tuple(flat))]
@@ -305,8 +321,8 @@ class Block(nnx.Module):
             h + gate * _dropout(key, rate, out)
             for h, out, (key, _) in zip(hs, outs, keys, strict=True)
         ]
-        normed = [_modulate(self.mlp_norm(h), mlp_shift, mlp_scale, dtype) for h in hs]
-        inner = [checkpoint_name(i, "mlp_in") for i in self.mlp_in(tuple(normed))]
+        normed = tuple(self.mlp_norm(h, mlp_shift, mlp_scale) for h in hs)
+        inner = [checkpoint_name(i, "mlp_in") for i in self.mlp_in(normed)]
         # Its input is all that is kept of it: the rest costs more to store than to compute again.
         active = jax.checkpoint(functools.partial(activate, self.config))
         outs = self.mlp_out(tuple(active(i) for i in inner))
@@ -332,7 +348,7 @@ class Transformer(nnx.Module):
         self.time = TimeEmbedding(config, rngs) if config.cond_width else None
         make = nnx.vmap(lambda rngs: Block(config, mesh, rngs), in_axes=0, out_axes=0)
         self.blocks = make(rngs.split(config.blocks))
-        self.final_norm = _norm(config, rngs)
+        self.final_norm = Norm(config, rngs)
         self.final_modulation = Modulation(config, 2, mesh, rngs)
         self.logits = Linear(
             config.width,
@@ -402,7 +418,7 @@ class Transformer(nnx.Module):
         if predict is not None:
             hs = [h[:, at : at + n] for h, (at, n) in zip(hs, predict, strict=True)]
         shift, scale = self.final_modulation(cond_BC)
-        hs = tuple(_modulate(self.final_norm(h), shift, scale, config.dtype) for h in hs)
+        hs = tuple(self.final_norm(h, shift, scale) for h in hs)
         return self.logits(hs) if head else hs
 
     def _embed(self, batches):

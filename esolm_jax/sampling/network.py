@@ -227,15 +227,8 @@ def _embed(network, window):
 
 
 def _norm(config, h_BWD):
-    """LayerNorm or RMSNorm without its scale, which is in the weights; float32 inside."""
-    h = h_BWD.astype(jnp.float32)
-    if config.style != "llama":
-        h = h - h.mean(axis=-1, keepdims=True)
-    return _rms_norm(config, h).astype(config.dtype)
-
-
-def _rms_norm(config, x):
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + config.norm_eps)
+    """The model's, whose scale and bias are in the weights."""
+    return model_lib.standardise(config, h_BWD).astype(config.dtype)
 
 
 def _linear(block, name, h_BWD):
@@ -251,7 +244,7 @@ def _heads(config, block, normed, angles):
     qk, v = qkv_BGRWK[:, :, :-1], qkv_BGRWK[:, :, -1]
     if "qk_norm_scale" in block:
         scale = block["qk_norm_scale"][None, None, :, None]
-        qk = (_rms_norm(config, qk.astype(jnp.float32)) * scale).astype(qk.dtype)
+        qk = (model_lib.over_rms(config, qk.astype(jnp.float32)) * scale).astype(qk.dtype)
     if angles is not None:
         angles = [part[:, None] for part in angles]
     rotated = model_lib.rotate(qk, angles)
