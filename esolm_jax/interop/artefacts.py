@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import gc
 import math
 import pathlib
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ import numpy as np
 
 from esolm_jax.interop import (
     exported_sampler,
+    memory,
     parity,
     plain,
     safetensors_file,
@@ -72,7 +72,7 @@ class Source:
             yield found
         finally:
             found.clear()
-            gc.collect()
+            memory.release()
 
     def texts(self, weights: dict) -> parity.Texts:
         network = plain.to_network(self.model, weights)
@@ -98,54 +98,51 @@ def _entry(source: Source, part: str, file: str, runtime: str, found: dict, suff
     return entry | ({"note": note} if note else {})
 
 
-def _check(source: Source, greedy: parity.Greedy, functions: dict) -> dict[str, dict]:
-    """What was measured of score and step, by part. `functions`: of numpy arrays, by part."""
-    found, about = {}, source.plan.about
-    args = source.batches, source.logits
-    if score := functions.get("score"):
-        found["score"] = {"max_logit_error": parity.score_error(score, *args)}
-        if not about["cached"]:
-            found["score"]["greedy_identical"] = greedy.is_from(score)
-    if step := functions.get("step"):
-        found["step"] = {"max_logit_error": parity.step_error(step, about["cache"], *args)}
-        if about["cached"]:
-            found["step"]["greedy_identical"] = greedy.is_from(step)
+def _measure(source: Source, greedy: parity.Greedy, part: str, function) -> dict:
+    """The parity of score or step, as a function of numpy arrays."""
+    about, args = source.plan.about, (source.batches, source.logits)
+    if part == "score":
+        found = {"max_logit_error": parity.score_error(function, *args)}
+    else:
+        found = {"max_logit_error": parity.step_error(function, about["cache"], *args)}
+    if about["cached"] == (part == "step"):
+        found["greedy_identical"] = greedy.is_from(function)
     return found
 
 
 def of_numpy(source: Source, greedy: parity.Greedy) -> list[dict]:
     """The weights under plain names, as shipped/plain_transformer.py runs them."""
-    weights = plain_transformer.read_safetensors(source.folder / WEIGHTS)
-    functions = {
-        part: functools.partial(getattr(plain_transformer, part), weights, source.network)
-        for part in source.parts
-        if part != "sample"
-    }
-    found = _check(source, greedy, functions)
-    return [_entry(source, part, WEIGHTS, "numpy", found[part]) for part in functions]
+    weights, entries = plain_transformer.read_safetensors(source.folder / WEIGHTS), []
+    for part in source.parts:
+        if part == "sample":
+            continue
+        function = functools.partial(getattr(plain_transformer, part), weights, source.network)
+        found = _measure(source, greedy, part, function)
+        entries.append(_entry(source, part, WEIGHTS, "numpy", found))
+    return entries
 
 
 def of_stablehlo(source: Source, greedy: parity.Greedy, weights: dict) -> list[dict]:
     """<part>.stablehlo of every part."""
-    makers, runs = stablehlo.functions(source.network), {}
-    s = source.config.sample
+    makers, entries, s = stablehlo.functions(source.network), [], source.config.sample
     makers["sample"] = exported_sampler.make(
         source.network, source.plan, top_k=s.top_k, top_p=s.top_p
     )
-    for part in source.parts:
-        content = stablehlo.serialize(makers[part], source.signature(part), source.shapes)
-        path = source.folder / f"{part}.stablehlo"
-        path.write_bytes(content)
-        runs[part] = functools.partial(run_stablehlo.load(path), weights)
-    sample = runs.pop("sample", None)
-    found = _check(source, greedy, runs)
-    if sample:
-        found["sample"] = parity.sampler_agrees(sample, source.texts(weights))
     platforms = "/".join(stablehlo.PLATFORMS)
     runtime = (
         f"jax {jax.__version__} (jax.export) for {platforms}; first input: the weights by name"
     )
-    return [_entry(source, part, f"{part}.stablehlo", runtime, found[part]) for part in found]
+    for part in source.parts:
+        path = source.folder / f"{part}.stablehlo"
+        path.write_bytes(stablehlo.serialize(makers[part], source.signature(part), source.shapes))
+        run = functools.partial(run_stablehlo.load(path), weights)
+        if part == "sample":
+            found = parity.sampler_agrees(run, source.texts(weights))
+        else:
+            found = _measure(source, greedy, part, run)
+        entries.append(_entry(source, part, path.name, runtime, found))
+        memory.release()
+    return entries
 
 
 def of_onnx(source: Source, greedy: parity.Greedy) -> list[dict]:
@@ -166,7 +163,8 @@ def of_onnx(source: Source, greedy: parity.Greedy) -> list[dict]:
         onnx_graph.save(onnx_graph.build(weights, source.network, source.signature(part)), path)
         run = run_onnx.load(path, options)
         function = run if part == "step" else lambda *labels, run=run: run(*labels)[0]
-        found = _check(source, greedy, {part: function})
-        entries.append(_entry(source, part, path.name, runtime, found[part], suffix="_out"))
+        found = _measure(source, greedy, part, function)
+        entries.append(_entry(source, part, path.name, runtime, found, suffix="_out"))
         del run, function
+        memory.release()
     return entries

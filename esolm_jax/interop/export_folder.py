@@ -1,13 +1,10 @@
 """A workdir → a folder of artefacts that run without esolm_jax, each checked, and a manifest."""
 
 import dataclasses
-import gc
 import hashlib
 import importlib.resources
 import importlib.util
 import pathlib
-
-import jax
 
 import esolm_jax
 from esolm_jax import assemble, results
@@ -16,6 +13,7 @@ from esolm_jax.data.tokenizer import load_tokenizer
 from esolm_jax.errors import UserError
 from esolm_jax.interop import (
     artefacts,
+    memory,
     out_of_workdir,
     parity,
     plain,
@@ -154,12 +152,11 @@ def _no_published_names(config) -> str:
 
 def _write_artefacts(source: Source, wanted: Wanted) -> list[dict]:
     entries = []
-    gc.collect()  # what is left of the parameters
+    memory.release()  # what is left of the parameters
     with source.weights() as weights:
         greedy = parity.Greedy.of(source.texts(weights))
         if "stablehlo" in wanted.formats:
             entries += artefacts.of_stablehlo(source, greedy, weights)
-    jax.clear_caches()
     if "onnx" in wanted.formats:
         entries += artefacts.of_onnx(source, greedy)
     return artefacts.of_numpy(source, greedy) + entries

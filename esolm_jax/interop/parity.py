@@ -10,7 +10,7 @@ import numpy as np
 
 from esolm_jax import model as model_lib
 from esolm_jax.errors import UserError
-from esolm_jax.interop import plain
+from esolm_jax.interop import memory, plain
 from esolm_jax.interop.sampling_plan import Plan
 from esolm_jax.interop.shipped import decode_loop
 from esolm_jax.labels import Tokens
@@ -47,7 +47,9 @@ def examples(model: model_lib.ModelConfig, length: int) -> list[Tokens]:
 def trained_logits(model: model_lib.ModelConfig, params: dict, batches: list[Tokens]):
     """What the model in training gives, float32, for each batch."""
     apply = jax.jit(model_lib.bind(plain.in_float32(model)))
-    return [np.asarray(apply(params, tokens)) for tokens in batches]
+    found = [np.asarray(apply(params, tokens)) for tokens in batches]
+    memory.release()
+    return found
 
 
 def labels(tokens: Tokens, low: int = 0, high: int | None = None) -> tuple[np.ndarray, ...]:
@@ -125,7 +127,7 @@ class Greedy:
         for batch in BATCHES:
             order, num_diffusion = decode_loop.draw_orders(rng, plan, batch)
             cases.append((order, num_diffusion, texts.of(order, num_diffusion)))
-            jax.clear_caches()  # a program on a CPU holds the weights once more, packed for it
+            memory.release()
         return cls(plan, cases)
 
     def is_from(self, run) -> bool:
@@ -143,15 +145,18 @@ class Greedy:
 
 def sampler_agrees(sample, texts: Texts) -> dict[str, bool]:
     """Whether its texts are ours, of the same keys and orders: greedy, and at temperature 1."""
-    agrees = {"greedy_identical": True, "sampled_identical": True}
+    temperatures = {"greedy_identical": 0.0, "sampled_identical": 1.0}
+    agrees = dict.fromkeys(temperatures, True)
     for batch in BATCHES:
         rows = np.arange(batch, dtype=np.uint32)
         keys = jax.random.key_data(jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), rows))
-        for name, temperature in zip(agrees, (0.0, 1.0), strict=True):
-            text, order, num_diffusion = sample(keys, np.float32(temperature))
-            sizes = texts.plan.sizes
+        found = {name: sample(keys, np.float32(t)) for name, t in temperatures.items()}
+        memory.release()
+        for name, (text, order, num_diffusion) in found.items():
+            temperature, sizes = temperatures[name], texts.plan.sizes
             ours = texts.of(order, num_diffusion, keys, sizes=sizes, temperature=temperature)
             agrees[name] &= np.array_equal(text, ours)
+            memory.release()
     return agrees
 
 
