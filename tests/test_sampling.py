@@ -12,7 +12,7 @@ import toy
 from esolm_jax.errors import UserError
 from esolm_jax.sampling import decode, network, passes, schedule
 from esolm_jax.sampling.canvas import Canvas, Seed
-from esolm_jax.sampling.choose import Choice, gumbel, keep_top_k, nucleus
+from esolm_jax.sampling.choose import Choice, gumbel, keep_top_k, keys_of, nucleus
 from esolm_jax.sampling.schedule import Schedule
 
 KEY = jax.random.key(0)
@@ -165,9 +165,10 @@ def test_a_row_depends_neither_on_the_batch_size_nor_on_the_other_rows():
 
 def test_noise_is_keyed_by_row_and_position_alone():
     rows = jax.vmap(jax.random.fold_in, (None, 0))(KEY, jnp.arange(3))
-    noise = gumbel(rows, jnp.array([[4, 0], [1, 4], [4, 4]]), 5)
+    noise = gumbel(keys_of(rows, jnp.array([[4, 0], [1, 4], [4, 4]])), 5)
     np.testing.assert_array_equal(noise[2, 0], noise[2, 1])
-    np.testing.assert_array_equal(gumbel(rows[1:2], jnp.array([[4]]), 5)[0, 0], noise[1, 1])
+    alone = gumbel(keys_of(rows[1:2], jnp.array([[4]])), 5)
+    np.testing.assert_array_equal(alone[0, 0], noise[1, 1])
     assert (noise[0, 0] != noise[0, 1]).all()
     assert (noise[0, 0] != noise[1, 1]).all()
 
@@ -239,13 +240,14 @@ def test_noise_reaches_beyond_float32_uniforms():
     nearest to 1."""
     largest_low = -np.log(-np.log(np.float64(np.nextafter(np.float32(1), np.float32(0)))))
     assert largest_low < 16.7
-    noise = gumbel(KEY[None], jnp.array([[6_946_646]]), 8)  # found by search
+    noise = gumbel(keys_of(KEY[None], jnp.array([[6_946_646]])), 8)  # found by search
     assert float(noise.max()) > 17.8
 
 
 def test_tail_of_the_noise_is_not_on_a_grid():
     """exp(−noise) is the distance of the uniform from 1, in mode='low' a multiple of 2⁻²⁴."""
-    noise = np.asarray(gumbel(KEY[None], jnp.arange(2**14)[None], 64), np.float64).ravel()
+    keys = keys_of(KEY[None], jnp.arange(2**14)[None])
+    noise = np.asarray(gumbel(keys, 64), np.float64).ravel()
     tail = np.exp(-noise[noise > 10]) * 2**24
     assert 20 < len(tail) < 100
     off_grid = np.abs(tail - np.round(tail))

@@ -69,7 +69,7 @@ def _pick(logits, position, *, row_keys, temperature, mask_id, top_k, top_p):
     drawn = logits / jnp.where(temperature > 0, temperature, 1.0)
     drawn = choose.keep_top_k(drawn, top_k) if top_k else drawn
     drawn = choose.nucleus(drawn, top_p) if top_p < 1 else drawn
-    drawn = drawn + choose.gumbel(row_keys, position, logits.shape[-1])
+    drawn = drawn + choose.gumbel(choose.keys_of(row_keys, position), logits.shape[-1])
     return choose.argmax(jnp.where(temperature > 0, drawn, logits))
 
 

@@ -18,7 +18,7 @@ from esolm_jax.model import ModelConfig
 
 SLOTS, FEW_SLOTS = 64, 8  # caches are of multiples of these, so that parts of them are alike
 PREFIXES = 8
-FEW = 16  # queries of a group of heads: for more of them a CPU is faster at matrix products
+FEW = 8  # queries of a group of heads: for more of them a CPU is faster at matrix products
 
 
 @flax.struct.dataclass
@@ -41,6 +41,7 @@ class Cache:
         return [*range(unit, slots, unit), slots]
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def empty_cache(config: ModelConfig, batch: int, slots: int, mesh: Mesh | None = None) -> Cache:
     """A cache for B = `batch` rows of at least `slots`, a window's margin included; the rows lie on
     the mesh as their tokens do."""

@@ -30,9 +30,9 @@ def keep_top_k(logits_BPV, top_k: int):
     return jnp.where(logits_BPV >= kth, logits_BPV, -jnp.inf)
 
 
-def _keys(row_keys_B, position_BP, purpose: int):
-    """One key for each row, text position and purpose: a token's draw depends neither on its
-    neighbours in the batch nor on the schedule."""
+def keys_of(row_keys_B, position_BP, purpose: int = TOKEN):
+    """[B, P]: one key for each row, text position and purpose, so that a token's draw depends
+    neither on its neighbours in the batch nor on the schedule."""
 
     def one(row_key, position):
         key = jax.random.fold_in(row_key, position)
@@ -41,8 +41,8 @@ def _keys(row_keys_B, position_BP, purpose: int):
     return jax.vmap(jax.vmap(one, (None, 0)))(row_keys_B, position_BP)
 
 
-def gumbel(row_keys_B, position_BP, vocab_size: int, purpose: int = TOKEN):
-    """Standard Gumbel noise float32 [B, P, V], keyed by row and text position alone.
+def gumbel(keys_BP, vocab_size: int):
+    """Standard Gumbel noise float32 [B, P, V], of the keys alone.
 
     `mode='high'`: plain float32 noise cuts the tails off, which lowers the temperature unseen.
     """
@@ -50,16 +50,16 @@ def gumbel(row_keys_B, position_BP, vocab_size: int, purpose: int = TOKEN):
     def one(key):
         return jax.random.gumbel(key, (vocab_size,), jnp.float32, mode="high")
 
-    return jax.vmap(jax.vmap(one))(_keys(row_keys_B, position_BP, purpose))
+    return jax.vmap(jax.vmap(one))(keys_BP)
 
 
-def log_uniform(row_keys_B, position_BP):
+def log_uniform(keys_BP):
     """Logarithms of uniform draws, float32 [B, P]: minus an exponential, exact in both tails."""
 
     def one(key):
         return -jnp.exp(-jax.random.gumbel(key, (), jnp.float32, mode="high"))
 
-    return jax.vmap(jax.vmap(one))(_keys(row_keys_B, position_BP, ACCEPT))
+    return jax.vmap(jax.vmap(one))(keys_BP)
 
 
 def argmax(x_BPV):
@@ -93,7 +93,7 @@ class Choice:
         return argmax(filtered)
 
     def noise(self, row_keys_B, position_BP, vocab_size):
-        return gumbel(row_keys_B, position_BP, vocab_size)
+        return gumbel(keys_of(row_keys_B, position_BP), vocab_size)
 
     def log_probs(self, logits_BPV):
         """float32 [B, P, V]: of the distribution that tokens are drawn from."""

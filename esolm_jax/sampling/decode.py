@@ -168,8 +168,14 @@ def _reveal(state: State, passes, i, slot, keep, chosen, logits, eos_id) -> Stat
 
 def row_keys(seeds) -> jax.Array:
     """One key a row, from its Seed alone."""
-    batch, row = (jnp.array([getattr(s, n) for s in seeds], jnp.uint32) for n in ("batch", "row"))
-    return jax.vmap(lambda b, r: jax.random.fold_in(jax.random.key(b), r))(batch, row)
+    batch, row = (np.array([getattr(s, n) for s in seeds], np.uint32) for n in ("batch", "row"))
+    return _row_keys(batch, row)
+
+
+@jax.jit
+@jax.vmap
+def _row_keys(batch, row):
+    return jax.random.fold_in(jax.random.key(batch), row)
 
 
 def start_state(network: Network, passes: Passes, margin: int, mesh, *, with_logits, cached):

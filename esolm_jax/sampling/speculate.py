@@ -29,7 +29,16 @@ import numpy as np
 from esolm_jax.sampling import cache as cache_lib
 from esolm_jax.sampling import decode as decode_lib
 from esolm_jax.sampling import network as network_lib
-from esolm_jax.sampling.choose import RESIDUAL, Choice, argmax, gumbel, log_uniform
+from esolm_jax.sampling.choose import (
+    ACCEPT,
+    RESIDUAL,
+    TOKEN,
+    Choice,
+    argmax,
+    gumbel,
+    keys_of,
+    log_uniform,
+)
 from esolm_jax.sampling.decode import NEVER, UNREAD, Decoded, State
 from esolm_jax.sampling.network import Network, Window
 from esolm_jax.sampling.passes import Passes, leftmost
@@ -123,7 +132,7 @@ def _verify(choice: Choice, s: Speculation, exact, token, position, keys):
     of_draft = token[:, :n, None]
     log_q = s.log_q[:, :n]
     p, q = (jnp.take_along_axis(a, of_draft, axis=2)[..., 0] for a in (log_p[:, :n], log_q))
-    passed = is_draft & (log_uniform(keys, position[:, :n]) <= p - q)
+    passed = is_draft & (log_uniform(_keys_at(keys[ACCEPT], position[:, :n])) <= p - q)
     accepted = jnp.cumprod(passed.astype(jnp.int32), axis=1).sum(axis=1)
     log_p = log_p[batch, accepted]
     rejected = accepted < s.drafted
@@ -135,15 +144,17 @@ def _verify(choice: Choice, s: Speculation, exact, token, position, keys):
     return accepted, jnp.where(rejected[:, None], log_rest, log_p), rejected
 
 
-def _draw(choice: Choice, log_p, position, keys, rejected=None):
-    """int32 [B, P], with noise of its own where a draft was rejected."""
-    if choice.temperature == 0:
-        return argmax(log_p)
-    noise = gumbel(keys, position, log_p.shape[-1])
-    if rejected is not None:
-        again = gumbel(keys, position, log_p.shape[-1], RESIDUAL)
-        noise = jnp.where(rejected[:, None, None], again, noise)
-    return argmax(log_p + noise)
+def _keys_at(keys_BL, position_BP):
+    return keys_BL[jnp.arange(len(keys_BL))[:, None], position_BP]
+
+
+def _draw(choice: Choice, log_p, position, keys, rejected):
+    """int32 [B, P]; with other noise for the first where a draft was rejected."""
+    if choice.temperature > 0:
+        is_again = rejected[:, None] & (jnp.arange(position.shape[1])[None] == 0)
+        of_again, of_token = (_keys_at(keys[purpose], position) for purpose in (RESIDUAL, TOKEN))
+        log_p = log_p + gumbel(jnp.where(is_again, of_again, of_token), log_p.shape[-1])
+    return argmax(log_p)
 
 
 def _one_pass(network, passes, s: Speculation, keys, choice, style, k, most, length):
@@ -156,22 +167,16 @@ def _one_pass(network, passes, s: Speculation, keys, choice, style, k, most, len
         here = jnp.arange(k)[None] == s.drafted[:, None]
         exact = jnp.where(here[..., None], exact[:, n:], exact)
     accepted, log_p, rejected = _verify(choice, s, exact, token, position, keys)
-    at = jnp.take_along_axis(position, accepted[:, None], axis=1)
-    fresh = _draw(choice, log_p[:, None], at, keys, rejected)
     count = s.count + accepted + 1
-    # The drafts behind it.
     group = 0 if style == "chain" else accepted
     log_q = choice.log_probs(drafts[batch, group])
-    behind = count[:, None] + jnp.arange(n)[None]
-    there = jnp.take_along_axis(
-        passes.order, jnp.minimum(behind, passes.order.shape[1] - 1), axis=1
-    )
-    draft = _draw(choice, log_q, there, keys)
+    # The token after those that stand, and new drafts.
+    to = count[:, None] - 1 + jnp.arange(k)[None]
+    there = jnp.take_along_axis(passes.order, jnp.minimum(to, passes.order.shape[1] - 1), axis=1)
+    tokens = _draw(choice, jnp.concatenate([log_p[:, None], log_q], axis=1), there, keys, rejected)
     more = jnp.minimum(s.reach - 1, n)
     if style == "chain":
         more = jnp.where(rejected, 0, more)
-    tokens = jnp.concatenate([fresh, draft], axis=1)
-    to = count[:, None] - 1 + jnp.arange(k)[None]
     state = s.state.replace(
         known=decode_lib.put(s.state.known, tokens, to, to < length[:, None]),
         cache=cache_lib.write(
@@ -203,7 +208,12 @@ def _filled_up(array, size: int):
     static_argnames=("choice", "style", "sizes", "eos_id"),
     donate_argnames="s",
 )
-def _run(network, passes, s, keys, length, lowest_left, *, choice, style, sizes, eos_id):
+def _run(network, passes, s, row_keys, length, lowest_left, *, choice, style, sizes, eos_id):
+    # Before the loop: on a CPU one key costs as much as a thousand.
+    batch, slots = passes.order.shape
+    position = jnp.broadcast_to(jnp.arange(slots)[None], (batch, slots))
+    keys = {p: keys_of(row_keys, position, p) for p in (TOKEN, ACCEPT, RESIDUAL)}
+
     def one_pass(s: Speculation):
         before = s.count
         common = dict(choice=choice, style=style, most=sizes[-1], length=length)
