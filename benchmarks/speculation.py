@@ -24,15 +24,22 @@ WAYS += [(style, k, False) for style in ("chain", "staircase") for k in (2, 3, 4
 WAYS += [("chain", k, False) for k in (6, 8, 12)] + [("chain", 12, True)]
 
 
-def timed(generator: Generator, network, mesh, repeats: int) -> dict:
-    """Median seconds of a run, its passes and acceptance."""
-    jax.block_until_ready(generator.run(network, mesh=mesh, dry_run=True)[0])
-    seconds = []
+def timed(generators: list[Generator], network, mesh, repeats: int) -> list[dict]:
+    """Of each, taking turns: median seconds of a run, its passes and acceptance."""
+    for generator in generators:
+        jax.block_until_ready(generator.run(network, mesh=mesh, dry_run=True)[0])
+    seconds, found = [[] for _ in generators], [None] * len(generators)
     for _ in range(repeats):
-        begin = time.perf_counter()
-        decoded, counts = generator.run(network, mesh=mesh)
-        jax.block_until_ready(decoded)
-        seconds.append(time.perf_counter() - begin)
+        for i, generator in enumerate(generators):
+            begin = time.perf_counter()
+            found[i] = generator.run(network, mesh=mesh)
+            jax.block_until_ready(found[i][0])
+            seconds[i].append(time.perf_counter() - begin)
+    return [_row(*each) for each in zip(generators, seconds, found, strict=True)]
+
+
+def _row(generator: Generator, seconds: list[float], found) -> dict:
+    decoded, counts = found
     nfe = passes_run(generator, decoded)
     tested, accepted = (np.array(counts.get(name, [])) for name in ("tested", "accepted"))
     return {
@@ -52,18 +59,19 @@ def measure(workdir: pathlib.Path, num: int, repeats: int) -> dict:
     network = fold(trained.built.model, trained.params, mesh)
     rows = []
     for alpha_0 in ALPHAS:
-        plain = None
+        generators = []
         for style, k, adaptive in WAYS:
             with config.unlocked():
                 config.alpha_0, config.sample.speculate = alpha_0, k
                 config.sample.speculate_adaptive = adaptive
                 config.sample.speculate_style = "chain" if style == "plain" else style
             canvas = Canvas.empty(num, config.data.seq_len)
-            generator = Generator.of(config, canvas, trained.built.special)
-            row = timed(generator, network, mesh, repeats)
-            plain = plain or row["seconds"]
+            special = trained.built.special
+            generators.append(Generator.of(config.copy_and_resolve_references(), canvas, special))
+        found = timed(generators, network, mesh, repeats)
+        for (style, k, adaptive), row in zip(WAYS, found, strict=True):
             row |= {"alpha_0": alpha_0, "style": style, "k": k, "adaptive": adaptive}
-            rows.append(row | {"speedup": plain / row["seconds"]})
+            rows.append(row | {"speedup": found[0]["seconds"] / row["seconds"]})
             print({name: row[name] for name in ("alpha_0", "style", "k", "seconds", "nfe")})
     return {"length": config.data.seq_len, "batch": num, "step": trained.step, "rows": rows}
 
@@ -72,8 +80,8 @@ def table(found: dict) -> str:
     text = "# Lossless speculation on a trained model\n\n"
     text += "Made by `python -m benchmarks.speculation`: the quickstart's model (step "
     text += f"{found['step']}), {found['batch']} text(s) of {found['length']} tokens, temperature "
-    text += "1, against one token a pass in the same run. Acceptance is by how far a draft was "
-    text += "behind the last token that stood.\n\n"
+    text += "1, against one token a pass: medians of runs that take turns. Acceptance is by how "
+    text += "far a draft was behind the last token that stood.\n\n"
     head = "α₀", "drafts", "k", "tokens per pass", "seconds", "speed-up", "acceptance"
     rows = []
     for row in found["rows"]:
@@ -88,7 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", type=pathlib.Path, required=True)
     parser.add_argument("--num", type=int, default=1, help="texts in a batch")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=25)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("docs/speculation"))
     arguments = parser.parse_args()
     found = measure(arguments.workdir, arguments.num, arguments.repeats)
