@@ -1,6 +1,5 @@
 """A workdir's weights → safetensors under the published parameter names."""
 
-import gc
 import itertools
 import pathlib
 
@@ -44,7 +43,7 @@ def load(config, workdir: pathlib.Path, weights: str) -> assemble.Trained:
     memory.return_what_is_freed()
     one = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1, "devices": 1})
     trained = assemble.load_trained(config, workdir, weights, sharding.make_mesh(one))
-    gc.collect()  # the restore leaves the last tensor behind, in a cycle
+    memory.release()  # the restore leaves the last tensor behind, in a cycle
     return trained
 
 

@@ -101,7 +101,9 @@ class Texts:
         choice = Choice(mask_id=mask, temperature=temperature, top_p=s.top_p, top_k=s.top_k)
         keys = np.zeros((len(order), 2), np.uint32) if keys is None else keys
         keys = jax.random.wrap_key_data(keys, impl="threefry2x32")
-        return np.asarray(decode.decode(self.network, table, choice, keys).text)
+        text = np.asarray(decode.decode(self.network, table, choice, keys).text)
+        memory.release()  # the program of these shapes, which is not run again
+        return text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +129,6 @@ class Greedy:
         for batch in BATCHES:
             order, num_diffusion = decode_loop.draw_orders(rng, plan, batch)
             cases.append((order, num_diffusion, texts.of(order, num_diffusion)))
-            memory.release()
         return cls(plan, cases)
 
     def is_from(self, run) -> bool:
@@ -156,7 +157,6 @@ def sampler_agrees(sample, texts: Texts) -> dict[str, bool]:
             temperature, sizes = temperatures[name], texts.plan.sizes
             ours = texts.of(order, num_diffusion, keys, sizes=sizes, temperature=temperature)
             agrees[name] &= np.array_equal(text, ours)
-            memory.release()
     return agrees
 
 

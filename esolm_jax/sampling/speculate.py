@@ -97,15 +97,16 @@ def _labels(style: str, k: int, s: Speculation):
     return slot, rank, jnp.asarray(np.concatenate(in_context))[None]
 
 
+def _read(passes: Passes, array, slot):
+    """[B, W]: positions or tokens of these slots; behind the last slot, of the last."""
+    return jnp.take_along_axis(array, jnp.minimum(slot, passes.order.shape[1] - 1), axis=1)
+
+
 def _predict(network, passes: Passes, s: Speculation, style: str, k: int):
     """Runs a pass: logits of what stands or falls [B, k, V], those of drafts [B, groups, n, V]
     (one group in a chain), and what enters the cache."""
     slot, rank, in_context = _labels(style, k, s)
-    slots = passes.order.shape[1]
-    inside = jnp.minimum(slot, slots - 1)
-    position, token = (
-        jnp.take_along_axis(a, inside, axis=1) for a in (passes.order, s.state.known)
-    )
+    position, token = (_read(passes, a, slot) for a in (passes.order, s.state.known))
     is_context = jnp.arange(slot.shape[1])[None] < k
     width = slot.shape[1]
     window = Window(
@@ -161,8 +162,8 @@ def _one_pass(network, passes, s: Speculation, keys, choice, style, k, most, len
     """One pass that yields at most k tokens; `most` is the largest k of all passes."""
     n, batch = k - 1, jnp.arange(len(s.count))
     exact, drafts, new_keys, new_values = _predict(network, passes, s, style, k)
-    slot = jnp.minimum(s.count[:, None] + jnp.arange(k)[None], passes.order.shape[1] - 1)
-    position, token = (jnp.take_along_axis(a, slot, axis=1) for a in (passes.order, s.state.known))
+    slot = s.count[:, None] + jnp.arange(k)[None]
+    position, token = (_read(passes, a, slot) for a in (passes.order, s.state.known))
     if style == "chain":  # the first mask is the query behind the drafts
         here = jnp.arange(k)[None] == s.drafted[:, None]
         exact = jnp.where(here[..., None], exact[:, n:], exact)
@@ -172,7 +173,7 @@ def _one_pass(network, passes, s: Speculation, keys, choice, style, k, most, len
     log_q = choice.log_probs(drafts[batch, group])
     # The token after those that stand, and new drafts.
     to = count[:, None] - 1 + jnp.arange(k)[None]
-    there = jnp.take_along_axis(passes.order, jnp.minimum(to, passes.order.shape[1] - 1), axis=1)
+    there = _read(passes, passes.order, to)
     tokens = _draw(choice, jnp.concatenate([log_p[:, None], log_q], axis=1), there, keys, rejected)
     more = jnp.minimum(s.reach - 1, n)
     if style == "chain":
