@@ -145,7 +145,8 @@ def _published_row(ours: Ours, runs: list[dict]) -> dict:
 
 def run(options) -> dict:
     path = options.out.with_suffix(".json")
-    rows = json.loads(path.read_text())["rows"] if path.exists() else {}
+    before = json.loads(path.read_text()) if path.exists() else {"rows": {}, "published": None}
+    rows = before["rows"]
     load = Load(options.patience)
     limits = sampling_limits.measure(load)
     published = None
@@ -154,9 +155,8 @@ def run(options) -> dict:
     params = {config: sampling_cases.random_params(config) for config in (CONFIG, AR_CONFIG)}
     networks = {config: network.fold(config, of) for config, of in params.items()}
     report = {
-        "command": command(),
         "machine": machine(),
-        "published": published and published.about,
+        "published": published.about if published else before["published"],
         "shapes": {n: getattr(CONFIG, n) for n in "width blocks heads vocab_size dtype".split()},
         "limits": limits,
     }
@@ -170,7 +170,7 @@ def run(options) -> dict:
         per_second = 1e3 / row["ms_per_pass"]
         row["bandwidth_fraction"] = row["bytes_per_pass"] * per_second / limits["bytes_per_second"]
         row["flops_fraction"] = row["flops_per_pass"] * per_second / limits["flops_per_second"]
-        rows[case.name] = row
+        rows[case.name] = row | {"command": command()}
         report |= {"targets": sampling_report.targets(rows), "rows": rows}
         results.write_json(path, report)  # so that little is lost if it ends here
         print(sampling_report.line(case.name, row), flush=True)

@@ -146,7 +146,8 @@ def _notes(report: dict) -> str:
             "Published code: its own samplers (Eso-LM (B) and AR with their KV cache), in one "
             "thread or in all, whichever was faster."
         )
-    return f"{' '.join(parts)}\n\n    {report['command']}"
+    commands = dict.fromkeys(row["command"] for row in rows.values())
+    return f"{' '.join(parts)}\n\n" + "\n".join(f"    {command}" for command in commands)
 
 
 def plot(rows: dict, path: pathlib.Path) -> None:
