@@ -45,7 +45,7 @@ def model_config(config, tokenizer: dict, platform: str) -> model_lib.ModelConfi
         dropout=m.dropout,
         dtype=m.dtype,
         unroll=m.unroll,
-        attention=attention.resolve(m.attention, platform),
+        attention=attention.resolve(m.attention, platform, config.data.seq_len),
         remat=m.remat,
         **{name: m[name] for name in _SIZES},
     )
@@ -85,8 +85,11 @@ def build(config, tokenizer: dict, mesh) -> Built:
     config_lib.validate_mesh(config, mesh.shape)
     platform = mesh.devices.flat[0].platform
     model = model_config(config, tokenizer, platform)
-    if model.attention == "splash" and platform != "tpu":
-        raise UserError(f"config.model.attention='splash': is for TPUs, but these are {platform}s")
+    if attention.ON.get(model.attention, platform) != platform:
+        raise UserError(
+            f"config.model.attention={model.attention!r}: "
+            f"is for {attention.ON[model.attention].upper()}s, but these are {platform.upper()}s"
+        )
     start = tokenizer["mask_id" if config.start_token == "mask" else "bos_id"]
     special = Special(mask=tokenizer["mask_id"], start=start)
     head = Head.of(model, special.mask, mesh, chunk=config.model.loss_chunk)

@@ -1,8 +1,8 @@
 """The one rule of attention, and every way to compute it behind one signature.
 
-dense holds the scores of all pairs: the plain reference. lean is XLA in
-linear memory, for any labels on any device. splash is a block-sparse TPU kernel for labels that
-follow from a layout.
+dense holds the scores of all pairs: the plain reference. lean is XLA in linear memory, for any
+labels on any device. flash are block-sparse GPU kernels for any labels; splash is a block-sparse
+TPU kernel for labels that follow from a layout.
 """
 
 import functools
@@ -15,7 +15,10 @@ from jax.sharding import Mesh
 from esolm_jax import sharding
 from esolm_jax.labels import Layout, Tokens
 
-KINDS = ("dense", "lean", "splash", "splash_interpret")  # the last: splash on a CPU, for tests
+ON = {"flash": "gpu", "splash": "tpu"}  # the platform that a kernel is for
+# The last two: the kernels in Python, on any device, for tests.
+KINDS = ("dense", "lean", "flash", "splash", "flash_interpret", "splash_interpret")
+ONE_BLOCK = 128  # tokens: splash, with blocks of as many, has none to leave out
 MASKED = -1e30  # float32 scores vanish beside it
 
 
@@ -48,11 +51,12 @@ def layout_mask(layout: Layout, q_index: np.ndarray, k_index: np.ndarray) -> np.
         return np.asarray(visible(q_rank, q_in_context, *layout.labels(k_index[None])))
 
 
-def resolve(kind: str, platform: str) -> str:
-    """The kind that "auto" stands for on a platform ("cpu", "gpu", "tpu"); others as they are."""
+def resolve(kind: str, platform: str, length: int) -> str:
+    """The kind that "auto" stands for, for texts of L = `length` on a platform ("cpu", "gpu",
+    "tpu"); others as they are. flash is never chosen: it was not timed on a GPU yet."""
     if kind != "auto":
         return kind
-    return "splash" if platform == "tpu" else "lean"
+    return "splash" if platform == "tpu" and length > ONE_BLOCK else "lean"
 
 
 def attend(
@@ -91,11 +95,17 @@ def attend(
         return _dense(q_BHTK, k_BGSK, v_BGSK, dense_mask(queries, keys))
     # Imported here, for they are built on visible().
     across = None if mesh is None or mesh.shape["sequence"] == 1 else "sequence"
-    if kind == "lean" or queries.layout is None:
+    # A part of the queries does not follow the layout by its own indices.
+    layout = None if across else queries.layout
+    if kind.startswith("flash"):
+        from esolm_jax.attention_flash import flash
+
+        interpret = kind == "flash_interpret"
+        attention = functools.partial(flash, layout=layout, interpret=interpret)
+    elif kind == "lean" or queries.layout is None:
         from esolm_jax.attention_lean import lean
 
-        # A part of the queries does not follow the layout by its own indices.
-        attention = functools.partial(lean, layout=None if across else queries.layout)
+        attention = functools.partial(lean, layout=layout, platform=_platform(mesh))
     else:
         from esolm_jax.attention_splash import splash
 
@@ -105,7 +115,13 @@ def attend(
     if mesh is not None:
         attention = _on_mesh(attention, mesh, across)
     labels = queries.rank, queries.in_context, keys.rank, keys.in_context
-    return attention(q_BHTK, k_BGSK, v_BGSK, *labels)
+    with jax.named_scope("attend"):  # by which pod.report knows its products
+        return attention(q_BHTK, k_BGSK, v_BGSK, *labels)
+
+
+def _platform(mesh: Mesh | None) -> str:
+    """Where attention is to run; it may be compiled elsewhere."""
+    return mesh.devices.flat[0].platform if mesh else jax.default_backend()
 
 
 def _on_mesh(attention, mesh: Mesh, across: str | None):

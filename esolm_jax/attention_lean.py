@@ -1,12 +1,8 @@
 """Attention in linear memory, in plain XLA: for any labels, on any device.
 
-Scores exist for one chunk of queries at a time, in the backward pass again: saved are only q, k, v,
-the result and the log of the softmax's denominator (lse). Short sequences are an unrolled loop over
-chunks, each against the keys that its layout lets it see, cut out; long ones a loop over the
-visible pairs of chunks. All sums are float32.
-
-Shapes: q [B, G, R, T, K] (R query heads share a key/value head), k and v [B, G, S, K]; labels are
-(rank, in_context) [B, T] of the queries, then [B, S] of the keys.
+Scores exist for one chunk of queries at a time, in the backward pass again (attention_vjp.py).
+Short sequences are an unrolled loop over chunks, each against the keys that its layout lets it see,
+cut out; long ones a loop over the visible pairs of chunks. All sums are float32.
 """
 
 import functools
@@ -14,8 +10,8 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 
+from esolm_jax import attention_vjp
 from esolm_jax.attention import MASKED, layout_mask, visible
 from esolm_jax.labels import Layout
 
@@ -24,51 +20,16 @@ UNROLLED = 8 * CHUNK  # the most queries: more are faster in a loop, and in less
 CHUNK_LOOP = 256  # queries, and keys, of a step of the loop
 
 
-def lean(
-    q_BHTK, k_BGSK, v_BGSK, q_rank, q_in_context, k_rank, k_in_context, *, layout: Layout | None
-):
+def lean(q_BHTK, k_BGSK, v_BGSK, *labels, layout: Layout | None, platform: str):
     """attention.attend over these labels; a layout (of queries and keys) says what can be skipped.
 
     Returns [B, H, T, K] in the dtype of v.
     """
-    batch, heads, length, width = q_BHTK.shape
-    groups, dtype = k_BGSK.shape[1], v_BGSK.dtype
-    if jax.default_backend() == "cpu":  # XLA lacks some products of bfloat16 there
+    dtype = v_BGSK.dtype
+    if platform == "cpu":  # XLA lacks some products of bfloat16 there
         q_BHTK, k_BGSK, v_BGSK = (a.astype(jnp.float32) for a in (q_BHTK, k_BGSK, v_BGSK))
-    q = q_BHTK.reshape(batch, groups, heads // groups, length, width)
-    out = _attend(layout, q, k_BGSK, v_BGSK, (q_rank, q_in_context, k_rank, k_in_context))
-    return out.reshape(q_BHTK.shape).astype(dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(layout, q, k, v, labels):
-    return _forward(layout, q, k, v, labels)[0]
-
-
-def _forward(layout, q, k, v, labels):
-    forward = _unrolled_forward if q.shape[3] <= UNROLLED else _loop_forward
-    out, lse = forward(layout, q, k, v, labels)
-    out = checkpoint_name(out.astype(v.dtype), "attention")  # for model.REMAT
-    lse = checkpoint_name(lse, "attention")
-    return out, (q, k, v, labels, out, lse)
-
-
-def _backward(layout, saved, grad):
-    q, k, v, labels, out, lse = saved
-    backward = _unrolled_backward if q.shape[3] <= UNROLLED else _loop_backward
-    along = _sum_last(out.astype(jnp.float32) * grad.astype(jnp.float32))
-    dq, dk_BGKS, dv_BGKS = backward(layout, q, k, v, labels, grad.astype(v.dtype), lse, along)
-    dk, dv = dk_BGKS.swapaxes(2, 3), dv_BGKS.swapaxes(2, 3)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
-
-
-_attend.defvjp(_forward, _backward)
-
-
-def _sum_last(x):
-    """Σ over the last axis; as a product, for XLA's short sums are slow on a CPU."""
-    ones = jnp.ones((x.shape[-1], 1), x.dtype)
-    return jnp.matmul(x, ones, precision=jax.lax.Precision.HIGHEST)[..., 0]
+    way = _SHORT if q_BHTK.shape[2] <= UNROLLED else _LONG
+    return attention_vjp.attend(way, layout, q_BHTK, k_BGSK, v_BGSK, labels).astype(dtype)
 
 
 _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -155,56 +116,20 @@ def _unrolled_backward(layout, q, k, v, labels, grad, lse, along):
             dk = dk.at[..., first:last].add(dk_near[..., part])
             dv = dv.at[..., first:last].add(dv_near[..., part])
             at = part.stop
-    return jnp.concatenate(dqs, axis=3), dk, dv
+    return jnp.concatenate(dqs, axis=3), dk.swapaxes(2, 3), dv.swapaxes(2, 3)
 
 
 # Long: a loop over pairs (chunk of queries, chunk of keys).
 
-
-def _pad(array, axis, **how):
-    widths = [(0, 0)] * array.ndim
-    widths[axis] = (0, -array.shape[axis] % CHUNK_LOOP)
-    return jnp.pad(array, widths, **how)
-
-
-def _padded_labels(labels):
-    """Queries beyond the end repeat the last one (their results and gradients go nowhere); keys
-    beyond it are of a rank that nobody reads."""
-    q_rank, q_in_context, k_rank, k_in_context = labels
-    last = jnp.iinfo(jnp.int32).max
-    return (
-        _pad(q_rank, 1, mode="edge"),
-        _pad(q_in_context, 1, mode="edge"),
-        _pad(k_rank, 1, constant_values=last),
-        _pad(k_in_context, 1, constant_values=True),
-    )
-
-
-@functools.lru_cache(maxsize=64)
-def _layout_pairs(layout: Layout) -> np.ndarray:
-    total = layout.length + layout.queries
-    starts = np.arange(0, total, CHUNK_LOOP)
-    rows = (np.arange(start, min(start + CHUNK_LOOP, total)) for start in starts)
-    seen = (layout_mask(layout, row, np.arange(total)).any(axis=0) for row in rows)
-    table = np.stack([np.logical_or.reduceat(row, starts) for row in seen])
-    return np.argwhere(table).astype(np.int32)
+_fill = functools.partial(attention_vjp.fill, block=CHUNK_LOOP)
 
 
 def _pairs(layout, labels):
     """int32 [N, 2]: pairs of chunks with anything visible, then the rest; how many have."""
-    if layout is not None:
-        pairs = _layout_pairs(layout)
+    table = attention_vjp.visible_blocks(layout, labels, CHUNK_LOOP)
+    if isinstance(table, np.ndarray):
+        pairs = np.argwhere(table).astype(np.int32)
         return jnp.asarray(pairs), len(pairs)
-    q_labels = [
-        jnp.moveaxis(label.reshape(label.shape[0], -1, CHUNK_LOOP), 1, 0) for label in labels[:2]
-    ]
-    k_rank, k_in_context = (label[:, None] for label in labels[2:])
-
-    def keys_seen(chunk):
-        mask_BTS = visible(*(label[:, :, None] for label in chunk), k_rank, k_in_context)
-        return mask_BTS.any(axis=(0, 1)).reshape(-1, CHUNK_LOOP).any(axis=1)
-
-    table = jax.lax.map(keys_seen, q_labels)
     order = jnp.argsort(~table.reshape(-1), stable=True)
     pairs = jnp.stack(jnp.divmod(order, table.shape[1]), axis=1)
     return pairs.astype(jnp.int32), table.sum()
@@ -228,8 +153,8 @@ def _get_labels(labels, i, j):
 def _loop_forward(layout, q, k, v, labels):
     """The softmax is built up: every pair rescales what its queries have so far."""
     length = q.shape[3]
-    labels = _padded_labels(labels)
-    q, k, v = _pad(q, 3, mode="edge"), _pad(k, 2), _pad(v, 2)
+    labels = attention_vjp.fill_labels(labels, CHUNK_LOOP)
+    q, k, v = _fill(q, 3, mode="edge"), _fill(k, 2), _fill(v, 2)
     pairs, count = _pairs(layout, labels)
 
     def step(n, carry):
@@ -256,9 +181,9 @@ def _loop_forward(layout, q, k, v, labels):
 
 def _loop_backward(layout, q, k, v, labels, grad, lse, along):
     length, num_keys = q.shape[3], k.shape[2]
-    labels = _padded_labels(labels)
-    q, lse = _pad(q, 3, mode="edge"), _pad(lse, 3, mode="edge")
-    k, v, grad, along = _pad(k, 2), _pad(v, 2), _pad(grad, 3), _pad(along, 3)
+    labels = attention_vjp.fill_labels(labels, CHUNK_LOOP)
+    q, lse = _fill(q, 3, mode="edge"), _fill(lse, 3, mode="edge")
+    k, v, grad, along = _fill(k, 2), _fill(v, 2), _fill(grad, 3), _fill(along, 3)
     pairs, count = _pairs(layout, labels)
 
     def step(n, carry):
@@ -278,4 +203,9 @@ def _loop_backward(layout, q, k, v, labels, grad, lse, along):
     zeros = jnp.zeros_like(k.swapaxes(2, 3), jnp.float32)
     start = jnp.zeros(q.shape, jnp.float32), zeros, zeros
     dq, dk, dv = jax.lax.fori_loop(0, count, step, start)
-    return dq[:, :, :, :length], dk[..., :num_keys], dv[..., :num_keys]
+    dk, dv = (d.swapaxes(2, 3)[:, :, :num_keys] for d in (dk, dv))
+    return dq[:, :, :, :length], dk, dv
+
+
+_SHORT = attention_vjp.Way(_unrolled_forward, _unrolled_backward)
+_LONG = attention_vjp.Way(_loop_forward, _loop_backward)

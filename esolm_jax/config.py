@@ -69,7 +69,8 @@ def default_config() -> ConfigDict:
     model.rope_base = 10_000.0
     model.rope_factor = 1.0  # slows down waves of more than rope_length tokens (Llama 3.1)
     model.rope_length = 8192
-    model.attention = "auto"  # auto (splash on TPU, else lean) | dense | lean | splash
+    # auto: splash on TPU if L > 128, else lean. Or dense; lean; flash, for GPUs; splash, for TPUs.
+    model.attention = "auto"
     model.remat = "none"  # recomputed in the backward pass: none | matmuls | attention | full
     model.loss_chunk = 512  # tokens that are projected on the vocabulary at a time, a device
     model.unroll = 1  # blocks per iteration of the scan over blocks; all of them on a CPU
@@ -190,7 +191,7 @@ _CHECKS: dict[str, Check] = {
     "model.rope_base": ((lambda v: v > 1), "above 1"),
     "model.rope_factor": _at_least(1),
     "model.rope_length": _at_least(1),
-    "model.attention": _one_of("auto", "dense", "lean", "splash"),
+    "model.attention": _one_of("auto", "dense", "lean", "flash", "splash"),
     "model.remat": _one_of("none", "matmuls", "attention", "full"),
     "model.loss_chunk": _at_least(1),
     "model.unroll": _at_least(1),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from esolm_jax import sharding
+from esolm_jax import attention_vjp, sharding
 from esolm_jax.attention import KINDS, attend, dense_mask, resolve
 from esolm_jax.attention_splash import _kernel
 from esolm_jax.labels import Layout, Tokens
@@ -97,13 +97,13 @@ def assert_is_plain(tokens, kind, *, tolerance=2e-5, mesh=None, **sizes):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("kind", ["dense", "lean", "splash_interpret"])
+@pytest.mark.parametrize("kind", ["dense", "lean", "flash_interpret", "splash_interpret"])
 def test_every_layout_with_shared_key_heads(kind, name):
     assert_is_plain(of_layout(LAYOUTS[name]), kind, heads=4, groups=2)
 
 
 @pytest.mark.parametrize("two_streams", [False, True])
-@pytest.mark.parametrize("kind", ["lean", "splash"])
+@pytest.mark.parametrize("kind", ["lean", "flash_interpret", "splash"])
 def test_labels_without_a_layout(kind, two_streams):
     assert_is_plain(eso_a(75, two_streams), kind)
 
@@ -120,7 +120,7 @@ def test_long_sequences(tokens):
     assert_is_plain(tokens, "lean", heads=2, groups=1, width=8)
 
 
-@pytest.mark.parametrize("kind", ["dense", "lean", "splash_interpret"])
+@pytest.mark.parametrize("kind", ["dense", "lean", "flash_interpret", "splash_interpret"])
 def test_bfloat16(kind):
     tokens = of_layout(Layout(70, queries=30))
     assert_is_plain(tokens, kind, dtype=jnp.bfloat16, tolerance=4e-2)
@@ -129,7 +129,7 @@ def test_bfloat16(kind):
     assert jax.eval_shape(run, q, k, v).dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("kind", ["dense", "lean", "splash_interpret"])
+@pytest.mark.parametrize("kind", ["dense", "lean", "flash_interpret", "splash_interpret"])
 def test_what_is_invisible_does_not_reach_the_last_bit(kind):
     tokens = of_layout(Layout(80, queries=60), padding=(0,))
     q, k, v, grad = draw(tokens)
@@ -164,7 +164,7 @@ def mesh_of(*shape):
     return Mesh(np.array(jax.devices()).reshape(shape), sharding.AXES)
 
 
-@pytest.mark.parametrize("kind", ["lean", "splash_interpret"])
+@pytest.mark.parametrize("kind", ["lean", "flash_interpret", "splash_interpret"])
 @pytest.mark.parametrize(
     "layout", [Layout(60, queries=30), Layout(64, block=64)], ids=["causal", "mdlm"]
 )
@@ -173,8 +173,9 @@ def test_a_mesh_of_data_tensor_and_sequence(kind, layout):
     assert_is_plain(tokens, kind, mesh=mesh_of(2, 1, 2, 2), heads=4, groups=2)
 
 
-def test_labels_without_a_layout_on_a_mesh():
-    assert_is_plain(eso_a(30, two_streams=True), "splash", mesh=mesh_of(2, 1, 1, 4))
+@pytest.mark.parametrize("kind", ["flash_interpret", "splash"])
+def test_labels_without_a_layout_on_a_mesh(kind):
+    assert_is_plain(eso_a(30, two_streams=True), kind, mesh=mesh_of(2, 1, 1, 4))
 
 
 def test_fsdp_and_tensor_need_no_communication():
@@ -192,7 +193,7 @@ def test_fsdp_and_tensor_need_no_communication():
     assert not [op for op in ("all-gather", "all-reduce", "all-to-all", "permute") if op in text]
 
 
-@pytest.mark.parametrize("kind", ["lean", "splash_interpret"])
+@pytest.mark.parametrize("kind", ["lean", "flash_interpret", "splash_interpret"])
 def test_in_a_scan_of_checkpointed_layers_on_a_mesh(kind):
     tokens = of_layout(Layout(32, queries=32), padding=(0, 3))
     q, _, _, grad = draw(tokens)
@@ -269,13 +270,43 @@ def test_splash_compiles_for_a_tpu(monkeypatch):
     assert compiled.memory_analysis().temp_size_in_bytes < 2 * 6 * 762 * 1524  # no scores
 
 
+def test_flash_skips_what_nobody_sees():
+    """Two streams are two causal passes and a diagonal, of blocks of 32 as of 64."""
+    for block in 32, 64:
+        causal = attention_vjp.visible_blocks(Layout(4 * block), None, block).sum()
+        both = attention_vjp.visible_blocks(Layout(4 * block, 4 * block), None, block).sum()
+        assert (causal, both) == (10, 24)
+    tokens = eso_a(128, two_streams=False)
+    labels = [jnp.asarray(a) for a in (tokens.rank, tokens.in_context) * 2]
+    found = attention_vjp.visible_blocks(None, labels, 32)
+    mask = np.asarray(dense_mask(tokens, tokens)).any(axis=0).reshape(4, 32, 4, 32)
+    np.testing.assert_array_equal(found, mask.any(axis=(1, 3)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("layout", [Layout(200, queries=100), None], ids=["layout", "labels"])
+def test_flash_lowers_for_a_gpu(layout, dtype):
+    """As far as Triton's language: its compiler comes with the GPU's jaxlib."""
+    tokens = of_layout(Layout(200, queries=100)).replace(layout=layout)
+    q, k, v, grad = draw(tokens, heads=4, groups=2, width=80, dtype=dtype)
+
+    def gradients(q, k, v, grad):
+        attention = functools.partial(attend, queries=tokens, keys=tokens, kind="flash")
+        return jax.vjp(attention, q, k, v)[1](grad)
+
+    traced = jax.jit(gradients).trace(q, k, v, grad)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@__gpu$xla.gpu.triton") == 3  # forward, dq, dk with dv
+
+
 def test_kinds():
-    assert [resolve("auto", p) for p in ("cpu", "gpu", "tpu")] == ["lean", "lean", "splash"]
-    assert [resolve(kind, "tpu") for kind in KINDS] == list(KINDS)
+    assert [resolve("auto", p, 256) for p in ("cpu", "gpu", "tpu")] == ["lean", "lean", "splash"]
+    assert resolve("auto", "tpu", 128) == "lean"
+    assert [resolve(kind, "tpu", 256) for kind in KINDS] == list(KINDS)
     tokens = of_layout(Layout(4))
     q, k, v, _ = draw(tokens)
-    with pytest.raises(ValueError, match="dense, lean, splash"):
-        attend(q, k, v, tokens, tokens, kind="flash")
+    with pytest.raises(ValueError, match="dense, lean, flash, splash"):
+        attend(q, k, v, tokens, tokens, kind="sparse")
     with pytest.raises(ValueError, match="4 keys"):
         wrong = tokens.replace(layout=Layout(5))
         attend(q, k, v, wrong, wrong, kind="splash_interpret")

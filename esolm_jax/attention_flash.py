@@ -1,0 +1,227 @@
+"""Attention as block-sparse GPU kernels (Pallas, by way of Triton), for any labels.
+
+A program computes one block of queries of one head over the blocks of keys of which it may read
+anything, one after the other, and the gradient of keys and values the other way round. Which blocks
+those are is known when tracing if the labels follow a layout, and found beforehand if they do not.
+
+The kernels are held to the rule in interpret mode, and Triton makes machine code of them; they have
+not been run on a GPU. Shapes as in attention_vjp.py.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from esolm_jax import attention_vjp
+from esolm_jax.attention import MASKED, visible
+from esolm_jax.labels import Layout
+
+BLOCK_BYTES = 128  # of a column of q or k in a block: 64 tokens in bfloat16, 32 in float32
+NARROWEST = 16  # width of a head that Triton multiplies; all are powers of two
+STAGES = 2
+
+
+def flash(q_BHTK, k_BGSK, v_BGSK, *labels, layout: Layout | None, interpret: bool = False):
+    """attention.attend over these labels; a layout (of queries and keys) says what can be skipped.
+
+    Returns [B, H, T, K] in the dtype of v. `interpret` runs the kernels in Python, on any device.
+    """
+    width = q_BHTK.shape[-1]
+    wide = max(NARROWEST, pl.next_power_of_2(width))
+    q_BHTK = q_BHTK * width**-0.5
+    q_BHTK, k_BGSK, v_BGSK = (attention_vjp.fill(a, 3, wide) for a in (q_BHTK, k_BGSK, v_BGSK))
+    way = _INTERPRETED if interpret else _COMPILED
+    return attention_vjp.attend(way, layout, q_BHTK, k_BGSK, v_BGSK, labels)[..., :width]
+
+
+def _dot(a, b, contract_a: int, contract_b: int):
+    """Σ over one axis of each, float32."""
+    dimensions = (((contract_a,), (contract_b,)), ((), ()))
+    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+
+
+def _scores(q_TK, k_SK, q_labels, k_labels):
+    """float32 [T, S], MASKED where invisible; q is scaled."""
+    q_rank, q_in_context = (label[:, None] for label in q_labels)
+    k_rank, k_in_context = (label[None] for label in k_labels)
+    mask_TS = visible(q_rank, q_in_context != 0, k_rank, k_in_context != 0)
+    return jnp.where(mask_TS, _dot(q_TK, k_SK, 1, 1), MASKED)
+
+
+def _block(refs, j, size: int):
+    return tuple(ref[pl.ds(j * size, size)] for ref in refs)
+
+
+def _forward_kernel(*refs):
+    """A block of queries. The softmax is built up: every block rescales what there is so far."""
+    blocks, count, q, k, v, q_rank, q_in_context, k_rank, k_in_context, out, lse = refs
+    q_TK, q_labels = q[...], (q_rank[...], q_in_context[...])
+
+    def step(n, carry):
+        out_TK, total, top_before = carry
+        j = blocks[n]
+        k_SK, v_SK, *k_labels = _block((k, v, k_rank, k_in_context), j, len(q_TK))
+        scores = _scores(q_TK, k_SK, q_labels, k_labels)
+        top = jnp.maximum(top_before, scores.max(axis=1))
+        probs, keep = jnp.exp(scores - top[:, None]), jnp.exp(top_before - top)
+        out_TK = out_TK * keep[:, None] + _dot(probs.astype(v_SK.dtype), v_SK, 1, 0)
+        return out_TK, total * keep + probs.sum(axis=1), top
+
+    zeros = jnp.zeros(q_TK.shape[:1], jnp.float32)
+    start = jnp.zeros(q_TK.shape, jnp.float32), zeros, jnp.full_like(zeros, MASKED)
+    out_TK, total, top = jax.lax.fori_loop(0, count[0], step, start)
+    out[...] = (out_TK / total[:, None]).astype(out.dtype)
+    lse[...] = top + jnp.log(total)
+
+
+def _scores_gradient(q_TK, k_SK, v_SK, q_labels, k_labels, grad_TK, lse, along):
+    """(probabilities, gradient of the scores), float32 [T, S]."""
+    probs = jnp.exp(_scores(q_TK, k_SK, q_labels, k_labels) - lse[:, None])
+    return probs, probs * (_dot(grad_TK, v_SK, 1, 1) - along[:, None])
+
+
+def _queries_kernel(*refs):
+    """The gradient of a block of queries."""
+    blocks, count, q, k, v, q_rank, q_in_context, k_rank, k_in_context, *rest = refs
+    grad, lse, along, dq = rest
+    of_queries = grad[...], lse[...], along[...]
+    q_TK, q_labels = q[...], (q_rank[...], q_in_context[...])
+
+    def step(n, dq_TK):
+        j = blocks[n]
+        k_SK, v_SK, *k_labels = _block((k, v, k_rank, k_in_context), j, len(q_TK))
+        _, dscores = _scores_gradient(q_TK, k_SK, v_SK, q_labels, k_labels, *of_queries)
+        return dq_TK + _dot(dscores.astype(k_SK.dtype), k_SK, 1, 0)
+
+    start = jnp.zeros(q_TK.shape, jnp.float32)
+    dq[...] = jax.lax.fori_loop(0, count[0], step, start).astype(dq.dtype)
+
+
+def _keys_kernel(*refs):
+    """The gradients of a block of keys and values, over all query heads that read it."""
+    blocks, count, q, k, v, q_rank, q_in_context, k_rank, k_in_context, *rest = refs
+    grad, lse, along, dk, dv = rest
+    k_SK, v_SK, k_labels = k[...], v[...], (k_rank[...], k_in_context[...])
+    heads = q.shape[0]
+
+    def step(n, carry):
+        dk_SK, dv_SK = carry
+        i, head = blocks[jax.lax.div(n, heads)], jax.lax.rem(n, heads)
+        at = head, pl.ds(i * len(k_SK), len(k_SK))
+        q_TK, *of_queries = (ref[at] for ref in (q, grad, lse, along))
+        q_labels = _block((q_rank, q_in_context), i, len(k_SK))
+        probs, dscores = _scores_gradient(q_TK, k_SK, v_SK, q_labels, k_labels, *of_queries)
+        grad_TK = of_queries[0]
+        dv_SK += _dot(probs.astype(grad_TK.dtype), grad_TK, 0, 0)
+        return dk_SK + _dot(dscores.astype(q_TK.dtype), q_TK, 0, 0), dv_SK
+
+    zeros = jnp.zeros(k_SK.shape, jnp.float32)
+    dk_SK, dv_SK = jax.lax.fori_loop(0, count[0] * heads, step, (zeros, zeros))
+    dk[...], dv[...] = dk_SK.astype(dk.dtype), dv_SK.astype(dv.dtype)
+
+
+def _visited(table):
+    """Of bool [N, M]: int32 [N, M], the true places of each row first, and int32 [N], how many."""
+    table = jnp.asarray(table)
+    places = jnp.argsort(~table, axis=1, stable=True).astype(jnp.int32)
+    return places, table.sum(axis=1, dtype=jnp.int32)
+
+
+def _filled(q, k, v, labels):
+    """Whole blocks of all, flags as integers, which kernels can load; and a block's tokens."""
+    block = BLOCK_BYTES // q.dtype.itemsize
+    labels = [a.astype(jnp.int32) for a in attention_vjp.fill_labels(labels, block)]
+    fill = functools.partial(attention_vjp.fill, block=block)
+    return (fill(q, 3, mode="edge"), fill(k, 2), fill(v, 2), *labels), block
+
+
+def _specs(q, k, block: int, of_queries: bool):
+    """What a program of the grid (row, head, block) sees. Those of queries count query heads, and
+    see their block of queries and all keys; those of keys the other way round.
+
+    Returns specs of (places, count, q, k, v, four labels), of q and of lse.
+    """
+    (_, _, heads, num_q, width), num_k = q.shape, k.shape[2]
+    if of_queries:
+        q_spec = pl.BlockSpec(
+            (None, None, None, block, width), lambda b, h, i: (b, h // heads, h % heads, i, 0)
+        )
+        lse_spec = pl.BlockSpec(
+            (None, None, None, block), lambda b, h, i: (b, h // heads, h % heads, i)
+        )
+        k_spec = pl.BlockSpec((None, None, num_k, width), lambda b, h, i: (b, h // heads, 0, 0))
+        q_label = pl.BlockSpec((None, block), lambda b, h, i: (b, i))
+        k_label = pl.BlockSpec((None, num_k), lambda b, h, i: (b, 0))
+    else:
+        q_spec = pl.BlockSpec((None, None, heads, num_q, width), lambda b, g, j: (b, g, 0, 0, 0))
+        lse_spec = pl.BlockSpec((None, None, heads, num_q), lambda b, g, j: (b, g, 0, 0))
+        k_spec = pl.BlockSpec((None, None, block, width), lambda b, g, j: (b, g, j, 0))
+        q_label = pl.BlockSpec((None, num_q), lambda b, g, j: (b, 0))
+        k_label = pl.BlockSpec((None, block), lambda b, g, j: (b, j))
+    others = (num_k if of_queries else num_q) // block
+    places = pl.BlockSpec((None, others), lambda b, h, i: (i, 0))
+    count = pl.BlockSpec((1,), lambda b, h, i: (i,))
+    labels = q_label, q_label, k_label, k_label
+    return [places, count, q_spec, k_spec, k_spec, *labels], q_spec, lse_spec
+
+
+def _call(kernel, grid, in_specs, outs, operands, interpret: bool):
+    """`outs`: (spec, shape, dtype) of each result."""
+    wide = operands[2].shape[-1] > 64
+    return pl.pallas_call(
+        kernel,
+        grid=grid,
+        in_specs=in_specs,
+        out_specs=[spec for spec, *_ in outs],
+        out_shape=[jax.ShapeDtypeStruct(*of) for _, *of in outs],
+        compiler_params=triton.CompilerParams(num_warps=8 if wide else 4, num_stages=STAGES),
+        interpret=interpret,
+        name=f"flash{kernel.__name__}",
+    )(*operands)
+
+
+def _forward(interpret, layout, q, k, v, labels):
+    length = q.shape[3]
+    operands, block = _filled(q, k, v, labels)
+    q, k, v, *labels = operands
+    visited = _visited(attention_vjp.visible_blocks(layout, labels, block))
+    batch, groups, heads, num_q, _ = q.shape
+    grid = batch, groups * heads, num_q // block
+    specs, q_spec, lse_spec = _specs(q, k, block, of_queries=True)
+    outs = [(q_spec, q.shape, v.dtype), (lse_spec, q.shape[:-1], jnp.float32)]
+    out, lse = _call(_forward_kernel, grid, specs, outs, (*visited, *operands), interpret)
+    return out[:, :, :, :length], lse[:, :, :, :length]
+
+
+def _backward(interpret, layout, q, k, v, labels, grad, lse, along):
+    length, num_keys = q.shape[3], k.shape[2]
+    operands, block = _filled(q, k, v, labels)
+    q, k, v, *labels = operands
+    fill = functools.partial(attention_vjp.fill, axis=3, block=block)
+    operands += fill(grad), fill(lse, mode="edge"), fill(along)
+    table = jnp.asarray(attention_vjp.visible_blocks(layout, labels, block))
+    batch, groups, heads, num_q, _ = q.shape
+
+    specs, q_spec, lse_spec = _specs(q, k, block, of_queries=True)
+    grid = batch, groups * heads, num_q // block
+    specs += [q_spec, lse_spec, lse_spec]
+    outs = [(q_spec, q.shape, q.dtype)]
+    (dq,) = _call(_queries_kernel, grid, specs, outs, (*_visited(table), *operands), interpret)
+
+    specs, q_spec, lse_spec = _specs(q, k, block, of_queries=False)
+    grid = batch, groups, k.shape[2] // block
+    specs += [q_spec, lse_spec, lse_spec]
+    outs = [(specs[3], a.shape, a.dtype) for a in (k, v)]
+    dk, dv = _call(_keys_kernel, grid, specs, outs, (*_visited(table.T), *operands), interpret)
+    return dq[:, :, :, :length], dk[:, :, :num_keys], dv[:, :, :num_keys]
+
+
+_COMPILED, _INTERPRETED = (
+    attention_vjp.Way(
+        functools.partial(_forward, interpret), functools.partial(_backward, interpret)
+    )
+    for interpret in (False, True)
+)
