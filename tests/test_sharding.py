@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from esolm_jax import assemble, model, sharding
 from esolm_jax import config as config_lib
-from esolm_jax import model, sharding
 from esolm_jax.config import default_config
 from esolm_jax.errors import UserError
 
@@ -198,6 +198,15 @@ def test_config_that_does_not_divide_by_the_mesh_is_told(fields, mesh, told):
     config_lib.validate_mesh(config, sizes)
     with pytest.raises(UserError, match=re.escape(told)):
         config_lib.validate_mesh(config, sizes | mesh)
+
+
+@pytest.mark.parametrize(("kind", "home"), [("flash", "GPU"), ("splash", "TPU")])
+def test_a_kernel_for_other_devices_is_told(kind, home):
+    config = default_config()
+    config.model.attention = kind
+    told = f"config.model.attention='{kind}': is for {home}s, but these are CPUs"
+    with pytest.raises(UserError, match=told):
+        assemble.build(config, assemble.planned_tokenizer(config), make_mesh())
 
 
 # Batches.

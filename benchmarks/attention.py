@@ -1,0 +1,112 @@
+"""python -m benchmarks.attention: every kind of attention that this device runs, side by side.
+
+Forward and backward pass of one layer over the labels of each objective, taking turns in one run,
+and how far each is from the dense rule. It says what `model.attention` should be on a device: on a
+GPU, whether flash beats lean. Writes docs/attention.{json,md}.
+"""
+
+import argparse
+import functools
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import write_up
+from esolm_jax import attention
+from esolm_jax.labels import Layout, Tokens
+
+
+def passes(length: int) -> dict[str, Tokens]:
+    """One row of each objective; eso_b's sequential phase as it is at α₀ = 0.5, trimmed."""
+    layouts = {
+        "ar, eso_b diffusion": Layout(length),
+        "mdlm": Layout(length, block=length),
+        "bd3 16": Layout(length, length, 16),
+        "eso_b sequential": Layout(length, length // 2 + length // 16),
+    }
+    found = {}
+    for name, layout in layouts.items():
+        index = jnp.arange(layout.queries + layout.length, dtype=jnp.int32)
+        rank, in_context = (jnp.asarray(label) for label in layout.labels(index))
+        rank = rank.astype(jnp.int32)
+        found[name] = Tokens(index[None], index[None], rank[None], in_context[None], layout)
+    found["eso_b without a layout"] = found["eso_b sequential"].replace(layout=None)
+    return found
+
+
+def kinds(platform: str) -> list[str]:
+    """Those that run on the platform."""
+    return [
+        k for k in ("lean", "dense", "flash", "splash") if attention.ON.get(k, platform) == platform
+    ]
+
+
+def step(tokens: Tokens, kind: str):
+    """(q, k, v, gradient of the result) → the result and the gradients of q, k and v."""
+    run = functools.partial(attention.attend, queries=tokens, keys=tokens, kind=kind)
+
+    def both(q, k, v, grad):
+        out, pull = jax.vjp(run, q, k, v)
+        return out, *pull(grad)
+
+    return jax.jit(both)
+
+
+def measure(tokens: Tokens, arguments) -> dict[str, dict]:
+    """Milliseconds (median of turns) and the largest difference from dense, of each kind."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    shape = arguments.rows, arguments.heads, tokens.rank.shape[1], arguments.width
+    operands = [jax.random.normal(key, shape, arguments.dtype) for key in keys]
+    rows = jax.tree.map(lambda a: jnp.broadcast_to(a, (arguments.rows, a.shape[1])), tokens)
+    steps = {kind: step(rows, kind) for kind in kinds(jax.default_backend())}
+    results = {kind: jax.block_until_ready(run(*operands)) for kind, run in steps.items()}
+    seconds = {kind: [] for kind in steps}
+    for _ in range(arguments.repeats):
+        for kind, run in steps.items():
+            begin = time.perf_counter()
+            jax.block_until_ready(run(*operands))
+            seconds[kind].append(time.perf_counter() - begin)
+    exact = [np.asarray(a, np.float32) for a in results["dense"]]
+    return {
+        kind: {
+            "ms": 1e3 * float(np.median(seconds[kind])),
+            "difference": max(
+                float(np.abs(np.asarray(a, np.float32) - b).max())
+                for a, b in zip(results[kind], exact, strict=True)
+            ),
+        }
+        for kind in steps
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--length", type=int, default=1024, help="L")
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--heads", type=int, default=12)
+    parser.add_argument("--width", type=int, default=64, help="of a head")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("docs/attention"))
+    arguments = parser.parse_args()
+    found = {name: measure(row, arguments) for name, row in passes(arguments.length).items()}
+    device = jax.devices()[0].device_kind
+    text = f"# Attention on this device ({device})\n\nMade by `python -m benchmarks.attention`: "
+    text += f"{arguments.rows} x {arguments.heads} heads of {arguments.width}, L = "
+    text += f"{arguments.length}, {arguments.dtype}, forward and backward pass of one layer.\n\n"
+    head = "labels", "kind", "ms", "speed, x lean", "largest difference from dense"
+    lines = []
+    for name, row in found.items():
+        for kind, cell in row.items():
+            speed = row["lean"]["ms"] / cell["ms"]
+            figures = f"{cell['ms']:.2f}", f"{speed:.2f}", f"{cell['difference']:.1e}"
+            lines.append((name, kind, *figures))
+    figures = {"device": device, "rows": found}
+    write_up.write(arguments.out, figures, text + write_up.table(head, lines))
+
+
+if __name__ == "__main__":
+    main()
