@@ -206,7 +206,7 @@ def test_a_kernel_for_other_devices_is_told(kind, home):
     config.model.attention = kind
     told = f"config.model.attention='{kind}': is for {home}s, but these are CPUs"
     with pytest.raises(UserError, match=told):
-        assemble.build(config, assemble.planned_tokenizer(config), make_mesh())
+        assemble.build(config, assemble.planned_tokenizer(config), make_mesh(data=-1))
 
 
 # Batches.
