@@ -11,6 +11,7 @@ import functools
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from esolm_jax.loss import exclude_mask_token
 from esolm_jax.sampling import cache as cache_lib
@@ -156,26 +157,27 @@ def confident(
         )
         cache, done = state.cache, state.next
     else:
-        cache, done = None, jnp.int32(0)
-    is_given = jnp.arange(length)[None] < passes.given[:, None]
-    known = jnp.where(is_given, passes.known, passes.unknown).astype(jnp.int32)
-    revealed = jnp.where(is_given, -1, NEVER).astype(jnp.int32)
+        cache, done = None, np.int32(0)
+    is_given = np.arange(length)[None] < passes.given[:, None]
+    known = np.where(is_given, passes.known, passes.unknown).astype(np.int32)
+    revealed = np.where(is_given, -1, NEVER).astype(np.int32)
+    text, revealed = decode_lib.by_position(passes.order, known, revealed)
     p = Progress(
-        text=decode_lib.by_position(passes, known),
-        revealed=decode_lib.by_position(passes, revealed),
+        text=text,
+        revealed=revealed,
         cache=cache,
-        filled=jnp.asarray(passes.given) if cached else jnp.zeros(len(passes.order), jnp.int32),
-        recent=jnp.full((len(passes.order), most), length, jnp.int32),
+        filled=passes.given if cached else 0 * passes.given,
+        recent=np.full((len(passes.order), most), length, np.int32),
         next=done,
     )
     p = _run(
-        network, p, keys, jnp.asarray(0 * passes.length if dry_run else passes.length, jnp.int32),
+        network, p, keys, (0 * passes.length if dry_run else passes.length).astype(np.int32),
         choice=choice, most=most, threshold=threshold, unknown=passes.unknown,
     )  # fmt: skip
     return Decoded(
         text=p.text,
         revealed=p.revealed,
-        text_end=jnp.full(len(passes.order), NEVER, jnp.int32),
+        text_end=np.full(len(passes.order), NEVER, np.int32),
         passes=p.next,
         logits=None,
     )

@@ -186,12 +186,12 @@ def start_state(network: Network, passes: Passes, margin: int, mesh, *, with_log
     known[:, passes.shift : passes.shift + length] = passes.known
     is_given = np.arange(slots)[None] < passes.given[:, None]
     empty = functools.partial(cache_lib.empty_cache, config, batch, slots, mesh)
-    return State(
-        known=jnp.asarray(known),
+    return State(  # NumPy: a program takes it at once, where jnp would run one for each
+        known=known,
         cache=empty() if cached else None,
-        revealed=jnp.asarray(np.where(is_given, -1, NEVER).astype(np.int32)),
-        text_end=jnp.full(batch, NEVER, jnp.int32),
-        next=jnp.int32(0),
+        revealed=np.where(is_given, -1, NEVER).astype(np.int32),
+        text_end=np.full(batch, NEVER, np.int32),
+        next=np.int32(0),
         logits=jnp.zeros((batch, slots, config.vocab_size)) if with_logits else None,
     )
 
@@ -253,17 +253,20 @@ def _run_segments(
     return tables, state
 
 
-def by_position(passes: Passes, by_rank):
-    """[B, L], from by rank to by position in the text."""
-    order = jnp.asarray(passes.order)
-    return jnp.put_along_axis(jnp.zeros_like(by_rank), order, by_rank, axis=1, inplace=False)
+@jax.jit
+def by_position(order, *by_rank):
+    """Of each, its first L from by rank to by position in the text: [B, L] by `order` [B, L]."""
+    parts = [array[:, : order.shape[1]] for array in by_rank]
+    return [jnp.put_along_axis(jnp.zeros_like(a), order, a, axis=1, inplace=False) for a in parts]
 
 
 def in_text_order(state: State, passes: Passes) -> Decoded:
     length = passes.order.shape[1]
+    known = state.known[:, passes.shift :] if passes.shift else state.known
+    text, revealed = by_position(passes.order, known, state.revealed)
     return Decoded(
-        text=by_position(passes, state.known[:, passes.shift : passes.shift + length]),
-        revealed=by_position(passes, state.revealed[:, :length]),
+        text=text,
+        revealed=revealed,
         text_end=state.text_end,
         passes=state.next,
         logits=None if state.logits is None else state.logits[:, :length],

@@ -129,7 +129,7 @@ class Generator:
             *args, k=s.speculate, adaptive=s.speculate_adaptive, style=s.speculate_style,
             eos_id=eos_id, **common,
         )  # fmt: skip
-        return found, {name: np.asarray(n.sum(axis=0)).tolist() for name, n in counts.items()}
+        return found, {name: np.asarray(n).sum(axis=0).tolist() for name, n in counts.items()}
 
     def is_diffusion(self) -> np.ndarray:
         """bool [B, L]: what the diffusion phase generates, by position."""

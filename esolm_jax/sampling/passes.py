@@ -88,11 +88,12 @@ class Passes:
 
     def padded(self, margin: int) -> Self:
         """For the loop: with `margin` more slots, so that every window lies inside."""
-        more = ((0, 0), (0, margin))
-        order, known = np.pad(self.order, more), np.pad(self.known, more)
+        batch = len(self.order)
+        slots = np.zeros((batch, margin), np.int32)
+        order, known = (np.concatenate([a, slots], axis=1) for a in (self.order, self.known))
         # One row more, for the end of the loop looks at the pass to come.
-        left = np.pad(self.lowest_left, ((0, 1), (0, 0)), constant_values=NONE)
-        rank = np.pad(self.rank, more[1])
+        left = np.concatenate([self.lowest_left, np.full((1, batch), NONE, np.int32)])
+        rank = np.concatenate([self.rank, np.zeros(margin, np.int32)])
         return self.replace(order=order, known=known, rank=rank, lowest_left=left)
 
     def segments(self) -> list[tuple[int, int]]:

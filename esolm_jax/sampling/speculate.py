@@ -123,7 +123,7 @@ def _predict(network, passes: Passes, s: Speculation, style: str, k: int):
     return logits[:, :k], drafts, [a[..., :k] for a in keys], [a[:, :, :k] for a in values]
 
 
-def _verify(choice: Choice, s: Speculation, exact, token, position, keys):
+def _verify(choice: Choice, s: Speculation, exact, token, position, draws):
     """(accepted [B], log p of the token after them [B, V], which is to be drawn with residual noise
     where a draft was rejected). `token`, `position`: [B, k] from `count` on."""
     n, batch = token.shape[1] - 1, jnp.arange(len(token))
@@ -133,7 +133,7 @@ def _verify(choice: Choice, s: Speculation, exact, token, position, keys):
     of_draft = token[:, :n, None]
     log_q = s.log_q[:, :n]
     p, q = (jnp.take_along_axis(a, of_draft, axis=2)[..., 0] for a in (log_p[:, :n], log_q))
-    passed = is_draft & (log_uniform(_keys_at(keys[ACCEPT], position[:, :n])) <= p - q)
+    passed = is_draft & (_at(draws[ACCEPT], position[:, :n]) <= p - q)
     accepted = jnp.cumprod(passed.astype(jnp.int32), axis=1).sum(axis=1)
     log_p = log_p[batch, accepted]
     rejected = accepted < s.drafted
@@ -145,20 +145,20 @@ def _verify(choice: Choice, s: Speculation, exact, token, position, keys):
     return accepted, jnp.where(rejected[:, None], log_rest, log_p), rejected
 
 
-def _keys_at(keys_BL, position_BP):
-    return keys_BL[jnp.arange(len(keys_BL))[:, None], position_BP]
+def _at(array_BL, position_BP):
+    return array_BL[jnp.arange(len(array_BL))[:, None], position_BP]
 
 
-def _draw(choice: Choice, log_p, position, keys, rejected):
+def _draw(choice: Choice, log_p, position, draws, rejected):
     """int32 [B, P]; with other noise for the first where a draft was rejected."""
     if choice.temperature > 0:
         is_again = rejected[:, None] & (jnp.arange(position.shape[1])[None] == 0)
-        of_again, of_token = (_keys_at(keys[purpose], position) for purpose in (RESIDUAL, TOKEN))
+        of_again, of_token = (_at(draws[purpose], position) for purpose in (RESIDUAL, TOKEN))
         log_p = log_p + gumbel(jnp.where(is_again, of_again, of_token), log_p.shape[-1])
     return argmax(log_p)
 
 
-def _one_pass(network, passes, s: Speculation, keys, choice, style, k, most, length):
+def _one_pass(network, passes, s: Speculation, draws, choice, style, k, most, length):
     """One pass that yields at most k tokens; `most` is the largest k of all passes."""
     n, batch = k - 1, jnp.arange(len(s.count))
     exact, drafts, new_keys, new_values = _predict(network, passes, s, style, k)
@@ -167,14 +167,14 @@ def _one_pass(network, passes, s: Speculation, keys, choice, style, k, most, len
     if style == "chain":  # the first mask is the query behind the drafts
         here = jnp.arange(k)[None] == s.drafted[:, None]
         exact = jnp.where(here[..., None], exact[:, n:], exact)
-    accepted, log_p, rejected = _verify(choice, s, exact, token, position, keys)
+    accepted, log_p, rejected = _verify(choice, s, exact, token, position, draws)
     count = s.count + accepted + 1
     group = 0 if style == "chain" else accepted
     log_q = choice.log_probs(drafts[batch, group])
     # The token after those that stand, and new drafts.
     to = count[:, None] - 1 + jnp.arange(k)[None]
     there = _read(passes, passes.order, to)
-    tokens = _draw(choice, jnp.concatenate([log_p[:, None], log_q], axis=1), there, keys, rejected)
+    tokens = _draw(choice, jnp.concatenate([log_p[:, None], log_q], axis=1), there, draws, rejected)
     more = jnp.minimum(s.reach - 1, n)
     if style == "chain":
         more = jnp.where(rejected, 0, more)
@@ -207,19 +207,21 @@ def _filled_up(array, size: int):
 @functools.partial(
     jax.jit,
     static_argnames=("choice", "style", "sizes", "eos_id"),
-    donate_argnames="s",
+    donate_argnames="state",
 )
-def _run(network, passes, s, row_keys, length, lowest_left, *, choice, style, sizes, eos_id):
-    # Before the loop: on a CPU one key costs as much as a thousand.
+def _run(network, passes, state, row_keys, length, lowest_left, *, choice, style, sizes, eos_id):
+    s = _start(state, passes.given, sizes, network.config.vocab_size)
+    # Before the loop: on a CPU one key, or draw, costs as much as a thousand.
     batch, slots = passes.order.shape
     position = jnp.broadcast_to(jnp.arange(slots)[None], (batch, slots))
-    keys = {p: keys_of(row_keys, position, p) for p in (TOKEN, ACCEPT, RESIDUAL)}
+    draws = {p: keys_of(row_keys, position, p) for p in (TOKEN, RESIDUAL)}
+    draws[ACCEPT] = log_uniform(keys_of(row_keys, position, ACCEPT))
 
     def one_pass(s: Speculation):
         before = s.count
         common = dict(choice=choice, style=style, most=sizes[-1], length=length)
         branches = [functools.partial(_one_pass, k=k, **common) for k in sizes]
-        args = network, passes, s, keys
+        args = network, passes, s, draws
         if len(sizes) > 1:
             need = jnp.maximum(s.reach, s.drafted + 1).max()
             which = jnp.searchsorted(jnp.array(sizes), need)
@@ -250,6 +252,20 @@ def _reveal(state: State, passes, before, count, eos_id) -> State:
     return state.replace(revealed=revealed, text_end=text_end, next=state.next + 1)
 
 
+def _start(state: State, given, sizes, vocab_size: int) -> Speculation:
+    batch, most = len(given), sizes[-1] - 1
+    return Speculation(
+        state=state,
+        count=given,
+        filled=given,
+        drafted=jnp.zeros(batch, jnp.int32),
+        log_q=jnp.zeros((batch, most, vocab_size)),
+        reach=jnp.full(batch, sizes[0], jnp.int32),
+        tested=jnp.zeros((batch, most), jnp.int32),
+        accepted=jnp.zeros((batch, most), jnp.int32),
+    )
+
+
 def speculate(
     network: Network,
     passes: Passes,
@@ -275,21 +291,9 @@ def speculate(
       behind the last token that stood.
     """
     tables, state = decode_lib.prefill(network, passes, keys, margin=k, mesh=mesh, dry_run=dry_run)
-    batch, vocab = len(passes.order), network.config.vocab_size
     sizes = tuple(sorted({*(2**i for i in range(1, 10) if 2**i < k), k})) if adaptive else (k,)
-    given = jnp.asarray(passes.given)
-    s = Speculation(
-        state=state,
-        count=given + 0,
-        filled=given + 0,
-        drafted=jnp.zeros(batch, jnp.int32),
-        log_q=jnp.zeros((batch, k - 1, vocab)),
-        reach=jnp.full(batch, sizes[0], jnp.int32),
-        tested=jnp.zeros((batch, k - 1), jnp.int32),
-        accepted=jnp.zeros((batch, k - 1), jnp.int32),
-    )
     s = _run(
-        network, tables, s, keys, given if dry_run else passes.length.astype(np.int32),
+        network, tables, state, keys, (passes.given if dry_run else passes.length).astype(np.int32),
         leftmost(passes.order, passes.length), choice=choice, style=style, sizes=sizes,
         eos_id=eos_id,
     )  # fmt: skip
