@@ -4,7 +4,7 @@
         --config.data.train='/mnt/bucket/text/*.jsonl'
 
 Hardware: 256 chips of v5e; as compiled for v5e:16x16, 4.9 of 16 GiB a chip, a step of 0.18 s
-or more (MFU 77 % at most); two such slices with a batch of 1024: 5.8 GiB.
+or more (MFU 77 % at most); two such slices with a batch of 1024: 5.6 GiB.
 Expected: below medium.py's perplexities; not trained here.
 """
 

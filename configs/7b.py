@@ -4,7 +4,7 @@ attention, no adaLN) at L = 8192.
     python -m esolm_jax.train --config=configs/7b.py:0.5 --workdir=/mnt/bucket/7b \\
         --config.data.train='/mnt/bucket/text/*.jsonl'
 
-Hardware: 512 chips of v5p; as compiled for v5p:8x8x8, 18.9 of 95 GiB a chip, a step of 2.8 s
+Hardware: 512 chips of v5p; as compiled for v5p:8x8x8, 18.5 of 95 GiB a chip, a step of 2.8 s
 or more (MFU 78 % at most); at L = 10240 23.3 GiB and 3.5 s. Expected: not trained here.
 """
 

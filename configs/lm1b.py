@@ -5,8 +5,8 @@
 
 The argument behind the colon is alpha_0 of Eso-LM (B), or one of ar, mdlm, bd3, eso_a.
 
-Hardware: 16 chips of v5e; as compiled for v5e:4x4, 7.0 of 16 GiB a chip, a step of 17 ms or more
-(MFU 90 % at most). Expected: the paper's test perplexities (NELBO) are 36.12, 32.53, 26.29 and
+Hardware: 16 chips of v5e; as compiled for v5e:4x4, 4.5 of 16 GiB a chip, a step of 17 ms or more
+(MFU 92 % at most). Expected: the paper's test perplexities (NELBO) are 36.12, 32.53, 26.29 and
 21.86 for alpha_0 = 1, 0.5, 0.125, 0 and 31.78 for mdlm; they were not reproduced here.
 """
 

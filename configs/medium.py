@@ -3,7 +3,7 @@
     python -m esolm_jax.train --config=configs/medium.py:0.5 --workdir=/mnt/bucket/medium \\
         --config.data.train='/mnt/bucket/text/*.jsonl'
 
-Hardware: 64 chips of v5e; as compiled for v5e:8x8, 5.0 of 16 GiB a chip, a step of 0.16 s or more
+Hardware: 64 chips of v5e; as compiled for v5e:8x8, 5.1 of 16 GiB a chip, a step of 0.16 s or more
 (MFU 71 % at most). Expected: below owt.py's perplexities; no published figure, none measured here.
 """
 

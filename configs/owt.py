@@ -7,7 +7,7 @@ The argument behind the colon is alpha_0 of Eso-LM (B), or one of ar, mdlm, bd3,
 `owt.py:0.125`, `owt.py:mdlm`. The documents are yours to bring, in any form that `prepare` reads.
 
 Hardware: 16 chips of v5e; as compiled for v5e:4x4, 6.1 of 16 GiB a chip, a step of 0.20 s or more
-(MFU 72 % at most); 64 texts of L = 10240: 7.1 GiB. Expected: the paper's test perplexities (NELBO)
+(MFU 72 % at most); 64 texts of L = 10240: 7.5 GiB. Expected: the paper's test perplexities (NELBO)
 are 30.06, 27.94, 21.92 and 17.78 for alpha_0 = 1, 0.5, 0.125, 0 and 25.19 for mdlm; they were not
 reproduced here.
 """

@@ -18,7 +18,7 @@ from esolm_jax.model import ModelConfig
 
 SLOTS, FEW_SLOTS = 64, 8  # caches are of multiples of these, so that parts of them are alike
 PREFIXES = 8
-FEW = 8  # queries of a group of heads: for more of them a CPU is faster at matrix products
+FEW = 12  # queries of a group of heads: for more of them a CPU is faster at matrix products
 
 
 @flax.struct.dataclass

@@ -106,7 +106,7 @@ class Passes:
 
     def classes(self, low: int, high: int) -> tuple[np.ndarray, tuple[tuple[int, int], ...]]:
         """Which shape each pass of a segment runs in: index [steps], and the shapes, ascending,
-        as (window, tokens generated), both powers of two, at most."""
+        as (window, tokens generated), both rounded up to few sizes."""
         widths, sizes = self.widths[low:high], self.size[low:high].max(axis=1)
         rounded = np.array([_round_up(width) for width in widths.tolist()], int)
         rounded = np.maximum(rounded, min(2, rounded.max()))
@@ -120,10 +120,12 @@ class Passes:
 
 
 def _round_up(n: int) -> int:
-    """To a power of two, or a multiple of 128 beyond it."""
+    """To 0, 1, 2, 4, 6, 8, 12, 16, 24, …, 128, or a multiple of 128 beyond it."""
     if n > 128:
         return -(-n // 128) * 128
-    return 1 << (n - 1).bit_length() if n > 0 else 0
+    power = 1 << (n - 1).bit_length() if n > 0 else 0
+    between = 3 * power // 4
+    return between if power >= 8 and n <= between else power
 
 
 def _first(schedule: Schedule) -> np.ndarray:

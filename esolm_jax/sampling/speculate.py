@@ -103,8 +103,8 @@ def _read(passes: Passes, array, slot):
 
 
 def _predict(network, passes: Passes, s: Speculation, style: str, k: int):
-    """Runs a pass: logits of what stands or falls [B, k, V], those of drafts [B, groups, n, V]
-    (one group in a chain), and what enters the cache."""
+    """Runs a pass: logits [B, P, V] of the k that stand or fall and, behind them, of drafts in
+    groups of n (one group in a chain); and what enters the cache."""
     slot, rank, in_context = _labels(style, k, s)
     position, token = (_read(passes, a, slot) for a in (passes.order, s.state.known))
     is_context = jnp.arange(slot.shape[1])[None] < k
@@ -118,16 +118,14 @@ def _predict(network, passes: Passes, s: Speculation, style: str, k: int):
         pick=jnp.broadcast_to(jnp.arange(k, width)[None], (len(slot), width - k)),
     )
     logits, keys, values = network_lib.forward(network, window, s.state.cache)
-    batch, _, vocab = logits.shape
-    drafts = logits[:, k:].reshape(batch, -1, k - 1, vocab)
-    return logits[:, :k], drafts, [a[..., :k] for a in keys], [a[:, :, :k] for a in values]
+    return logits, [a[..., :k] for a in keys], [a[:, :, :k] for a in values]
 
 
-def _verify(choice: Choice, s: Speculation, exact, token, position, draws):
-    """(accepted [B], log p of the token after them [B, V], which is to be drawn with residual noise
-    where a draft was rejected). `token`, `position`: [B, k] from `count` on."""
+def _verify(s: Speculation, log_p, token, position, draws):
+    """(accepted [B], log p of the token after them [B, V], whether a draft was rejected, so that it
+    is to be drawn with residual noise). `log_p` [B, k, V], `token`, `position` [B, k]: from `count`
+    on."""
     n, batch = token.shape[1] - 1, jnp.arange(len(token))
-    log_p = choice.log_probs(exact)
     place = jnp.arange(n)[None]
     is_draft = place < s.drafted[:, None]
     of_draft = token[:, :n, None]
@@ -161,16 +159,23 @@ def _draw(choice: Choice, log_p, position, draws, rejected):
 def _one_pass(network, passes, s: Speculation, draws, choice, style, k, most, length):
     """One pass that yields at most k tokens; `most` is the largest k of all passes."""
     n, batch = k - 1, jnp.arange(len(s.count))
-    exact, drafts, new_keys, new_values = _predict(network, passes, s, style, k)
+    logits, new_keys, new_values = _predict(network, passes, s, style, k)
     slot = s.count[:, None] + jnp.arange(k)[None]
     position, token = (_read(passes, a, slot) for a in (passes.order, s.state.known))
-    if style == "chain":  # the first mask is the query behind the drafts
+    if style == "chain":
+        log_p = choice.log_probs(logits)
+        log_p, log_q = log_p[:, :k], log_p[:, k:]
+        # The first mask is the query behind the drafts.
         here = jnp.arange(k)[None] == s.drafted[:, None]
-        exact = jnp.where(here[..., None], exact[:, n:], exact)
-    accepted, log_p, rejected = _verify(choice, s, exact, token, position, draws)
+        log_p = jnp.where(here[..., None], log_p[:, n:], log_p)
+        accepted, log_p, rejected = _verify(s, log_p, token, position, draws)
+    else:
+        accepted, log_p, rejected = _verify(
+            s, choice.log_probs(logits[:, :k]), token, position, draws
+        )
+        groups = logits[:, k:].reshape(len(logits), k, n, -1)
+        log_q = choice.log_probs(groups[batch, accepted])
     count = s.count + accepted + 1
-    group = 0 if style == "chain" else accepted
-    log_q = choice.log_probs(drafts[batch, group])
     # The token after those that stand, and new drafts.
     to = count[:, None] - 1 + jnp.arange(k)[None]
     there = _read(passes, passes.order, to)
