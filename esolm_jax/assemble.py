@@ -80,7 +80,7 @@ def build(config, tokenizer: dict, mesh) -> Built:
     """The model of `config` with the vocabulary of `tokenizer` (as in a manifest).
 
     Raises:
-      UserError: something does not divide by the mesh.
+      UserError: something does not divide by the mesh; the attention is for other devices.
     """
     config_lib.validate_mesh(config, mesh.shape)
     platform = mesh.devices.flat[0].platform

@@ -18,7 +18,7 @@ from esolm_jax.labels import Layout, Tokens
 ON = {"flash": "gpu", "splash": "tpu"}  # the platform that a kernel is for
 # The last two: the kernels in Python, on any device, for tests.
 KINDS = ("dense", "lean", "flash", "splash", "flash_interpret", "splash_interpret")
-ONE_BLOCK = 128  # tokens: splash, with blocks of as many, has none to leave out
+SHORT = 128  # L up to which lean computes fewer pairs than splash's least blocks
 MASKED = -1e30  # float32 scores vanish beside it
 
 
@@ -56,7 +56,7 @@ def resolve(kind: str, platform: str, length: int) -> str:
     "tpu"); others as they are. flash is never chosen: it was not timed on a GPU yet."""
     if kind != "auto":
         return kind
-    return "splash" if platform == "tpu" and length > ONE_BLOCK else "lean"
+    return "splash" if platform == "tpu" and length > SHORT else "lean"
 
 
 def attend(
@@ -84,7 +84,7 @@ def attend(
 
     Returns:
       [B, H, T, K] in the dtype of v. What padding reads is up to the kind (splash: padding alone;
-      lean: no more than its place in the layout allows), as nobody else reads padding.
+      others: no more than its place in the layout allows), as nobody else reads padding.
 
     Raises:
       ValueError: an unknown kind; for splash, tokens that are not as many as the layout's.

@@ -4,14 +4,16 @@ A program computes one block of queries of one head over the blocks of keys of w
 anything, one after the other, and the gradient of keys and values the other way round. Which blocks
 those are is known when tracing if the labels follow a layout, and found beforehand if they do not.
 
-The kernels are held to the rule in interpret mode, and Triton makes machine code of them; they have
-not been run on a GPU. Shapes as in attention_vjp.py.
+Tests hold the kernels to the rule in interpret mode and lower them to Triton's language. Triton 3.9
+made machine code of that for compute capabilities 8.0 and 9.0, in registers but for 40 bytes of one
+kernel, by hand; no GPU has run it. Shapes as in attention_vjp.py.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
@@ -21,7 +23,8 @@ from esolm_jax.labels import Layout
 
 BLOCK_BYTES = 128  # of a column of q or k in a block: 64 tokens in bfloat16, 32 in float32
 NARROWEST = 16  # width of a head that Triton multiplies; all are powers of two
-STAGES = 2
+WIDE = 64  # width of a head: beyond it, four warps run out of registers
+STAGES = 2  # with more, blocks of wide heads may not fit in shared memory
 
 
 def flash(q_BHTK, k_BGSK, v_BGSK, *labels, layout: Layout | None, interpret: bool = False):
@@ -124,60 +127,65 @@ def _keys_kernel(*refs):
 
 
 def _visited(table):
-    """Of bool [N, M]: int32 [N, M], the true places of each row first, and int32 [N], how many."""
-    table = jnp.asarray(table)
-    places = jnp.argsort(~table, axis=1, stable=True).astype(jnp.int32)
-    return places, table.sum(axis=1, dtype=jnp.int32)
+    """Of bool [N, M]: int32 [N, M], the true places of each row first, and int32 [N], how many.
+    NumPy of NumPy: then it is known when tracing."""
+    xp = np if isinstance(table, np.ndarray) else jnp
+    places = xp.argsort(~table, axis=1, stable=True).astype(np.int32)
+    return places, table.sum(axis=1).astype(np.int32)
 
 
-def _filled(q, k, v, labels):
-    """Whole blocks of all, flags as integers, which kernels can load; and a block's tokens."""
+def _filled(layout, q, k, v, labels):
+    """(whole blocks of all, with flags as integers, which kernels can load; which blocks of queries
+    see which of keys; tokens of a block)."""
     block = BLOCK_BYTES // q.dtype.itemsize
-    labels = [a.astype(jnp.int32) for a in attention_vjp.fill_labels(labels, block)]
+    labels = attention_vjp.fill_labels(labels, block)
+    table = attention_vjp.block_table(layout, labels, block)
     fill = functools.partial(attention_vjp.fill, block=block)
-    return (fill(q, 3, mode="edge"), fill(k, 2), fill(v, 2), *labels), block
+    labels = (label.astype(jnp.int32) for label in labels)
+    return (fill(q, 3, mode="edge"), fill(k, 2), fill(v, 2), *labels), table, block
 
 
 def _specs(q, k, block: int, of_queries: bool):
-    """What a program of the grid (row, head, block) sees. Those of queries count query heads, and
-    see their block of queries and all keys; those of keys the other way round.
+    """What a program of the grid (block, head, row) sees; blocks of a head run side by side, for
+    they read the same. Programs of queries count query heads, and see their block of queries and
+    all keys; those of keys the other way round.
 
     Returns specs of (places, count, q, k, v, four labels), of q and of lse.
     """
     (_, _, heads, num_q, width), num_k = q.shape, k.shape[2]
     if of_queries:
         q_spec = pl.BlockSpec(
-            (None, None, None, block, width), lambda b, h, i: (b, h // heads, h % heads, i, 0)
+            (None, None, None, block, width), lambda i, h, b: (b, h // heads, h % heads, i, 0)
         )
         lse_spec = pl.BlockSpec(
-            (None, None, None, block), lambda b, h, i: (b, h // heads, h % heads, i)
+            (None, None, None, block), lambda i, h, b: (b, h // heads, h % heads, i)
         )
-        k_spec = pl.BlockSpec((None, None, num_k, width), lambda b, h, i: (b, h // heads, 0, 0))
-        q_label = pl.BlockSpec((None, block), lambda b, h, i: (b, i))
-        k_label = pl.BlockSpec((None, num_k), lambda b, h, i: (b, 0))
+        k_spec = pl.BlockSpec((None, None, num_k, width), lambda i, h, b: (b, h // heads, 0, 0))
+        q_label = pl.BlockSpec((None, block), lambda i, h, b: (b, i))
+        k_label = pl.BlockSpec((None, num_k), lambda i, h, b: (b, 0))
     else:
-        q_spec = pl.BlockSpec((None, None, heads, num_q, width), lambda b, g, j: (b, g, 0, 0, 0))
-        lse_spec = pl.BlockSpec((None, None, heads, num_q), lambda b, g, j: (b, g, 0, 0))
-        k_spec = pl.BlockSpec((None, None, block, width), lambda b, g, j: (b, g, j, 0))
-        q_label = pl.BlockSpec((None, num_q), lambda b, g, j: (b, 0))
-        k_label = pl.BlockSpec((None, block), lambda b, g, j: (b, j))
+        q_spec = pl.BlockSpec((None, None, heads, num_q, width), lambda j, g, b: (b, g, 0, 0, 0))
+        lse_spec = pl.BlockSpec((None, None, heads, num_q), lambda j, g, b: (b, g, 0, 0))
+        k_spec = pl.BlockSpec((None, None, block, width), lambda j, g, b: (b, g, j, 0))
+        q_label = pl.BlockSpec((None, num_q), lambda j, g, b: (b, 0))
+        k_label = pl.BlockSpec((None, block), lambda j, g, b: (b, j))
     others = (num_k if of_queries else num_q) // block
-    places = pl.BlockSpec((None, others), lambda b, h, i: (i, 0))
-    count = pl.BlockSpec((1,), lambda b, h, i: (i,))
+    places = pl.BlockSpec((None, others), lambda i, h, b: (i, 0))
+    count = pl.BlockSpec((1,), lambda i, h, b: (i,))
     labels = q_label, q_label, k_label, k_label
     return [places, count, q_spec, k_spec, k_spec, *labels], q_spec, lse_spec
 
 
 def _call(kernel, grid, in_specs, outs, operands, interpret: bool):
     """`outs`: (spec, shape, dtype) of each result."""
-    wide = operands[2].shape[-1] > 64
+    warps = 8 if operands[2].shape[-1] > WIDE else 4
     return pl.pallas_call(
         kernel,
         grid=grid,
         in_specs=in_specs,
         out_specs=[spec for spec, *_ in outs],
         out_shape=[jax.ShapeDtypeStruct(*of) for _, *of in outs],
-        compiler_params=triton.CompilerParams(num_warps=8 if wide else 4, num_stages=STAGES),
+        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=STAGES),
         interpret=interpret,
         name=f"flash{kernel.__name__}",
     )(*operands)
@@ -185,34 +193,32 @@ def _call(kernel, grid, in_specs, outs, operands, interpret: bool):
 
 def _forward(interpret, layout, q, k, v, labels):
     length = q.shape[3]
-    operands, block = _filled(q, k, v, labels)
-    q, k, v, *labels = operands
-    visited = _visited(attention_vjp.visible_blocks(layout, labels, block))
+    operands, table, block = _filled(layout, q, k, v, labels)
+    q, k, v = operands[:3]
     batch, groups, heads, num_q, _ = q.shape
-    grid = batch, groups * heads, num_q // block
+    grid = num_q // block, groups * heads, batch
     specs, q_spec, lse_spec = _specs(q, k, block, of_queries=True)
     outs = [(q_spec, q.shape, v.dtype), (lse_spec, q.shape[:-1], jnp.float32)]
-    out, lse = _call(_forward_kernel, grid, specs, outs, (*visited, *operands), interpret)
+    out, lse = _call(_forward_kernel, grid, specs, outs, (*_visited(table), *operands), interpret)
     return out[:, :, :, :length], lse[:, :, :, :length]
 
 
 def _backward(interpret, layout, q, k, v, labels, grad, lse, along):
     length, num_keys = q.shape[3], k.shape[2]
-    operands, block = _filled(q, k, v, labels)
-    q, k, v, *labels = operands
+    operands, table, block = _filled(layout, q, k, v, labels)
+    q, k, v = operands[:3]
     fill = functools.partial(attention_vjp.fill, axis=3, block=block)
     operands += fill(grad), fill(lse, mode="edge"), fill(along)
-    table = jnp.asarray(attention_vjp.visible_blocks(layout, labels, block))
     batch, groups, heads, num_q, _ = q.shape
 
     specs, q_spec, lse_spec = _specs(q, k, block, of_queries=True)
-    grid = batch, groups * heads, num_q // block
+    grid = num_q // block, groups * heads, batch
     specs += [q_spec, lse_spec, lse_spec]
     outs = [(q_spec, q.shape, q.dtype)]
     (dq,) = _call(_queries_kernel, grid, specs, outs, (*_visited(table), *operands), interpret)
 
     specs, q_spec, lse_spec = _specs(q, k, block, of_queries=False)
-    grid = batch, groups, k.shape[2] // block
+    grid = k.shape[2] // block, groups, batch
     specs += [q_spec, lse_spec, lse_spec]
     outs = [(specs[3], a.shape, a.dtype) for a in (k, v)]
     dk, dv = _call(_keys_kernel, grid, specs, outs, (*_visited(table.T), *operands), interpret)

@@ -126,7 +126,7 @@ _fill = functools.partial(attention_vjp.fill, block=CHUNK_LOOP)
 
 def _pairs(layout, labels):
     """int32 [N, 2]: pairs of chunks with anything visible, then the rest; how many have."""
-    table = attention_vjp.visible_blocks(layout, labels, CHUNK_LOOP)
+    table = attention_vjp.block_table(layout, labels, CHUNK_LOOP)
     if isinstance(table, np.ndarray):
         pairs = np.argwhere(table).astype(np.int32)
         return jnp.asarray(pairs), len(pairs)

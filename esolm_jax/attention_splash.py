@@ -17,6 +17,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 
 from esolm_jax.attention import layout_mask, visible
+from esolm_jax.attention_vjp import fill
 from esolm_jax.labels import Layout
 
 BLOCKS = (512, 256, 128)
@@ -72,14 +73,16 @@ def splash(
         part = jax.lax.axis_index(across)
         index += part * length
         kernel = _part_of(kernel, part, parts)
-    more_q, more_k = tiles.num_q - length, tiles.num_k - num_keys
+    fill_q = functools.partial(fill, block=tiles.block_q, mode="edge")
+    fill_k = functools.partial(fill, block=tiles.block_k)
+    k_segment = _segment(k_rank, layout, jnp.arange(num_keys))
     segments = splash_attention_kernel.SegmentIds(
-        q=_fill(_segment(q_rank, layout, index), more_q, 1, mode="edge"),
-        kv=_fill(_segment(k_rank, layout, jnp.arange(num_keys)), more_k, 1, constant_values=BEYOND),
+        q=fill_q(_segment(q_rank, layout, index), 1),
+        kv=fill_k(k_segment, 1, constant_values=BEYOND),
     )
     # Queries that only fill the last block repeat the last one: none is without a key.
-    q_BHTK = _fill(q_BHTK * q_BHTK.shape[-1] ** -0.5, more_q, 2, mode="edge")
-    k_BGSK, v_filled = (_fill(a, more_k, 2) for a in (k_BGSK, v_BGSK))
+    q_BHTK = fill_q(q_BHTK * q_BHTK.shape[-1] ** -0.5, 2)
+    k_BGSK, v_filled = fill_k(k_BGSK, 2), fill_k(v_BGSK, 2)
     out = jax.vmap(kernel)(q_BHTK, k_BGSK, v_filled, segments)
     return out[:, :, :length].astype(v_BGSK.dtype)
 
@@ -152,12 +155,6 @@ def _q_index(size: int, parts: int, num_q: int) -> np.ndarray:
 
 def _segment(rank_BT, layout, index):
     return jnp.where(rank_BT == layout.labels(index)[0][None], REAL, PADDING)
-
-
-def _fill(array, more: int, axis: int, **how):
-    widths = [(0, 0)] * array.ndim
-    widths[axis] = (0, more)
-    return jnp.pad(array, widths, **how)
 
 
 class _LayoutMask(splash_attention_mask.Mask):

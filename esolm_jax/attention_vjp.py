@@ -91,7 +91,7 @@ def fill_labels(labels, block: int):
     )
 
 
-def visible_blocks(layout: Layout | None, labels, block: int):
+def block_table(layout: Layout | None, labels, block: int):
     """bool [T / block, S / block]: whether a block of queries may read anything of a block of
     keys, in any row of these filled labels. Of a layout: NumPy, known when tracing."""
     if layout is not None:

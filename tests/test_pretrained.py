@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tiny_run
-from ml_collections import ConfigDict
 from tiny_run import command, quick
 
 from configs import pretrained
@@ -165,10 +164,8 @@ def test_large_model_is_never_in_memory(tmp_path):
     sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 20}
     settings = json.loads((folder / "config.json").read_text()) | sizes | {"head_dim": 64}
     (folder / "config.json").write_text(json.dumps(settings))
-    model = hub_config.get_config(str(folder)).model
-    model = assemble.model_config(
-        ConfigDict({"model": model}), {"vocab_size": IDS, "mask_id": IDS}, "cpu"
-    )
+    config = hub_config.get_config(str(folder))
+    model = assemble.model_config(config, {"vocab_size": IDS, "mask_id": IDS}, "cpu")
     parts = hub_names.parts(model, IDS, tied=False, prefix="model.")
     tensors = {part.name: np.ones(part.shape, np.float16) for part in parts}
     safetensors.numpy.save_file(tensors, folder / "model.safetensors")

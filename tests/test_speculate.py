@@ -71,10 +71,9 @@ def test_the_test_would_see_a_wrong_verification(monkeypatch, always):
     else:
         true = speculate._verify
 
-        def verify(choice, s, exact, token, position, keys):
-            accepted, _, rejected = true(choice, s, exact, token, position, keys)
-            log_p = choice.log_probs(exact)[jnp.arange(len(token)), accepted]
-            return accepted, log_p, rejected
+        def verify(s, log_p, token, log_u):
+            accepted, _, rejected = true(s, log_p, token, log_u)
+            return accepted, log_p[jnp.arange(len(token)), accepted], rejected
 
         monkeypatch.setattr(speculate, "_verify", verify)
     jax.clear_caches()

@@ -121,17 +121,17 @@ def _predict(network, passes: Passes, s: Speculation, style: str, k: int):
     return logits, [a[..., :k] for a in keys], [a[:, :, :k] for a in values]
 
 
-def _verify(s: Speculation, log_p, token, position, draws):
+def _verify(s: Speculation, log_p, token, log_u):
     """(accepted [B], log p of the token after them [B, V], whether a draft was rejected, so that it
-    is to be drawn with residual noise). `log_p` [B, k, V], `token`, `position` [B, k]: from `count`
-    on."""
+    is to be drawn with residual noise). `log_p` [B, k, V], `token` and the logarithms of uniform
+    draws `log_u` [B, k]: from `count` on."""
     n, batch = token.shape[1] - 1, jnp.arange(len(token))
     place = jnp.arange(n)[None]
     is_draft = place < s.drafted[:, None]
     of_draft = token[:, :n, None]
     log_q = s.log_q[:, :n]
     p, q = (jnp.take_along_axis(a, of_draft, axis=2)[..., 0] for a in (log_p[:, :n], log_q))
-    passed = is_draft & (_at(draws[ACCEPT], position[:, :n]) <= p - q)
+    passed = is_draft & (log_u[:, :n] <= p - q)
     accepted = jnp.cumprod(passed.astype(jnp.int32), axis=1).sum(axis=1)
     log_p = log_p[batch, accepted]
     rejected = accepted < s.drafted
@@ -144,42 +144,43 @@ def _verify(s: Speculation, log_p, token, position, draws):
 
 
 def _at(array_BL, position_BP):
+    """[B, P]: keys or numbers of these positions."""
     return array_BL[jnp.arange(len(array_BL))[:, None], position_BP]
 
 
-def _draw(choice: Choice, log_p, position, draws, rejected):
+def _draw(choice: Choice, log_p, position, keys, rejected):
     """int32 [B, P]; with other noise for the first where a draft was rejected."""
     if choice.temperature > 0:
         is_again = rejected[:, None] & (jnp.arange(position.shape[1])[None] == 0)
-        of_again, of_token = (_at(draws[purpose], position) for purpose in (RESIDUAL, TOKEN))
+        of_again, of_token = (_at(keys[purpose], position) for purpose in (RESIDUAL, TOKEN))
         log_p = log_p + gumbel(jnp.where(is_again, of_again, of_token), log_p.shape[-1])
     return argmax(log_p)
 
 
-def _one_pass(network, passes, s: Speculation, draws, choice, style, k, most, length):
-    """One pass that yields at most k tokens; `most` is the largest k of all passes."""
+def _one_pass(network, passes, s: Speculation, keys, log_u, choice, style, k, most, length):
+    """One pass that yields at most k tokens; `most` is the largest k of all passes. Of every
+    position: `keys` for draws of tokens, `log_u` for the test of drafts."""
     n, batch = k - 1, jnp.arange(len(s.count))
     logits, new_keys, new_values = _predict(network, passes, s, style, k)
     slot = s.count[:, None] + jnp.arange(k)[None]
     position, token = (_read(passes, a, slot) for a in (passes.order, s.state.known))
-    if style == "chain":
+    if style == "chain":  # all at once, for it is quicker
         log_p = choice.log_probs(logits)
         log_p, log_q = log_p[:, :k], log_p[:, k:]
         # The first mask is the query behind the drafts.
         here = jnp.arange(k)[None] == s.drafted[:, None]
         log_p = jnp.where(here[..., None], log_p[:, n:], log_p)
-        accepted, log_p, rejected = _verify(s, log_p, token, position, draws)
     else:
-        accepted, log_p, rejected = _verify(
-            s, choice.log_probs(logits[:, :k]), token, position, draws
-        )
+        log_p = choice.log_probs(logits[:, :k])
+    accepted, log_p, rejected = _verify(s, log_p, token, _at(log_u, position))
+    if style == "staircase":
         groups = logits[:, k:].reshape(len(logits), k, n, -1)
         log_q = choice.log_probs(groups[batch, accepted])
     count = s.count + accepted + 1
     # The token after those that stand, and new drafts.
     to = count[:, None] - 1 + jnp.arange(k)[None]
     there = _read(passes, passes.order, to)
-    tokens = _draw(choice, jnp.concatenate([log_p[:, None], log_q], axis=1), there, draws, rejected)
+    tokens = _draw(choice, jnp.concatenate([log_p[:, None], log_q], axis=1), there, keys, rejected)
     more = jnp.minimum(s.reach - 1, n)
     if style == "chain":
         more = jnp.where(rejected, 0, more)
@@ -219,14 +220,14 @@ def _run(network, passes, state, row_keys, length, lowest_left, *, choice, style
     # Before the loop: on a CPU one key, or draw, costs as much as a thousand.
     batch, slots = passes.order.shape
     position = jnp.broadcast_to(jnp.arange(slots)[None], (batch, slots))
-    draws = {p: keys_of(row_keys, position, p) for p in (TOKEN, RESIDUAL)}
-    draws[ACCEPT] = log_uniform(keys_of(row_keys, position, ACCEPT))
+    keys = {p: keys_of(row_keys, position, p) for p in (TOKEN, RESIDUAL)}
+    log_u = log_uniform(keys_of(row_keys, position, ACCEPT))
 
     def one_pass(s: Speculation):
         before = s.count
         common = dict(choice=choice, style=style, most=sizes[-1], length=length)
         branches = [functools.partial(_one_pass, k=k, **common) for k in sizes]
-        args = network, passes, s, draws
+        args = network, passes, s, keys, log_u
         if len(sizes) > 1:
             need = jnp.maximum(s.reach, s.drafted + 1).max()
             which = jnp.searchsorted(jnp.array(sizes), need)
@@ -258,6 +259,7 @@ def _reveal(state: State, passes, before, count, eos_id) -> State:
 
 
 def _start(state: State, given, sizes, vocab_size: int) -> Speculation:
+    """Before the first pass: what is given stands, and nothing is drafted."""
     batch, most = len(given), sizes[-1] - 1
     return Speculation(
         state=state,
