@@ -8,13 +8,11 @@ device: on a GPU, whether flash beats lean. Writes docs/attention.{json,md}.
 import argparse
 import functools
 import pathlib
-import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from benchmarks import write_up
+from benchmarks import turns, write_up
 from esolm_jax import attention
 from esolm_jax.labels import Layout, Tokens
 
@@ -67,13 +65,9 @@ def measure(tokens: Tokens, arguments) -> dict[str, dict]:
         exact = step(tokens, *(a.astype(jnp.float32) for a in operands), kind="dense")
     names = kinds(tokens, jax.default_backend())
     errors = {kind: error(step(tokens, *operands, kind=kind), exact) for kind in names}
-    seconds = {kind: [] for kind in names}
-    for _ in range(arguments.repeats):
-        for kind in names:
-            begin = time.perf_counter()
-            jax.block_until_ready(step(tokens, *operands, kind=kind))
-            seconds[kind].append(time.perf_counter() - begin)
-    return {k: {"ms": 1e3 * float(np.median(seconds[k])), "error": errors[k]} for k in names}
+    calls = [functools.partial(step, tokens, *operands, kind=kind) for kind in names]
+    seconds, _ = turns.timed(calls, arguments.repeats)
+    return {k: {"ms": 1e3 * s, "error": errors[k]} for k, s in zip(names, seconds, strict=True)}
 
 
 def main() -> None:

@@ -6,13 +6,13 @@ in one run; compile time is left out. Writes docs/speculation.{json,md}.
 """
 
 import argparse
+import functools
 import pathlib
-import time
 
 import jax
 import numpy as np
 
-from benchmarks import write_up
+from benchmarks import turns, write_up
 from esolm_jax import assemble, checkpoint, sharding
 from esolm_jax.sampling.canvas import Canvas
 from esolm_jax.sampling.generate import Generator, passes_run
@@ -28,22 +28,16 @@ def timed(generators: list[Generator], network, mesh, repeats: int) -> list[dict
     """Of each, taking turns: median seconds of a run, its passes and acceptance."""
     for generator in generators:
         jax.block_until_ready(generator.run(network, mesh=mesh, dry_run=True)[0])
-    seconds, found = [[] for _ in generators], [None] * len(generators)
-    for _ in range(repeats):
-        for i, generator in enumerate(generators):
-            begin = time.perf_counter()
-            found[i] = generator.run(network, mesh=mesh)
-            jax.block_until_ready(found[i][0])
-            seconds[i].append(time.perf_counter() - begin)
-    return [_row(*each) for each in zip(generators, seconds, found, strict=True)]
+    runs = [functools.partial(generator.run, network, mesh=mesh) for generator in generators]
+    return [_row(*each) for each in zip(generators, *turns.timed(runs, repeats), strict=True)]
 
 
-def _row(generator: Generator, seconds: list[float], found) -> dict:
+def _row(generator: Generator, seconds: float, found) -> dict:
     decoded, counts = found
     nfe = passes_run(generator, decoded)
     tested, accepted = (np.array(counts.get(name, [])) for name in ("tested", "accepted"))
     return {
-        "seconds": float(np.median(seconds)),
+        "seconds": seconds,
         "nfe": nfe,
         "tokens_per_pass": int(generator.schedule.length.max()) / nfe,
         "acceptance": (accepted / np.maximum(tested, 1)).tolist(),

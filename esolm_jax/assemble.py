@@ -83,7 +83,7 @@ def build(config, tokenizer: dict, mesh) -> Built:
       UserError: something does not divide by the mesh; the attention is for other devices.
     """
     config_lib.validate_mesh(config, mesh.shape)
-    platform = mesh.devices.flat[0].platform
+    platform = sharding.platform(mesh)
     model = model_config(config, tokenizer, platform)
     if attention.ON.get(model.attention, platform) != platform:
         raise UserError(

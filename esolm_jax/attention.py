@@ -105,7 +105,7 @@ def attend(
     elif kind == "lean" or queries.layout is None:
         from esolm_jax.attention_lean import lean
 
-        attention = functools.partial(lean, layout=layout, platform=_platform(mesh))
+        attention = functools.partial(lean, layout=layout, platform=sharding.platform(mesh))
     else:
         from esolm_jax.attention_splash import splash
 
@@ -117,11 +117,6 @@ def attend(
     labels = queries.rank, queries.in_context, keys.rank, keys.in_context
     with jax.named_scope("attend"):  # by which pod.report knows its products
         return attention(q_BHTK, k_BGSK, v_BGSK, *labels)
-
-
-def _platform(mesh: Mesh | None) -> str:
-    """Where attention is to run; it may be compiled elsewhere."""
-    return mesh.devices.flat[0].platform if mesh else jax.default_backend()
 
 
 def _on_mesh(attention, mesh: Mesh, across: str | None):

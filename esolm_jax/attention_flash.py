@@ -10,6 +10,7 @@ kernel, by hand; no GPU has run it. Shapes as in attention_vjp.py.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -145,44 +146,57 @@ def _filled(layout, q, k, v, labels):
     return (fill(q, 3, mode="edge"), fill(k, 2), fill(v, 2), *labels), table, block
 
 
-def _specs(q, k, block: int, of_queries: bool):
-    """What a program of the grid (block, head, row) sees; blocks of a head run side by side, for
-    they read the same. Programs of queries count query heads, and see their block of queries and
-    all keys; those of keys the other way round.
+class _Programs(NamedTuple):
+    """A grid of programs (block, head, row) and what each sees; blocks of a head run side by side,
+    for they read the same.
 
-    Returns specs of (places, count, q, k, v, four labels), of q and of lse.
+    Attributes:
+      inputs: specs of what kernels take, in their order; the forward pass has no grad, lse, along.
+      q, k, lse: specs of arrays like these.
     """
-    (_, _, heads, num_q, width), num_k = q.shape, k.shape[2]
+
+    grid: tuple[int, int, int]
+    inputs: list
+    q: pl.BlockSpec
+    k: pl.BlockSpec
+    lse: pl.BlockSpec
+
+
+def _programs(q, k, block: int, of_queries: bool) -> _Programs:
+    """Those of queries count query heads, and see their block of queries and all keys; those of
+    keys the other way round."""
+    (batch, groups, heads, num_q, width), num_k = q.shape, k.shape[2]
+    blocks_q, blocks_k = num_q // block, num_k // block
     if of_queries:
+        grid, others = (blocks_q, groups * heads, batch), blocks_k
         q_spec = pl.BlockSpec(
             (None, None, None, block, width), lambda i, h, b: (b, h // heads, h % heads, i, 0)
         )
-        lse_spec = pl.BlockSpec(
-            (None, None, None, block), lambda i, h, b: (b, h // heads, h % heads, i)
-        )
+        lse = pl.BlockSpec((None, None, None, block), lambda i, h, b: (b, h // heads, h % heads, i))
         k_spec = pl.BlockSpec((None, None, num_k, width), lambda i, h, b: (b, h // heads, 0, 0))
         q_label = pl.BlockSpec((None, block), lambda i, h, b: (b, i))
         k_label = pl.BlockSpec((None, num_k), lambda i, h, b: (b, 0))
     else:
+        grid, others = (blocks_k, groups, batch), blocks_q
         q_spec = pl.BlockSpec((None, None, heads, num_q, width), lambda j, g, b: (b, g, 0, 0, 0))
-        lse_spec = pl.BlockSpec((None, None, heads, num_q), lambda j, g, b: (b, g, 0, 0))
+        lse = pl.BlockSpec((None, None, heads, num_q), lambda j, g, b: (b, g, 0, 0))
         k_spec = pl.BlockSpec((None, None, block, width), lambda j, g, b: (b, g, j, 0))
         q_label = pl.BlockSpec((None, num_q), lambda j, g, b: (b, 0))
         k_label = pl.BlockSpec((None, block), lambda j, g, b: (b, j))
-    others = (num_k if of_queries else num_q) // block
     places = pl.BlockSpec((None, others), lambda i, h, b: (i, 0))
     count = pl.BlockSpec((1,), lambda i, h, b: (i,))
-    labels = q_label, q_label, k_label, k_label
-    return [places, count, q_spec, k_spec, k_spec, *labels], q_spec, lse_spec
+    inputs = [places, count, q_spec, k_spec, k_spec, q_label, q_label, k_label, k_label]
+    return _Programs(grid, [*inputs, q_spec, lse, lse], q_spec, k_spec, lse)
 
 
-def _call(kernel, grid, in_specs, outs, operands, interpret: bool):
-    """`outs`: (spec, shape, dtype) of each result."""
-    warps = 8 if operands[2].shape[-1] > WIDE else 4
+def _call(kernel, programs: _Programs, table, operands, outs, interpret: bool):
+    """`table`: which blocks a block visits; `outs`: (spec, shape, dtype) of each result."""
+    warps = 8 if operands[0].shape[-1] > WIDE else 4
+    operands = *_visited(table), *operands
     return pl.pallas_call(
         kernel,
-        grid=grid,
-        in_specs=in_specs,
+        grid=programs.grid,
+        in_specs=programs.inputs[: len(operands)],
         out_specs=[spec for spec, *_ in outs],
         out_shape=[jax.ShapeDtypeStruct(*of) for _, *of in outs],
         compiler_params=triton.CompilerParams(num_warps=warps, num_stages=STAGES),
@@ -194,12 +208,10 @@ def _call(kernel, grid, in_specs, outs, operands, interpret: bool):
 def _forward(interpret, layout, q, k, v, labels):
     length = q.shape[3]
     operands, table, block = _filled(layout, q, k, v, labels)
-    q, k, v = operands[:3]
-    batch, groups, heads, num_q, _ = q.shape
-    grid = num_q // block, groups * heads, batch
-    specs, q_spec, lse_spec = _specs(q, k, block, of_queries=True)
-    outs = [(q_spec, q.shape, v.dtype), (lse_spec, q.shape[:-1], jnp.float32)]
-    out, lse = _call(_forward_kernel, grid, specs, outs, (*_visited(table), *operands), interpret)
+    q, k = operands[:2]
+    programs = _programs(q, k, block, of_queries=True)
+    outs = [(programs.q, q.shape, v.dtype), (programs.lse, q.shape[:-1], jnp.float32)]
+    out, lse = _call(_forward_kernel, programs, table, operands, outs, interpret)
     return out[:, :, :, :length], lse[:, :, :, :length]
 
 
@@ -209,19 +221,14 @@ def _backward(interpret, layout, q, k, v, labels, grad, lse, along):
     q, k, v = operands[:3]
     fill = functools.partial(attention_vjp.fill, axis=3, block=block)
     operands += fill(grad), fill(lse, mode="edge"), fill(along)
-    batch, groups, heads, num_q, _ = q.shape
 
-    specs, q_spec, lse_spec = _specs(q, k, block, of_queries=True)
-    grid = num_q // block, groups * heads, batch
-    specs += [q_spec, lse_spec, lse_spec]
-    outs = [(q_spec, q.shape, q.dtype)]
-    (dq,) = _call(_queries_kernel, grid, specs, outs, (*_visited(table), *operands), interpret)
+    programs = _programs(q, k, block, of_queries=True)
+    outs = [(programs.q, q.shape, q.dtype)]
+    (dq,) = _call(_queries_kernel, programs, table, operands, outs, interpret)
 
-    specs, q_spec, lse_spec = _specs(q, k, block, of_queries=False)
-    grid = k.shape[2] // block, groups, batch
-    specs += [q_spec, lse_spec, lse_spec]
-    outs = [(specs[3], a.shape, a.dtype) for a in (k, v)]
-    dk, dv = _call(_keys_kernel, grid, specs, outs, (*_visited(table.T), *operands), interpret)
+    programs = _programs(q, k, block, of_queries=False)
+    outs = [(programs.k, a.shape, a.dtype) for a in (k, v)]
+    dk, dv = _call(_keys_kernel, programs, table.T, operands, outs, interpret)
     return dq[:, :, :, :length], dk[:, :, :num_keys], dv[:, :, :num_keys]
 
 

@@ -113,12 +113,17 @@ def make_mesh(mesh_config, devices: Sequence | None = None) -> Mesh:
     return Mesh(grid, AXES)
 
 
+def platform(mesh: Mesh | None) -> str:
+    """What a program on this mesh (None: the default device) runs on, wherever it is compiled:
+    "cpu", "gpu" or "tpu"."""
+    return mesh.devices.flat[0].platform if mesh else jax.default_backend()
+
+
 def describe(mesh: Mesh) -> str:
     """Such as "8 cpu devices (data=4, tensor=2) in 2 processes"."""
-    platform = mesh.devices.flat[0].platform
     axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
     processes = len({device.process_index for device in mesh.devices.flat})
-    text = f"{mesh.size} {platform} device{'s' if mesh.size > 1 else ''}"
+    text = f"{mesh.size} {platform(mesh)} device{'s' if mesh.size > 1 else ''}"
     text += f" ({axes})" if axes else ""
     return text + (f" in {processes} processes" if processes > 1 else "")
 
