@@ -120,19 +120,15 @@ def _multiply_add(q, keys_BGKS, s: int):
 
 
 def _weighted_sum(p, values_BGSK, s: int):
-    """Folds S to a sixteenth until one is left."""
+    """One loop folds S to a 32nd; a product with ones adds what is left, for XLA would make one
+    loop of two folds, which reads too many places at once."""
     values, p = values_BGSK[:, :, None].astype(jnp.float32), p[..., None].astype(jnp.float32)
-    each = [p[:, :, :, a:b] * values[:, :, :, a:b] for a, b in _equal_parts(s)]
-    while (out := functools.reduce(jnp.add, each)).shape[3] > 1:
-        each = [out[:, :, :, a:b] for a, b in _equal_parts(out.shape[3])]
+    step = s // math.gcd(32, s) if s > 32 else 1
+    parts = [slice(at, at + step) for at in range(0, s, step)]
+    out = functools.reduce(jnp.add, [p[:, :, :, at] * values[:, :, :, at] for at in parts])
+    if step > 1:
+        out = jnp.matmul(jnp.ones((*out.shape[:3], 1, step)), out)
     return out[:, :, :, 0]
-
-
-def _equal_parts(size: int) -> list[tuple[int, int]]:
-    """As many as divide it and sixteen; if none do, single ones."""
-    count = math.gcd(16, size)
-    step = size // count if count > 1 else 1
-    return [(at, at + step) for at in range(0, size, step)]
 
 
 def _on_cpu(in_place, product):
