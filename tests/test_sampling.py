@@ -351,3 +351,25 @@ def test_steps_of_bd3_that_cross_a_block_are_refused():
     plan = Schedule(np.arange(4)[None].astype(np.int32), np.array([1, 2, 1], np.int32), 4)
     with pytest.raises(UserError, match="block_length=2"):
         sample("bd3", plan)
+
+
+@pytest.mark.parametrize("split", [None, (None, "tensor"), ("tensor", None)])
+@pytest.mark.parametrize("rows", [(1, 1), (1, 2), (2, 1)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_few_rows_are_multiplied_one_by_one(split, rows, dtype):
+    """Kernels of this size take the CPU's loop; those of toy models never do."""
+    keys = jax.random.split(jax.random.key(0))
+    h = jax.random.normal(keys[0], (*rows, 256), dtype)
+    kernel = jax.random.normal(keys[1], (256, 2, 512), dtype) / 16
+    assert kernel.size >= network.LARGE
+    expected = np.tensordot(np.asarray(h, np.float64), np.asarray(kernel, np.float64), 1)
+    if split:
+        mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("tensor",))
+        spec = jax.sharding.PartitionSpec(split[0], None, split[1])
+        kernel = jax.device_put(kernel, jax.sharding.NamedSharding(mesh, spec))
+    y = jax.jit(network._product)(h, kernel)
+    assert y.dtype == dtype
+    one = 1e-6 if dtype == jnp.float32 else 2**-8
+    np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=one, atol=4 * one)
+    text = str(jax.make_jaxpr(network._product)(h, kernel))
+    assert "platform_index" in text  # a branch for CPUs
