@@ -23,7 +23,7 @@ class Forced:
 
     case: str
 
-    def __call__(self, logits, position_BP, row_keys_B):
+    def __call__(self, logits, position_BP, noise_BPV):
         forced = jnp.asarray(vectors(self.case)["forced_tokens"])
         return jnp.take_along_axis(forced, position_BP, axis=1)
 
@@ -34,7 +34,7 @@ class Recorded(Choice):
 
     case: str = ""
 
-    def noise(self, row_keys_B, position_BP, vocab_size):
+    def __call__(self, logits, position_BP, noise_BPV):
         golden = vectors(self.case)
         u = golden["gumbel_u"].astype(np.float64)
         by_rank = -np.log(-np.log(u))
@@ -42,7 +42,9 @@ class Recorded(Choice):
         order = golden.get("sort_idx", np.tile(np.arange(length), (batch, 1)))
         by_position = np.zeros_like(by_rank)
         np.put_along_axis(by_position, order[..., None], by_rank, axis=1)
-        return jnp.asarray(by_position, jnp.float32)[jnp.arange(batch)[:, None], position_BP]
+        noise = jnp.asarray(by_position, jnp.float32)
+        noise = noise[jnp.arange(batch)[:, None], position_BP]
+        return super().__call__(logits, position_BP, noise)
 
 
 CASES = ["09_sampling_kv", "09b_sampling_kv_alpha0", "09s_sampling_kv_sharp"]

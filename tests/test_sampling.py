@@ -10,7 +10,7 @@ import pytest
 import toy
 
 from esolm_jax.errors import UserError
-from esolm_jax.sampling import decode, network, passes, schedule
+from esolm_jax.sampling import choose, decode, network, passes, schedule
 from esolm_jax.sampling.canvas import Canvas, Seed
 from esolm_jax.sampling.choose import Choice, gumbel, keep_top_k, keys_of, nucleus
 from esolm_jax.sampling.schedule import Schedule
@@ -97,7 +97,7 @@ class Forced:
     def text(self):
         return np.random.default_rng(2).choice(toy.REAL, (self.batch, LENGTH)).astype(np.int32)
 
-    def __call__(self, logits, position_BP, row_keys_B):
+    def __call__(self, logits, position_BP, noise_BPV):
         return jnp.take_along_axis(jnp.asarray(self.text()), position_BP, axis=1)
 
 
@@ -178,9 +178,10 @@ def test_noise_is_keyed_by_row_and_position_alone():
 
 def draws(choice, logits, count=20_000):
     """Tokens drawn from the same logits [V], each with a key of its own."""
-    keys = jax.random.split(KEY, count)
+    position = jnp.zeros((count, 1), jnp.int32)
+    noise = gumbel(keys_of(jax.random.split(KEY, count), position), len(logits))
     tiled = jnp.tile(jnp.asarray(logits, jnp.float32), (count, 1, 1))
-    return np.asarray(choice(tiled, jnp.zeros((count, 1), jnp.int32), keys))[:, 0]
+    return np.asarray(choice(tiled, position, noise))[:, 0]
 
 
 LOGITS = np.log([0.4, 0.3, 0.2, 0.07, 0.03])  # the mask is id 1
@@ -233,6 +234,22 @@ def test_filters_keep_the_likeliest_wherever_they_stand():
 def test_the_mask_is_never_drawn_however_likely():
     tokens = draws(Choice(1), [0.0, 50.0, 0.0, 0.0, 0.0], 1000)
     assert set(tokens) == {0, 2, 3, 4}
+
+
+@pytest.mark.parametrize("ahead", [0, 2**26])
+def test_noise_of_slots_is_that_of_their_positions(ahead, monkeypatch):
+    """Drawn when asked for and, three slots at a time, before; of slots that are wanted."""
+    monkeypatch.setattr(choose, "AHEAD", ahead)
+    monkeypatch.setattr(choose, "AT_ONCE", 3 * 2 * 5)
+    rows = jax.random.split(KEY, 2)
+    position = jnp.asarray(np.random.default_rng(0).permuted([range(10)] * 2, axis=1))
+    slot = jnp.array([[9, 2, 4], [3, 9, 5]])
+    is_wanted = jnp.arange(10) >= 2
+    noise = choose.noise_of(rows, position, is_wanted, 5)(slot)
+    expected = gumbel(keys_of(rows, jnp.take_along_axis(position, slot, axis=1)), 5)
+    np.testing.assert_allclose(noise, expected, rtol=1e-6, atol=1e-6)
+    none = choose.noise_of(rows, position, jnp.zeros(10, bool), 5)(slot)
+    assert (none == 0).all() == (ahead > 0)
 
 
 def test_noise_reaches_beyond_float32_uniforms():
@@ -351,25 +368,3 @@ def test_steps_of_bd3_that_cross_a_block_are_refused():
     plan = Schedule(np.arange(4)[None].astype(np.int32), np.array([1, 2, 1], np.int32), 4)
     with pytest.raises(UserError, match="block_length=2"):
         sample("bd3", plan)
-
-
-@pytest.mark.parametrize("split", [None, (None, "tensor"), ("tensor", None)])
-@pytest.mark.parametrize("rows", [(1, 1), (1, 2), (2, 1)])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_few_rows_are_multiplied_one_by_one(split, rows, dtype):
-    """Kernels of this size take the CPU's loop; those of toy models never do."""
-    keys = jax.random.split(jax.random.key(0))
-    h = jax.random.normal(keys[0], (*rows, 256), dtype)
-    kernel = jax.random.normal(keys[1], (256, 2, 512), dtype) / 16
-    assert kernel.size >= network.LARGE
-    expected = np.tensordot(np.asarray(h, np.float64), np.asarray(kernel, np.float64), 1)
-    if split:
-        mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("tensor",))
-        spec = jax.sharding.PartitionSpec(split[0], None, split[1])
-        kernel = jax.device_put(kernel, jax.sharding.NamedSharding(mesh, spec))
-    y = jax.jit(network._product)(h, kernel)
-    assert y.dtype == dtype
-    one = 1e-6 if dtype == jnp.float32 else 2**-8
-    np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=one, atol=4 * one)
-    text = str(jax.make_jaxpr(network._product)(h, kernel))
-    assert "platform_index" in text  # a branch for CPUs

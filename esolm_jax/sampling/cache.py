@@ -5,7 +5,6 @@ filled. What is filled grows pass by pass, so a program has branches for prefixe
 """
 
 import functools
-import math
 
 import flax.struct
 import jax
@@ -15,10 +14,10 @@ from jax.sharding import Mesh
 from esolm_jax import sharding
 from esolm_jax.attention import MASKED
 from esolm_jax.model import ModelConfig
+from esolm_jax.sampling import products
 
 SLOTS, FEW_SLOTS = 64, 8  # caches are of multiples of these, so that parts of them are alike
 PREFIXES = 8
-FEW = 12  # queries of a group of heads: for more of them a CPU is faster at matrix products
 
 
 @flax.struct.dataclass
@@ -76,18 +75,17 @@ def _attend_prefix(q_BGRWK, k, v, mask_BWW, filled_B, prefix: int, past):
     """Softmax in float32 over the window and the cache's slots below `prefix`."""
     batch, groups, per_group, width, head_width = q_BGRWK.shape
     q = q_BGRWK.reshape(batch, groups, per_group * width, head_width)
-    scored, weighted = _IN_PLACE if q.shape[2] <= FEW else _PRODUCTS
-    here = scored(q, k.swapaxes(2, 3), width).reshape(q_BGRWK.shape[:4] + (width,))
+    here = products.scores(q, k.swapaxes(2, 3), width).reshape(q_BGRWK.shape[:4] + (width,))
     here = jnp.where(mask_BWW[:, None, None], here, MASKED).reshape(*q.shape[:3], width)
-    parts = [(here, lambda p: weighted(p, v, width))]
+    parts = [(here, lambda p: products.weighted(p, v, width))]
     if prefix:
         keys, values = past
         score = jax.lax.cond(  # also lest XLA computes it twice, for its maximum and for exp
             filled_B.max() > 0,
-            lambda: _where_filled(scored(q, keys, prefix), filled_B),
+            lambda: _where_filled(products.scores(q, keys, prefix), filled_B),
             lambda: jnp.full((*q.shape[:3], prefix), MASKED, jnp.float32),
         )
-        parts.append((score, lambda p: weighted(p, values, prefix)))
+        parts.append((score, lambda p: products.weighted(p, values, prefix)))
     top = functools.reduce(jnp.maximum, [score.max(-1, keepdims=True) for score, _ in parts])
     total, out = 0.0, 0.0
     for score, weigh in parts:
@@ -99,49 +97,6 @@ def _attend_prefix(q_BGRWK, k, v, mask_BWW, filled_B, prefix: int, past):
 def _where_filled(score_BGTS, filled_B):
     filled = jnp.arange(score_BGTS.shape[3])[None] < filled_B[:, None]
     return jnp.where(filled[:, None, None], score_BGTS, MASKED)
-
-
-def _matmul(a, b):
-    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
-
-
-# Products of queries [B, G, T, K] or probabilities [B, G, T, S] with the cache's first S slots.
-_PRODUCTS = (
-    lambda q, keys_BGKS, s: _matmul(q, keys_BGKS[..., :s]),
-    lambda p, values_BGSK, s: _matmul(p, values_BGSK[:, :, :s]),
-)
-
-
-def _multiply_add(q, keys_BGKS, s: int):
-    """One loop over S that adds K products."""
-    keys, q = keys_BGKS[:, :, None].astype(jnp.float32), q.astype(jnp.float32)
-    each = [q[..., i, None] * keys[:, :, :, i, :s] for i in range(q.shape[3])]
-    return functools.reduce(jnp.add, each)
-
-
-def _weighted_sum(p, values_BGSK, s: int):
-    """One loop folds S to a 32nd; a product with ones adds what is left, for XLA would make one
-    loop of two folds, which reads too many places at once."""
-    values, p = values_BGSK[:, :, None].astype(jnp.float32), p[..., None].astype(jnp.float32)
-    step = s // math.gcd(32, s) if s > 32 else 1
-    parts = [slice(at, at + step) for at in range(0, s, step)]
-    out = functools.reduce(jnp.add, [p[:, :, :, at] * values[:, :, :, at] for at in parts])
-    if step > 1:
-        out = jnp.matmul(jnp.ones((*out.shape[:3], 1, step)), out)
-    return out[:, :, :, 0]
-
-
-def _on_cpu(in_place, product):
-    def chosen(a, b, s: int):
-        cpu, default = (functools.partial(f, s=s) for f in (in_place, product))
-        return jax.lax.platform_dependent(a, b, cpu=cpu, default=default)
-
-    return chosen
-
-
-# XLA for CPUs copies the slice that it gives to a product of matrices, and is slow at many small
-# ones; sums of products read the cache where it lies.
-_IN_PLACE = tuple(map(_on_cpu, (_multiply_add, _weighted_sum), _PRODUCTS))
 
 
 def write(cache: Cache, keys, values, start, after, *, aligned: bool) -> Cache:

@@ -9,6 +9,7 @@ from esolm_jax.loss import exclude_mask_token
 
 # What a draw at a position is for: each has noise of its own.
 TOKEN, ACCEPT, RESIDUAL = range(3)
+AHEAD, AT_ONCE = 2**26, 2**15  # bytes of noise that a loop may have ready; draws of it at a time
 
 
 def nucleus(logits_BPV, top_p: float):
@@ -53,6 +54,36 @@ def gumbel(keys_BP, vocab_size: int):
     return jax.vmap(jax.vmap(one))(keys_BP)
 
 
+def noise_of(row_keys_B, position_BS, is_wanted_S, vocab_size: int, purpose: int = TOKEN):
+    """A function of slots [B, P], integers below S, to their noise, float32 [B, P, V].
+
+    Up to AHEAD bytes it is drawn at once, for a loop to read: on a CPU a draw of one token's costs
+    about as much as of ten together. Slots that are not wanted may have none.
+    """
+
+    def draw(position_BP):
+        return gumbel(keys_of(row_keys_B, position_BP, purpose), vocab_size)
+
+    batch, slots = position_BS.shape
+    if 4 * batch * slots * vocab_size > AHEAD:
+        return lambda slot_BP: draw(jnp.take_along_axis(position_BS, slot_BP, axis=1))
+    few = min(slots, max(1, AT_ONCE // (batch * vocab_size)))
+    rest = -slots % few  # few at a time: what they pass through stays in a CPU's cache
+
+    def next_slots(args):
+        position_FB, is_wanted_F = args
+        shape = batch, few, vocab_size
+        return jax.lax.cond(
+            is_wanted_F.any(), lambda: draw(position_FB.T), lambda: jnp.zeros(shape, jnp.float32)
+        )
+
+    position_SB = jnp.pad(position_BS.T, ((0, rest), (0, 0))).reshape(-1, few, batch)
+    is_wanted = jnp.pad(is_wanted_S, (0, rest)).reshape(-1, few)
+    noise = jax.lax.map(next_slots, (position_SB, is_wanted))
+    row = jnp.arange(batch)[:, None]
+    return lambda slot_BP: noise[slot_BP // few, row, slot_BP % few]
+
+
 def log_uniform(keys_BP):
     """Logarithms of uniform draws, float32 [B, P]: minus an exponential, exact in both tails."""
 
@@ -85,15 +116,11 @@ class Choice:
     top_p: float = 1.0
     top_k: int = 0
 
-    def __call__(self, logits_BPV, position_BP, row_keys_B):
-        """int32 [B, P]: argmax(nucleus(logits / temperature) + Gumbel noise)."""
+    def __call__(self, logits_BPV, position_BP, noise_BPV):
+        """int32 [B, P]: argmax(nucleus(logits / temperature) + Gumbel noise), for any position."""
+        del position_BP
         filtered = self._filtered(logits_BPV)
-        if self.temperature > 0:
-            filtered += self.noise(row_keys_B, position_BP, logits_BPV.shape[-1])
-        return argmax(filtered)
-
-    def noise(self, row_keys_B, position_BP, vocab_size):
-        return gumbel(keys_of(row_keys_B, position_BP), vocab_size)
+        return argmax(filtered + noise_BPV if self.temperature > 0 else filtered)
 
     def log_probs(self, logits_BPV):
         """float32 [B, P, V]: of the distribution that tokens are drawn from."""

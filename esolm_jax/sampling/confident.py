@@ -18,7 +18,7 @@ from esolm_jax.sampling import cache as cache_lib
 from esolm_jax.sampling import decode as decode_lib
 from esolm_jax.sampling import network as network_lib
 from esolm_jax.sampling.cache import Cache
-from esolm_jax.sampling.choose import Choice
+from esolm_jax.sampling.choose import Choice, noise_of
 from esolm_jax.sampling.decode import NEVER, UNREAD, Decoded
 from esolm_jax.sampling.network import Network, Window
 from esolm_jax.sampling.passes import Passes
@@ -87,6 +87,7 @@ def _window(p: Progress, length, unknown: int) -> Window:
 def _run(network, p: Progress, keys, length, *, choice, most, threshold, unknown):
     size = p.text.shape[1]
     position = jnp.broadcast_to(jnp.arange(size)[None], p.text.shape)
+    noise = noise_of(keys, position, position[0] < length.max(), network.config.vocab_size)
 
     def one_pass(p: Progress):
         window = _window(p, length, unknown)
@@ -100,7 +101,7 @@ def _run(network, p: Progress, keys, length, *, choice, most, threshold, unknown
         if threshold:
             keep &= (certain >= jnp.log(threshold)) | (jnp.arange(most)[None] == 0)
         near = jnp.take_along_axis(logits, chosen[..., None], axis=1)
-        token = choice(near, chosen, keys)
+        token = choice(near, chosen, noise(chosen))
         cache, filled = p.cache, p.filled
         if cache is not None:
             new_keys, new_values = (

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from esolm_jax.sampling import cache as cache_lib
 from esolm_jax.sampling import network as network_lib
 from esolm_jax.sampling.cache import Cache
+from esolm_jax.sampling.choose import noise_of
 from esolm_jax.sampling.network import Network, Window
 from esolm_jax.sampling.passes import NONE, Passes
 
@@ -94,15 +95,17 @@ def _widened(array, width: int, axis: int):
     return jnp.pad(array, pad)
 
 
-def _run_shape(network, passes, state, i, row_keys, choice, shape, widest):
-    """(tokens [B, P], logits, keys, values) of pass i run in one shape, widened to the widest."""
+def _run_shape(network, passes, state, i, *, noise, choice, shape, widest):
+    """(tokens [B, P], logits, keys, values) of pass i run in one shape, widened to the widest.
+    `noise`: of slots [B, P], as of choose.noise_of."""
     width, picked = shape
     window = _window(passes, state, i, width, picked)
     logits, keys, values = network_lib.forward(network, window, state.cache)
     chosen = None
     if picked:
         position = jnp.take_along_axis(window.position, window.pick, axis=1)
-        chosen = _widened(choice(logits, position, row_keys), widest[1], 1)
+        slot = window.filled[:, None] + window.pick
+        chosen = _widened(choice(logits, position, noise(slot)), widest[1], 1)
         logits = _widened(logits, widest[1], 1)
     if state.cache is None:
         keys = values = ()
@@ -122,13 +125,16 @@ def _run_shape(network, passes, state, i, row_keys, choice, shape, widest):
 def run(network, passes, index, state, row_keys, high, *, choice, shapes, aligned, eos_id):
     """Passes up to high − 1, each in its one of the `shapes`; ends when every text has ended."""
     widest = tuple(map(max, zip(*shapes, strict=True)))
+    slot, first, last = jnp.arange(passes.order.shape[1]), state.next, high - 1
+    is_wanted = (first <= last) & (slot >= passes.first[first].min())
+    is_wanted &= slot < (passes.first[last] + passes.size[last]).max()
+    noise = noise_of(row_keys, passes.order, is_wanted, network.config.vocab_size)
 
     def one_pass(state):
         i = state.next
-        branches = [
-            functools.partial(_run_shape, choice=choice, shape=s, widest=widest) for s in shapes
-        ]
-        args = network, passes, state, i, row_keys
+        common = {"noise": noise, "choice": choice, "widest": widest}
+        branches = [functools.partial(_run_shape, shape=shape, **common) for shape in shapes]
+        args = network, passes, state, i
         found = jax.lax.switch(index[i], branches, *args) if len(shapes) > 1 else branches[0](*args)
         chosen, logits, keys, values = found
         if chosen is not None:

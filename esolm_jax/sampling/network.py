@@ -8,7 +8,6 @@ weights out of a stack costs as much as to use them.
 
 import dataclasses
 import functools
-import math
 
 import flax.struct
 import jax
@@ -20,8 +19,6 @@ from esolm_jax import sharding
 from esolm_jax.attention import dense_mask
 from esolm_jax.model import ModelConfig
 from esolm_jax.sampling.cache import Cache, attend
-
-FEW_ROWS, DEPTH, LARGE = 2, 32, 2**17  # which products a CPU does row by row, and how
 
 
 @flax.struct.dataclass
@@ -234,31 +231,8 @@ def _norm(config, h_BWD):
     return model_lib.standardise(config, h_BWD).astype(config.dtype)
 
 
-def _product(h_BWD, kernel):
-    """[B, W, …]. XLA for CPUs leaves products of so few rows to one thread, or wakes a second one
-    too late; its loops are split in time."""
-    matmul = functools.partial(jnp.tensordot, axes=1)
-    rows, depth = math.prod(h_BWD.shape[:2]), len(kernel)
-    if rows > FEW_ROWS or depth % DEPTH or kernel.size < LARGE:
-        return matmul(h_BWD, kernel)
-    return jax.lax.platform_dependent(h_BWD, kernel, cpu=_row_by_row, default=matmul)
-
-
-def _row_by_row(h_BWD, kernel):
-    """For each row a loop that adds DEPTH products in each part of the kernel, then the parts."""
-    parts = kernel.reshape(-1, DEPTH, kernel.size // len(kernel)).astype(jnp.float32)
-    rows = h_BWD.reshape(-1, len(parts), DEPTH).astype(jnp.float32)
-
-    def one(row):
-        each = [row[:, i, None] * parts[:, i] for i in range(DEPTH)]
-        return jnp.matmul(jnp.ones((1, len(parts))), functools.reduce(jnp.add, each))
-
-    y = jnp.concatenate([one(row) for row in rows])
-    return y.reshape(*h_BWD.shape[:2], *kernel.shape[1:]).astype(h_BWD.dtype)
-
-
 def _linear(block, name, h_BWD):
-    y = _product(h_BWD, block[name])
+    y = jnp.tensordot(h_BWD, block[name], 1)
     bias = block.get(f"{name}_bias")
     return y if bias is None else y + bias.astype(y.dtype).reshape(1, 1, *bias.shape)
 

@@ -32,12 +32,12 @@ from esolm_jax.sampling import network as network_lib
 from esolm_jax.sampling.choose import (
     ACCEPT,
     RESIDUAL,
-    TOKEN,
     Choice,
     argmax,
     gumbel,
     keys_of,
     log_uniform,
+    noise_of,
 )
 from esolm_jax.sampling.decode import NEVER, UNREAD, Decoded, State
 from esolm_jax.sampling.network import Network, Window
@@ -143,27 +143,25 @@ def _verify(s: Speculation, log_p, token, log_u):
     return accepted, jnp.where(rejected[:, None], log_rest, log_p), rejected
 
 
-def _at(array_BL, position_BP):
-    """[B, P]: keys or numbers of these positions."""
-    return array_BL[jnp.arange(len(array_BL))[:, None], position_BP]
-
-
-def _draw(choice: Choice, log_p, position, keys, rejected):
+def _draw(choice: Choice, log_p, slot, noise, rejected):
     """int32 [B, P]; with other noise for the first where a draft was rejected."""
-    if choice.temperature > 0:
-        is_again = rejected[:, None] & (jnp.arange(position.shape[1])[None] == 0)
-        of_again, of_token = (_at(keys[purpose], position) for purpose in (RESIDUAL, TOKEN))
-        log_p = log_p + gumbel(jnp.where(is_again, of_again, of_token), log_p.shape[-1])
-    return argmax(log_p)
+    if choice.temperature == 0:
+        return argmax(log_p)
+    of_token, of_residual = noise
+    first, first_slot = of_token(slot)[:, 0], slot[:, :1]
+    again = jax.lax.cond(rejected.any(), lambda: of_residual(first_slot)[:, 0], lambda: first)
+    first = jnp.where(rejected[:, None], again, first)
+    return argmax(log_p + of_token(slot).at[:, 0].set(first))
 
 
-def _one_pass(network, passes, s: Speculation, keys, log_u, choice, style, k, most, length):
-    """One pass that yields at most k tokens; `most` is the largest k of all passes. Of every
-    position: `keys` for draws of tokens, `log_u` for the test of drafts."""
+def _one_pass(network, passes, s: Speculation, log_u, *, noise, choice, style, k, most, length):
+    """One pass that yields at most k tokens; `most` is the largest k of all passes. Of slots:
+    `noise`, two functions for draws of tokens and for those behind a rejected draft, and `log_u`
+    for the test of drafts."""
     n, batch = k - 1, jnp.arange(len(s.count))
     logits, new_keys, new_values = _predict(network, passes, s, style, k)
     slot = s.count[:, None] + jnp.arange(k)[None]
-    position, token = (_read(passes, a, slot) for a in (passes.order, s.state.known))
+    token = _read(passes, s.state.known, slot)
     if style == "chain":  # all at once, for it is quicker
         log_p = choice.log_probs(logits)
         log_p, log_q = log_p[:, :k], log_p[:, k:]
@@ -172,15 +170,15 @@ def _one_pass(network, passes, s: Speculation, keys, log_u, choice, style, k, mo
         log_p = jnp.where(here[..., None], log_p[:, n:], log_p)
     else:
         log_p = choice.log_probs(logits[:, :k])
-    accepted, log_p, rejected = _verify(s, log_p, token, _at(log_u, position))
+    accepted, log_p, rejected = _verify(s, log_p, token, _read(passes, log_u, slot))
     if style == "staircase":
         groups = logits[:, k:].reshape(len(logits), k, n, -1)
         log_q = choice.log_probs(groups[batch, accepted])
     count = s.count + accepted + 1
     # The token after those that stand, and new drafts.
     to = count[:, None] - 1 + jnp.arange(k)[None]
-    there = _read(passes, passes.order, to)
-    tokens = _draw(choice, jnp.concatenate([log_p[:, None], log_q], axis=1), there, keys, rejected)
+    log_p = jnp.concatenate([log_p[:, None], log_q], axis=1)
+    tokens = _draw(choice, log_p, jnp.minimum(to, passes.order.shape[1] - 1), noise, rejected)
     more = jnp.minimum(s.reach - 1, n)
     if style == "chain":
         more = jnp.where(rejected, 0, more)
@@ -217,17 +215,20 @@ def _filled_up(array, size: int):
 )
 def _run(network, passes, state, row_keys, length, lowest_left, *, choice, style, sizes, eos_id):
     s = _start(state, passes.given, sizes, network.config.vocab_size)
-    # Before the loop: on a CPU one key, or draw, costs as much as a thousand.
-    batch, slots = passes.order.shape
-    position = jnp.broadcast_to(jnp.arange(slots)[None], (batch, slots))
-    keys = {p: keys_of(row_keys, position, p) for p in (TOKEN, RESIDUAL)}
-    log_u = log_uniform(keys_of(row_keys, position, ACCEPT))
+    slot, vocab_size = jnp.arange(passes.order.shape[1]), network.config.vocab_size
+    is_wanted = (slot >= passes.given.min()) & (slot < length.max())
+
+    def of_residual(slot):  # seldom wanted
+        return gumbel(keys_of(row_keys, _read(passes, passes.order, slot), RESIDUAL), vocab_size)
+
+    noise = noise_of(row_keys, passes.order, is_wanted, vocab_size), of_residual
+    log_u = log_uniform(keys_of(row_keys, passes.order, ACCEPT))
 
     def one_pass(s: Speculation):
         before = s.count
-        common = dict(choice=choice, style=style, most=sizes[-1], length=length)
+        common = dict(noise=noise, choice=choice, style=style, most=sizes[-1], length=length)
         branches = [functools.partial(_one_pass, k=k, **common) for k in sizes]
-        args = network, passes, s, keys, log_u
+        args = network, passes, s, log_u
         if len(sizes) > 1:
             need = jnp.maximum(s.reach, s.drafted + 1).max()
             which = jnp.searchsorted(jnp.array(sizes), need)
