@@ -167,9 +167,10 @@ def run(options) -> dict:
             load.wait()
             seconds = sampling_cases.training_forward_seconds(params[CONFIG], case)
             row["training_forward_ms"] = 1e3 * seconds
-        per_second = 1e3 / row["ms_per_pass"]
-        row["bandwidth_fraction"] = row["bytes_per_pass"] * per_second / limits["bytes_per_second"]
-        row["flops_fraction"] = row["flops_per_pass"] * per_second / limits["flops_per_second"]
+        row["read_ms"] = sampling_limits.read_ms(limits, row)
+        row["bandwidth_fraction"] = row["read_ms"] / row["ms_per_pass"]
+        of_products = 1e3 * row["flops_per_pass"] / limits["flops_per_second"]
+        row["flops_fraction"] = of_products / row["ms_per_pass"]
         rows[case.name] = row | {"command": command()}
         report |= {"targets": sampling_report.targets(rows), "rows": rows}
         results.write_json(path, report)  # so that little is lost if it ends here

@@ -3,6 +3,9 @@
 Texts of the Eso-LM (B) in DIR, such as the quickstart's, one token a pass and by speculation, from
 the same distribution, over k, α₀ and both ways to draft. Tokens per pass and seconds, side by side
 in one run; compile time is left out. Writes docs/speculation.{json,md}.
+
+What a wider pass costs depends on the size of the model: docs/speculation_wide.* (--out) is of one
+trained as the quickstart's, with --config.model.width=256 --config.model.heads=8.
 """
 
 import argparse
@@ -67,15 +70,18 @@ def measure(workdir: pathlib.Path, num: int, repeats: int) -> dict:
             row |= {"alpha_0": alpha_0, "style": style, "k": k, "adaptive": adaptive}
             rows.append(row | {"speedup": found[0]["seconds"] / row["seconds"]})
             print({name: row[name] for name in ("alpha_0", "style", "k", "seconds", "nfe")})
-    return {"length": config.data.seq_len, "batch": num, "step": trained.step, "rows": rows}
+    shape = {name: config.model[name] for name in ("width", "blocks")}
+    length = config.data.seq_len
+    return shape | {"length": length, "batch": num, "step": trained.step, "rows": rows}
 
 
 def table(found: dict) -> str:
     text = "# Lossless speculation on a trained model\n\n"
-    text += "Made by `python -m benchmarks.speculation`: the quickstart's model (step "
-    text += f"{found['step']}), {found['batch']} text(s) of {found['length']} tokens, temperature "
-    text += "1, against one token a pass: medians of runs that take turns. Acceptance is by how "
-    text += "far a draft was behind the last token that stood.\n\n"
+    text += f"Made by `python -m benchmarks.speculation`: a model {found['width']} wide, of "
+    text += f"{found['blocks']} blocks and {found['step']} steps, {found['batch']} text(s) of "
+    text += f"{found['length']} tokens, temperature 1, against one token a pass: medians of runs "
+    text += "that take turns. Acceptance is by how far a draft was behind the last token that "
+    text += "stood.\n\n"
     head = "α₀", "drafts", "k", "tokens per pass", "seconds", "speed-up", "acceptance"
     rows = []
     for row in found["rows"]:

@@ -207,7 +207,7 @@ def test_a_batch_that_does_not_fit_is_run_whole(accumulation):
     weight = np.zeros((4, LENGTH), np.float32)
     weight[:, -1] = 1
     tail = label("eso_b", 0.5, "sequential", (LENGTH,) * 4).replace(
-        weight=jnp.asarray(weight), target=jnp.full((4, LENGTH), 2)
+        weight=jnp.array(weight), target=jnp.full((4, LENGTH), 2)
     )
     weight[0, LENGTH - 9] = 1  # one more than there is room for, in the first half of the rows
     lost = tail.replace(weight=jnp.asarray(weight))
