@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import toy
 from jax.sharding import Mesh
+from thorough import thorough
 
 from esolm_jax.errors import UserError
 from esolm_jax.sampling import decode, network, passes, schedule
@@ -215,7 +216,7 @@ def _certain(objective, text, known, place, left, length):
 # On a mesh.
 
 
-@pytest.mark.parametrize("shape", [(2, 1, 1, 1), (1, 2, 2, 1)])
+@pytest.mark.parametrize("shape", [pytest.param((2, 1, 1, 1), marks=thorough), (1, 2, 2, 1)])
 def test_a_mesh_gives_the_same_texts(shape):
     devices = np.array(jax.devices()[: np.prod(shape)]).reshape(shape)
     mesh = Mesh(devices, AXES)
