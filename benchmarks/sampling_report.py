@@ -181,7 +181,9 @@ def plot(rows: dict, path: pathlib.Path) -> None:
         axis.set(xlabel="L", ylabel="tokens/s", title=f"batch {batch}", yscale="log")
         axis.set_xscale("log", base=2)
         axis.grid(alpha=0.3)
-    axes[0, -1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    lines = [line for axis in axes[0] for line in axis.get_lines()]
+    curves = {line.get_label(): line for line in lines}  # a batch may lack a family
+    figure.legend(curves.values(), curves, fontsize=7, loc="outside right center")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
