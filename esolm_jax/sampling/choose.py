@@ -57,8 +57,8 @@ def gumbel(keys_BP, vocab_size: int):
 def noise_of(row_keys_B, position_BS, is_wanted_S, vocab_size: int, purpose: int = TOKEN):
     """A function of slots [B, P], integers below S, to their noise, float32 [B, P, V].
 
-    Up to AHEAD bytes it is drawn at once, for a loop to read: on a CPU a draw of one token's costs
-    about as much as of ten together. Slots that are not wanted may have none.
+    Up to AHEAD bytes it is drawn at once, for a loop to read: on a CPU one token's costs three to
+    six times as much alone as among many. Slots that are not wanted may have none.
     """
 
     def draw(position_BP):
