@@ -54,27 +54,33 @@ def gumbel(keys_BP, vocab_size: int):
     return jax.vmap(jax.vmap(one))(keys_BP)
 
 
-def noise_of(row_keys_B, position_BS, is_wanted_S, vocab_size: int, purpose: int = TOKEN):
-    """A function of slots [B, P], integers below S, to their noise, float32 [B, P, V].
+def noise_when_asked(row_keys_B, position_BS, vocab_size: int, purpose: int = TOKEN):
+    """A function of slots [B, P], integers below S, to their noise, float32 [B, P, V]."""
 
-    Up to AHEAD bytes it is drawn at once, for a loop to read: on a CPU one token's costs three to
-    six times as much alone as among many. Slots that are not wanted may have none.
-    """
-
-    def draw(position_BP):
+    def of_slots(slot_BP):
+        position_BP = jnp.take_along_axis(position_BS, slot_BP, axis=1)
         return gumbel(keys_of(row_keys_B, position_BP, purpose), vocab_size)
 
+    return of_slots
+
+
+def noise_of(row_keys_B, position_BS, is_wanted_S, vocab_size: int):
+    """As noise_when_asked for tokens, but up to AHEAD bytes are drawn at once, for a loop to read:
+    on a CPU one token's costs three to six times as much alone as among many. Slots that are not
+    wanted may have none.
+    """
     batch, slots = position_BS.shape
     if 4 * batch * slots * vocab_size > AHEAD:
-        return lambda slot_BP: draw(jnp.take_along_axis(position_BS, slot_BP, axis=1))
+        return noise_when_asked(row_keys_B, position_BS, vocab_size)
     few = min(slots, max(1, AT_ONCE // (batch * vocab_size)))
     rest = -slots % few  # few at a time: what they pass through stays in a CPU's cache
 
     def next_slots(args):
         position_FB, is_wanted_F = args
-        shape = batch, few, vocab_size
         return jax.lax.cond(
-            is_wanted_F.any(), lambda: draw(position_FB.T), lambda: jnp.zeros(shape, jnp.float32)
+            is_wanted_F.any(),
+            lambda: gumbel(keys_of(row_keys_B, position_FB.T), vocab_size),
+            lambda: jnp.zeros((batch, few, vocab_size), jnp.float32),
         )
 
     position_SB = jnp.pad(position_BS.T, ((0, rest), (0, 0))).reshape(-1, few, batch)

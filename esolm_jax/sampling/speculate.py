@@ -34,10 +34,10 @@ from esolm_jax.sampling.choose import (
     RESIDUAL,
     Choice,
     argmax,
-    gumbel,
     keys_of,
     log_uniform,
     noise_of,
+    noise_when_asked,
 )
 from esolm_jax.sampling.decode import NEVER, UNREAD, Decoded, State
 from esolm_jax.sampling.network import Network, Window
@@ -148,10 +148,11 @@ def _draw(choice: Choice, log_p, slot, noise, rejected):
     if choice.temperature == 0:
         return argmax(log_p)
     of_token, of_residual = noise
-    first, first_slot = of_token(slot)[:, 0], slot[:, :1]
-    again = jax.lax.cond(rejected.any(), lambda: of_residual(first_slot)[:, 0], lambda: first)
-    first = jnp.where(rejected[:, None], again, first)
-    return argmax(log_p + of_token(slot).at[:, 0].set(first))
+    usual, first_slot = of_token(slot), slot[:, :1]
+    first = usual[:, :1]
+    again = jax.lax.cond(rejected.any(), lambda: of_residual(first_slot), lambda: first)
+    first = jnp.where(rejected[:, None, None], again, first)
+    return argmax(log_p + jnp.concatenate([first, usual[:, 1:]], axis=1))
 
 
 def _one_pass(network, passes, s: Speculation, log_u, *, noise, choice, style, k, most, length):
@@ -217,11 +218,10 @@ def _run(network, passes, state, row_keys, length, lowest_left, *, choice, style
     s = _start(state, passes.given, sizes, network.config.vocab_size)
     slot, vocab_size = jnp.arange(passes.order.shape[1]), network.config.vocab_size
     is_wanted = (slot >= passes.given.min()) & (slot < length.max())
-
-    def of_residual(slot):  # seldom wanted
-        return gumbel(keys_of(row_keys, _read(passes, passes.order, slot), RESIDUAL), vocab_size)
-
-    noise = noise_of(row_keys, passes.order, is_wanted, vocab_size), of_residual
+    noise = (
+        noise_of(row_keys, passes.order, is_wanted, vocab_size),
+        noise_when_asked(row_keys, passes.order, vocab_size, RESIDUAL),  # seldom wanted
+    )
     log_u = log_uniform(keys_of(row_keys, passes.order, ACCEPT))
 
     def one_pass(s: Speculation):
