@@ -204,13 +204,12 @@ def test_a_batch_that_does_not_fit_is_run_whole(accumulation):
 
     params = {"one": jnp.ones(()), "logits": {"kernel": jnp.zeros((1, 4)).at[0, 0].set(1.0)}}
     objective = train_step.Objective(apply, HEAD, (8,), accumulation)
-    weight = np.zeros((4, LENGTH), np.float32)
-    weight[:, -1] = 1
+    weight = jnp.zeros((4, LENGTH)).at[:, -1].set(1)
     tail = label("eso_b", 0.5, "sequential", (LENGTH,) * 4).replace(
-        weight=jnp.array(weight), target=jnp.full((4, LENGTH), 2)
+        weight=weight, target=jnp.full((4, LENGTH), 2)
     )
-    weight[0, LENGTH - 9] = 1  # one more than there is room for, in the first half of the rows
-    lost = tail.replace(weight=jnp.asarray(weight))
+    # one more than there is room for, in the first half of the rows
+    lost = tail.replace(weight=weight.at[0, LENGTH - 9].set(1))
     run = jax.jit(objective.loss_and_grads)
 
     def tokens(labelled):
