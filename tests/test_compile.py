@@ -26,7 +26,7 @@ def make_config(**fields):
     config.model.dtype = "bfloat16"
     config.model.loss_chunk = 128
     config.mesh.fsdp = 4
-    config.train.batch_size = 128
+    config.train.batch_size = 64
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in fields.items()})
     config_lib.validate(config)
     return config
@@ -68,7 +68,8 @@ def test_memory_is_that_of_a_part_of_the_state(eso_b):
 
 def test_what_does_not_fit_is_told(capsys):
     pytest.importorskip("libtpu")
-    config = make_config(train__batch_size=2**15, objective="ar", alpha_0=0.0, model__cond_width=0)
+    tall = {"data__vocab_size": 2**21 - 1, "model__width": 2048, "model__blocks": 1}
+    config = make_config(objective="ar", alpha_0=0.0, model__cond_width=0, **tall)
     figures = compile_lib.measure(config, POD)
     assert not figures["hbm"]["fits"] and "exceeds" in figures["hbm"]["message"]
     compile_lib.show(figures)
