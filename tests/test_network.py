@@ -14,7 +14,7 @@ from esolm_jax import model, sharding
 from esolm_jax.config import default_config
 from esolm_jax.labels import Tokens
 from esolm_jax.sampling import cache as cache_lib
-from esolm_jax.sampling import network
+from esolm_jax.sampling import network, products
 from esolm_jax.sampling.network import Window
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -73,15 +73,18 @@ def assert_near(found, want):
     np.testing.assert_allclose(found, want, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("key_slots", [1, products.KEY_SLOTS])
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_are_those_of_the_model(name):
-    """In one pass without a cache, and in pieces with one."""
+def test_logits_are_those_of_the_model(name, key_slots, monkeypatch):
+    """In one pass without a cache, and in pieces with one, its keys as on any device."""
+    monkeypatch.setattr(products, "key_slots", lambda mesh: key_slots)
     config = MODELS[name]
     net = network.fold(config, params_of(config))
     want = np.asarray(wanted(config))
     assert np.ptp(want, axis=(0, 1)).min() > 0.1  # they depend on what is read
     assert_near(run(net, None, 0, LENGTH)[0], want)
-    cache = cache_lib.empty_cache(config, len(want), LENGTH + 5)
+    cache = cache_lib.empty_cache.__wrapped__(config, len(want), LENGTH + 5)
+    assert {keys.shape[4] for keys in cache.keys} == {key_slots}
     for low, width in ((0, 5), (5, 5), (10, 2)):
         logits, cache = run(net, cache, low, width)
         assert_near(logits, want[:, low : low + width])
@@ -134,12 +137,13 @@ def test_what_a_pass_returned_lies_in_its_slots(slots, aligned):
     cache = cache_lib.empty_cache(config, 3, slots)
     wide = [np.random.default_rng(i).random((3, config.groups, 4, 8)) for i in range(4)]
     wide = [jnp.asarray(np.repeat(a, config.head_width // 8, 3), jnp.float32) for a in wide]
-    keys, values = [a.swapaxes(2, 3) for a in wide[:2]], wide[2:]
+    keys, values = wide[:2], wide[2:]
     start = jnp.array([7, 7, 7] if aligned else [0, slots - 4, 9])
     found = cache_lib.write(cache, keys, values, start, start, aligned=aligned)
     for row, at in enumerate(start.tolist()):
         want = np.zeros((2, config.groups, slots, config.head_width), np.float32)
         want[:, :, at : at + 4] = [value[row] for value in values]
         np.testing.assert_array_equal([value[row] for value in found.values], want)
-        want[:, :, at : at + 4] = [key[row].swapaxes(1, 2) for key in keys]
-        np.testing.assert_array_equal([k[row].swapaxes(1, 2) for k in found.keys], want)
+        want[:, :, at : at + 4] = [key[row] for key in keys]
+        have = [key[row].swapaxes(2, 3).reshape(want.shape[1:]) for key in found.keys]
+        np.testing.assert_array_equal(have, want)

@@ -51,8 +51,8 @@ def sampler_step(config, training: Training):
     params = training.abstract_state().params
     make = functools.partial(network_lib.fold, model, params)
     network = sharding.abstract(make, network_lib.shardings(jax.eval_shape(make), mesh))
-    make = functools.partial(cache_lib.empty_cache, model, batch, length + 2)
-    rows = sharding.place(mesh, "rows", "heads", None, None)
+    make = functools.partial(cache_lib.empty_cache, model, batch, length + 2, mesh)
+    rows = sharding.place(mesh, "rows", "heads")
     cache = sharding.abstract(make, jax.tree.map(lambda _: rows, jax.eval_shape(make)))
     two, filled = _rows(training, (batch, 2)), jax.ShapeDtypeStruct((batch,), jnp.int32)
     return jax.jit(one_pass, donate_argnums=4).lower(network, two, two, filled, cache)

@@ -25,7 +25,7 @@ class Cache:
     """Keys and values of S slots for each block.
 
     Attributes:
-      keys: [block], [B, G, K, S], as their product with queries wants them.
+      keys: [block], [B, G, S/N, K, N]: of N slots at a time, see products.key_slots.
       values: [block], [B, G, S, K].
     """
 
@@ -35,7 +35,7 @@ class Cache:
     @property
     def prefixes(self) -> list[int]:
         """How many slots a pass may read: the least of these that holds what is filled."""
-        slots = self.keys[0].shape[3]
+        slots = self.values[0].shape[2]
         unit = SLOTS * -(-slots // (PREFIXES * SLOTS))
         return [*range(unit, slots, unit), slots]
 
@@ -44,15 +44,15 @@ class Cache:
 def empty_cache(config: ModelConfig, batch: int, slots: int, mesh: Mesh | None = None) -> Cache:
     """A cache for B = `batch` rows of at least `slots`, a window's margin included; the rows lie on
     the mesh as their tokens do."""
-    where = None if mesh is None else sharding.place(mesh, "rows", "heads", None, None)
-    unit = SLOTS if slots > SLOTS else FEW_SLOTS
+    where = None if mesh is None else sharding.place(mesh, "rows", "heads")
+    unit, together = SLOTS if slots > SLOTS else FEW_SLOTS, products.key_slots(mesh)
     width, slots = config.head_width, unit * -(-slots // unit)
 
     def zeros(*shape):
         shape = batch, config.groups, *shape
         return tuple(jnp.zeros(shape, config.dtype, device=where) for _ in range(config.blocks))
 
-    return Cache(keys=zeros(width, slots), values=zeros(slots, width))
+    return Cache(keys=zeros(slots // together, width, together), values=zeros(slots, width))
 
 
 def attend(q_BGRWK, k, v, mask_BWW, filled_B, cache: Cache | None, block: int):
@@ -75,16 +75,12 @@ def _attend_prefix(q_BGRWK, k, v, mask_BWW, filled_B, prefix: int, past):
     """Softmax in float32 over the window and the cache's slots below `prefix`."""
     batch, groups, per_group, width, head_width = q_BGRWK.shape
     q = q_BGRWK.reshape(batch, groups, per_group * width, head_width)
-    here = products.scores(q, k.swapaxes(2, 3), width).reshape(q_BGRWK.shape[:4] + (width,))
+    here = products.scores(q, k[..., None], width).reshape(q_BGRWK.shape[:4] + (width,))
     here = jnp.where(mask_BWW[:, None, None], here, MASKED).reshape(*q.shape[:3], width)
     parts = [(here, lambda p: products.weighted(p, v, width))]
     if prefix:
         keys, values = past
-        score = jax.lax.cond(  # also lest XLA computes it twice, for its maximum and for exp
-            filled_B.max() > 0,
-            lambda: _where_filled(products.scores(q, keys, prefix), filled_B),
-            lambda: jnp.full((*q.shape[:3], prefix), MASKED, jnp.float32),
-        )
+        score = _scores_of_cache(q, keys, prefix, filled_B)
         parts.append((score, lambda p: products.weighted(p, values, prefix)))
     top = functools.reduce(jnp.maximum, [score.max(-1, keepdims=True) for score, _ in parts])
     total, out = 0.0, 0.0
@@ -94,15 +90,29 @@ def _attend_prefix(q_BGRWK, k, v, mask_BWW, filled_B, prefix: int, past):
     return (out / total).reshape(q_BGRWK.shape)
 
 
-def _where_filled(score_BGTS, filled_B):
-    filled = jnp.arange(score_BGTS.shape[3])[None] < filled_B[:, None]
-    return jnp.where(filled[:, None, None], score_BGTS, MASKED)
+def _scores_of_cache(q_BGTK, keys_BGJKN, prefix: int, filled_B):
+    """[B, G, T, prefix]. The slots are one axis only once all is computed, for XLA would not
+    vectorise a loop over both."""
+    together = keys_BGJKN.shape[4]
+    parts = prefix // together
+    slot = jnp.arange(prefix).reshape(1, parts, together)
+
+    def some():
+        seen = slot < filled_B[:, None, None]
+        score = products.scores(q_BGTK, keys_BGJKN, parts)
+        return jnp.where(seen[:, None, None], score, MASKED)
+
+    none = functools.partial(jnp.full, (*q_BGTK.shape[:3], parts, together), MASKED, jnp.float32)
+    # A branch also lest XLA computes it twice, for its maximum and for exp.
+    score = jax.lax.cond(filled_B.max() > 0, some, none)
+    return score.reshape(*q_BGTK.shape[:3], prefix)
 
 
 def write(cache: Cache, keys, values, start, after, *, aligned: bool) -> Cache:
     """Puts what a pass returned into slots [start, start + W).
 
     Args:
+      keys, values: [block], [B, G, W, K].
       start: int32 [B]; start + W must not exceed the slots.
       after: int32, at least 0, that follows from all that the pass read of the cache. Writing has
         to wait for it; XLA would copy the cache before each pass if it saw no such order.
@@ -110,13 +120,27 @@ def write(cache: Cache, keys, values, start, after, *, aligned: bool) -> Cache:
     """
     start = start + jnp.minimum(after.min(), 0)
 
-    def put(old, new, axis):
-        if aligned:
-            return jax.lax.dynamic_update_slice_in_dim(old, new, start[0], axis)
-        one = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=axis - 1)
-        return jax.vmap(one)(old, new, start)
+    def put_all(one, olds, news):
+        at, axis = (start[0], None) if aligned else (start, 0)
+        put = jax.vmap(one, in_axes=(0, 0, axis))
+        return tuple(put(old, new, at) for old, new in zip(olds, news, strict=True))
 
     return cache.replace(
-        keys=tuple(put(a, new, 3) for a, new in zip(cache.keys, keys, strict=True)),
-        values=tuple(put(a, new, 2) for a, new in zip(cache.values, values, strict=True)),
+        keys=put_all(_put_keys, cache.keys, keys), values=put_all(_put, cache.values, values)
     )
+
+
+def _put(old_GSK, new_GWK, start):
+    return jax.lax.dynamic_update_slice_in_dim(old_GSK, new_GWK, start, axis=1)
+
+
+def _put_keys(old_GJKN, new_GWK, start):
+    """In all J that W slots may touch, one after the other."""
+    groups, parts, width, together = old_GJKN.shape
+    touched = min(parts, 1 + -(-(new_GWK.shape[1] - 1) // together))
+    first = jnp.minimum(start // together, parts - touched)
+    part = jax.lax.dynamic_slice_in_dim(old_GJKN, first, touched, axis=1)
+    slots = part.swapaxes(2, 3).reshape(groups, touched * together, width)
+    slots = _put(slots, new_GWK, start - first * together)
+    part = slots.reshape(groups, touched, together, width).swapaxes(2, 3)
+    return jax.lax.dynamic_update_slice_in_dim(old_GJKN, part, first, axis=1)

@@ -105,7 +105,7 @@ def _run(network, p: Progress, keys, length, *, choice, most, threshold, unknown
         cache, filled = p.cache, p.filled
         if cache is not None:
             new_keys, new_values = (
-                [a[:, :, :, :most] for a in new_keys],
+                [a[:, :, :most] for a in new_keys],
                 [a[:, :, :most] for a in new_values],
             )
             cache = cache_lib.write(

@@ -18,6 +18,7 @@ from esolm_jax import model as model_lib
 from esolm_jax import sharding
 from esolm_jax.attention import dense_mask
 from esolm_jax.model import ModelConfig
+from esolm_jax.sampling import products
 from esolm_jax.sampling.cache import Cache, attend
 
 
@@ -195,7 +196,7 @@ def forward(network: Network, window: Window, cache: Cache | None):
 
     Returns:
       (logits float32 [B, P, V], mask token not excluded, or None if P = 0;
-       keys [B, G, K, W] and values [B, G, W, K] of each block, to be written to the cache.)
+       keys and values [B, G, W, K] of each block, to be written to the cache.)
     """
     config = network.config
     h = _embed(network, window)
@@ -207,7 +208,7 @@ def forward(network: Network, window: Window, cache: Cache | None):
         flat = jnp.moveaxis(a_BGRWK, 3, 1).reshape(*h.shape[:2], -1).astype(h.dtype)
         h = h + _linear(block, "attention_out", flat)
         h = h + _mlp(config, block, _norm(config, h))
-        keys.append(k.swapaxes(2, 3))
+        keys.append(k)
         values.append(v)
     if window.pick.shape[1] == 0:
         return None, keys, values
@@ -232,7 +233,7 @@ def _norm(config, h_BWD):
 
 
 def _linear(block, name, h_BWD):
-    y = jnp.tensordot(h_BWD, block[name], 1)
+    y = products.dense(h_BWD, block[name])
     bias = block.get(f"{name}_bias")
     return y if bias is None else y + bias.astype(y.dtype).reshape(1, 1, *bias.shape)
 

@@ -1,7 +1,8 @@
-"""Products of few queries with the cache: as loops on a CPU, as matrix products elsewhere.
+"""Products of few queries or rows: as loops on a CPU, as matrix products elsewhere.
 
 XLA for CPUs copies the slice of the cache that it gives to a product of matrices, and is slow at
-many small ones; its loops read the cache where it lies.
+many small ones; its loops read the cache where it lies. Large kernels it leaves to one thread, or
+wakes the second too late; its loops are split in time.
 """
 
 import functools
@@ -9,50 +10,84 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-FEW_QUERIES = 12  # of a group of heads: for more of them a CPU is faster at matrix products
+FEW_QUERIES = 32  # of a group of heads: for more of them a CPU is faster at matrix products,
+FEW_ROWS, LARGE = 2, 2**17  # and for more rows, or a kernel of fewer entries
 FOLD = 16  # places that a loop reads at once
+KEY_SLOTS = 8
 
 
-def scores(q_BGTK, keys_BGKS, s: int):
-    """float32 [B, G, T, s]: of T queries with the first s keys."""
-    return _of_queries(_multiply_add, _scores, q_BGTK, keys_BGKS, s)
+def key_slots(mesh: Mesh | None) -> int:
+    """How many slots' keys lie together, N. So a CPU's loop reads one place after the other, where
+    of [K, S] it would read K places at once. Elsewhere 1: products of matrices want whole keys."""
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    return KEY_SLOTS if device.platform == "cpu" else 1
 
 
-def weighted(p_BGTS, values_BGSK, s: int):
-    """float32 [B, G, T, K]: the first s values, weighted by p [B, G, T, s]."""
-    return _of_queries(_weighted_sum, _weighted, p_BGTS, values_BGSK, s)
+def scores(q_BGTK, keys_BGJKN, parts: int):
+    """float32 [B, G, T, parts, N]: of T queries with the first N · parts keys."""
+    return _of_queries(_multiply_add, _scores, q_BGTK, keys_BGJKN, parts)
 
 
-def _of_queries(loops, whole, a, b, s: int):
-    loops, whole = (functools.partial(f, s=s) for f in (loops, whole))
+def weighted(p_BGTS, values_BGSK, n: int):
+    """float32 [B, G, T, K]: the first n values, weighted by p [B, G, T, n]."""
+    return _of_queries(_weighted_sum, _weighted, p_BGTS, values_BGSK, n)
+
+
+def _of_queries(loops, whole, a, b, n: int):
+    loops, whole = (functools.partial(f, n=n) for f in (loops, whole))
     if a.shape[2] > FEW_QUERIES:
         return whole(a, b)
     return jax.lax.platform_dependent(a, b, cpu=loops, default=whole)
 
 
-def _scores(q, keys, s: int):
-    return jnp.matmul(q, keys[..., :s], preferred_element_type=jnp.float32)
+def _scores(q, keys_BGJKN, n: int):
+    batch, groups, _, width, together = keys_BGJKN.shape
+    keys = keys_BGJKN[:, :, :n].swapaxes(2, 3).reshape(batch, groups, width, n * together)
+    score = jnp.matmul(q, keys, preferred_element_type=jnp.float32)
+    return score.reshape(*score.shape[:3], n, together)
 
 
-def _weighted(p, values, s: int):
-    return jnp.matmul(p, values[:, :, :s], preferred_element_type=jnp.float32)
+def _weighted(p, values, n: int):
+    return jnp.matmul(p, values[:, :, :n], preferred_element_type=jnp.float32)
 
 
-def _multiply_add(q, keys_BGKS, s: int):
-    """One loop over s that adds K products, which are few."""
-    keys, q = keys_BGKS[:, :, None].astype(jnp.float32), q.astype(jnp.float32)
-    each = [q[..., i, None] * keys[:, :, :, i, :s] for i in range(q.shape[3])]
-    return functools.reduce(jnp.add, each)
+def _multiply_add(q, keys_BGJKN, n: int):
+    """One loop that adds K products, which are few."""
+    q = q.astype(jnp.float32)
+
+    def product(i):
+        return q[..., i, None, None] * keys_BGJKN[:, :, None, :n, i].astype(jnp.float32)
+
+    return functools.reduce(jnp.add, [product(i) for i in range(q.shape[3])])
 
 
-def _weighted_sum(p, values_BGSK, s: int):
-    """One loop folds s; a product with ones adds what is left, for XLA would make one loop of two
+def _weighted_sum(p, values_BGSK, n: int):
+    """One loop folds n; a product with ones adds what is left, for XLA would make one loop of two
     folds, which reads too many places at once."""
     values, p = values_BGSK[:, :, None].astype(jnp.float32), p[..., None].astype(jnp.float32)
-    step = s // math.gcd(FOLD, s) if s > FOLD else 1
-    parts = [slice(at, at + step) for at in range(0, s, step)]
+    step = n // math.gcd(FOLD, n) if n > FOLD else 1
+    parts = [slice(at, at + step) for at in range(0, n, step)]
     out = functools.reduce(jnp.add, [p[:, :, :, at] * values[:, :, :, at] for at in parts])
     if step > 1:
         out = jnp.matmul(jnp.ones((*out.shape[:3], 1, step)), out)
     return out[:, :, :, 0]
+
+
+def dense(h_BWD, kernel):
+    """[B, W, …] in the dtype of h: its product with the kernel's first axis."""
+    whole = functools.partial(jnp.tensordot, axes=1)
+    few = math.prod(h_BWD.shape[:2]) <= FEW_ROWS and len(kernel) % FOLD == 0
+    if not few or kernel.size < LARGE:
+        return whole(h_BWD, kernel)
+    return jax.lax.platform_dependent(h_BWD, kernel, cpu=_rows_times, default=whole)
+
+
+def _rows_times(h_BWD, kernel):
+    """One loop for all rows folds D; a product with ones adds what is left, as for values."""
+    parts = kernel.reshape(-1, FOLD, kernel.size // len(kernel)).astype(jnp.float32)
+    rows = h_BWD.reshape(-1, len(parts), FOLD).astype(jnp.float32)
+    out = functools.reduce(jnp.add, [rows[:, :, i, None] * parts[None, :, i] for i in range(FOLD)])
+    y = jnp.matmul(jnp.ones((len(rows), 1, len(parts))), out)
+    return y.reshape(*h_BWD.shape[:2], *kernel.shape[1:]).astype(h_BWD.dtype)
