@@ -104,13 +104,8 @@ def _run(network, p: Progress, keys, length, *, choice, most, threshold, unknown
         token = choice(near, chosen, noise(chosen))
         cache, filled = p.cache, p.filled
         if cache is not None:
-            new_keys, new_values = (
-                [a[:, :, :most] for a in new_keys],
-                [a[:, :, :most] for a in new_values],
-            )
-            cache = cache_lib.write(
-                cache, new_keys, new_values, filled, token, aligned=len(filled) == 1
-            )
+            new = jax.tree.map(lambda a: a[:, :, :most], (new_keys, new_values))
+            cache = cache_lib.write(cache, *new, filled, token, aligned=len(filled) == 1)
             filled = filled + (p.recent < size).sum(axis=1)
         return Progress(
             text=decode_lib.put(p.text, token, chosen, keep),

@@ -112,8 +112,7 @@ def _run_shape(network, passes, state, i, *, noise, choice, shape, widest):
     return (
         chosen,
         logits if state.logits is not None else None,
-        [_widened(k, widest[0], 2) for k in keys],
-        [_widened(v, widest[0], 2) for v in values],
+        *jax.tree.map(lambda a: _widened(a, widest[0], 2), (keys, values)),
     )
 
 

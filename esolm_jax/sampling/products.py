@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from esolm_jax import sharding
+
 FEW_QUERIES = 32  # of a group of heads: for more of them a CPU is faster at matrix products,
 FEW_ROWS, LARGE = 2, 2**17  # and for more rows, or a kernel of fewer entries
 FOLD = 16  # places that a loop reads at once
@@ -21,8 +23,7 @@ KEY_SLOTS = 8
 def key_slots(mesh: Mesh | None) -> int:
     """How many slots' keys lie together, N. So a CPU's loop reads one place after the other, where
     of [K, S] it would read K places at once. Elsewhere 1: products of matrices want whole keys."""
-    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-    return KEY_SLOTS if device.platform == "cpu" else 1
+    return KEY_SLOTS if sharding.platform(mesh) == "cpu" else 1
 
 
 def scores(q_BGTK, keys_BGJKN, parts: int):

@@ -118,7 +118,7 @@ def _predict(network, passes: Passes, s: Speculation, style: str, k: int):
         pick=jnp.broadcast_to(jnp.arange(k, width)[None], (len(slot), width - k)),
     )
     logits, keys, values = network_lib.forward(network, window, s.state.cache)
-    return logits, [a[:, :, :k] for a in keys], [a[:, :, :k] for a in values]
+    return logits, *jax.tree.map(lambda a: a[:, :, :k], (keys, values))
 
 
 def _verify(s: Speculation, log_p, token, log_u):
