@@ -1,5 +1,6 @@
 """The targets, table and plot of benchmarks/sampling.py, from its rows."""
 
+import itertools
 import math
 import pathlib
 
@@ -38,13 +39,13 @@ def targets(rows: dict) -> list[dict]:
         ("bd3:16", 8192, 4.0),
         ("bd3:4", 8192, 5.0),
     ]
-    for family, length, least in others:
-        pair = [rows.get(f"{f} 1 x {length}, T = L") for f in ("eso_b", family)]
+    for (family, length, least), batch in itertools.product(others, (1, 8)):
+        pair = [rows.get(f"{f} {batch} x {length}, T = L") for f in ("eso_b", family)]
         if all(pair):
             # MDLM could also run its passes as training does: by the faster of the two.
             theirs = min(pair[1]["ms_per_pass"], pair[1].get("training_forward_ms", math.inf))
             ratio, possible = (theirs / pair[0][of] for of in ("ms_per_pass", "read_ms"))
-            what = f"eso_b over {family} at L = {length}, batch 1, NFE = L"
+            what = f"eso_b over {family} at L = {length}, batch {batch}, NFE = L"
             add(what, ratio, least, possible=possible)
     for batch in (1, 8):
         cost = {

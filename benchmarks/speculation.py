@@ -5,7 +5,8 @@ the same distribution, over k, α₀ and both ways to draft. Tokens per pass and
 in one run; compile time is left out. Writes docs/speculation.{json,md}.
 
 What a wider pass costs depends on the size of the model: docs/speculation_wide.* (--out) is of one
-trained as the quickstart's, with --config.model.width=256 --config.model.heads=8.
+trained on the quickstart's data, with --config.model.width=512 --config.model.blocks=6
+--config.model.heads=8 --config.optimizer.learning_rate=1e-3 for 600 steps, then for up to 1300.
 """
 
 import argparse
