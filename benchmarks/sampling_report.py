@@ -4,7 +4,7 @@ import itertools
 import math
 import pathlib
 
-from benchmarks import write_up
+from benchmarks import sampling_cases, write_up
 
 LABELS = {
     "eso_b": "Eso-LM (B)",
@@ -39,7 +39,7 @@ def targets(rows: dict) -> list[dict]:
         ("bd3:16", 8192, 4.0),
         ("bd3:4", 8192, 5.0),
     ]
-    for (family, length, least), batch in itertools.product(others, (1, 8)):
+    for (family, length, least), batch in itertools.product(others, sampling_cases.BATCHES):
         pair = [rows.get(f"{f} {batch} x {length}, T = L") for f in ("eso_b", family)]
         if all(pair):
             # MDLM could also run its passes as training does: by the faster of the two.
@@ -47,7 +47,7 @@ def targets(rows: dict) -> list[dict]:
             ratio, possible = (theirs / pair[0][of] for of in ("ms_per_pass", "read_ms"))
             what = f"eso_b over {family} at L = {length}, batch {batch}, NFE = L"
             add(what, ratio, least, possible=possible)
-    for batch in (1, 8):
+    for batch in sampling_cases.BATCHES:
         cost = {
             r["length"]: 1 / r["tokens_per_second"]
             for r in rows.values()
