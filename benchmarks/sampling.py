@@ -32,7 +32,7 @@ from esolm_jax.sampling import network
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHORT = 10  # seconds: of generations that take longer there is one run
-PUBLISHED_TOKENS = 16384  # in a batch, at most: the published code takes minutes beyond
+PUBLISHED_TOKENS = 8192  # in a batch, at most: the published code takes minutes beyond
 
 
 class Published:

@@ -11,8 +11,9 @@ from benchmarks.train_speed import Load, matmul_ceiling, num_threads
 from esolm_jax.model import ModelConfig
 from esolm_jax.sampling.passes import Passes
 
-# Bytes: about the weights of the benchmark's network, and with the cache of half of 8192 tokens.
-WORKING_SETS = 16 * 2**20, 48 * 2**20
+# Bytes: about the weights of the benchmark's network, with the cache of half of 8192 tokens, and
+# with that of eight such texts.
+WORKING_SETS = 16 * 2**20, 48 * 2**20, 288 * 2**20
 MATMUL = 2048
 FLOAT = 4  # bytes
 

@@ -41,10 +41,10 @@ def test_scores_are_those_with_the_first_keys(queries, together, dtype):
 
 
 @pytest.mark.parametrize("dtype", NEAR)
-@pytest.mark.parametrize("n", [1, 12, 16, 24, 40])
+@pytest.mark.parametrize("n", [1, 12, 16, 24, 40, 2048])
 @pytest.mark.parametrize("queries", [2, products.FEW_QUERIES + 1])
 def test_the_first_values_are_weighted(queries, n, dtype):
-    p, values = draw(0, (2, 3, queries, n), dtype), draw(1, (2, 3, 40, 8), dtype)
+    p, values = draw(0, (2, 3, queries, n), dtype), draw(1, (2, 3, n + 8, 8), dtype)
     want = np.einsum("bgts,bgsk->bgtk", as64(p), as64(values[:, :, :n]))
     for run in (products.weighted, products._weighted):
         found = jax.jit(run, static_argnums=2)(p, values, n)

@@ -17,6 +17,9 @@ from esolm_jax import sharding
 FEW_QUERIES = 32  # of a group of heads: for more of them a CPU is faster at matrix products,
 FEW_ROWS, LARGE = 2, 2**17  # and for more rows, or a kernel of fewer entries
 FOLD = 16  # places that a loop reads at once
+PAGE = (
+    4096  # bytes; of places that are multiples of it apart a CPU's first cache holds half of FOLD
+)
 KEY_SLOTS = 8
 
 
@@ -68,7 +71,8 @@ def _weighted_sum(p, values_BGSK, n: int):
     """One loop folds n; a product with ones adds what is left, for XLA would make one loop of two
     folds, which reads too many places at once."""
     values, p = values_BGSK[:, :, None].astype(jnp.float32), p[..., None].astype(jnp.float32)
-    step = n // math.gcd(FOLD, n) if n > FOLD else 1
+    places = _places(n // math.gcd(FOLD, n) * values_BGSK.shape[3] * values_BGSK.dtype.itemsize)
+    step = n // math.gcd(places, n) if n > places else 1
     parts = [slice(at, at + step) for at in range(0, n, step)]
     out = functools.reduce(jnp.add, [p[:, :, :, at] * values[:, :, :, at] for at in parts])
     if step > 1:
@@ -87,8 +91,16 @@ def dense(h_BWD, kernel):
 
 def _rows_times(h_BWD, kernel):
     """One loop for all rows folds D; a product with ones adds what is left, as for values."""
-    parts = kernel.reshape(-1, FOLD, kernel.size // len(kernel)).astype(jnp.float32)
-    rows = h_BWD.reshape(-1, len(parts), FOLD).astype(jnp.float32)
-    out = functools.reduce(jnp.add, [rows[:, :, i, None] * parts[None, :, i] for i in range(FOLD)])
+    width = kernel.size // len(kernel)
+    places = _places(width * kernel.dtype.itemsize)
+    parts = kernel.reshape(-1, places, width).astype(jnp.float32)
+    rows = h_BWD.reshape(-1, len(parts), places).astype(jnp.float32)
+    products = [rows[:, :, i, None] * parts[None, :, i] for i in range(places)]
+    out = functools.reduce(jnp.add, products)
     y = jnp.matmul(jnp.ones((len(rows), 1, len(parts))), out)
     return y.reshape(*h_BWD.shape[:2], *kernel.shape[1:]).astype(h_BWD.dtype)
+
+
+def _places(stride: int) -> int:
+    """How many a loop reads at once that lie `stride` bytes apart."""
+    return FOLD if stride % PAGE else FOLD // 2
