@@ -90,16 +90,35 @@ def test_logits_are_those_of_the_model(name, key_slots, monkeypatch):
         assert_near(logits, want[:, low : low + width])
 
 
+def on_a_mesh(config):
+    settings = default_config().mesh
+    settings.update({"data": 2, "fsdp": 2, "tensor": 2, "sequence": 1})
+    mesh, params = sharding.make_mesh(settings), params_of(config)
+    placed = jax.device_put(params, sharding.parameters(mesh, params))
+    return mesh, network.fold(config, placed, mesh)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama, all parts"])
 def test_logits_on_a_mesh_are_those_of_the_model(name):
     config = MODELS[name]
-    settings = default_config().mesh
-    settings.update({"data": 2, "fsdp": 2, "tensor": 2, "sequence": 1})
-    mesh = sharding.make_mesh(settings)
-    params = params_of(config)
-    placed = jax.device_put(params, sharding.parameters(mesh, params))
-    net = network.fold(config, placed, mesh)
+    _, net = on_a_mesh(config)
     assert_near(run(net, None, 0, LENGTH)[0], np.asarray(wanted(config)))
+
+
+@pytest.mark.parametrize("has_mesh", [False, True])
+@pytest.mark.parametrize("name", ["dit", "llama, all parts"])
+def test_a_long_window_attends_in_parts(name, has_mesh, monkeypatch):
+    """Of equal size, and with a rest."""
+    monkeypatch.setattr(cache_lib, "TOKENS", 4)
+    fresh = jax.jit(lambda *args: run.__wrapped__(*args), static_argnums=3)  # lest it is known
+    config, want = MODELS[name], np.asarray(wanted(MODELS[name]))
+    mesh, net = on_a_mesh(config) if has_mesh else (None, network.fold(config, params_of(config)))
+    assert f"<{LENGTH // 4}x{len(want)}x" in fresh.lower(net, None, 0, LENGTH).as_text()
+    assert_near(fresh(net, None, 0, LENGTH)[0], want)
+    cache = cache_lib.empty_cache(config, len(want), LENGTH, mesh)
+    for low, width in ((0, 5), (5, 7)):
+        logits, cache = fresh(net, cache, low, width)
+        assert_near(logits, want[:, low : low + width])
 
 
 def test_every_parameter_counts():

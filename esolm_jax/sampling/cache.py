@@ -18,6 +18,7 @@ from esolm_jax.sampling import products
 
 SLOTS, FEW_SLOTS = 64, 8  # caches are of multiples of these, so that parts of them are alike
 PREFIXES = 8
+TOKENS = 256  # of a window at a time: scores of all take memory of its length squared
 
 
 @flax.struct.dataclass
@@ -72,12 +73,29 @@ def attend(q_BGRWK, k, v, mask_BWW, filled_B, cache: Cache | None, block: int):
 
 
 def _attend_prefix(q_BGRWK, k, v, mask_BWW, filled_B, prefix: int, past):
-    """Softmax in float32 over the window and the cache's slots below `prefix`."""
+    """Attention to the window and to the cache's slots below `prefix`, some tokens at a time."""
+    run = functools.partial(_attend_at_once, k=k, v=v, filled_B=filled_B, prefix=prefix, past=past)
+    *heads, width, head_width = q_BGRWK.shape
+    parts = -(-width // TOKENS)
+    if parts == 1:
+        return run(q_BGRWK, mask_BWW)
+    size = -(-width // parts)
+    more = (0, parts * size - width)
+    q = jnp.pad(q_BGRWK, [(0, 0)] * 3 + [more, (0, 0)]).reshape(*heads, parts, size, head_width)
+    mask = jnp.pad(mask_BWW, [(0, 0), more, (0, 0)]).reshape(-1, parts, size, width)
+    each = jnp.moveaxis(q, 3, 0), jnp.moveaxis(mask, 1, 0)
+    out = jnp.moveaxis(jax.lax.map(lambda part: run(*part), each), 0, 3)
+    return out.reshape(*heads, parts * size, head_width)[:, :, :, :width]
+
+
+def _attend_at_once(q_BGRWK, mask_BWW, *, k, v, filled_B, prefix: int, past):
+    """Softmax in float32."""
     batch, groups, per_group, width, head_width = q_BGRWK.shape
+    window = k.shape[2]
     q = q_BGRWK.reshape(batch, groups, per_group * width, head_width)
-    here = products.scores(q, k[..., None], width).reshape(q_BGRWK.shape[:4] + (width,))
-    here = jnp.where(mask_BWW[:, None, None], here, MASKED).reshape(*q.shape[:3], width)
-    parts = [(here, lambda p: products.weighted(p, v, width))]
+    here = products.scores(q, k[..., None], window).reshape(q_BGRWK.shape[:4] + (window,))
+    here = jnp.where(mask_BWW[:, None, None], here, MASKED).reshape(*q.shape[:3], window)
+    parts = [(here, lambda p: products.weighted(p, v, window))]
     if prefix:
         keys, values = past
         score = _scores_of_cache(q, keys, prefix, filled_B)
