@@ -138,9 +138,9 @@ def _notes(report: dict) -> str:
         "Medians of 3 to 5 runs, or one run where it takes long, without compiling "
         f"({max(r['compile_seconds'] for r in rows.values()):.0f} s at most) and planning "
         f"({max(r['plan_seconds'] for r in rows.values()):.2f} s at most).",
-        "≈: some passes, spread evenly over the generation, were timed (and of MDLM's batches that "
-        "do not fit in memory, some rows), and the rest is extrapolated. Eso-LM (B) over MDLM: by "
-        "MDLM's sampler or by the training's forward pass, whichever is faster.",
+        "≈: some passes, spread evenly over the generation, were timed (and of MDLM's large "
+        "batches, some rows), and the rest is extrapolated. Eso-LM (B) over MDLM: by MDLM's "
+        "sampler or by the training's forward pass, whichever is faster.",
         "Bandwidth: weights once and the filled part of the cache, of what this machine reads from "
         f"working sets of at most {sets}. Possible: the ratio if a pass of eso_b took no longer "
         "than that read.",
