@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from esolm_jax import sharding
 from esolm_jax.attention import MASKED
+from esolm_jax.attention_vjp import fill
 from esolm_jax.model import ModelConfig
 from esolm_jax.sampling import products
 
@@ -80,9 +81,8 @@ def _attend_prefix(q_BGRWK, k, v, mask_BWW, filled_B, prefix: int, past):
     if parts == 1:
         return run(q_BGRWK, mask_BWW)
     size = -(-width // parts)
-    more = (0, parts * size - width)
-    q = jnp.pad(q_BGRWK, [(0, 0)] * 3 + [more, (0, 0)]).reshape(*heads, parts, size, head_width)
-    mask = jnp.pad(mask_BWW, [(0, 0), more, (0, 0)]).reshape(-1, parts, size, width)
+    q = fill(q_BGRWK, 3, size).reshape(*heads, parts, size, head_width)
+    mask = fill(mask_BWW, 1, size).reshape(-1, parts, size, width)
     each = jnp.moveaxis(q, 3, 0), jnp.moveaxis(mask, 1, 0)
     out = jnp.moveaxis(jax.lax.map(lambda part: run(*part), each), 0, 3)
     return out.reshape(*heads, parts * size, head_width)[:, :, :, :width]

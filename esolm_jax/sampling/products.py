@@ -17,9 +17,7 @@ from esolm_jax import sharding
 FEW_QUERIES = 32  # of a group of heads: for more of them a CPU is faster at matrix products,
 FEW_ROWS, LARGE = 2, 2**17  # and for more rows, or a kernel of fewer entries
 FOLD = 16  # places that a loop reads at once
-PAGE = (
-    4096  # bytes; of places that are multiples of it apart a CPU's first cache holds half of FOLD
-)
+PAGE = 4096  # bytes: of places that lie multiples of it apart, a CPU's first cache holds half FOLD
 KEY_SLOTS = 8
 
 
@@ -95,8 +93,8 @@ def _rows_times(h_BWD, kernel):
     places = _places(width * kernel.dtype.itemsize)
     parts = kernel.reshape(-1, places, width).astype(jnp.float32)
     rows = h_BWD.reshape(-1, len(parts), places).astype(jnp.float32)
-    products = [rows[:, :, i, None] * parts[None, :, i] for i in range(places)]
-    out = functools.reduce(jnp.add, products)
+    terms = [rows[:, :, i, None] * parts[None, :, i] for i in range(places)]
+    out = functools.reduce(jnp.add, terms)
     y = jnp.matmul(jnp.ones((len(rows), 1, len(parts))), out)
     return y.reshape(*h_BWD.shape[:2], *kernel.shape[1:]).astype(h_BWD.dtype)
 
