@@ -2,9 +2,13 @@
 
 import os
 
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-)
+from thorough import ALL, QUICK_XLA
+
+flags = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
+if not ALL:
+    flags.append(QUICK_XLA["XLA_FLAGS"])
+    os.environ |= QUICK_XLA
+os.environ["XLA_FLAGS"] = " ".join(flags)
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("PJRT_NPROC", "64")  # for why, see distributed.start
 

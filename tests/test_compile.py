@@ -20,7 +20,7 @@ def make_config(**fields):
     config.data.seq_len = 256
     config.data.vocab_size = 8191
     config.model.width = 512
-    config.model.blocks = 3
+    config.model.blocks = 2
     config.model.heads = 4
     config.model.dropout = 0.0
     config.model.dtype = "bfloat16"
@@ -30,6 +30,16 @@ def make_config(**fields):
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in fields.items()})
     config_lib.validate(config)
     return config
+
+
+@pytest.fixture(autouse=True, scope="module")
+def as_on_a_pod():
+    """The tests of what XLA makes of a step take what it makes for users."""
+    name = "jax_disable_most_optimizations"
+    before = jax.config.values[name]
+    jax.config.update(name, False)
+    yield
+    jax.config.update(name, before)
 
 
 @pytest.fixture(scope="module")

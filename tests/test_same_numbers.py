@@ -20,7 +20,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_run
-from thorough import ALL
+from thorough import ALL, QUICK_XLA
 from tiny_run import FILE, QUICK, arguments, command, make_config, quick
 
 from esolm_jax import assemble, checkpoint, distributed, likelihood, metrics, sharding
@@ -39,14 +39,13 @@ MESHES = {
     "data=2 fsdp=2 sequence=2": {"data": 2, "fsdp": 2, "sequence": 2},
     "fsdp=2 tensor=2 sequence=2": {"fsdp": 2, "tensor": 2, "sequence": 2},
 }
-CUTS = ((1, 8), (2, 4), (4, 2))  # processes × devices of each
+CUTS = ((1, 8), (4, 2), *([(2, 4)] if ALL else []))  # processes × devices of each
 QUICKLY = {
     (1, 8): (
         "ar fsdp=4 tensor=2", "mdlm fsdp=8", "bd3 data=2 fsdp=2 sequence=2",
         "eso_a fsdp=2 tensor=2 sequence=2", "eso_b data=2 fsdp=2 tensor=2",
         "mdlm dropout fsdp=2 tensor=2 sequence=2",
     ),
-    (2, 4): ("bd3 data=2 fsdp=2 tensor=2",),
     (4, 2): ("mdlm dropout data=2 fsdp=2 tensor=2",),
 }  # fmt: skip
 
@@ -59,9 +58,6 @@ MODEL = {
 }  # fmt: skip
 STEPS = 50
 TOLERANCE = 1e-5
-
-# Beside tiny_run.QUICK: XLA's new emitters of fusions take most of the time to compile.
-XLA_FLAGS = "--xla_cpu_use_fusion_emitters=false"
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +82,7 @@ class Processes:
         hidden = (*distributed.TOLD_BY, distributed.CLUSTER, "PJRT_NPROC")
         base = {k: v for k, v in os.environ.items() if k not in hidden}
         base |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
-        base |= {"XLA_FLAGS": XLA_FLAGS, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+        base |= QUICK_XLA | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
         base |= {name.upper(): str(value) for name, value in QUICK.items()}
         base |= {"JAX_COMPILATION_CACHE_DIR": str(cache)}
         with socket.socket() as s:

@@ -30,9 +30,8 @@ FILE = str(pathlib.Path(__file__).resolve())
 WORDS = "to be or not that is the question whether tis nobler in mind suffer slings".split()
 ALPHA_0 = {"ar": 0.0, "mdlm": 1.0, "bd3": 1.0}  # of the objectives that fix it
 
-# Most of the time of these tests is compilation: less of it, and none of it twice.
+# Most of the time of these tests is compilation: none of it twice.
 QUICK = {
-    "jax_disable_most_optimizations": True,
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": 0,
 }
@@ -40,7 +39,7 @@ QUICK = {
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    """Compiles quickly, and keeps what is compiled; yields the same as environment variables."""
+    """Keeps what is compiled; yields the same as environment variables."""
     cache = tmp_path_factory.getbasetemp() / "compiled"
     settings = QUICK | {"jax_compilation_cache_dir": str(cache)}
     before = {name: jax.config.values[name] for name in settings}
