@@ -53,13 +53,18 @@ def test_the_first_values_are_weighted(queries, n, dtype):
 
 
 @pytest.mark.parametrize("dtype", NEAR)
-@pytest.mark.parametrize("rows", [(1, 1), (1, 2), (2, 1), (3, 1)])
-@pytest.mark.parametrize("shape", [(256, 4, 3, 64), (1024, 256), (256, 1, 1024), (40, 8)])
+@pytest.mark.parametrize("rows", [(1, 1), (1, 2), (2, 1), (1, products.FEW_ROWS), (3, 3)])
+@pytest.mark.parametrize(
+    "shape", [(256, 4, 3, 64), (1024, 256), (256, 1, 1024), (16, 5000), (40, 8)]
+)
 def test_a_product_with_a_kernel_is_the_same_for_few_rows(shape, rows, dtype):
     h, kernel = draw(0, (*rows, shape[0]), dtype), draw(1, shape, dtype)
-    found = jax.jit(products.dense)(h, kernel)
-    assert found.dtype == dtype
-    assert_near(found, np.tensordot(as64(h), as64(kernel), 1), dtype)
+    want = np.tensordot(as64(h), as64(kernel), 1)
+    for wanted in (dtype, "float32"):  # the default, and more than it
+        found = jax.jit(products.dense, static_argnums=2)(h, kernel, jnp.dtype(wanted))
+        assert found.dtype == wanted
+        assert_near(found, want, wanted)
+    assert jax.jit(products.dense)(h, kernel).dtype == dtype
 
 
 def test_few_rows_are_run_as_a_loop():

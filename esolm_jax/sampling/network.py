@@ -213,7 +213,7 @@ def forward(network: Network, window: Window, cache: Cache | None):
     if window.pick.shape[1] == 0:
         return None, keys, values
     h = jnp.take_along_axis(h, window.pick[..., None], axis=1)
-    logits = jnp.matmul(_norm(config, h), network.logits, preferred_element_type=jnp.float32)
+    logits = products.dense(_norm(config, h), network.logits, jnp.float32)
     if network.logits_bias is not None:
         logits = logits + network.logits_bias[None, None]
     return logits, keys, values

@@ -15,10 +15,11 @@ from jax.sharding import Mesh
 from esolm_jax import sharding
 
 FEW_QUERIES = 32  # of a group of heads: for more of them a CPU is faster at matrix products,
-FEW_ROWS, LARGE = 2, 2**17  # and for more rows, or a kernel of fewer entries
+FEW_ROWS, LARGE = 8, 2**16  # and for more rows, or a kernel of fewer entries
 FOLD = 16  # places that a loop reads at once
 PAGE = 4096  # bytes: of places that lie multiples of it apart, a CPU's first cache holds half FOLD
 KEY_SLOTS = 8
+SPLIT = 2  # parts of a kernel that threads read for all rows
 
 
 def key_slots(mesh: Mesh | None) -> int:
@@ -78,25 +79,30 @@ def _weighted_sum(p, values_BGSK, n: int):
     return out[:, :, :, 0]
 
 
-def dense(h_BWD, kernel):
-    """[B, W, …] in the dtype of h: its product with the kernel's first axis."""
-    whole = functools.partial(jnp.tensordot, axes=1)
+def dense(h_BWD, kernel, dtype=None):
+    """[B, W, …] in `dtype`, or that of h: its product with the kernel's first axis."""
+    dtype = h_BWD.dtype if dtype is None else dtype
+    whole = functools.partial(jnp.tensordot, axes=1, preferred_element_type=dtype)
     few = math.prod(h_BWD.shape[:2]) <= FEW_ROWS and len(kernel) % FOLD == 0
     if not few or kernel.size < LARGE:
         return whole(h_BWD, kernel)
-    return jax.lax.platform_dependent(h_BWD, kernel, cpu=_rows_times, default=whole)
+    loops = functools.partial(_rows_times, dtype=dtype)
+    return jax.lax.platform_dependent(h_BWD, kernel, cpu=loops, default=whole)
 
 
-def _rows_times(h_BWD, kernel):
-    """One loop for all rows folds D; a product with ones adds what is left, as for values."""
-    width = kernel.size // len(kernel)
+def _rows_times(h_BWD, kernel, dtype):
+    """One loop for all rows folds D; a product with ones adds what is left, as for values. Threads
+    share out a loop's first axis: were it that of the rows, each would read the whole kernel."""
+    rows, width = math.prod(h_BWD.shape[:2]), kernel.size // len(kernel)
     places = _places(width * kernel.dtype.itemsize)
-    parts = kernel.reshape(-1, places, width).astype(jnp.float32)
-    rows = h_BWD.reshape(-1, len(parts), places).astype(jnp.float32)
-    terms = [rows[:, :, i, None] * parts[None, :, i] for i in range(places)]
+    split = math.gcd(SPLIT, len(kernel) // places) if rows > 1 else 1
+    parts = kernel.reshape(split, -1, places, width).astype(jnp.float32)
+    h = h_BWD.reshape(rows, *parts.shape[:3]).swapaxes(0, 1).astype(jnp.float32)
+    terms = [h[:, :, :, i, None] * parts[:, None, :, i] for i in range(places)]
     out = functools.reduce(jnp.add, terms)
-    y = jnp.matmul(jnp.ones((len(rows), 1, len(parts))), out)
-    return y.reshape(*h_BWD.shape[:2], *kernel.shape[1:]).astype(h_BWD.dtype)
+    out = jnp.matmul(jnp.ones((split, rows, 1, parts.shape[1])), out)
+    y = functools.reduce(jnp.add, list(out))
+    return y.reshape(*h_BWD.shape[:2], *kernel.shape[1:]).astype(dtype)
 
 
 def _places(stride: int) -> int:
