@@ -69,13 +69,15 @@ def test_a_product_with_a_kernel_is_the_same_for_few_rows(shape, rows, dtype):
 
 def test_few_rows_are_run_as_a_loop():
     """Else the test above would compare the same with the same."""
-    kernel = draw(1, (1024, 256), "float32")
 
-    def products_of(rows):
-        text = jax.jit(products.dense).lower(draw(0, (1, rows, 1024), "float32"), kernel).as_text()
-        return text.count("1024x256xf32>) -> tensor<1x")
+    def products_of(rows, width=256):
+        h, kernel = draw(0, (1, rows, 1024), "float32"), draw(1, (1024, width), "float32")
+        text = jax.jit(products.dense).lower(h, kernel).as_text()
+        return text.count(f"1024x{width}xf32>) -> tensor<1x")
 
     assert products_of(products.FEW_ROWS) == 0 < products_of(products.FEW_ROWS + 1)
+    wide = products.TERMS // 1024
+    assert products_of(products.FEWER_ROWS, wide) == 0 < products_of(products.FEWER_ROWS + 1, wide)
 
 
 @pytest.mark.parametrize("axes", [(None, "heads"), ("heads", None)])

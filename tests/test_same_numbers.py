@@ -1,8 +1,8 @@
 """Same numbers however a run is cut into processes, devices and mesh axes; and when it is cut anew.
 
 Real processes, which compile for themselves and talk over the loopback. By default every
-objective, mesh and cut has its turn, but not every combination: ESOLM_TEST_ALL=1 runs those too,
-in a quarter of an hour.
+objective has its turn, but not every mesh, cut and combination: ESOLM_TEST_ALL=1 runs those too, in
+a quarter of an hour.
 """
 
 import json

@@ -15,7 +15,8 @@ from jax.sharding import Mesh
 from esolm_jax import sharding
 
 FEW_QUERIES = 32  # of a group of heads: for more of them a CPU is faster at matrix products,
-FEW_ROWS, LARGE = 8, 2**16  # and for more rows, or a kernel of fewer entries
+FEW_ROWS, LARGE = 8, 2**16  # and for more rows, or a kernel of fewer entries,
+FEWER_ROWS, TERMS = 2, 2**21  # or more than these rows of so many terms: sums leave the cache
 FOLD = 16  # places that a loop reads at once
 PAGE = 4096  # bytes: of places that lie multiples of it apart, a CPU's first cache holds half FOLD
 KEY_SLOTS = 8
@@ -83,8 +84,9 @@ def dense(h_BWD, kernel, dtype=None):
     """[B, W, …] in `dtype`, or that of h: its product with the kernel's first axis."""
     dtype = h_BWD.dtype if dtype is None else dtype
     whole = functools.partial(jnp.tensordot, axes=1, preferred_element_type=dtype)
-    few = math.prod(h_BWD.shape[:2]) <= FEW_ROWS and len(kernel) % FOLD == 0
-    if not few or kernel.size < LARGE:
+    rows = math.prod(h_BWD.shape[:2])
+    few = rows <= (FEW_ROWS if rows * kernel.size <= TERMS else FEWER_ROWS)
+    if not few or len(kernel) % FOLD or kernel.size < LARGE:
         return whole(h_BWD, kernel)
     loops = functools.partial(_rows_times, dtype=dtype)
     return jax.lax.platform_dependent(h_BWD, kernel, cpu=loops, default=whole)
