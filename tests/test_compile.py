@@ -35,11 +35,8 @@ def make_config(**fields):
 @pytest.fixture(autouse=True, scope="module")
 def as_on_a_pod():
     """The tests of what XLA makes of a step take what it makes for users."""
-    name = "jax_disable_most_optimizations"
-    before = jax.config.values[name]
-    jax.config.update(name, False)
-    yield
-    jax.config.update(name, before)
+    with tiny_run.configured({"jax_disable_most_optimizations": False}):
+        yield
 
 
 @pytest.fixture(scope="module")

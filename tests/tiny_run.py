@@ -3,6 +3,7 @@
 This file is a config file too: --config=tests/tiny_run.py.
 """
 
+import contextlib
 import importlib
 import json
 import pathlib
@@ -37,17 +38,24 @@ QUICK = {
 }
 
 
+@contextlib.contextmanager
+def configured(settings: dict):
+    """JAX's settings are these meanwhile."""
+    before = {name: jax.config.values[name] for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     """Keeps what is compiled; yields the same as environment variables."""
     cache = tmp_path_factory.getbasetemp() / "compiled"
     settings = QUICK | {"jax_compilation_cache_dir": str(cache)}
-    before = {name: jax.config.values[name] for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield {name.upper(): str(value) for name, value in settings.items()}
-    for name, value in before.items():
-        jax.config.update(name, value)
+    with configured(settings):
+        yield {name.upper(): str(value) for name, value in settings.items()}
 
 
 def get_config():
