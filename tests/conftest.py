@@ -4,12 +4,10 @@ import os
 
 from thorough import ALL, QUICK_XLA
 
-flags = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
-if not ALL:
-    flags.append(QUICK_XLA["XLA_FLAGS"])
-    os.environ |= QUICK_XLA
-os.environ["XLA_FLAGS"] = " ".join(flags)
-os.environ["JAX_PLATFORMS"] = "cpu"
+quick = {} if ALL else QUICK_XLA
+given = [settings.get("XLA_FLAGS", "") for settings in (os.environ, quick)]
+flags = " ".join([*given, "--xla_force_host_platform_device_count=8"])
+os.environ |= quick | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
 os.environ.setdefault("PJRT_NPROC", "64")  # for why, see distributed.start
 
 import jax  # noqa: E402
