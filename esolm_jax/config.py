@@ -3,6 +3,7 @@
 A config file's get_config() starts from `default_config()` and changes what it wants to change.
 """
 
+import math
 from collections.abc import Callable, Mapping
 
 from ml_collections import ConfigDict
@@ -231,13 +232,13 @@ _CHECKS: dict[str, Check] = {
     "sample.num": _at_least(1),
     "sample.length": _at_least(0),
     "sample.schedule": _one_of(*SCHEDULES),
-    "sample.steps": _at_least(0),
+    "sample.steps": ((lambda v: 0 <= v <= 10**6), "at least 0, and at most 1,000,000"),
     "sample.block": _at_least(0),
     "sample.speculate": ((lambda v: v == 0 or 2 <= v <= 64), "0 (off) or in [2, 64]"),
     "sample.speculate_style": _one_of("chain", "staircase"),
     "sample.confident": _at_least(1),
     "sample.threshold": _FRACTION,
-    "sample.temperature": _at_least(0),
+    "sample.temperature": ((lambda v: 0 <= v < math.inf), "at least 0, and finite"),
     "sample.top_p": ((lambda v: 0 < v <= 1), "in (0, 1]"),
     "sample.top_k": _at_least(0),
     "sample.seed": _SEED,

@@ -82,8 +82,9 @@ def evaluate(config, workdir: pathlib.Path) -> dict:
 
 
 def main(config, workdir: pathlib.Path) -> None:
-    figures = evaluate(config, workdir)
     path = workdir / "evaluate.json"
+    results.check_can_write(path)
+    figures = evaluate(config, workdir)
     results.write_json(path, figures)
     for result in figures["results"]:
         error = result["standard_error"]

@@ -21,6 +21,15 @@ def write_json(path: pathlib.Path, value) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+def check_can_write(*paths: pathlib.Path) -> None:
+    """UserError unless these files can be written: before the work whose result they are."""
+    for path in paths:
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder; a file of results is to be written there")
+        if not os.access(path.parent, os.W_OK):
+            raise UserError(f"{path}: cannot be written: {path.parent} is read-only, or not there")
+
+
 def check_new_folder(flag: str, folder: pathlib.Path) -> None:
     """UserError unless there is no such folder, or nothing in it."""
     if folder.exists() and not folder.is_dir():

@@ -82,8 +82,8 @@ def sample(
     check(config)
     mesh = sharding.make_mesh(config.mesh)
     tokenizer = load_tokenizer(workdir / "tokenizer")
-    found = [prompts_lib.of_text(text, tokenizer) for text in prompt]
-    found += prompts_lib.of_file(pathlib.Path(prompts), tokenizer) if prompts else []
+    found = [prompts_lib.of_text(text, tokenizer, name=f"--prompt={text:.40}") for text in prompt]
+    found += [] if prompts is None else prompts_lib.of_file(pathlib.Path(prompts), tokenizer)
     _check_mesh(config.sample.num * max(1, len(found)), mesh)
     trained = assemble.load_trained(config, workdir, config.sample.weights, mesh)
     if tokenizer.fingerprint != trained.meta["tokenizer"]["fingerprint"]:
@@ -103,15 +103,16 @@ def sample(
     decoded, speculation = generator.run(network, **run)
     decoded = jax.device_get(decoded)
     end = time.perf_counter()
-    nfe = passes_run(generator, decoded)
+    nfe, generated = passes_run(generator, decoded), _num_generated(decoded)
     figures = _texts(config, generator, decoded, tokenizer, found) | {
-        "num_diffusion": (generator.schedule.num_diffusion - generator.schedule.given).tolist(),
+        "num_diffusion": generator.is_diffusion().sum(axis=1).tolist(),
+        "num_generated": generated,
         "nfe": nfe,
         "load_seconds": loaded - begin,
         "compile_seconds": compiled - loaded,
         "seconds": end - compiled,
         "first_sample_seconds": end - begin,
-        "tokens_per_second": total / (end - compiled),
+        "tokens_per_second": generated / (end - compiled),
         "speculation": speculation,
         "objective": config.objective,
         "alpha_0": config.alpha_0,
@@ -122,8 +123,19 @@ def sample(
     return figures, steps
 
 
+def _inside(decoded) -> np.ndarray:
+    """bool [B, L]: what lies before the first EOS of a text that ended there."""
+    return np.arange(decoded.text.shape[1])[None] < decoded.text_end[:, None]
+
+
+def _num_generated(decoded) -> int:
+    """Tokens of the texts that were not given."""
+    is_new = (decoded.revealed >= 0) & (decoded.revealed != NEVER)
+    return int((is_new & _inside(decoded)).sum())
+
+
 def _texts(config, generator: Generator, decoded, tokenizer, found) -> dict:
-    rows, length = [], generator.schedule.length
+    rows, length, order = [], generator.schedule.length, generator.order(decoded)
     for b, ids in enumerate(decoded.text):
         ids = ids[: min(length[b], decoded.text_end[b])].tolist()
         shown = ids
@@ -138,7 +150,7 @@ def _texts(config, generator: Generator, decoded, tokenizer, found) -> dict:
                 "token_ids": ids,
                 "seed": [seed.batch, seed.row],
                 "ended": bool(decoded.text_end[b] < length[b]),
-                "order": generator.schedule.order[b].tolist(),
+                "order": [at for at in order[b].tolist() if at < len(ids)],
             }
         )
     return {"samples": rows}
@@ -146,18 +158,20 @@ def _texts(config, generator: Generator, decoded, tokenizer, found) -> dict:
 
 def _trace(config, generator: Generator, decoded, tokenizer, nfe: int) -> trace.Trace:
     revealed = decoded.revealed.astype(np.int64)
-    inside = np.arange(revealed.shape[1])[None] < decoded.text_end[:, None]
     numbered = np.where(revealed == -1, trace.GIVEN, revealed - generator.passes.prompt_passes)
     title = f"{config.objective}, α₀ = {config.alpha_0:g}, {revealed.shape[1]} tokens, NFE {nfe}"
     return trace.Trace(
         pieces=[tokenizer.pieces(row.tolist()) for row in decoded.text],
-        revealed=np.where((revealed == NEVER) | ~inside, trace.NEVER, numbered),
+        revealed=np.where((revealed == NEVER) | ~_inside(decoded), trace.NEVER, numbered),
         is_diffusion=generator.is_diffusion(),
         title=title,
     )
 
 
 def main(config, workdir: pathlib.Path) -> None:
+    texts, summary = workdir / "samples.jsonl", workdir / "samples.json"
+    page, picture = workdir / "trace.html", workdir / "trace.png"
+    results.check_can_write(texts, summary, page, picture)
     if not jax.config.jax_compilation_cache_dir:  # compiled programs are kept between runs
         jax.config.update("jax_compilation_cache_dir", str(workdir.resolve() / "compiled"))
     figures, steps = sample(
@@ -169,22 +183,19 @@ def main(config, workdir: pathlib.Path) -> None:
     )
     rows = figures.pop("samples")
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    texts, summary = workdir / "samples.jsonl", workdir / "samples.json"
     results.write_text(texts, lines)
     results.write_json(summary, figures)
     for i, row in enumerate(rows):
         print(f"--- sample {i} " + "-" * 60)
         print(row["text"])
     print("-" * 71)
-    total = sum(len(row["token_ids"]) for row in rows)
     print(
-        f"{len(rows)} texts, {total:,} tokens in {figures['seconds']:.2f} s (and "
-        f"{figures['load_seconds']:.1f} s to load, {figures['compile_seconds']:.1f} s to compile): "
-        f"{figures['tokens_per_second']:,.0f} tokens/s, NFE {figures['nfe']}"
+        f"{len(rows)} texts, {figures['num_generated']:,} tokens in {figures['seconds']:.2f} s "
+        f"(and {figures['load_seconds']:.1f} s to load, {figures['compile_seconds']:.1f} s to "
+        f"compile): {figures['tokens_per_second']:,.0f} tokens/s, NFE {figures['nfe']}"
     )
     written = [texts, summary]
     if steps is not None:
-        page, picture = workdir / "trace.html", workdir / "trace.png"
         trace.write_html(steps, page)
         trace.write_png(steps, picture)
         written += [page, picture]

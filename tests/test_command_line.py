@@ -357,7 +357,8 @@ def check_evaluation(figures):
 
 
 def read_samples(workdir) -> list[dict]:
-    return [json.loads(line) for line in (workdir / "samples.jsonl").read_text().splitlines()]
+    lines = (workdir / "samples.jsonl").read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
 
 
 def check_samples(figures, samples):
@@ -413,7 +414,12 @@ def test_prompts_are_kept_and_the_rest_is_filled_in(eso_b, tmp_path, capsys):
     [
         (["--prompt=" + "x" * (LENGTH + 1)], f"canvas of {LENGTH}"),
         (["--prompt=a[MASK:0]"], "at least 1 token"),
+        (["--prompt=a[MASK:-1]"], "[MASK:-1]"),
+        (["--prompt=a[MASK:" + "9" * 5000 + "]"], "at most 999999"),
+        (["--prompt=a[MASK:999999]"], f"canvas of {LENGTH}"),
         (["--prompts=nowhere.txt"], "cannot be read"),
+        (["--prompts="], "cannot be read"),
+        (["--config.sample.temperature=inf"], "config.sample.temperature=inf"),
         (["--config.sample.speculate=1"], "config.sample.speculate=1"),
         (["--config.sample.speculate=2", "--config.sample.steps=4"], "config.sample.speculate=2"),
         (["--config.sample.block=4"], "blockwise"),
@@ -422,6 +428,54 @@ def test_prompts_are_kept_and_the_rest_is_filled_in(eso_b, tmp_path, capsys):
 )
 def test_bad_sampling_is_refused(refused, eso_b, options, told):
     refused("sample", [f"--workdir={eso_b}", *options], told)
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("", "holds no prompts"),
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ('["x"]', "must be an object"),
+        ('{"prompt": "x", "text": "x"}', "must be an object"),
+        ('{"prompt": "x", "rewrite": [[0, 1]]}', "must be an object"),
+        ('{"prompt": "x", "prompt": "y"}', "a field is there twice"),
+        (r'{"prompt": "\ud800"}', "is no Unicode text"),
+        ('{"prompt": 1}', "prompt=1: fields are"),
+        ('{"prompt": "x", "seed": true}', "seed=True: fields are"),
+        ('{"prompt": "x", "seed": -1}', "seed=-1: must be in"),
+        ('{"prompt": "x", "seed": 4294967296}', "seed=4294967296: must be in"),
+        ('{"text": "to be", "rewrite": [3]}', "rewrite 3: must be"),
+        ('{"text": "to be", "rewrite": [null]}', "rewrite None: must be"),
+        ('{"text": "to be", "rewrite": [[0.5, 2]]}', "rewrite [0.5, 2]: must be"),
+        ('{"text": "to be", "rewrite": [[true, 2]]}', "rewrite [True, 2]: must be"),
+        ('{"text": "to be", "rewrite": [[1, "x"], [1, 2]]}', "rewrite [1, 'x']: must be"),
+        ('{"text": "to be", "rewrite": [[0, 2], [1, 3]]}', "rewrite [1, 3]: must be"),
+        ('{"text": "to be", "rewrite": [[0, 6]]}', "rewrite [0, 6]: must be"),
+    ],
+)
+def test_bad_lines_of_prompts_are_refused(refused, eso_b, tmp_path, line, told):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(line)
+    refused("sample", [f"--workdir={eso_b}", f"--prompts={file}"], str(file), told)
+
+
+def test_what_unicode_calls_a_line_is_no_line_of_prompts(eso_b, tmp_path):
+    """Nor is a byte order mark a part of the first."""
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('\ufeff{"prompt": "a\u2028b"}\r\n{"prompt": "c"}\n', encoding="utf-8")
+    assert command("sample", f"--workdir={eso_b}", f"--prompts={file}") == 0
+    starts = [bytes(s["token_ids"]) for s in read_samples(eso_b)]
+    wanted = ["a\u2028b".encode()] * 2 + [b"c"] * 2
+    assert all(text.startswith(w) for text, w in zip(starts, wanted, strict=True))
+
+
+@pytest.mark.parametrize(("verb", "name"), [("sample", "trace.png"), ("evaluate", "evaluate.json")])
+def test_results_that_cannot_be_written_are_told_before(refused, eso_b, verb, name):
+    (eso_b / name).unlink(missing_ok=True)
+    (eso_b / name).mkdir()
+    refused(verb, [f"--workdir={eso_b}"], f"{eso_b / name}: is a folder")
+    (eso_b / name).rmdir()
 
 
 @pytest.mark.parametrize(
@@ -437,9 +491,14 @@ def test_ways_to_sample(eso_b, options):
     fields = arguments({f"sample.{name}": value for name, value in options.items()})
     assert command("sample", f"--workdir={eso_b}", *fields) == 0
     figures = json.loads((eso_b / "samples.json").read_text())
-    length = options.get("length", LENGTH)
-    assert all(len(s["token_ids"]) == length or s["ended"] for s in read_samples(eso_b))
+    length, samples = options.get("length", LENGTH), read_samples(eso_b)
+    assert all(len(s["token_ids"]) == length or s["ended"] for s in samples)
+    assert all(sorted(s["order"]) == list(range(len(s["token_ids"]))) for s in samples)
     assert 1 <= figures["nfe"] <= length
+    assert figures["num_generated"] == sum(len(s["token_ids"]) for s in samples)
+    if options.get("schedule") == "confidence":
+        assert all(s["order"] != sorted(s["order"]) for s in samples)
+        assert figures["num_diffusion"] == [length] * len(samples)
 
 
 @pytest.mark.parametrize("packing", ["wrap", "pad"])

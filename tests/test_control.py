@@ -270,7 +270,12 @@ def test_the_cache_is_not_copied():
 
 @pytest.mark.parametrize(
     ("rows", "told"),
-    [([[0, 4]], "token 4 at place 1 is not in 0..3"), ([[toy.MASK, MASK]], "is the mask token")],
+    [
+        ([[0, 4]], "token 4 at place 1 is not in 0..3"),
+        ([[2**40]], "is not in 0..3"),
+        ([[0, 1.5]], "token 1.5 at place 1 is not in 0..3"),
+        ([[toy.MASK, MASK]], "is the mask token"),
+    ],
 )
 def test_tokens_that_cannot_be_known_are_refused(rows, told):
     with pytest.raises(UserError, match=told):
@@ -283,7 +288,7 @@ def test_tokens_that_cannot_be_known_are_refused(rows, told):
 def test_an_infilling_that_the_family_cannot_do_is_refused(objective, known):
     canvas = canvas_of([[known.get(i, MASK) for i in range(L)]])
     drawn = schedule.left_to_right(canvas)
-    with pytest.raises(UserError, match=f"objective {objective} generates"):
+    with pytest.raises(UserError, match=rf"text 0 .*objective {objective} generates"):
         run(objective, drawn, canvas.seeds)
 
 

@@ -355,13 +355,35 @@ def test_blockwise_generates_block_by_block(num_steps):
         ([[0, 1, 2, 3]], [2, 0, 2], "step_sizes"),
         ([[0, 1, 2, 3]], [5, -1], "step_sizes"),
         ([[0, 1, 2, 3]], [], "step_sizes"),
+        ([[0, 1, 2, 3]], [1.5, 2.5], "step_sizes"),
+        ([[0, 1, 2, 3]], [[4, 4]], "step_sizes"),
+        ([0, 1, 2, 3], [4], "order"),
     ],
 )
 @pytest.mark.parametrize("objective", ["ar", "mdlm", "bd3", "eso_a", "eso_b"])
 def test_unsound_schedules_are_refused(objective, order, sizes, name):
-    plan = Schedule(np.array(order, np.int32), np.array(sizes, np.int32), 4)
     with pytest.raises(UserError, match=name):
-        sample(objective, plan)
+        sample(objective, Schedule(np.array(order), np.array(sizes), 4))
+
+
+@pytest.mark.parametrize("number", [-1, 5])
+def test_diffusion_tokens_that_a_text_has_not_are_refused(number):
+    with pytest.raises(UserError, match="num_diffusion"):
+        sample("eso_a", Schedule(np.arange(4)[None], np.array([4]), number))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda canvas: schedule.ancestral(canvas, 0.5, -1),
+        lambda canvas: schedule.ancestral(canvas, 2.0, 4),
+        lambda canvas: schedule.strided(canvas, 1.0, -2, shuffle=False),
+        lambda canvas: schedule.blockwise(canvas, 0, 1.0, 0),
+    ],
+)
+def test_schedules_of_wrong_numbers_are_refused(make):
+    with pytest.raises(UserError, match="must be at least 0"):
+        make(Canvas.empty(1, 4))
 
 
 def test_steps_of_bd3_that_cross_a_block_are_refused():

@@ -57,16 +57,19 @@ class Canvas:
         """From token ids per row, MASK where a token is to be generated.
 
         Raises:
-          UserError: a token is none of the vocabulary, or is its mask.
+          UserError: a token is none of the vocabulary, or is its mask; or a row has no seed.
         """
+        if len(seeds) != len(rows):
+            raise UserError(f"{len(seeds)} seeds for {len(rows)} rows: must be one for each")
         length = np.array([len(row) for row in rows])
         token = np.full((len(rows), max(1, length.max(initial=0))), MASK, np.int32)
         for b, row in enumerate(rows):
-            token[b, : len(row)] = row
             for at, one in enumerate(row):
-                if one != MASK and (not 0 <= one < vocab_size or one == mask_id):
+                is_token = isinstance(one, int | np.integer) and 0 <= one < vocab_size
+                if one != MASK and (not is_token or one == mask_id):
                     what = "the mask token" if one == mask_id else f"not in 0..{vocab_size - 1}"
                     raise UserError(f"prompt {b}: token {one} at place {at} is {what}")
+            token[b, : len(row)] = row
         return cls(np.maximum(token, 0), token != MASK, length, tuple(seeds))
 
     @property
@@ -81,6 +84,8 @@ class Canvas:
     def forget(self, row: int, start: int, stop: int) -> Self:
         """This canvas with the places [start, stop) of a row to be generated anew. All else is
         kept: the order puts what is forgotten last, so nothing stale is ever read."""
+        if not 0 <= row < len(self.length):
+            raise UserError(f"text {row}: must be in 0..{len(self.length) - 1}")
         if not 0 <= start < stop <= self.length[row]:
             raise UserError(
                 f"span {start}:{stop} of text {row}: must lie in 0:{self.length[row]}, not empty"
@@ -91,5 +96,7 @@ class Canvas:
 
     def filled(self, token: np.ndarray) -> Self:
         """With all tokens known: the canvas for an edit of what was generated."""
+        if token.shape != self.token.shape:
+            raise UserError(f"tokens {token.shape}: must be {self.token.shape}, as the canvas is")
         inside = np.arange(token.shape[1])[None] < self.length[:, None]
         return dataclasses.replace(self, token=np.asarray(token, np.int32), known=inside)

@@ -131,6 +131,13 @@ class Generator:
         )  # fmt: skip
         return found, {name: np.asarray(n).sum(axis=0).tolist() for name, n in counts.items()}
 
+    def order(self, decoded: Decoded) -> np.ndarray:
+        """int32 [B, L]: positions as they were generated, after what was given; where confidence
+        decides, those of one pass from left to right."""
+        if self.config.sample.schedule == "confidence":
+            return np.argsort(decoded.revealed, axis=1, kind="stable").astype(np.int32)
+        return self.schedule.order
+
     def is_diffusion(self) -> np.ndarray:
         """bool [B, L]: what the diffusion phase generates, by position."""
         slot, drawn = np.arange(self.schedule.order.shape[1])[None], self.schedule

@@ -172,13 +172,18 @@ def _tables(schedule: Schedule, *, prefill, start, end, rank, bidirectional_belo
     )
 
 
+def _refuse(is_wrong_B, what: str) -> None:
+    if is_wrong_B.any():
+        raise UserError(f"text {is_wrong_B.argmax()} (the first is 0): {what}")
+
+
 def ar(schedule: Schedule, *, mask_id: int, start_token: int) -> Passes:
     """One token per pass, each fed to predict the next; the order is the identity."""
     slot = np.arange(schedule.order.shape[1])
-    if (schedule.order != slot[None]).any() or (schedule.sizes > 1).any():
-        raise UserError(
-            "objective ar generates in text order, one token per step, behind a prompt at the start"
-        )
+    _refuse(
+        (schedule.order != slot[None]).any(axis=1) | (schedule.sizes > 1).any(axis=0),
+        "objective ar generates in text order, one token per step, behind a prompt at the start",
+    )
     first = _first(schedule)
     return _tables(
         schedule,
@@ -220,15 +225,17 @@ def bd3(schedule: Schedule, *, mask_id: int, block_length: int) -> Passes:
     """A block is one rank: its passes run it whole; the first also caches the block before."""
     first = _first(schedule)
     slot = np.arange(schedule.order.shape[1])
-    if (schedule.order // block_length != slot[None] // block_length).any():
-        raise UserError(
-            "objective bd3 generates block by block: what is given must be the start of the text, "
-            f"or lie in the first block (of block_length={block_length}) that is generated"
-        )
+    _refuse(
+        (schedule.order // block_length != slot[None] // block_length).any(axis=1),
+        "objective bd3 generates block by block: what is given must be the start of the text, or "
+        f"lie in the first block (of block_length={block_length}) that is generated",
+    )
     block = first // block_length
     inside = first + schedule.sizes <= (block + 1) * block_length
-    if not (inside | (schedule.sizes == 0)).all():
-        raise UserError(f"step_sizes: no step may cross a block of block_length={block_length}")
+    _refuse(
+        ~(inside | (schedule.sizes == 0)).all(axis=0),
+        f"step_sizes: no step may cross a block of block_length={block_length}",
+    )
     whole = schedule.given // block_length
     new_block = np.diff(block, axis=0, prepend=whole[None]) > 0
     return _tables(

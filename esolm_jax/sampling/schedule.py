@@ -37,11 +37,15 @@ class Schedule:
     known: np.ndarray | None = None
 
     def __post_init__(self):
-        batch, sizes = len(self.order), np.asarray(self.sizes, np.int32)
+        batch, sizes = len(self.order), np.asarray(self.sizes)
         if sizes.ndim == 1:
             sizes = np.tile(sizes[:, None], (1, batch))
+        for name, array in (("order", self.order), ("step_sizes", sizes.T)):
+            is_whole = array.size == 0 or np.issubdtype(array.dtype, np.integer)
+            if array.ndim != 2 or len(array) != batch or not is_whole:
+                raise UserError(f"{name}: must be whole numbers for each of the {batch} rows")
         whole = {
-            "sizes": sizes,
+            "sizes": sizes.astype(np.int32),
             "num_diffusion": np.broadcast_to(self.num_diffusion, batch),
             "given": np.zeros(batch, int) if self.given is None else self.given,
             "known": np.zeros_like(self.order) if self.known is None else self.known,
@@ -69,6 +73,16 @@ class Schedule:
         before = np.roll(idle, 1, axis=0) & (np.arange(steps) > 0)[:, None]
         if (self.sizes < 0).any() or ((self.sizes == 0) & ~before).any():
             raise UserError("step_sizes: must be at least 1, until a text is complete")
+        if ((self.num_diffusion < self.given) | (self.num_diffusion > total)).any():
+            raise UserError("num_diffusion: must be at least what is known, and at most the length")
+
+
+def _check(num_steps: int, alpha_0: float, block_length: int = 1) -> None:
+    if num_steps < 0 or block_length < 1 or not 0 <= alpha_0 <= 1:
+        raise UserError(
+            f"num_steps={num_steps}, alpha_0={alpha_0}, block_length={block_length}: must be at "
+            "least 0 (0 = one token per step), in [0, 1] and at least 1"
+        )
 
 
 def of_rows(canvas: Canvas, row: Callable[[int, np.ndarray], Row]) -> Schedule:
@@ -134,6 +148,7 @@ def ancestral(canvas: Canvas, alpha_0: float, num_steps: int) -> Schedule:
 
     `num_steps` = 0 means one token per step: n ~ Binomial(L, α₀) diffusion tokens.
     """
+    _check(num_steps, alpha_0)
 
     def row(b, unknown) -> Row:
         seed = canvas.seeds[b]
@@ -148,6 +163,7 @@ def strided(canvas: Canvas, alpha_0: float, num_steps: int, *, shuffle: bool) ->
 
     `shuffle` puts the strides in random order.
     """
+    _check(num_steps, alpha_0)
 
     def row(b, unknown) -> Row:
         n = min(num_steps or len(unknown), len(unknown))
@@ -165,6 +181,7 @@ def blockwise(canvas: Canvas, block_length: int, alpha_0: float, num_steps: int)
 
     The canvas may be longer than what the model was trained on.
     """
+    _check(num_steps, alpha_0, block_length)
     blocks = -(-canvas.token.shape[1] // block_length)
 
     def row(b, unknown) -> Row:
