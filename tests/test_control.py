@@ -1,8 +1,10 @@
 """Prompts, infilling, edits, lengths, ends and orders: exact, and each row for itself."""
 
 import dataclasses
+import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
@@ -89,6 +91,28 @@ def test_a_long_prompt_is_read_as_one_pass_would():
     canvas = canvas_of(rows)
     again = run("eso_b", schedule.left_to_right(canvas), canvas.seeds, GREEDY)
     np.testing.assert_array_equal(again.text, np.tile(text, (len(rows), 1)))
+
+
+def test_a_prompt_is_not_cut_inside_a_block_of_bd3(monkeypatch):
+    """Its tokens read each other."""
+    canvas = canvas_of([[(0, 2, 3)[b % 3] for b in range(10)] + [MASK] * 2])
+    drawn = schedule.left_to_right(canvas)
+    whole = run("bd3", drawn, canvas.seeds, GREEDY, with_logits=True)
+    monkeypatch.setattr(passes, "PREFILL", 2 * toy.BLOCK + 1)
+    cut = run("bd3", drawn, canvas.seeds, GREEDY, with_logits=True)
+    assert int(cut.passes) > int(whole.passes)
+    np.testing.assert_allclose(cut.logits[:, 10:], whole.logits[:, 10:], atol=1e-5)
+
+
+def test_an_edit_of_one_text_leaves_the_others_whole():
+    canvas = canvas_of([[MASK] * 12] * 2)
+    text = np.asarray(run("eso_b", schedule.ancestral(canvas, 0.5, 0), canvas.seeds).text)
+    edit = canvas.filled(text).forget(0, 3, 6)
+    for steps in (0, 2):
+        new = np.asarray(run("eso_b", schedule.ancestral(edit, 0.5, steps), edit.seeds).text)
+        np.testing.assert_array_equal(new[edit.known], text[edit.known])
+    ended = canvas.filled(text, np.array([4, 100]))
+    assert ended.length.tolist() == [4, 12] and ended.given.tolist() == [4, 12]
 
 
 def test_an_edit_keeps_the_rest_and_depends_on_all_of_it():
@@ -213,6 +237,14 @@ def _certain(objective, text, known, place, left, length):
     return np.exp(toy.log_probs(logits).max()), place
 
 
+def test_confidence_ends_whatever_the_model_says():
+    broken = NETWORK.replace(logits=NETWORK.logits * jnp.nan)
+    config = toy.config("eso_b", 1.0, 12)
+    config.sample.update({"schedule": "confidence", "confident": 3})
+    generator = Generator.of(config, Canvas.empty(2, 12), toy.SPECIAL)
+    assert int(generator.run(broken)[0].passes) == 4
+
+
 # On a mesh.
 
 
@@ -234,6 +266,57 @@ def test_a_mesh_gives_the_same_texts(shape):
         np.testing.assert_array_equal(found[inside], want[inside])
 
 
+def compiled(plan, keys, mesh=None):
+    """(state before the first pass, text of the program) of a plan of one segment."""
+    (segment,) = plan.segments()
+    (index, shapes), net = plan.classes(*segment), network.fold(toy.CONFIG, toy.PARAMS, mesh)
+    state = decode.start_state(net, plan, 4, mesh, with_logits=False, cached=True)
+    tables = plan.padded(4)
+    order, known, keys = (decode.over_rows(mesh, a) for a in (tables.order, tables.known, keys))
+    lowered = decode.run.lower(
+        net, tables.replace(order=order, known=known), index, state, keys, segment[1],
+        choice=CHOICE, shapes=shapes, aligned=plan.aligned, eos_id=None,
+    )  # fmt: skip
+    return state, lowered.compile().as_text()
+
+
+def test_each_device_has_its_rows_and_no_others():
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(4, 1, 1, 1), AXES)
+    batch = 8
+    canvas = Canvas.empty(batch, 20)
+    drawn = schedule.left_to_right(canvas)
+    plan = passes.plan(toy.config("eso_b", 0.5, 20), drawn, mask_id=toy.MASK, start_token=toy.START)
+    state, text = compiled(plan, decode.row_keys(canvas.seeds), mesh)
+    for array in (*state.cache.keys, *state.cache.values):
+        assert array.sharding.shard_shape(array.shape)[0] == batch // 4
+        everyone = ",".join(map(str, array.shape))
+        assert f"f32[{everyone}]" not in text
+    # What devices tell each other are single numbers.
+    assert "all-gather(" not in text and "all-to-all(" not in text
+    told = [line.split(" all-reduce(")[0] for line in text.splitlines() if " all-reduce(" in line]
+    sizes = [size for line in told for size in re.findall(r"\w+\[([\d,]*)\]", line)]
+    assert told and set(sizes) <= {"", "1"}
+
+
+@pytest.mark.parametrize("alpha_0", [0.5, 1.0])
+def test_another_seed_runs_the_same_programs(alpha_0):
+    """Sizes and numbers of steps are drawn, too: forty seeds' were of nearly as many shapes."""
+    found = set()
+    for seed in range(40):
+        drawn = schedule.ancestral(Canvas.empty(1, 64, seed), alpha_0, 16)
+        plan = passes.eso_b(drawn, mask_id=toy.MASK)
+        shapes = tuple(plan.classes(*segment)[1] for segment in plan.segments())
+        found.add((shapes, plan.rows_of_tables))
+    assert len(found) <= 5, found
+
+
+def test_a_row_that_is_done_needs_no_cache():
+    canvas = canvas_of([[MASK] * 12, [0, 2, 2, MASK]])
+    for drawn in (schedule.ancestral(canvas, 1.0, 4), schedule.left_to_right(canvas)):
+        plan = passes.mdlm(drawn, mask_id=toy.MASK)
+        assert (drawn.sizes[:, 1] == 0).any() and not plan.start.any()
+
+
 def test_few_shapes_hold_every_window():
     grid = [passes._round_up(n) for n in range(400)]
     assert sorted(set(grid))[:13] == [0, 1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96]
@@ -253,13 +336,7 @@ def test_the_cache_is_not_copied():
         toy.config("eso_b", 0.5, length), schedule.left_to_right(canvas),
         mask_id=toy.MASK, start_token=toy.START,
     )  # fmt: skip
-    state = decode.start_state(NETWORK, plan, 2, None, with_logits=False, cached=True)
-    index, shapes = plan.classes(*plan.segments()[0])
-    tables = plan.padded(2)
-    text = decode.run.lower(
-        NETWORK, tables, index, state, decode.row_keys(canvas.seeds), length, choice=CHOICE,
-        shapes=shapes, aligned=True, eos_id=None,
-    ).compile().as_text()  # fmt: skip
+    state, text = compiled(plan, decode.row_keys(canvas.seeds))
     assert config.blocks == len(state.cache.keys) and len(state.cache.prefixes) > 1
     for shape in {array.shape for array in (*state.cache.keys, *state.cache.values)}:
         name = "f32[" + ",".join(map(str, shape)) + "]"
@@ -302,6 +379,10 @@ def test_an_infilling_that_the_family_cannot_do_is_refused(objective, known):
         ("mdlm", {"speculate": 2}, "known tokens read later ones"),
         ("eso_b", {"speculate": 2, "schedule": "confidence"}, "not confidence"),
         ("eso_b", {"steps": 3, "schedule": "left_to_right"}, "sample.steps=3"),
+        ("eso_b", {"confident": 2}, "sample.confident=2"),
+        ("eso_b", {"schedule": "confidence", "threshold": 0.5}, "sample.threshold=0.5"),
+        ("eso_b", {"schedule": "confidence", "stop_at_eos": True}, "sample.stop_at_eos=True"),
+        ("eso_b", {"speculate_adaptive": True}, "sample.speculate_adaptive=True"),
     ],
 )
 def test_ways_that_the_family_has_not_are_refused(objective, fields, told):

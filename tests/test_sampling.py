@@ -345,6 +345,14 @@ def test_blockwise_generates_block_by_block(num_steps):
         assert set(np.cumsum(drawn.sizes[:, row])) >= {4, 8, 12}
 
 
+def test_every_block_has_a_diffusion_phase_of_its_own():
+    drawn = schedule.blockwise(Canvas.empty(50, 12), 4, 0.5, 0)
+    of_blocks = drawn.is_diffusion.reshape(50, 3, 4)
+    assert (np.diff(of_blocks.astype(int), axis=2) <= 0).all()  # it comes first in each
+    assert 0.4 < of_blocks.mean() < 0.6
+    assert (drawn.num_diffusion > of_blocks.sum(axis=(1, 2))).any()  # blocks between have both
+
+
 @pytest.mark.parametrize(
     ("order", "sizes", "name"),
     [

@@ -42,17 +42,21 @@ class Cache:
         return [*range(unit, slots, unit), slots]
 
 
+def round_up(slots: int) -> int:
+    """How many slots a cache of at least so many has."""
+    unit = SLOTS if slots > SLOTS else FEW_SLOTS
+    return unit * -(-slots // unit)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def empty_cache(config: ModelConfig, batch: int, slots: int, mesh: Mesh | None = None) -> Cache:
     """A cache for B = `batch` rows of at least `slots`, a window's margin included; the rows lie on
     the mesh as their tokens do."""
-    where = None if mesh is None else sharding.place(mesh, "rows", "heads")
-    unit, together = SLOTS if slots > SLOTS else FEW_SLOTS, products.key_slots(mesh)
-    width, slots = config.head_width, unit * -(-slots // unit)
+    together, width, slots = products.key_slots(mesh), config.head_width, round_up(slots)
 
     def zeros(*shape):
-        shape = batch, config.groups, *shape
-        return tuple(jnp.zeros(shape, config.dtype, device=where) for _ in range(config.blocks))
+        zero = jnp.zeros((batch, config.groups, *shape), config.dtype)
+        return tuple(sharding.constrain(mesh, zero, "rows", "heads") for _ in range(config.blocks))
 
     return Cache(keys=zeros(slots // together, width, together), values=zeros(slots, width))
 

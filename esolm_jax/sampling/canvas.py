@@ -15,8 +15,8 @@ MASK = -1  # in a request: to be generated
 class Seed:
     """Where a row's randomness comes from: nothing else in the batch, nor its size, matters.
 
-    Step sizes follow from `batch` and the number of tokens to generate, so that rows alike take
-    their steps together; orders and tokens follow from both numbers.
+    Step sizes, and the strides of a strided order, follow from `batch` and the number of tokens to
+    generate, so that rows alike take their steps together; the rest follows from both numbers.
     """
 
     batch: int
@@ -94,9 +94,13 @@ class Canvas:
         known[row, start:stop] = False
         return dataclasses.replace(self, known=known)
 
-    def filled(self, token: np.ndarray) -> Self:
-        """With all tokens known: the canvas for an edit of what was generated."""
+    def filled(self, token: np.ndarray, text_end: np.ndarray | None = None) -> Self:
+        """With all tokens known: the canvas for an edit of what was generated. Texts that ended
+        early are as long as `text_end` [B] says, if given."""
         if token.shape != self.token.shape:
             raise UserError(f"tokens {token.shape}: must be {self.token.shape}, as the canvas is")
-        inside = np.arange(token.shape[1])[None] < self.length[:, None]
-        return dataclasses.replace(self, token=np.asarray(token, np.int32), known=inside)
+        length = self.length if text_end is None else np.minimum(self.length, text_end)
+        known = np.arange(token.shape[1])[None] < length[:, None]
+        return dataclasses.replace(
+            self, token=np.asarray(token, np.int32), known=known, length=length
+        )

@@ -1,6 +1,7 @@
 """From logits to tokens: temperature, top-k, nucleus, and draws that are right in the tails."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -86,8 +87,12 @@ def noise_of(row_keys_B, position_BS, is_wanted_S, vocab_size: int):
     position_SB = jnp.pad(position_BS.T, ((0, rest), (0, 0))).reshape(-1, few, batch)
     is_wanted = jnp.pad(is_wanted_S, (0, rest)).reshape(-1, few)
     noise = jax.lax.map(next_slots, (position_SB, is_wanted))
-    row = jnp.arange(batch)[:, None]
-    return lambda slot_BP: noise[slot_BP // few, row, slot_BP % few]
+
+    @functools.partial(jax.vmap, in_axes=(1, 0))  # of each row, so that a mesh splits it by rows
+    def of_row(noise, slot):
+        return noise[slot // few, slot % few]
+
+    return functools.partial(of_row, noise)
 
 
 def log_uniform(keys_BP):

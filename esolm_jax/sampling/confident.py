@@ -95,9 +95,10 @@ def _run(network, p: Progress, keys, length, *, choice, most, threshold, unknown
         open_ = (p.revealed == NEVER) & (position < length[:, None])
         # Of the model itself, whatever the temperature.
         log_p = jax.nn.log_softmax(exclude_mask_token(logits, choice.mask_id), axis=-1)
-        certain = jnp.where(open_, log_p.max(axis=-1), -jnp.inf)
-        certain, chosen = jax.lax.top_k(certain, most)
-        keep = jnp.isfinite(certain)
+        certain = jnp.maximum(log_p.max(axis=-1), jnp.finfo(jnp.float32).min)
+        certain = jnp.where(jnp.isnan(certain), jnp.finfo(jnp.float32).min, certain)
+        certain, chosen = jax.lax.top_k(jnp.where(open_, certain, -jnp.inf), most)
+        keep = jnp.isfinite(certain)  # all that is open, so that the loop ends whatever log_p is
         if threshold:
             keep &= (certain >= jnp.log(threshold)) | (jnp.arange(most)[None] == 0)
         near = jnp.take_along_axis(logits, chosen[..., None], axis=1)
@@ -158,16 +159,16 @@ def confident(
     known = np.where(is_given, passes.known, passes.unknown).astype(np.int32)
     revealed = np.where(is_given, -1, NEVER).astype(np.int32)
     text, revealed = decode_lib.by_position(passes.order, known, revealed)
-    p = Progress(
-        text=text,
-        revealed=revealed,
-        cache=cache,
-        filled=passes.given if cached else 0 * passes.given,
-        recent=np.full((len(passes.order), most), length, np.int32),
-        next=done,
-    )
+    by_row = {
+        "text": text,
+        "revealed": revealed,
+        "filled": passes.given if cached else 0 * passes.given,
+        "recent": np.full((len(passes.order), most), length, np.int32),
+    }
+    p = Progress(cache=cache, next=done, **decode_lib.over_rows(mesh, by_row))
     p = _run(
-        network, p, keys, (0 * passes.length if dry_run else passes.length).astype(np.int32),
+        network, p, decode_lib.over_rows(mesh, keys),
+        (0 * passes.length if dry_run else passes.length).astype(np.int32),
         choice=choice, most=most, threshold=threshold, unknown=passes.unknown,
     )  # fmt: skip
     return Decoded(

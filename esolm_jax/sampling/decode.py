@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from esolm_jax import sharding
 from esolm_jax.sampling import cache as cache_lib
 from esolm_jax.sampling import network as network_lib
 from esolm_jax.sampling.cache import Cache
@@ -86,7 +87,7 @@ def _window(passes: Passes, state: State, i, width: int, picked: int):
 def put(array, new, at, keep):
     """Writes the kept columns of new [B, P, …] to array [B, S, …] at [b, at[b, p]]."""
     at = jnp.where(keep, at, array.shape[1])
-    return array.at[jnp.arange(len(array))[:, None], at].set(new, mode="drop")
+    return jax.vmap(lambda row, at, new: row.at[at].set(new, mode="drop"))(array, at, new)
 
 
 def _widened(array, width: int, axis: int):
@@ -191,14 +192,19 @@ def start_state(network: Network, passes: Passes, margin: int, mesh, *, with_log
     known[:, passes.shift : passes.shift + length] = passes.known
     is_given = np.arange(slots)[None] < passes.given[:, None]
     empty = functools.partial(cache_lib.empty_cache, config, batch, slots, mesh)
-    return State(  # NumPy: a program takes it at once, where jnp would run one for each
-        known=known,
-        cache=empty() if cached else None,
-        revealed=np.where(is_given, -1, NEVER).astype(np.int32),
-        text_end=np.full(batch, NEVER, np.int32),
-        next=np.int32(0),
-        logits=jnp.zeros((batch, slots, config.vocab_size)) if with_logits else None,
-    )
+    by_row = {  # NumPy: a program takes it at once, where jnp would run one for each
+        "known": known,
+        "revealed": np.where(is_given, -1, NEVER).astype(np.int32),
+        "text_end": np.full(batch, NEVER, np.int32),
+        "logits": jnp.zeros((batch, slots, config.vocab_size)) if with_logits else None,
+    }
+    cache = empty() if cached else None
+    return State(cache=cache, next=np.int32(0), **over_rows(mesh, by_row))
+
+
+def over_rows(mesh: Mesh | None, by_row):
+    """Arrays [B, …] on the mesh, on each device those of its rows; without a mesh, as they are."""
+    return by_row if mesh is None else jax.device_put(by_row, sharding.rows(mesh))
 
 
 def decode(
@@ -247,9 +253,15 @@ def _run_segments(
 ):
     """(padded tables, state) after these segments from the start, one program for each."""
     classes = [passes.classes(*segment) for segment in segments]
-    margin = max([margin, *(width for _, shapes in classes for width, _ in shapes)])
+    length = passes.order.shape[1]
+    slots = length + margin
+    for (low, high), (_, shapes) in zip(segments, classes, strict=True):
+        slots = max(slots, int(passes.start[low:high].max()) + max(width for width, _ in shapes))
+    margin = cache_lib.round_up(slots) - length  # of plans alike, the same
     state = start_state(network, passes, margin, mesh, with_logits=with_logits, cached=cached)
     tables = passes.padded(margin)
+    tables = tables.replace(**over_rows(mesh, {"order": tables.order, "known": tables.known}))
+    keys = over_rows(mesh, keys)
     for (_, high), (index, shapes) in zip(segments, classes, strict=True):
         state = run(
             network, tables, index, state, keys, 0 if dry_run else high,

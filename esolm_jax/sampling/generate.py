@@ -44,6 +44,26 @@ def check(config) -> None:
         raise UserError(
             f"config.sample.steps={s.steps}: must be 0 with sample.schedule {s.schedule}"
         )
+    of_confidence = {"confident": 1, "threshold": 0.0}
+    for name, default in of_confidence.items():
+        if s.schedule != "confidence" and s[name] != default:
+            raise UserError(
+                f"config.sample.{name}={s[name]}: is for sample.schedule confidence; must be "
+                f"{default} with {s.schedule}"
+            )
+    if s.threshold and s.confident == 1:
+        raise UserError(
+            f"config.sample.threshold={s.threshold}: chooses among sample.confident tokens, which "
+            "must be more than 1"
+        )
+    if s.schedule == "confidence" and s.stop_at_eos:
+        raise UserError(
+            "config.sample.stop_at_eos=True: must be False with sample.schedule confidence"
+        )
+    if s.speculate_adaptive and not s.speculate:
+        raise UserError(
+            "config.sample.speculate_adaptive=True: must be False unless sample.speculate is given"
+        )
     if objective in ("mdlm", "eso_a") and length > config.data.seq_len:
         refuse("length", f"at most data.seq_len={config.data.seq_len}")
     positions = config.model.positions
@@ -140,10 +160,9 @@ class Generator:
 
     def is_diffusion(self) -> np.ndarray:
         """bool [B, L]: what the diffusion phase generates, by position."""
-        slot, drawn = np.arange(self.schedule.order.shape[1])[None], self.schedule
-        by_rank = (slot >= drawn.given[:, None]) & (slot < drawn.num_diffusion[:, None])
+        drawn, by_rank = self.schedule, self.schedule.is_diffusion
         if self.config.sample.schedule == "confidence":
-            by_rank = slot >= drawn.given[:, None]
+            by_rank = np.arange(drawn.order.shape[1])[None] >= drawn.given[:, None]
         found = np.zeros_like(by_rank)
         np.put_along_axis(found, drawn.order, by_rank, axis=1)
         return found

@@ -27,6 +27,7 @@ from esolm_jax.errors import UserError
 from esolm_jax.sampling.schedule import Schedule
 
 PREFILL = 256
+MANY = 16  # narrow passes that are worth a program of their own
 NONE = np.iinfo(np.int32).max  # no position, rank or pass
 
 
@@ -86,44 +87,62 @@ class Passes:
         """Whether all rows always start at the same slot."""
         return bool((self.start == self.start[:, :1]).all())
 
+    @property
+    def rows_of_tables(self) -> int:
+        """At least the steps, and seldom another number, for programs depend on it."""
+        return _power(len(self.size))
+
     def padded(self, margin: int) -> Self:
-        """For the loop: with `margin` more slots, so that every window lies inside."""
-        batch = len(self.order)
-        slots = np.zeros((batch, margin), np.int32)
-        order, known = (np.concatenate([a, slots], axis=1) for a in (self.order, self.known))
+        """For the loop: with `margin` more slots, so that every window lies inside, and tables of
+        rows_of_tables."""
+        order, known = (np.pad(a, ((0, 0), (0, margin))) for a in (self.order, self.known))
+        more = self.rows_of_tables - len(self.size)
+        names = "start first size end bidirectional_below".split()
+        tables = {name: np.pad(getattr(self, name), ((0, more), (0, 0))) for name in names}
         # One row more, for the end of the loop looks at the pass to come.
-        left = np.concatenate([self.lowest_left, np.full((1, batch), NONE, np.int32)])
-        rank = np.concatenate([self.rank, np.zeros(margin, np.int32)])
-        return self.replace(order=order, known=known, rank=rank, lowest_left=left)
+        left = np.pad(self.lowest_left, ((0, more + 1), (0, 0)), constant_values=NONE)
+        rank = np.pad(self.rank, (0, margin))
+        return self.replace(order=order, known=known, rank=rank, lowest_left=left, **tables)
 
     def segments(self) -> list[tuple[int, int]]:
         """Runs of passes (from, to) that share a compiled program: the prompt's, up to the last
-        wide one, and the narrow ones after it (the token of the last pass, the mask of this)."""
-        wide = np.nonzero(self.widths > 2)[0]
+        wide one, and the narrow ones after it (the token of the last pass, the mask of this) if
+        they are many."""
+        wide, steps = np.nonzero(self.widths > 2)[0], len(self.size)
         cut = max(int(wide[-1]) + 1 if wide.size else 0, self.prompt_passes)
-        ends = [0, self.prompt_passes, cut, len(self.size)]
+        if self.prompt_passes < cut and steps - cut < MANY:
+            cut = steps
+        ends = [0, self.prompt_passes, cut, steps]
         return [(a, b) for a, b in zip(ends, ends[1:], strict=False) if b > a]
 
     def classes(self, low: int, high: int) -> tuple[np.ndarray, tuple[tuple[int, int], ...]]:
-        """Which shape each pass of a segment runs in: index [steps], and the shapes, ascending,
-        as (window, tokens generated), both rounded up to few sizes."""
-        widths, sizes = self.widths[low:high], self.size[low:high].max(axis=1)
-        rounded = np.array([_round_up(width) for width in widths.tolist()], int)
-        rounded = np.maximum(rounded, min(2, rounded.max()))
-        present = sorted(set(rounded.tolist()))
-        shapes = tuple(
-            (int(w), min(int(w), _round_up(int(sizes[rounded == w].max())))) for w in present
-        )
-        index = np.zeros(len(self.size), np.int32)
+        """Which shape each pass of a segment runs in: index [rows_of_tables], and the shapes,
+        ascending, as (window, tokens generated), both rounded up to few sizes. The shapes hardly
+        depend on what was drawn, so that another seed runs the same program."""
+        index = np.zeros(self.rows_of_tables, np.int32)
+        widths, most = self.widths[low:high], int(self.size[low:high].max())
+        rounded = [_round_up(width) for width in widths.tolist()]
+        if most == 0:  # a prompt's passes are alike, but for the last
+            return index, ((max(rounded), 0),)
+        rounded = np.maximum(rounded, min(2, max(rounded)))
+        least, widest = int(rounded.min()), int(rounded.max())
+        if least < widest:
+            least, widest = 1 << (least.bit_length() - 1), _power(widest)
+        present = sorted({_round_up(width) for width in range(least, widest + 1)})
         index[low:high] = np.searchsorted(present, rounded)
-        return index, shapes
+        return index, tuple((width, min(width, _power(most))) for width in present)
+
+
+def _power(n: int) -> int:
+    """Of two, at least n; 0 for 0."""
+    return 1 << (n - 1).bit_length() if n > 0 else 0
 
 
 def _round_up(n: int) -> int:
     """To 0, 1, 2, 4, 6, 8, 12, 16, 24, …, 128, or a multiple of 128 beyond it."""
     if n > 128:
         return -(-n // 128) * 128
-    power = 1 << (n - 1).bit_length() if n > 0 else 0
+    power = _power(n)
     between = 3 * power // 4
     return between if power >= 8 and n <= between else power
 
@@ -147,13 +166,18 @@ def leftmost(order: np.ndarray, length: np.ndarray) -> np.ndarray:
 
 
 def _tables(schedule: Schedule, *, prefill, start, end, rank, bidirectional_below=0, **rest):
-    """`prefill`: [B], how many slots to put in the cache before the first pass that generates."""
-    chunk = PREFILL * np.arange(-(-int(prefill.max(initial=0)) // PREFILL))[:, None]
-    low, high = (np.minimum(c, prefill[None]) for c in (chunk, chunk + PREFILL))
+    """`prefill`: [B], how many slots to put in the cache before the first pass that generates.
+    Slots of one rank are not divided."""
+    together = int(np.bincount(rank).max(initial=1)) if prefill.any() else 1
+    most = int(prefill.max(initial=0))
+    parts = -(-most // (max(1, PREFILL // together) * together)) or 1
+    size = -(-most // (parts * together)) * together  # all alike
+    chunk = size * np.arange(parts if most else 0)[:, None]
+    low, high = (np.minimum(c, prefill[None]) for c in (chunk, chunk + size))
     first, done = _first(schedule), schedule.sizes == 0
     behind = leftmost(schedule.order, schedule.length)
     start, end, below = (np.broadcast_to(a, first.shape) for a in (start, end, bidirectional_below))
-    start, end = np.where(done, first, start), np.where(done, first, end)
+    start, end = np.where(done, 0, start), np.where(done, 0, end)  # nothing, and of no cache
     pairs = {
         "start": (low, start),
         "first": (high, first),

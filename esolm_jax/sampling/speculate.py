@@ -298,6 +298,7 @@ def speculate(
       What was generated, and {"tested", "accepted"}: int32 [B, k − 1], drafts by how far they were
       behind the last token that stood.
     """
+    keys = decode_lib.over_rows(mesh, keys)
     tables, state = decode_lib.prefill(network, passes, keys, margin=k, mesh=mesh, dry_run=dry_run)
     sizes = tuple(sorted({*(2**i for i in range(1, 10) if 2**i < k), k})) if adaptive else (k,)
     s = _run(
