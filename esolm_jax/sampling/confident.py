@@ -95,10 +95,10 @@ def _run(network, p: Progress, keys, length, *, choice, most, threshold, unknown
         open_ = (p.revealed == NEVER) & (position < length[:, None])
         # Of the model itself, whatever the temperature.
         log_p = jax.nn.log_softmax(exclude_mask_token(logits, choice.mask_id), axis=-1)
-        certain = jnp.maximum(log_p.max(axis=-1), jnp.finfo(jnp.float32).min)
-        certain = jnp.where(jnp.isnan(certain), jnp.finfo(jnp.float32).min, certain)
+        # Finite, even of broken weights: the loop ends only when nothing is open.
+        certain = jnp.nan_to_num(log_p.max(axis=-1), nan=jnp.finfo(jnp.float32).min)
         certain, chosen = jax.lax.top_k(jnp.where(open_, certain, -jnp.inf), most)
-        keep = jnp.isfinite(certain)  # all that is open, so that the loop ends whatever log_p is
+        keep = jnp.isfinite(certain)
         if threshold:
             keep &= (certain >= jnp.log(threshold)) | (jnp.arange(most)[None] == 0)
         near = jnp.take_along_axis(logits, chosen[..., None], axis=1)

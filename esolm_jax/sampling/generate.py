@@ -18,72 +18,65 @@ from esolm_jax.sampling.speculate import speculate
 
 def check(config) -> None:
     """UserError unless the family can be sampled as config.sample says."""
-    s, objective = config.sample, config.objective
-    length = s.length or config.data.seq_len
-
-    def refuse(field: str, allowed: str):
-        value = s[field]
-        raise UserError(
-            f"config.sample.{field}={value!r}: must be {allowed} with objective {objective}"
-        )
-
+    s, objective, positions = config.sample, config.objective, config.model.positions
     can = {
         "ar": ("ancestral", "left_to_right"),
         "bd3": ("ancestral", "left_to_right", "blockwise"),
         "eso_a": ("ancestral", "strided", "shuffled_strided", "left_to_right"),
         "mdlm": ("ancestral", "strided", "shuffled_strided", "left_to_right", "confidence"),
+    }.get(objective, (s.schedule,))
+    length, longest = s.length or config.data.seq_len, config.data.seq_len
+    draft = "no mask to draft with" if objective == "ar" else "known tokens read later ones"
+    family = f"with objective {objective}"
+    of_family = {
+        "schedule": (s.schedule in can, f"one of {', '.join(can)} {family}"),
+        "steps": (objective != "ar" or not s.steps, f"0, one token per step, {family}"),
+        "length": (
+            objective not in ("mdlm", "eso_a") or length <= longest,
+            f"at most data.seq_len={longest} {family}",
+        ),
+        "block": (
+            objective != "bd3" or s.block in (0, config.block_length),
+            f"0 or block_length={config.block_length} {family}",
+        ),
+        "speculate": (objective == "eso_b" or not s.speculate, f"0, for it has {draft}, {family}"),
     }
-    if s.schedule not in can.get(objective, (s.schedule,)):
-        refuse("schedule", "one of " + ", ".join(can[objective]))
-    if objective == "ar" and s.steps:
-        raise UserError(
-            f"config.sample.schedule={s.schedule!r}, sample.steps={s.steps}: objective ar "
-            "generates left to right, one token per step; leave both at their defaults"
-        )
-    if s.schedule in ("left_to_right", "confidence") and s.steps:
-        raise UserError(
-            f"config.sample.steps={s.steps}: must be 0 with sample.schedule {s.schedule}"
-        )
-    of_confidence = {"confident": 1, "threshold": 0.0}
-    for name, default in of_confidence.items():
-        if s.schedule != "confidence" and s[name] != default:
-            raise UserError(
-                f"config.sample.{name}={s[name]}: is for sample.schedule confidence; must be "
-                f"{default} with {s.schedule}"
-            )
-    if s.threshold and s.confident == 1:
-        raise UserError(
-            f"config.sample.threshold={s.threshold}: chooses among sample.confident tokens, which "
-            "must be more than 1"
-        )
-    if s.schedule == "confidence" and s.stop_at_eos:
-        raise UserError(
-            "config.sample.stop_at_eos=True: must be False with sample.schedule confidence"
-        )
-    if s.speculate_adaptive and not s.speculate:
-        raise UserError(
-            "config.sample.speculate_adaptive=True: must be False unless sample.speculate is given"
-        )
-    if objective in ("mdlm", "eso_a") and length > config.data.seq_len:
-        refuse("length", f"at most data.seq_len={config.data.seq_len}")
-    positions = config.model.positions
-    if positions and length > positions:
-        raise UserError(
-            f"config.sample.length={s.length!r}: must be at most model.positions={positions}, for "
-            "there are no more"
-        )
-    if s.block and s.schedule != "blockwise":
-        raise UserError(f"config.sample.block={s.block}: is for sample.schedule blockwise")
-    if objective == "bd3" and s.block not in (0, config.block_length):
-        refuse("block", f"0 or block_length={config.block_length}")
-    if s.speculate and objective != "eso_b":
-        why = "no mask to draft with" if objective == "ar" else "known tokens read later ones"
-        refuse("speculate", f"0, for it has {why},")
-    if s.speculate and (s.steps or s.schedule == "confidence"):
-        raise UserError(
-            f"config.sample.speculate={s.speculate}: draws as one token per step does, so "
-            "sample.steps must be 0, and sample.schedule not confidence"
-        )
+    _check(s, of_family)
+    by_confidence, fixed = s.schedule == "confidence", f"with sample.schedule {s.schedule}"
+    one_a_step = by_confidence or s.schedule == "left_to_right"
+    of_others = {
+        "steps": (not (one_a_step and s.steps), f"0 {fixed}"),
+        "length": (
+            not positions or length <= positions,
+            f"at most model.positions={positions}, for there are no more",
+        ),
+        "block": (
+            s.schedule == "blockwise" or not s.block,
+            "0 unless sample.schedule is blockwise",
+        ),
+        "confident": (by_confidence or s.confident == 1, f"1 {fixed}"),
+        "threshold": (
+            not s.threshold or (by_confidence and s.confident > 1),
+            "0 unless sample.schedule is confidence, and sample.confident above 1",
+        ),
+        "stop_at_eos": (not (by_confidence and s.stop_at_eos), f"False {fixed}"),
+        "speculate": (
+            not s.speculate or not (s.steps or by_confidence),
+            "0, for it draws as one token per step does, unless sample.steps is 0, and "
+            "sample.schedule not confidence",
+        ),
+        "speculate_adaptive": (
+            bool(s.speculate) or not s.speculate_adaptive,
+            "False without sample.speculate",
+        ),
+    }
+    _check(s, of_others)
+
+
+def _check(settings, rules: dict[str, tuple[bool, str]]) -> None:
+    for field, (is_right, allowed) in rules.items():
+        if not is_right:
+            raise UserError(f"config.sample.{field}={settings[field]!r}: must be {allowed}")
 
 
 def make_schedule(config, canvas: Canvas) -> schedule.Schedule:

@@ -126,7 +126,7 @@ class Passes:
             return index, ((max(rounded), 0),)
         rounded = np.maximum(rounded, min(2, max(rounded)))
         least, widest = int(rounded.min()), int(rounded.max())
-        if least < widest:
+        if least < widest <= 128:
             least, widest = 1 << (least.bit_length() - 1), _power(widest)
         present = sorted({_round_up(width) for width in range(least, widest + 1)})
         index[low:high] = np.searchsorted(present, rounded)
