@@ -125,7 +125,7 @@ def _targets(report: dict) -> str:
         aim = f"≥ {t['at_least']:g}" if t["at_most"] is None else f"≤ {t['at_most']:g}"
         limits = [f"{t[of]:.2f}" if of in t else "–" for of in ("possible", "at_both_limits")]
         lines.append([t["what"], aim, f"{t['value']:.2f}", "yes" if t["met"] else "no", *limits])
-    head = ["target", "", "measured", "met", "possible", "if both were"]
+    head = ["target", "", "measured", "met", "possible", "at both limits"]
     return write_up.table(head, lines)
 
 
@@ -150,7 +150,7 @@ def _notes(report: dict) -> str:
         "sampler or by the training's forward pass, whichever is faster.",
         "Bandwidth: weights once and the filled part of the cache, of what this machine reads from "
         f"working sets of at most {sets}. Possible: the ratio if a pass of eso_b took no longer "
-        "than that read; if both were: if a pass of either took no longer than that, or than its "
+        "than that read; at both limits: if a pass of either took no longer than that, or than its "
         "FLOPs if they take longer.",
         "FLOPs: matrix products of what a pass cannot do without, of "
         f"{limits['flops_per_second'] / 1e9:.0f} GFLOP/s of a large product.",
