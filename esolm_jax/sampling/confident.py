@@ -147,6 +147,7 @@ def confident(
         probable, and the most certain one in any case.
       others: as of decode.decode.
     """
+    keys = decode_lib.over_rows(mesh, keys)
     length, most = passes.order.shape[1], min(most, passes.order.shape[1])
     if cached:
         _, state = decode_lib.prefill(
@@ -167,8 +168,7 @@ def confident(
     }
     p = Progress(cache=cache, next=done, **decode_lib.over_rows(mesh, by_row))
     p = _run(
-        network, p, decode_lib.over_rows(mesh, keys),
-        (0 * passes.length if dry_run else passes.length).astype(np.int32),
+        network, p, keys, (0 * passes.length if dry_run else passes.length).astype(np.int32),
         choice=choice, most=most, threshold=threshold, unknown=passes.unknown,
     )  # fmt: skip
     return Decoded(

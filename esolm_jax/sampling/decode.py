@@ -231,6 +231,7 @@ def decode(
       with_logits: also return the logits each token was drawn from (mask token not excluded).
       dry_run: compile, but run no pass.
     """
+    keys = over_rows(mesh, keys)
     _, state = _run_segments(
         network, passes, keys, passes.segments(), choice, margin=0, mesh=mesh, eos_id=eos_id,
         cached=bool(passes.start.max(initial=0)), with_logits=with_logits, dry_run=dry_run,
@@ -261,7 +262,6 @@ def _run_segments(
     state = start_state(network, passes, margin, mesh, with_logits=with_logits, cached=cached)
     tables = passes.padded(margin)
     tables = tables.replace(**over_rows(mesh, {"order": tables.order, "known": tables.known}))
-    keys = over_rows(mesh, keys)
     for (_, high), (index, shapes) in zip(segments, classes, strict=True):
         state = run(
             network, tables, index, state, keys, 0 if dry_run else high,

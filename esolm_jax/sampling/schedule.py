@@ -200,8 +200,7 @@ def blockwise(canvas: Canvas, block_length: int, alpha_0: float, num_steps: int)
             steps = num_steps and max(1, num_steps // blocks + (block < num_steps % blocks))
             number = len(here) + block * len(unknown)
             found.append(_ancestral(rng, seed, number, here, alpha_0, steps))
-        order, sizes, of_diffusion = map(np.concatenate, zip(*found, strict=True))
-        return order, sizes, of_diffusion
+        return tuple(map(np.concatenate, zip(*found, strict=True)))
 
     return of_rows(canvas, row)
 
