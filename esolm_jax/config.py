@@ -3,9 +3,9 @@
 A config file's get_config() starts from `default_config()` and changes what it wants to change.
 """
 
-import math
 from collections.abc import Callable, Mapping
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from esolm_jax.errors import UserError, nearest
@@ -147,8 +147,30 @@ def _one_of(*allowed: str) -> Check:
     return (lambda v: v in allowed), "one of " + ", ".join(allowed)
 
 
-def _at_least(low) -> Check:
-    return (lambda v: v >= low), f"at least {low}"
+MAX_INT = 2**31 - 1  # JAX counts in 32 bits
+MAX_LENGTH = 2**24  # tokens of a text, rows of a batch, ids of a vocabulary
+MAX_WIDTH = 2**20
+MAX_BLOCKS = 1024  # the blocks of a sampler are traced one by one
+MAX_SECONDS = 10**6
+MAX_WORKERS = 256  # each is a Python process of some 300 MB
+
+
+def _at_least(low, high=None) -> Check:
+    if high is None:
+        return (lambda v: v >= low), f"at least {low}"
+    return (lambda v: low <= v <= high), f"at least {low}, and at most {high:,}"
+
+
+def _count(low: int) -> Check:
+    return _at_least(low, MAX_INT)
+
+
+def _size(low: int) -> Check:
+    return _at_least(low, MAX_LENGTH)
+
+
+def _width(low: int) -> Check:
+    return _at_least(low, MAX_WIDTH)
 
 
 def _between(low, high) -> Check:
@@ -158,7 +180,11 @@ def _between(low, high) -> Check:
 _POSITIVE = (lambda v: v > 0), "above 0"
 _FRACTION = (lambda v: 0 <= v < 1), "in [0, 1)"
 _SEED = (lambda v: 0 <= v < 2**32), "in [0, 2**32)"
-_AXIS = (lambda v: v == -1 or v >= 1), "-1 (the rest of the devices) or at least 1"
+_AXIS = (
+    lambda v: v == -1 or 1 <= v <= MAX_WIDTH,
+    f"-1 (the rest of the devices) or at least 1, and at most {MAX_WIDTH:,}",
+)
+_SECONDS = _at_least(1, MAX_SECONDS)
 _SOURCE = (
     lambda v: v in ("shakespeare", "text") or (v.startswith("tfds:") and len(v) > 5),
     "shakespeare, text or tfds:<name>",
@@ -168,88 +194,114 @@ _CHECKS: dict[str, Check] = {
     "seed": _SEED,
     "alpha_0": _between(0, 1),
     "kappa": ((lambda v: 0 < v < 1), "between 0 and 1, both excluded"),
-    "block_length": _at_least(1),
+    "block_length": _size(1),
     "start_token": _one_of("bos", "mask"),
     "data.source": _SOURCE,
     "data.holdout": ((lambda v: 0 < v < 0.5), "between 0 and 0.5, both excluded"),
-    "data.seq_len": _at_least(2),
+    "data.seq_len": _size(2),
     "data.packing": _one_of("wrap", "pad"),
     "data.tokenizer": _one_of("sentencepiece", "bytes", "gpt2", "bert", "tokenizers"),
-    "data.vocab_size": _at_least(8),
-    "data.workers": _at_least(0),
-    "model.width": _at_least(2),
-    "model.blocks": _at_least(1),
-    "model.heads": _at_least(1),
-    "model.cond_width": _at_least(0),
+    "data.vocab_size": _size(8),
+    "data.workers": _at_least(0, MAX_WORKERS),
+    "model.width": _width(2),
+    "model.blocks": _at_least(1, MAX_BLOCKS),
+    "model.heads": _width(1),
+    "model.cond_width": _width(0),
     "model.dropout": _FRACTION,
     "model.dtype": _one_of("float32", "bfloat16"),
     "model.style": _one_of("dit", "gpt2", "llama"),
-    "model.kv_heads": _at_least(0),
-    "model.mlp_width": _at_least(0),
-    "model.attention_width": _at_least(0),
+    "model.kv_heads": _width(0),
+    "model.mlp_width": _width(0),
+    "model.attention_width": _width(0),
     "model.norm_eps": _POSITIVE,
-    "model.positions": _at_least(0),
+    "model.positions": _size(0),
     "model.rope_base": ((lambda v: v > 1), "above 1"),
     "model.rope_factor": _at_least(1),
-    "model.rope_length": _at_least(1),
+    "model.rope_length": _count(1),
     "model.attention": _one_of("auto", "dense", "lean", "flash", "splash"),
     "model.remat": _one_of("none", "matmuls", "attention", "full"),
-    "model.loss_chunk": _at_least(1),
-    "model.unroll": _at_least(1),
+    "model.loss_chunk": _count(1),
+    "model.unroll": _at_least(1, MAX_BLOCKS),
     "mesh.data": _AXIS,
     "mesh.fsdp": _AXIS,
     "mesh.tensor": _AXIS,
     "mesh.sequence": _AXIS,
-    "mesh.devices": _at_least(0),
-    "distributed.init_timeout": _at_least(1),
-    "distributed.heartbeat_timeout": _at_least(1),
-    "distributed.barrier_timeout": _at_least(1),
+    "mesh.devices": _width(0),
+    "distributed.init_timeout": _SECONDS,
+    "distributed.heartbeat_timeout": _SECONDS,
+    "distributed.barrier_timeout": _SECONDS,
     "optimizer.learning_rate": _POSITIVE,
     "optimizer.b1": _FRACTION,
     "optimizer.b2": _FRACTION,
     "optimizer.eps": _POSITIVE,
     "optimizer.weight_decay": _at_least(0),
     "optimizer.clip": _POSITIVE,
-    "optimizer.warmup_steps": _at_least(0),
+    "optimizer.warmup_steps": _count(0),
     "optimizer.schedule": _one_of("constant", "cosine"),
     "optimizer.ema": _FRACTION,
-    "train.batch_size": _at_least(1),
-    "train.accumulation": _at_least(1),
-    "train.steps": _at_least(1),
-    "train.anneal_steps": _at_least(0),
-    "train.log_every": _at_least(1),
-    "train.eval_every": _at_least(1),
-    "train.eval_windows": _at_least(0),
-    "train.checkpoint_every": _at_least(1),
-    "train.keep_last": _at_least(1),
-    "train.keep_best": _at_least(0),
+    "train.batch_size": _size(1),
+    "train.accumulation": _size(1),
+    "train.steps": _count(1),
+    "train.anneal_steps": _count(0),
+    "train.log_every": _count(1),
+    "train.eval_every": _count(1),
+    "train.eval_windows": _count(0),
+    "train.checkpoint_every": _count(1),
+    "train.keep_last": _count(1),
+    "train.keep_best": _count(0),
     "eval.split": _one_of("train", "validation", "test"),
-    "eval.batch_size": _at_least(1),
-    "eval.max_windows": _at_least(0),
-    "eval.num_samples": _at_least(1),
-    "eval.num_orders": _at_least(0),
+    "eval.batch_size": _size(1),
+    "eval.max_windows": _count(0),
+    "eval.num_samples": _count(1),
+    "eval.num_orders": _count(0),
     "eval.weights": _one_of("ema", "raw"),
-    "sample.num": _at_least(1),
-    "sample.length": _at_least(0),
+    "sample.num": _size(1),
+    "sample.length": _size(0),
     "sample.schedule": _one_of(*SCHEDULES),
     "sample.steps": ((lambda v: 0 <= v <= 10**6), "at least 0, and at most 1,000,000"),
-    "sample.block": _at_least(0),
+    "sample.block": _size(0),
     "sample.speculate": ((lambda v: v == 0 or 2 <= v <= 64), "0 (off) or in [2, 64]"),
     "sample.speculate_style": _one_of("chain", "staircase"),
-    "sample.confident": _at_least(1),
+    "sample.confident": _size(1),
     "sample.threshold": _FRACTION,
-    "sample.temperature": ((lambda v: 0 <= v < math.inf), "at least 0, and finite"),
+    "sample.temperature": _at_least(0),
     "sample.top_p": ((lambda v: 0 < v <= 1), "in (0, 1]"),
-    "sample.top_k": _at_least(0),
+    "sample.top_k": _count(0),
     "sample.seed": _SEED,
     "sample.weights": _one_of("ema", "raw"),
 }
 
 
+_LEAST, _MOST = (float(x) for x in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
+
+
+def _as_32_bits(value):
+    """A number as the programs compute with it: a float rounded to float32; None if it is not
+    finite, or turns into infinity or zero."""
+    if not isinstance(value, int | float):
+        return value
+    if value and not _LEAST <= abs(value) <= _MOST:  # NaN compares as False
+        return None
+    return float(np.float32(value)) if isinstance(value, float) else value
+
+
 def is_allowed(name: str, value) -> bool:
     """Whether the field of this dotted name may have the value, by itself; of the right type."""
-    is_right, _ = _CHECKS[name]
-    return is_right(value)
+    return not _wrong(name, value)
+
+
+def _wrong(name: str, value) -> str:
+    """What the field must be, if the value is not allowed, else ''. A float must be allowed as
+    given and as a float32: 0.999999999 is 1 in 32 bits."""
+    is_right, allowed = _CHECKS[name]
+    number = _as_32_bits(value)
+    if number is None:
+        return (
+            f"{allowed}, and finite in 32 bits (0, or of a size from {_LEAST:.2g} to {_MOST:.2g})"
+        )
+    if not is_right(value):
+        return allowed
+    return "" if is_right(number) else f"{allowed}, also when rounded to 32 bits ({number:g})"
 
 
 def flat(config: ConfigDict) -> dict:
@@ -294,8 +346,9 @@ def validate(config: ConfigDict) -> None:
             f"config.objective={config.objective!r}: must be one of {', '.join(OBJECTIVES)}"
             f"{nearest(config.objective, OBJECTIVES)}"
         )
-    for name, (is_right, allowed) in _CHECKS.items():
-        _fail_unless(is_right(fields[name]), name, fields[name], allowed)
+    for name in _CHECKS:
+        wrong = _wrong(name, fields[name])
+        _fail_unless(not wrong, name, fields[name], wrong)
     fixed_alpha = {"ar": 0.0, "mdlm": 1.0, "bd3": 1.0}.get(config.objective)
     if fixed_alpha is not None:
         _fail_unless(

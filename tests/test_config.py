@@ -321,3 +321,69 @@ def test_batch_that_cannot_be_shared_out_is_told(batch, fractions, accumulation,
         validate_training(config, fractions, devices)
     message = str(error.value)
     assert message.startswith(f"config.train.batch_size={batch}: ") and told in message
+
+
+# Every numeric field, with what no program can compute with.
+
+NUMBERS = {k: v for k, v in flat(default_config()).items() if type(v) in (int, float)}
+INTEGERS = [name for name, value in NUMBERS.items() if type(value) is int]
+FLOATS = [name for name, value in NUMBERS.items() if type(value) is float]
+NOT_FINITE = [float("nan"), float("inf"), -float("inf"), 1e39, -1e39, 1e-60, -1e-60, 10**39]
+
+
+def with_any(name, value):
+    """The default config with a field of any type."""
+    config = default_config()
+    section, _, last = name.rpartition(".")
+    with config.ignore_type():
+        (config[section] if section else config)[last] = value
+    return config
+
+
+@pytest.mark.parametrize("value", NOT_FINITE, ids=lambda value: str(value)[:6])
+@pytest.mark.parametrize("name", FLOATS)
+def test_float_is_finite_in_32_bits(name, value):
+    with pytest.raises(UserError) as error:
+        validate(with_any(name, value))
+    assert str(error.value).startswith(f"config.{name}=") and "must be" in str(error.value)
+
+
+@pytest.mark.parametrize("value", [2**32, 2**63, 10**30, -(2**31) - 1, -2])
+@pytest.mark.parametrize("name", INTEGERS)
+def test_integer_fits_32_bits(name, value):
+    assert_refused(with_any(name, value), name, value, "")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e39, 3.0, True, None, "3"])
+@pytest.mark.parametrize("name", INTEGERS)
+def test_integer_is_an_integer(name, value):
+    assert_refused(with_any(name, value), name, value, "must be int, not ")
+
+
+@pytest.mark.parametrize("name", sorted(set(INTEGERS) - {"seed", "sample.seed"}))
+def test_integer_has_an_upper_bound_that_is_told(name):
+    """2**31 does not fit the counters of a program; seeds are of 32 bits without a sign."""
+    with pytest.raises(UserError, match=rf"^config\.{name}=2147483648: must be .*\d"):
+        validate(with_any(name, 2**31))
+
+
+@pytest.mark.parametrize(
+    "name", ["kappa", "model.dropout", "optimizer.b1", "optimizer.b2", "optimizer.ema"]
+)
+def test_float_below_1_is_below_1_in_32_bits(name):
+    """float32 rounds 1 - 1e-12 to 1, with which Adam divides zero by zero."""
+    assert_refused(with_any(name, 1 - 1e-12), name, 1 - 1e-12, "when rounded to 32 bits (1)")
+
+
+@pytest.mark.parametrize("name", ["train.batch_size", "data.seq_len", "optimizer.warmup_steps"])
+def test_integer_of_the_largest_size_is_allowed(name):
+    assert config_lib.is_allowed(name, 2**24)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("data.workers", 3000), ("model.blocks", 10**5), ("sample.num", 10**8),
+     ("sample.length", 10**9), ("eval.batch_size", 10**9), ("optimizer.warmup_steps", 2**31)],
+)  # fmt: skip
+def test_sizes_that_took_all_memory_or_time(name, value):
+    assert_refused(with_any(name, value), name, value, "and at most ")
