@@ -29,7 +29,7 @@ def read(workdir: pathlib.Path) -> list[dict]:
 def _keep_until(workdir: pathlib.Path, step: int) -> None:
     """Drops what a killed run wrote after the checkpoint that is resumed: it is written again."""
     kept = [entry for entry in read(workdir) if entry["step"] <= step]
-    results.write_text(workdir / FILE, "".join(json.dumps(entry) + "\n" for entry in kept))
+    results.write_text(workdir / FILE, "".join(results.dumps(entry) + "\n" for entry in kept))
 
 
 class Metrics:
@@ -76,7 +76,7 @@ class Metrics:
             self._bar.set_postfix_str(f"loss {values['loss']:.3f}, {speed:,.0f} tokens/s")
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
-        self._file.write(json.dumps(entry) + "\n")
+        self._file.write(results.dumps(entry) + "\n")
 
     def say(self, message: str) -> None:
         """Prints a line above the progress bar."""

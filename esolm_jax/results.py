@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -17,8 +18,26 @@ def write_text(path: pathlib.Path, text: str) -> None:
     os.replace(draft, path)
 
 
+def dumps(value, **options) -> str:
+    """Strict JSON, which every parser reads: a float that is not finite becomes null.
+
+    Takes NumPy's and JAX's arrays and scalars, too. `options` are those of json.dumps.
+    """
+    return json.dumps(_strict(value), allow_nan=False, **options)
+
+
+def _strict(value):
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    if hasattr(value, "tolist"):  # an array or a scalar of NumPy or JAX
+        return _strict(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path: pathlib.Path, value) -> None:
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    write_text(path, dumps(value, indent=2) + "\n")
 
 
 def check_can_write(*paths: pathlib.Path) -> None:

@@ -5,7 +5,6 @@
 --trace                              also a picture and a page that plays the steps
 """
 
-import json
 import pathlib
 import time
 
@@ -182,7 +181,7 @@ def main(config, workdir: pathlib.Path) -> None:
         with_trace=_flag("trace", False),
     )
     rows = figures.pop("samples")
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    lines = "".join(results.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     results.write_text(texts, lines)
     results.write_json(summary, figures)
     for i, row in enumerate(rows):

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from esolm_jax import results
 from esolm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from esolm_jax.errors import UserError, nearest
 
@@ -91,7 +92,7 @@ def content_fields(config: Any) -> dict[str, Any]:
 def write_manifest(manifest: Manifest) -> None:
     entries = dataclasses.asdict(manifest)
     directory = entries.pop("directory")  # not written, so that prepared data can be moved
-    Path(directory, MANIFEST_FILE).write_text(json.dumps(entries, indent=2) + "\n")
+    Path(directory, MANIFEST_FILE).write_text(results.dumps(entries, indent=2) + "\n")
 
 
 def load_manifest(directory: str | Path) -> Manifest:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 import safetensors
 
+from esolm_jax import results
 from esolm_jax.errors import UserError
 
 METADATA = "esolm_jax"  # the key under which our own exports say what they hold
@@ -84,7 +85,7 @@ def write(
       shapes: by name. tensors: (name, array) in the same order; each is dropped once written.
       about: JSON-able, kept in the metadata.
     """
-    header: dict = {"__metadata__": {"format": "pt", METADATA: json.dumps(about)}}
+    header: dict = {"__metadata__": {"format": "pt", METADATA: results.dumps(about)}}
     end = 0
     for name, shape in shapes.items():
         start, end = end, end + 4 * math.prod(shape)

@@ -1,7 +1,6 @@
 """Traces: which pass generated each token, as a page to be played and as a picture. Host side."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Iterator
 
@@ -54,7 +53,7 @@ def write_html(trace: Trace, path: pathlib.Path) -> None:
     for row, pieces in enumerate(trace.pieces):
         revealed, is_diffusion = (a.tolist() for a in trace.text(row))
         texts.append({"pieces": pieces, "revealed": revealed, "diffusion": is_diffusion})
-    data = json.dumps({"title": trace.title, "texts": texts}, separators=(",", ":"))
+    data = results.dumps({"title": trace.title, "texts": texts}, separators=(",", ":"))
     # All else is ASCII; without these three no token can end or comment out the script element.
     for sign in "<>&":
         data = data.replace(sign, f"\\u{ord(sign):04x}")
