@@ -1,0 +1,138 @@
+"""Files that others made, opened and read within bounds.
+
+A FIFO waits for a writer for ever, a device such as /dev/zero never ends, and a nested or
+repeated JSON document can exhaust the stack or hide one value behind another. Each is refused in
+one line.
+"""
+
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from esolm_jax.errors import UserError
+
+MB = 2**20
+JSON_DEPTH = 64
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO (named pipe)",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+def expand(path: str | Path) -> Path:
+    """`path` with ~ replaced; kept as it is where there is no such user."""
+    return Path(os.path.expanduser(path))
+
+
+def open_regular(path: str | Path, where: str = "") -> BinaryIO:
+    """Opens a regular file, perhaps behind links, for reading.
+
+    Args: where: names the file in errors; `path` by default.
+
+    Raises:
+      UserError: no such file, not readable, or a folder, FIFO, device or socket.
+    """
+    where = where or str(path)
+    try:
+        _check_regular(os.stat(path).st_mode, where)
+        # Another file may have taken its place: O_NONBLOCK opens a FIFO without waiting.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            _check_regular(os.fstat(descriptor).st_mode, where)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return os.fdopen(descriptor, "rb")
+    except FileNotFoundError as error:
+        raise UserError(f"{where}: no such file") from error
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read: {error.strerror}") from error
+    except ValueError as error:  # a NUL in the name
+        raise UserError(f"{where!a}: cannot be a file: {error}") from error
+
+
+def _check_regular(mode: int, where: str) -> None:
+    if not stat.S_ISREG(mode):
+        kind = _KINDS.get(stat.S_IFMT(mode), "no regular file")
+        raise UserError(f"{where}: is {kind}; must be a regular file")
+
+
+def is_there(path: str | Path) -> bool:
+    """Whether there is anything of this name: a special file is one that open_regular refuses."""
+    try:
+        os.stat(path)
+    except OSError as error:
+        return error.errno in (errno.EACCES, errno.EPERM)
+    except ValueError:
+        return False
+    return True
+
+
+def read_bytes(path: str | Path, limit: int, where: str = "") -> bytes:
+    """The whole file. UserError: see open_regular; or it is larger than `limit` bytes."""
+    where = where or str(path)
+    with open_regular(path, where) as file:
+        try:
+            content = file.read(limit + 1)
+        except OSError as error:
+            raise UserError(f"{where}: cannot be read: {error.strerror}") from error
+    if len(content) > limit:
+        raise UserError(f"{where}: is larger than {limit / MB:,.0f} MiB, the most for such a file")
+    return content
+
+
+def read_text(path: str | Path, limit: int, where: str = "") -> str:
+    """The whole file, which must be UTF-8. UserError: see read_bytes."""
+    content = read_bytes(path, limit, where)
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where or path}: is damaged: not UTF-8 at byte {error.start}") from error
+
+
+def read_json(path: str | Path, limit: int, where: str = "") -> Any:
+    """What parse_json makes of a file. UserError: see read_text and parse_json."""
+    return parse_json(read_text(path, limit, where), where or str(path))
+
+
+def parse_json(text: str, where: str) -> Any:
+    """The value of a JSON document.
+
+    Raises:
+      UserError: not JSON, an object has a key twice, or nested deeper than JSON_DEPTH.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_without_repeats)
+    except RecursionError as error:
+        raise UserError(f"{where}: not JSON that is read: nested too deeply") from error
+    except (ValueError, MemoryError) as error:
+        what = ascii(str(error)[:200])[1:-1]
+        raise UserError(f"{where}: not JSON: {what}") from error
+    level, depth = [value], 0
+    while level := [child for node in level for child in _children(node)]:
+        depth += 1
+        if depth > JSON_DEPTH:
+            raise UserError(
+                f"{where}: not JSON that is read: nested deeper than {JSON_DEPTH} levels"
+            )
+    return value
+
+
+def _children(node: Any) -> list:
+    values = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    return [value for value in values if isinstance(value, dict | list)]
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys: set[str] = set()
+        repeated = next(key for key, _ in pairs if key in keys or keys.add(key))
+        raise ValueError(f"the key {repeated[:80]!r} is there twice")
+    return found
