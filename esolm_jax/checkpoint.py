@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers as policies
 
+from esolm_jax import config as config_lib
 from esolm_jax.errors import UserError
 from esolm_jax.train_step import TrainState
 
@@ -152,7 +153,7 @@ def read_meta(workdir) -> dict:
 
 def saved_config(workdir) -> ConfigDict:
     """The resolved config of the latest checkpoint, locked."""
-    return ConfigDict(read_meta(workdir)["config"]).lock()
+    return config_lib.from_saved(read_meta(workdir)["config"])
 
 
 def restore_weights(workdir, which: str, like) -> tuple[dict, int]:

@@ -110,6 +110,7 @@ def default_config() -> ConfigDict:
     train.checkpoint_every = 5000
     train.keep_last = 2
     train.keep_best = 1  # by that NELBO
+    train.on_non_finite = "stop"  # a step with a loss, gradient or weight that is: stop | skip
 
     config.eval = evaluate = ConfigDict()
     evaluate.split = "test"  # train | validation | test
@@ -249,6 +250,7 @@ _CHECKS: dict[str, Check] = {
     "train.checkpoint_every": _count(1),
     "train.keep_last": _count(1),
     "train.keep_best": _count(0),
+    "train.on_non_finite": _one_of("stop", "skip"),
     "eval.split": _one_of("train", "validation", "test"),
     "eval.batch_size": _size(1),
     "eval.max_windows": _count(0),
@@ -302,6 +304,21 @@ def _wrong(name: str, value) -> str:
     if not is_right(value):
         return allowed
     return "" if is_right(number) else f"{allowed}, also when rounded to 32 bits ({number:g})"
+
+
+# Fields that older checkpoints do not have; with its default, each of them does what those did.
+_ADDED_LATER = ("train.on_non_finite",)
+
+
+def from_saved(saved: Mapping) -> ConfigDict:
+    """The config saved with a checkpoint, locked; fields that are newer have their default."""
+    config = ConfigDict(saved)
+    defaults = flat(default_config())
+    for name in _ADDED_LATER:
+        section, field = name.split(".")
+        if isinstance(config.get(section), ConfigDict) and field not in config[section]:
+            config[section][field] = defaults[name]
+    return config.lock()
 
 
 def flat(config: ConfigDict) -> dict:

@@ -32,6 +32,7 @@ _FREE = (
     "train.eval_",
     "train.checkpoint_every",
     "train.keep_",
+    "train.on_non_finite",
     "eval.",
     "sample.",
     "data.dir",

@@ -126,6 +126,7 @@ OUT_OF_RANGE = [
     ("train.checkpoint_every", 0, "at least 1"),
     ("train.keep_last", 0, "at least 1"),
     ("train.keep_best", -1, "at least 0"),
+    ("train.on_non_finite", "ignore", "one of stop, skip"),
     ("eval.split", "dev", "one of train, validation, test"),
     ("eval.batch_size", 0, "at least 1"),
     ("eval.max_windows", -1, "at least 0"),

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from esolm_jax import checkpoint, finite, results
+from esolm_jax import config as config_lib
 from esolm_jax.errors import UserError
 
 # The check of a tree of arrays.
@@ -94,3 +95,17 @@ def test_json_is_strict():
         "array": [[1.0, None]],
         "bfloat16": None,
     }
+
+
+# Configs saved before there was such a field.
+
+
+def test_a_config_saved_by_an_older_version_is_still_valid():
+    saved = config_lib.default_config().to_dict()
+    del saved["train"]["on_non_finite"]
+    config = config_lib.from_saved(saved)
+    config_lib.validate(config)
+    assert config == config_lib.default_config()
+    del saved["train"]["keep_best"]  # of all versions: no default takes its place
+    with pytest.raises(UserError, match="keep_best: missing"):
+        config_lib.validate(config_lib.from_saved(saved))

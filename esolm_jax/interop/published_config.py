@@ -56,7 +56,7 @@ def get_config(path: str) -> ConfigDict:
     """
     published = published_file.read(path)
     if published.ours is not None:
-        return ConfigDict(published.ours["config"]).lock()
+        return config_lib.from_saved(published.ours["config"])
     if published.hyper is None:
         raise UserError(
             "--config is missing: the number of heads cannot be read off the tensors, and "
