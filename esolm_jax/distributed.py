@@ -42,6 +42,7 @@ _LOST = re.compile(
 )
 
 _started = False  # as one of several processes, and connected to them
+_barrier_timeout = 300.0  # seconds, of start()
 _calls = itertools.count()  # of check_same: all processes make the same ones
 
 
@@ -63,7 +64,7 @@ def start(
     Raises:
       UserError: the processes did not come together; the environment tells only a part.
     """
-    global _started
+    global _started, _barrier_timeout
     if jax.config.jax_num_cpu_devices > 1:
         # Collectives block threads of the pool that a process's CPU devices share. With the usual
         # one for each device, devices that are at different collectives wait for ever.
@@ -85,7 +86,7 @@ def start(
         heartbeat_timeout_seconds=int(heartbeat_timeout),
         shutdown_timeout_seconds=int(barrier_timeout),
     )
-    _started = True
+    _started, _barrier_timeout = True, float(barrier_timeout)
     _peer.start()
 
 
@@ -215,6 +216,33 @@ def barrier(name: str, *, timeout: float) -> None:
         ) from error
 
 
+def is_started() -> bool:
+    """Whether this is one of several processes, and connected to them."""
+    return _started
+
+
+def gather(value: str, *, timeout: float | None = None) -> list[str]:
+    """The values of all processes, in their order; all of them make the same calls.
+
+    Args:
+      timeout: seconds to wait for the others; by default the barrier_timeout of start().
+
+    Raises:
+      UserError: as barrier().
+    """
+    if not _started:
+        return [value]
+    place = f"esolm_jax/same/{next(_calls)}"
+    _jax_state.client.key_value_set(f"{place}/{process_index():08}", value)
+    barrier(place, timeout=_barrier_timeout if timeout is None else timeout)
+    return [said for _, said in sorted(_jax_state.client.key_value_dir_get(place))]
+
+
+def from_main(value: str) -> str:
+    """Process 0's value, in all processes."""
+    return gather(value)[0]
+
+
 def check_same(what: Mapping[str, str], *, timeout: float) -> None:
     """Compares e.g. {"config": hash} between all processes.
 
@@ -223,10 +251,7 @@ def check_same(what: Mapping[str, str], *, timeout: float) -> None:
     """
     if not _started:
         return
-    place = f"esolm_jax/same/{next(_calls)}"
-    _jax_state.client.key_value_set(f"{place}/{process_index():08}", json.dumps(dict(what)))
-    barrier(place, timeout=timeout)
-    said = [json.loads(value) for _, value in sorted(_jax_state.client.key_value_dir_get(place))]
+    said = [json.loads(value) for value in gather(json.dumps(dict(what)), timeout=timeout)]
     differences = []
     for name in dict.fromkeys(name for one in said for name in one):
         holders: dict[str, list[int]] = {}
@@ -385,7 +410,7 @@ def _exit(code: int) -> None:
 
 def close() -> None:
     """Says goodbye to the other processes, when all of them have come to their end."""
-    global _started
+    global _started, _barrier_timeout
     if _started:
         jax.distributed.shutdown()
         _peer.join()
