@@ -11,7 +11,7 @@ from esolm_jax import attention, checkpoint, sharding
 from esolm_jax import config as config_lib
 from esolm_jax import model as model_lib
 from esolm_jax.data import reader
-from esolm_jax.data.manifest import Manifest, check, load_manifest
+from esolm_jax.data.manifest import Manifest, check, load_manifest, open_tokenizer
 from esolm_jax.data.tokenizer import Bytes
 from esolm_jax.errors import UserError
 from esolm_jax.loss import Head
@@ -138,6 +138,16 @@ def check_same_tokenizer(manifest: Manifest, meta: dict) -> None:
         )
 
 
+def load_tokenizer(workdir: pathlib.Path, meta: dict):
+    """The tokenizer in a workdir. UserError: damaged, or not the one that the model of the
+    checkpoint with this meta was trained on."""
+    folder = workdir / "tokenizer"
+    tokenizer = open_tokenizer(folder)
+    if tokenizer.fingerprint != meta["tokenizer"]["fingerprint"]:
+        raise UserError(f"{folder}: not the tokenizer that the checkpoint was trained on")
+    return tokenizer
+
+
 @dataclasses.dataclass(frozen=True)
 class Trained:
     """A trained model, as evaluate and sample need it."""
@@ -148,15 +158,24 @@ class Trained:
     step: int
 
 
-def load_trained(config, workdir: pathlib.Path, weights: str, mesh) -> Trained:
-    """The latest checkpoint's `weights` ("ema" or "raw"), split over the mesh.
+def load_trained(
+    config, workdir: pathlib.Path, weights: str, mesh, step: str = checkpoint.LATEST
+) -> Trained:
+    """A checkpoint's `weights` ("ema" or "raw"), verified, split over the mesh.
+
+    Args:
+      step: "latest", "best" or a number. Of the first two, the next one that is intact.
 
     Raises:
       UserError: there is none, or `config` is of another objective or model.
     """
-    meta = checkpoint.read_meta(workdir)
-    check_same_fields(config, meta, lambda name: name in MODEL_FIELDS)
-    built = build(config, meta["tokenizer"], mesh)
-    like = abstract_params(built.model, mesh)
-    params, step = checkpoint.restore_weights(workdir, weights, like)
-    return Trained(built, params, meta, step)
+    built: dict[str, Built] = {}
+
+    def like_of(meta: dict) -> dict:
+        check_same_fields(config, meta, lambda name: name in MODEL_FIELDS)
+        checkpoint.check_config_is_of(workdir, meta)
+        built["it"] = build(config, meta["tokenizer"], mesh)
+        return abstract_params(built["it"].model, mesh)
+
+    params, found = checkpoint.read_weights(workdir, weights, like_of, step)
+    return Trained(built["it"], params, found.meta, found.number)

@@ -3,27 +3,33 @@
 A checkpoint is WORKDIR/checkpoints/<step> with four items: `params` and `ema` (each restorable
 alone), `optimizer` (step, optimizer state, random key), and `meta` (JSON: the resolved config, the
 data cursor, the tokenizer's identity, the code version). One of a pretrained model has `params` and
-`meta` alone.
+`meta` alone. checkpoint_digests.py says how damage is noticed, checkpoint_steps.py which step is
+read.
 """
 
+import math
 import pathlib
+from collections.abc import Callable
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers as policies
+from orbax.checkpoint.path import atomicity_types
 
+from esolm_jax import checkpoint_digests, checkpoint_steps, distributed
 from esolm_jax import config as config_lib
+from esolm_jax.checkpoint_digests import Damaged
+from esolm_jax.checkpoint_steps import FOLDER, LATEST, METRIC, Step, check_selector, split_source
 from esolm_jax.errors import UserError
 from esolm_jax.train_step import TrainState
 
-FOLDER = "checkpoints"
-METRIC = "nelbo"
+__all__ = ["FOLDER", "LATEST", "METRIC", "check_selector", "split_source"]
 _PIECE = 2**25  # bytes that are written at a time of weights that lie on disk
 
 
-def _options(keep_last: int, keep_best: int) -> ocp.CheckpointManagerOptions:
+def _options(keep_last: int, keep_best: int, write_digests, sync) -> ocp.CheckpointManagerOptions:
     keep = [policies.LatestN(n=keep_last)]
     if keep_best:
         keep.append(
@@ -35,6 +41,9 @@ def _options(keep_last: int, keep_best: int) -> ocp.CheckpointManagerOptions:
             )
         )
     return ocp.CheckpointManagerOptions(
+        async_options=ocp.AsyncOptions(
+            post_finalization_callback=write_digests, barrier_sync_fn=sync
+        ),
         preservation_policy=policies.AnyPreservationPolicy(keep),
         best_fn=_nelbo,  # without it Orbax would not write the metrics, and forget them
         best_mode="min",
@@ -43,7 +52,8 @@ def _options(keep_last: int, keep_best: int) -> ocp.CheckpointManagerOptions:
 
 
 def _nelbo(metrics: dict) -> float:
-    return metrics[METRIC]
+    value = metrics[METRIC]
+    return value if math.isfinite(value) else math.inf  # NaN would break the sort
 
 
 class Checkpoints:
@@ -53,54 +63,142 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: pathlib.Path, *, keep_last: int, keep_best: int):
-        self._manager = ocp.CheckpointManager(
-            pathlib.Path(workdir).resolve() / FOLDER, options=_options(keep_last, keep_best)
-        )
+        self._workdir = pathlib.Path(workdir).resolve()
+        self._keep = keep_last, keep_best
+        self._manager: ocp.CheckpointManager | None = None
+        self._saving: int | None = None  # the step that is being written
 
     @property
     def latest_step(self) -> int | None:
-        return self._manager.latest_step()
+        """The newest finished step, intact or not; while saving, the one that was saved last."""
+        if self._manager is not None:
+            return self._manager.latest_step()
+        return max(checkpoint_steps.steps_in(self._workdir), default=None)
+
+    def open(self, damaged: dict[int, str] | None = None) -> None:
+        """Makes ready to save; the steps in `damaged`, and those whose metrics cannot be read, are
+        moved aside first. UserError if nothing can be written there."""
+        if self._manager is not None:
+            return
+        damaged = dict(damaged or {})
+        for step in checkpoint_steps.steps_in(self._workdir):
+            try:
+                checkpoint_steps.nelbo(checkpoint_steps.step_folder(self._workdir, step))
+            except Damaged as error:
+                damaged.setdefault(step, str(error))
+        damaged = checkpoint_steps.agree_on(damaged)
+        checkpoint_steps.set_aside(self._workdir, damaged)
+        try:
+            self._manager = ocp.CheckpointManager(
+                self._workdir / FOLDER,
+                options=_options(*self._keep, self._write_digests, self._sync),
+            )
+        except OSError as error:
+            raise UserError(f"{self._workdir / FOLDER}: cannot be written: {error}") from error
 
     def save(self, state: TrainState, meta: dict, *, nelbo: float | None = None) -> None:
-        """Saves under the state's step; `nelbo` (validation, nats per token) ranks it."""
+        """Saves under the state's step; `nelbo` (validation, nats per token) ranks it.
+
+        Raises:
+          UserError: the save is refused, or the one before it failed.
+        """
+        self.open()
         step = int(state.step)
         if step == self._manager.latest_step():
             return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                ema=ocp.args.StandardSave(state.ema),
-                optimizer=ocp.args.StandardSave(_optimizer_item(state)),
-                meta=ocp.args.JsonSave(meta),
-            ),
-            metrics=None if nelbo is None else {METRIC: float(nelbo)},
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params),
+            ema=ocp.args.StandardSave(state.ema),
+            optimizer=ocp.args.StandardSave(_optimizer_item(state)),
+            meta=ocp.args.JsonSave(meta),
         )
+        ranked = nelbo is not None and math.isfinite(nelbo)
+        self._save(step, items, {METRIC: float(nelbo)} if ranked else None)
 
     def save_weights(self, params: dict, meta: dict) -> None:
         """Saves weights alone, at step 0; arrays `OnDisk` are never in memory as a whole."""
+        self.open()
         pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_PIECE), params)
         saved = ocp.args.PyTreeSave(params, pieces, ocdbt_target_data_file_size=_PIECE)
-        self._manager.save(0, args=ocp.args.Composite(params=saved, meta=ocp.args.JsonSave(meta)))
+        self._save(0, ocp.args.Composite(params=saved, meta=ocp.args.JsonSave(meta)), None)
 
-    def restore(self, like: TrainState) -> tuple[TrainState, dict]:
-        """The latest state, placed as `like` (ShapeDtypeStructs with shardings), and its meta."""
-        restored = self._manager.restore(
-            self.latest_step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(like.params),
-                ema=ocp.args.StandardRestore(like.ema),
-                optimizer=ocp.args.StandardRestore(_optimizer_item(like)),
-                meta=ocp.args.JsonRestore(),
-            ),
+    def _save(self, step: int, items, metrics: dict | None) -> None:
+        self._wait()
+        self._saving = step
+        saved = self._manager.save(
+            step,
+            args=items,
+            metrics=metrics,
+            custom_metadata={"digests": checkpoint_digests.ALGORITHM},
         )
-        state = TrainState(params=restored.params, ema=restored.ema, **restored.optimizer)
-        return state, restored.meta
+        if not saved:
+            raise UserError(
+                f"{self._workdir / FOLDER}/{step}: was not saved: the newest step there is already "
+                f"{self._manager.latest_step()}; is another run training in this workdir?"
+            )
+
+    def _wait(self) -> None:
+        """Waits for the save under way. UserError if it failed."""
+        try:
+            self._manager.wait_until_finished()
+        except (OSError, ValueError, RuntimeError) as error:
+            if isinstance(error, jax.errors.JaxRuntimeError):
+                raise  # of the other processes: see distributed.guard
+            what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            raise UserError(
+                f"{self._workdir / FOLDER}/{self._saving}: could not be saved: {what}"
+            ) from error
+
+    def _unfinished(self) -> pathlib.Path:
+        """The folder of the step that is being written."""
+        return self._workdir / FOLDER / f"{self._saving}{atomicity_types.TMP_DIR_SUFFIX}"
+
+    def _write_digests(self) -> None:
+        """Orbax calls it in process 0's saving thread, before the step gets its final name."""
+        checkpoint_digests.write(self._unfinished())
+
+    def _sync(self, *, key: str, timeout_ms: int) -> None:
+        """A barrier of Orbax; at the one behind all arrays, each process has hashed its own."""
+        if "async_write_complete" in key:
+            checkpoint_digests.write_part(self._unfinished(), distributed.process_index())
+        ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
+
+    def restore(
+        self, like: TrainState, check: Callable[[dict], None] = lambda meta: None
+    ) -> tuple[TrainState, dict]:
+        """The latest intact state, placed as `like` (ShapeDtypeStructs with shardings), its meta.
+
+        Newer steps that are damaged are moved aside, to be trained again. `check` gets the meta
+        before anything is restored or moved.
+
+        Raises:
+          UserError: no step is intact; or as `check`.
+        """
+        targets = {"params": like.params, "ema": like.ema, "optimizer": _optimizer_item(like)}
+
+        def read(step: Step) -> tuple[TrainState, dict]:
+            check(step.meta)
+            restored = {item: _restore(step, item, target) for item, target in targets.items()}
+            state = TrainState(
+                params=restored["params"], ema=restored["ema"], **restored["optimizer"]
+            )
+            if int(state.step) != step.number:
+                raise Damaged(f"{step.folder}: holds the state of step {int(state.step)}")
+            return state, step.meta
+
+        def items(meta: dict) -> list[str]:
+            check(meta)
+            return list(targets)
+
+        found, damaged = checkpoint_steps.read_intact(self._workdir, LATEST, items, read)
+        self.open(damaged)
+        return found
 
     def close(self) -> None:
-        """Waits for saves under way."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits for saves under way. UserError if one failed."""
+        if self._manager is not None:
+            self._wait()
+            self._manager.close()
 
 
 class OnDisk(np.memmap):
@@ -115,72 +213,145 @@ def _optimizer_item(state: TrainState) -> dict:
     return {"step": state.step, "opt_state": state.opt_state, "key": state.key}
 
 
-def _reader(workdir, gigabytes: float = 96) -> tuple[ocp.CheckpointManager, int]:
-    """Of the latest checkpoint, and its step; `gigabytes` may be under way at a time."""
-    folder = pathlib.Path(workdir).resolve() / FOLDER
-    if not folder.is_dir():
-        raise UserError(
-            f"--workdir={workdir}: no checkpoints here (there is no {FOLDER}/ in it); "
-            "run `python -m esolm_jax.train` first"
-        )
-    manager = ocp.CheckpointManager(
-        folder,
-        options=ocp.CheckpointManagerOptions(read_only=True),
-        item_handlers={
-            "params": ocp.StandardCheckpointHandler(restore_concurrent_gb=gigabytes),
-            "ema": ocp.StandardCheckpointHandler(restore_concurrent_gb=gigabytes),
-            "optimizer": ocp.StandardCheckpointHandler(),
-            "meta": ocp.JsonCheckpointHandler(),
-        },
-    )
-    step = manager.latest_step()
-    if step is None:
-        raise UserError(f"--workdir={workdir}: {FOLDER}/ holds no finished checkpoint")
-    return manager, step
-
-
-def read_meta(workdir) -> dict:
-    """The meta of the latest checkpoint. UserError if the workdir has none."""
-    manager, step = _reader(workdir)
-    with manager:
-        try:
-            return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-        except (KeyError, ValueError, FileNotFoundError) as error:
-            raise UserError(
-                f"--workdir={workdir}: {FOLDER}/{step} is not a checkpoint of esolm_jax"
-            ) from error
-
-
-def saved_config(workdir) -> ConfigDict:
-    """The resolved config of the latest checkpoint, locked."""
-    return config_lib.from_saved(read_meta(workdir)["config"])
-
-
-def restore_weights(workdir, which: str, like) -> tuple[dict, int]:
-    """Weights of the latest checkpoint and its step.
-
-    Args:
-      which: "ema" or "raw"; of a pretrained model, they are the same.
-      like: pytree of ShapeDtypeStruct with shardings, of the model's parameters.
+def _restore(step: Step, item: str, like, gigabytes: float = 96):
+    """One item of a step, placed as `like`; `gigabytes` may be under way at a time.
 
     Raises:
-      UserError: the checkpoint is of a model of other sizes.
+      Damaged: it cannot be read, and has no digests that say that it is intact.
+      UserError: they are weights of other sizes than `like`.
     """
-    largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
-    # What is under way is in memory twice: one parameter at a time, or what is as large.
-    manager, step = _reader(workdir, 1.01 * largest / 1e9)
-    item = {"ema": "ema", "raw": "params"}[which]
-    with manager:
-        items = manager.item_metadata(step)
-        item = item if item in items else "params"
-        _check_shapes(workdir, items[item], like)
-        restored = manager.restore(
-            step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(like)})
-        )
-    return restored[item], step
+    folder = step.folder / item
+    handler = ocp.StandardCheckpointHandler(restore_concurrent_gb=gigabytes)
+    try:
+        with ocp.Checkpointer(handler) as reader:
+            if item != "optimizer":
+                saved = reader.metadata(folder)
+                _check_shapes(folder, getattr(saved, "item_metadata", saved), like)
+            return reader.restore(folder, args=ocp.args.StandardRestore(like))
+    except UserError:
+        raise
+    except Exception as error:  # of many types, as Orbax and TensorStore raise them
+        gone = not folder.is_dir() or checkpoint_digests.problem(step.folder, [item])
+        if step.verified and not gone:
+            raise
+        what = " ".join(str(error).split())[:200]
+        raise Damaged(f"{folder}: cannot be read ({type(error).__name__}: {what})") from error
 
 
-def _check_shapes(workdir, saved, like) -> None:
+def _check_meta_alone(meta: dict) -> list[str]:
+    del meta
+    return []
+
+
+def read_meta(workdir, step: str = LATEST) -> dict:
+    """The meta of a checkpoint ("latest", "best" or a number). UserError if there is none."""
+    meta, _ = checkpoint_steps.read_intact(
+        workdir, step, _check_meta_alone, lambda found: found.meta
+    )
+    return meta
+
+
+def saved_config(workdir, step: str = LATEST) -> ConfigDict:
+    """The resolved config of a checkpoint, locked."""
+    return config_lib.from_saved(read_meta(workdir, step)["config"])
+
+
+_config_read: dict[pathlib.Path, dict] = {}  # workdir: the saved config that this command runs with
+_OF_THE_RUN = ("train.", "optimizer.", "mesh.", "distributed.", "init_from", "data.workers")
+
+
+def begin_command() -> None:
+    """Forgets what an earlier command in this process has read and said."""
+    _config_read.clear()
+    checkpoint_steps.forget_what_was_said()
+
+
+def config_of_command(workdir, step: str) -> ConfigDict:
+    """The saved config that a command without --config runs with; see check_config_is_of."""
+    meta = read_meta(workdir, step)
+    _config_read[pathlib.Path(workdir).resolve()] = meta["config"]
+    return config_lib.from_saved(meta["config"])
+
+
+def check_config_is_of(workdir, meta: dict) -> None:
+    """UserError unless the command's saved config is that of the step whose weights are read.
+
+    They are of two steps if the first was deleted, or is damaged, and training was resumed with
+    other settings in between.
+    """
+    read = _config_read.get(pathlib.Path(workdir).resolve())
+    if read is None or read == meta["config"]:
+        return
+    have, want = (config_lib.flat(ConfigDict(c)) for c in (read, meta["config"]))
+    for name in sorted(have.keys() | want.keys()):
+        if have.get(name) != want.get(name) and not name.startswith(_OF_THE_RUN):
+            raise UserError(
+                f"--workdir={workdir}: the config was read from one checkpoint and the weights "
+                f"from another, which was trained with other settings (config.{name}="
+                f"{want.get(name)!r}, not {have.get(name)!r}); name one with --step=N"
+            )
+
+
+def digest_of(workdir, step: int) -> str | None:
+    """A SHA-256 that follows from all files of a step; None if it was written without digests.
+
+    Raises:
+      UserError: there is no such step, or its digests are damaged.
+    """
+    folder = checkpoint_steps.step_folder(workdir, step)
+    try:
+        entry = checkpoint_digests.read(folder)
+    except Damaged as error:
+        raise UserError(f"{error}: step {step} is damaged") from error
+    return None if entry is None else entry["digest"]
+
+
+def weights_item(which: str, meta: dict) -> str:
+    """Where the weights "ema" or "raw" are; those of a pretrained model are one set."""
+    return "ema" if which == "ema" and not meta.get("only_weights") else "params"
+
+
+def read_weights(
+    workdir, which: str, like_of: Callable[[dict], dict], step: str = LATEST
+) -> tuple[dict, Step]:
+    """Weights of a checkpoint, verified, and the step they are of.
+
+    Args:
+      which: "ema" or "raw".
+      like_of: from the checkpoint's meta to a pytree of ShapeDtypeStruct with shardings, of the
+        model's parameters; raises UserError if the checkpoint is not what is wanted.
+      step: "latest", "best" or a number.
+
+    Raises:
+      UserError: there is no such step, none is intact, or it is of a model of other sizes.
+    """
+
+    def items(meta: dict) -> list[str]:
+        like_of(meta)
+        return [weights_item(which, meta)]
+
+    def read(found: Step) -> tuple[dict, Step]:
+        like = like_of(found.meta)
+        largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
+        # What is under way is in memory twice: one parameter at a time, or what is as large.
+        item = weights_item(which, found.meta)
+        weights = _restore(found, item, like, 1.01 * largest / 1e9)
+        if not found.verified:
+            checkpoint_steps.say(
+                f"{found.folder}: was written without digests, so it cannot be verified"
+            )
+        return weights, found
+
+    return checkpoint_steps.read_intact(workdir, step, items, read)[0]
+
+
+def restore_weights(workdir, which: str, like, step: str = LATEST) -> tuple[dict, int]:
+    """Weights of a checkpoint and its step: read_weights for a model that is known."""
+    weights, found = read_weights(workdir, which, lambda meta: like, step)
+    return weights, found.number
+
+
+def _check_shapes(folder, saved, like) -> None:
     def shapes(tree):
         leaves = jax.tree_util.tree_leaves_with_path(tree)
         return {jax.tree_util.keystr(path): tuple(leaf.shape) for path, leaf in leaves}
@@ -189,6 +360,6 @@ def _check_shapes(workdir, saved, like) -> None:
     for name in sorted(have.keys() | want.keys()):
         if have.get(name) != want.get(name):
             raise UserError(
-                f"--workdir={workdir}: a checkpoint of another model: parameter {name} has shape "
+                f"{folder}: a checkpoint of another model: parameter {name} has shape "
                 f"{have.get(name)} there, {want.get(name)} in config.model"
             )

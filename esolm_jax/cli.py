@@ -20,9 +20,23 @@ FlagValue = Callable[[str], str | None]  # the value of --name, before flags are
 _SAVED = pathlib.Path(__file__).with_name("saved_config.py")
 
 
-def saved_config(workdir: str | pathlib.Path) -> str:
-    """What to give as --config for the config of the latest checkpoint in a workdir."""
-    return f"{_SAVED}:{workdir}"
+def saved_config(workdir: str | pathlib.Path, step: str | None = None) -> str:
+    """What to give as --config for the config of a checkpoint in a workdir, by default the latest.
+    UserError: a bad step."""
+    if step is None:
+        return f"{_SAVED}:{workdir}"
+    checkpoint.check_selector(step, f"--step={step}")
+    return f"{_SAVED}:{workdir}@{step}"
+
+
+def define_step_flag() -> None:
+    """--step, of the verbs that read a checkpoint."""
+    flags.DEFINE_string("step", checkpoint.LATEST, "Which checkpoint: a number, best or latest.")
+
+
+def step_flag() -> str:
+    """The checkpoint to read: of the command line, or "latest" where there is no such flag."""
+    return flags.FLAGS["step"].value if "step" in flags.FLAGS else checkpoint.LATEST
 
 
 def _flag_value(argv: list[str], name: str) -> str | None:
@@ -117,13 +131,17 @@ def run(
     def parse(argv):
         verb = pathlib.Path(argv[0]).stem
         _check_overrides(argv)
+        checkpoint.begin_command()
         define_flags()
+        if reads_checkpoint:
+            define_step_flag()
 
         def find_config(workdir):
             flag = functools.partial(_flag_value, argv)
             has_checkpoints = needs_workdir and (workdir / checkpoint.FOLDER).is_dir()
             saved = reads_checkpoint or (has_checkpoints and not flag("config"))
-            return default_config(flag) or (saved_config(workdir) if saved else None)
+            given = default_config(flag)
+            return given or (saved_config(workdir, flag("step")) if saved else None)
 
         _define_flags(argv, verb, needs_workdir, find_config)
         try:

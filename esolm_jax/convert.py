@@ -1,7 +1,7 @@
 """Published checkpoints and pretrained models → a workdir; a workdir → safetensors.
 
 python -m esolm_jax.convert --from=FILE --workdir=DIR --tokenizer=FILE_OR_FOLDER
-python -m esolm_jax.convert --workdir=DIR --to=OUT.safetensors
+python -m esolm_jax.convert --workdir=DIR --to=OUT.safetensors [--step=N|best|latest]
 
 FOLDER: as on the Hugging Face hub, of a GPT-2, Llama or Qwen; what is written is an "ar" model of
 style "llama".
@@ -37,6 +37,7 @@ def define_flags() -> None:
     flags.DEFINE_string("to", "", "The .safetensors file to write, or the folder, with / behind.")
     flags.DEFINE_string("tokenizer", "", "With --from: file or folder of the run's tokenizer.")
     flags.DEFINE_string("weights", "", "With --from: both | ema | raw; with --to: ema | raw.")
+    cli.define_step_flag()
 
 
 def default_config(flag: cli.FlagValue) -> str | None:
@@ -46,7 +47,7 @@ def default_config(flag: cli.FlagValue) -> str | None:
         return None
     source = flag("from")
     if not source:
-        return cli.saved_config(pathlib.Path(flag("workdir")).expanduser())
+        return cli.saved_config(pathlib.Path(flag("workdir")).expanduser(), flag("step"))
     reader = hub_config if hub_config.is_folder(source) else published_config
     return f"{reader.__file__}:{source}"
 
@@ -126,7 +127,7 @@ def _send_out_published(config, workdir: pathlib.Path, target: pathlib.Path) -> 
 
 def _send_out(convert, config, workdir: pathlib.Path, target: pathlib.Path) -> None:
     weights = _weights(out_of_workdir.WEIGHTS)
-    step, parameters = convert(config, workdir, target, weights)
+    step, parameters = convert(config, workdir, target, weights, cli.step_flag())
     which = "the EMA" if weights == "ema" else "the raw weights"
     print(f"{workdir}: {which} at step {step:,}, {parameters:,} parameters")
 

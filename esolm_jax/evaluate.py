@@ -36,7 +36,7 @@ def evaluate(config, workdir: pathlib.Path) -> dict:
     mesh = sharding.make_mesh(config.mesh)
     config_lib.validate_evaluation(config, sharding.num_row_shards(mesh))
     manifest = assemble.load_data(config, workdir)
-    trained = assemble.load_trained(config, workdir, e.weights, mesh)
+    trained = assemble.load_trained(config, workdir, e.weights, mesh, cli.step_flag())
     assemble.check_same_tokenizer(manifest, trained.meta)
     split = manifest.split(e.split)
     windows = num_windows(manifest, e.split, e.max_windows)

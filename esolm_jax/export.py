@@ -3,6 +3,7 @@
 python -m esolm_jax.export --workdir=DIR --to=FOLDER
 
 --weights=ema|raw                      which of the two (default: ema)
+--step=N|best|latest                   which checkpoint (default: latest)
 --formats=safetensors,stablehlo,onnx   some of them (default: all)
 --parts=score,step,sample              some functions (default: all that the model has)
 --tolerance=1e-4                       how far a logit may be off; wide models may need more
@@ -46,7 +47,7 @@ def main(config, workdir: pathlib.Path) -> None:
     if not f.tolerance > 0:
         raise UserError(f"--tolerance={f.tolerance}: must be above 0")
     formats = _listed("formats", export_folder.FORMATS) or export_folder.FORMATS
-    wanted = Wanted(f.weights, formats, _listed("parts", export_folder.PARTS), f.tolerance)
+    wanted = Wanted(f.weights, formats, _listed("parts", export_folder.PARTS), f.tolerance, f.step)
     target = pathlib.Path(f.to).expanduser()
     manifest = export_folder.export(config, workdir, target, wanted)
     which = "the EMA, not the raw weights" if f.weights == "ema" else "the RAW weights, not the EMA"

@@ -13,7 +13,7 @@ import numpy as np
 from absl import flags
 
 from esolm_jax import assemble, cli, results, sharding
-from esolm_jax.data.tokenizer import load_tokenizer
+from esolm_jax.data.manifest import open_tokenizer
 from esolm_jax.errors import UserError
 from esolm_jax.sampling import prompts as prompts_lib
 from esolm_jax.sampling import trace
@@ -80,11 +80,11 @@ def sample(
     begin = time.perf_counter()
     check(config)
     mesh = sharding.make_mesh(config.mesh)
-    tokenizer = load_tokenizer(workdir / "tokenizer")
+    tokenizer = open_tokenizer(workdir / "tokenizer")
     found = [prompts_lib.of_text(text, tokenizer, name=f"--prompt={text:.40}") for text in prompt]
     found += [] if prompts is None else prompts_lib.of_file(pathlib.Path(prompts), tokenizer)
     _check_mesh(config.sample.num * max(1, len(found)), mesh)
-    trained = assemble.load_trained(config, workdir, config.sample.weights, mesh)
+    trained = assemble.load_trained(config, workdir, config.sample.weights, mesh, cli.step_flag())
     if tokenizer.fingerprint != trained.meta["tokenizer"]["fingerprint"]:
         raise UserError(
             f"{workdir}/tokenizer: not the tokenizer that the checkpoint was trained on"

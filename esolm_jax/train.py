@@ -65,7 +65,13 @@ class Run:
         with the weights of config.init_from; born in its place on the mesh."""
         if checkpoints.latest_step is None:
             return self.training.init(self._given_weights()), 0
-        meta = checkpoint.read_meta(self.workdir)
+        state, meta = checkpoints.restore(
+            self.training.abstract_state(), self._check_can_be_resumed
+        )
+        return state, meta["cursor"]
+
+    def _check_can_be_resumed(self, meta: dict) -> None:
+        """UserError unless the checkpoint with this meta is of the same run."""
         if meta.get("only_weights"):
             raise UserError(
                 f"--workdir={self.workdir}: holds a pretrained model without the state of an "
@@ -79,28 +85,31 @@ class Run:
             lambda name: name in assemble.MODEL_FIELDS if free else not name.startswith(_FREE),
         )
         assemble.check_same_tokenizer(self.manifest, meta)
-        state, meta = checkpoints.restore(self.training.abstract_state())
-        return state, meta["cursor"]
 
     def _given_weights(self) -> dict | None:
         """Those of config.init_from. UserError: of another model, or on another tokenizer."""
         source = self.config.init_from
         if not source:
             return None
+        like = self.training.abstract_state().ema
+
+        def like_of(meta: dict) -> dict:
+            assemble.check_same_fields(
+                self.config,
+                meta,
+                lambda name: name in assemble.MODEL_FIELDS and name.startswith("model."),
+                f"another config.init_from than {source!r}",
+            )
+            assemble.check_same_tokenizer(self.manifest, meta)
+            return like
+
+        workdir, step = checkpoint.split_source(source)
         try:
-            meta = checkpoint.read_meta(pathlib.Path(source).expanduser())
+            checkpoint.read_meta(workdir, step)
         except UserError as error:
             raise UserError(f"config.init_from={source!r}: {error}") from error
-        assemble.check_same_fields(
-            self.config,
-            meta,
-            lambda name: name in assemble.MODEL_FIELDS and name.startswith("model."),
-            f"another config.init_from than {source!r}",
-        )
-        assemble.check_same_tokenizer(self.manifest, meta)
-        like = self.training.abstract_state().ema
-        weights, step = checkpoint.restore_weights(pathlib.Path(source).expanduser(), "ema", like)
-        print(f"weights from {source} at step {step:,}; all else starts afresh")
+        weights, found = checkpoint.read_weights(workdir, "ema", like_of, step)
+        print(f"weights from {workdir} at step {found.number:,}; all else starts afresh")
         return weights
 
     def meta(self, cursor: int) -> dict:
@@ -184,6 +193,7 @@ def main(config, workdir: pathlib.Path) -> None:
         workdir, keep_last=config.train.keep_last, keep_best=config.train.keep_best
     )
     state, cursor = run.restore_or_init(checkpoints)
+    checkpoints.open()
     if checkpoints.latest_step is not None:
         print(f"resuming {workdir} at step {int(state.step)}")
     if distributed.is_main():

@@ -26,7 +26,7 @@ from esolm_jax.data.reader import TrainReader
 LENGTH = 16
 FLAGS = ("workdir", "topology", "num_slices", "program", "out", "sweep")  # of all verbs
 FLAGS += ("from", "to", "tokenizer", "weights", "prompt", "prompts", "trace")
-FLAGS += ("formats", "parts", "tolerance")
+FLAGS += ("formats", "parts", "tolerance", "step", "verify")
 FILE = str(pathlib.Path(__file__).resolve())
 WORDS = "to be or not that is the question whether tis nobler in mind suffer slings".split()
 ALPHA_0 = {"ar": 0.0, "mdlm": 1.0, "bd3": 1.0}  # of the objectives that fix it

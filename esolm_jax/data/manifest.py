@@ -66,10 +66,25 @@ class Manifest:
 
     def load_tokenizer(self) -> Tokenizer:
         """The tokenizer in `directory`. Raises UserError if it is not the one that was used."""
-        tokenizer = load_tokenizer(self.directory)
+        tokenizer = open_tokenizer(self.directory)
         if tokenizer.fingerprint != self.tokenizer["fingerprint"]:
             raise UserError(f"{self.directory}: the tokenizer is not the one of {MANIFEST_FILE}")
         return tokenizer
+
+
+def open_tokenizer(directory: str | Path) -> Tokenizer:
+    """load_tokenizer; also what is damaged beyond what a tokenizer expects is a UserError."""
+    try:
+        return load_tokenizer(directory)
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{directory}: the tokenizer cannot be read: {error.strerror}") from error
+    except Exception as error:  # of many types, as the libraries of tokenizers raise them
+        what = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{directory}: the tokenizer is damaged: {type(error).__name__}: {what}"
+        ) from error
 
 
 def tokenizer_entry(tokenizer: Tokenizer) -> dict[str, Any]:

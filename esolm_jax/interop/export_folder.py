@@ -7,9 +7,9 @@ import importlib.util
 import pathlib
 
 import esolm_jax
-from esolm_jax import assemble, results
+from esolm_jax import assemble, checkpoint, results
+from esolm_jax.data.manifest import open_tokenizer
 from esolm_jax.data.render import num_ids
-from esolm_jax.data.tokenizer import load_tokenizer
 from esolm_jax.errors import UserError
 from esolm_jax.interop import (
     artefacts,
@@ -43,12 +43,14 @@ class Wanted:
       weights: "ema" or "raw".
       parts: those asked for by name; () = all that the model has.
       tolerance: how far a logit may be off.
+      step: which checkpoint: a number, "best" or "latest".
     """
 
     weights: str = "ema"
     formats: tuple[str, ...] = FORMATS
     parts: tuple[str, ...] = ()
     tolerance: float = parity.TOLERANCE
+    step: str = checkpoint.LATEST
 
     def left_out(self, config) -> dict[str, str]:
         """Why a part is not exported, by part. UserError if it was asked for."""
@@ -96,7 +98,7 @@ def export(config, workdir: pathlib.Path, target: pathlib.Path, wanted: Wanted) 
 
 def _copy_tokenizer(workdir: pathlib.Path, trained: assemble.Trained, folder: pathlib.Path) -> None:
     """UserError unless it is the checkpoint's."""
-    tokenizer, want = load_tokenizer(workdir / "tokenizer"), trained.meta["tokenizer"]
+    tokenizer, want = open_tokenizer(workdir / "tokenizer"), trained.meta["tokenizer"]
     ids, vocab_size = num_ids(tokenizer), trained.built.model.vocab_size
     if ids != vocab_size or tokenizer.fingerprint != want["fingerprint"]:
         raise UserError(
@@ -110,7 +112,7 @@ def _copy_tokenizer(workdir: pathlib.Path, trained: assemble.Trained, folder: pa
 
 def _write_weights(config, workdir, draft, wanted: Wanted, left_out: dict) -> tuple[Source, dict]:
     """Weights, configs and tokenizer. When this returns, nobody holds the parameters."""
-    trained = out_of_workdir.load(config, workdir, wanted.weights)
+    trained = out_of_workdir.load(config, workdir, wanted.weights, wanted.step)
     _copy_tokenizer(workdir, trained, draft / "tokenizer")
     model, about = trained.built.model, out_of_workdir.about(trained, wanted.weights)
     shapes = plain.shapes(model, trained.params)

@@ -6,7 +6,7 @@ import pathlib
 import jax
 from ml_collections import ConfigDict
 
-from esolm_jax import assemble, sharding
+from esolm_jax import assemble, checkpoint, sharding
 from esolm_jax.errors import UserError
 from esolm_jax.interop import memory, reference, safetensors_file
 
@@ -15,8 +15,14 @@ PREFIX = "backbone."  # of the model in the published checkpoints
 WEIGHTS = ("ema", "raw")
 
 
-def convert(config, workdir: pathlib.Path, target: pathlib.Path, weights: str) -> tuple[int, int]:
-    """Writes the latest checkpoint's weights; the config and the tokenizer's identity go with them.
+def convert(
+    config,
+    workdir: pathlib.Path,
+    target: pathlib.Path,
+    weights: str,
+    step: str = checkpoint.LATEST,
+) -> tuple[int, int]:
+    """Writes a checkpoint's weights; the config and the tokenizer's identity go with them.
 
     Returns: the checkpoint's step and the number of parameters.
 
@@ -30,19 +36,21 @@ def convert(config, workdir: pathlib.Path, target: pathlib.Path, weights: str) -
     if not target.parent.is_dir():
         raise UserError(f"--to={target}: there is no folder {target.parent}")
     reference.check_config(config.model)
-    trained = load(config, workdir, weights)
+    trained = load(config, workdir, weights, step)
     write(target, trained, weights)
     return trained.step, sum(a.size for a in jax.tree.leaves(trained.params))
 
 
-def load(config, workdir: pathlib.Path, weights: str) -> assemble.Trained:
-    """The latest checkpoint on one device, however many it was trained on.
+def load(
+    config, workdir: pathlib.Path, weights: str, step: str = checkpoint.LATEST
+) -> assemble.Trained:
+    """A checkpoint on one device, however many it was trained on.
 
     Takes the memory of the model and of its largest tensor.
     """
     memory.return_what_is_freed()
     one = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1, "devices": 1})
-    trained = assemble.load_trained(config, workdir, weights, sharding.make_mesh(one))
+    trained = assemble.load_trained(config, workdir, weights, sharding.make_mesh(one), step)
     memory.release()  # the restore leaves the last tensor behind, in a cycle
     return trained
 

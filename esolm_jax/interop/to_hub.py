@@ -9,7 +9,7 @@ import shutil
 import jax
 import numpy as np
 
-from esolm_jax import results
+from esolm_jax import assemble, checkpoint, results
 from esolm_jax.errors import UserError
 from esolm_jax.interop import hub_config, hub_folder, hub_names, out_of_workdir, safetensors_file
 
@@ -21,7 +21,13 @@ _KINDS = {
 }
 
 
-def convert(config, workdir: pathlib.Path, target: pathlib.Path, weights: str) -> tuple[int, int]:
+def convert(
+    config,
+    workdir: pathlib.Path,
+    target: pathlib.Path,
+    weights: str,
+    step: str = checkpoint.LATEST,
+) -> tuple[int, int]:
     """Writes config.json, model.safetensors and the tokenizer: all of it or nothing.
 
     Returns: the checkpoint's step and the number of parameters written.
@@ -33,7 +39,8 @@ def convert(config, workdir: pathlib.Path, target: pathlib.Path, weights: str) -
     if not target.parent.is_dir():
         raise UserError(f"--to={target}: there is no folder {target.parent}")
     kind = _kind(config)
-    trained = out_of_workdir.load(config, workdir, weights)
+    trained = out_of_workdir.load(config, workdir, weights, step)
+    assemble.load_tokenizer(workdir, trained.meta)  # which is copied
     tokenizer = trained.meta["tokenizer"]
     if tokenizer["mask_id"] != tokenizer["vocab_size"]:
         raise UserError(
