@@ -3,7 +3,7 @@
 import math
 import pathlib
 
-from esolm_jax import assemble, cli, likelihood, objectives, results, sharding
+from esolm_jax import assemble, cli, distributed, likelihood, objectives, results, sharding
 from esolm_jax import config as config_lib
 from esolm_jax.data.reader import num_windows, unigram_perplexity
 from esolm_jax.likelihood import Estimate
@@ -85,7 +85,8 @@ def main(config, workdir: pathlib.Path) -> None:
     path = workdir / "evaluate.json"
     results.check_can_write(path)
     figures = evaluate(config, workdir)
-    results.write_json(path, figures)
+    if distributed.is_main():  # all processes have the same figures, and see the same folder
+        results.write_json(path, figures)
     for result in figures["results"]:
         error = result["standard_error"]
         print(

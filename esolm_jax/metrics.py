@@ -124,6 +124,7 @@ def plot_learning_curve(
     axes.yaxis.set_minor_formatter(ticker.LogFormatter(minor_thresholds=(2, 0.5)))
     axes.legend()
     path = workdir / "learning_curve.png"
-    figure.savefig(path, dpi=120)
+    with results.draft_of(path) as draft:
+        figure.savefig(draft, dpi=120, format="png")
     pyplot.close(figure)
     return path

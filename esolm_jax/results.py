@@ -6,16 +6,30 @@ import math
 import os
 import pathlib
 import shutil
+import uuid
 from collections.abc import Iterator
 
 from esolm_jax.errors import UserError
 
 
+@contextlib.contextmanager
+def draft_of(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A path beside `path` to write to, renamed to `path` at the end; deleted if an error occurs.
+
+    Every call has its own: two processes that write the same file both write a whole one.
+    """
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        yield draft
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
 def write_text(path: pathlib.Path, text: str) -> None:
     """Writes beside the file first and renames, so that what was there stays until it is done."""
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)
+    with draft_of(path) as draft:
+        draft.write_text(text, encoding="utf-8")
 
 
 def dumps(value, **options) -> str:

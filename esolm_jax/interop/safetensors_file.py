@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import pathlib
 from collections.abc import Iterable, Mapping
 
@@ -92,11 +91,9 @@ def write(
         header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-(len(text) + 8) % ALIGNMENT)
-    draft = path.with_name(path.name + ".tmp")
-    with open(draft, "wb") as file:
+    with results.draft_of(path) as draft, open(draft, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for (name, array), wanted in zip(tensors, shapes, strict=True):
             if name != wanted or array.shape != shapes[name] or array.dtype != np.float32:
                 raise ValueError(f"{name}: not the tensor whose turn it is, {wanted}")
             file.write(np.ascontiguousarray(array, "<f4").data)
-    os.replace(draft, path)

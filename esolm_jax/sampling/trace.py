@@ -158,5 +158,6 @@ def write_png(trace: Trace, path: pathlib.Path) -> None:
     _legend(figure, maps[: len(rows)])
     shown = f" ({len(rows)} of {len(trace.pieces)} texts)" if len(trace.pieces) > PICTURED else ""
     figure.suptitle(trace.title + shown, fontsize=12, parse_math=False)
-    figure.savefig(path, dpi=110)
+    with results.draft_of(pathlib.Path(path)) as draft:
+        figure.savefig(draft, dpi=110, format="png")
     pyplot.close(figure)
