@@ -1,0 +1,11 @@
+"""How the verbs behave when things go wrong, counted: `python -m benchmarks.reliability`.
+
+    __main__     runs the sections and writes docs/reliability.{json,md}
+    verbs        runs a verb in a forked process, and says how it ended
+    tiny         the run that everything is tried on: its config, text and reference results
+    kills        SIGKILL at random moments, in one process and in two
+    corruption   damaged files of every kind in a workdir
+    sharing      several runs in one workdir; readers beside a writer
+
+Every section returns rows (see verbs.Row); `silent`, `traceback` and `hang` must be 0.
+"""

@@ -1,0 +1,113 @@
+"""python -m benchmarks.reliability [--quick] [--only=kills,corruption] [--out=docs/reliability].
+
+Kills, corruptions, concurrent starts, readers beside a writer and hostile input, counted by how the
+verbs took them. Under an hour on 2 cores; --quick is a few minutes. Exit code 1 if anything was
+silent, ended in a traceback or hung. Writes --out (.json) and the tables (.md).
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+
+# Before JAX is imported, here and in the children: one cache of compiled programs, a CPU.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+def _kills(folder: pathlib.Path, quick: bool) -> list[dict]:
+    from benchmarks.reliability import kills
+
+    return kills.one_process(folder, 6 if quick else 66)
+
+
+def _kills_of_two(folder: pathlib.Path, quick: bool) -> list[dict]:
+    from benchmarks.reliability import kills
+
+    return kills.two_processes(folder, 2 if quick else 24)
+
+
+def _corruption(folder: pathlib.Path, quick: bool) -> list[dict]:
+    from benchmarks.reliability import corruption
+
+    return corruption.run(folder, 30 if quick else 330)
+
+
+def _starts(folder: pathlib.Path, quick: bool) -> list[dict]:
+    from benchmarks.reliability import sharing
+
+    return sharing.concurrent_starts(folder, 3 if quick else 30)
+
+
+def _readers(folder: pathlib.Path, quick: bool) -> list[dict]:
+    from benchmarks.reliability import sharing
+
+    return sharing.readers(folder, 10 if quick else 320)
+
+
+SECTIONS: dict[str, Callable[[pathlib.Path, bool], list[dict]]] = {
+    "kills": _kills,
+    "kills_of_two": _kills_of_two,
+    "corruption": _corruption,
+    "starts": _starts,
+    "readers": _readers,
+}
+
+
+def _run_section(name: str, quick: bool, out: pathlib.Path) -> None:
+    from benchmarks.reliability import verbs
+
+    verbs.import_verbs()
+    with tempfile.TemporaryDirectory(prefix=f"{name}-") as folder:
+        rows = SECTIONS[name](pathlib.Path(folder) / "work", quick)
+    out.write_text(json.dumps(rows))
+
+
+def _all_sections(names: list[str], quick: bool) -> dict[str, dict]:
+    """Each section in a process of its own: {name: {"rows": …, "seconds": …}}."""
+    found = {}
+    with tempfile.TemporaryDirectory(prefix="reliability-") as folder:
+        cache = {
+            "JAX_COMPILATION_CACHE_DIR": f"{folder}/compiled",
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        for name in names:
+            begin, out = time.monotonic(), pathlib.Path(folder) / f"{name}.json"
+            print(f"== {name}", flush=True)
+            command = [sys.executable, "-m", "benchmarks.reliability", f"--section={name}"]
+            command += [f"--out={out}", *(["--quick"] if quick else [])]
+            subprocess.run(command, check=True, env=os.environ | cache)
+            seconds = time.monotonic() - begin
+            found[name] = {"rows": json.loads(out.read_text()), "seconds": seconds}
+            print(f"== {name}: {seconds:.0f} s", flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="a few attempts of each, for CI")
+    parser.add_argument("--only", default=",".join(SECTIONS), help="sections, comma-separated")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("docs/reliability"))
+    parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.section:
+        _run_section(args.section, args.quick, args.out)
+        return
+    from benchmarks.reliability import report
+
+    names = args.only.split(",")
+    if unknown := set(names) - SECTIONS.keys():
+        parser.error(f"--only={args.only}: {', '.join(unknown)}: must be of {', '.join(SECTIONS)}")
+    sections = _all_sections(names, args.quick)
+    faults = report.write(args.out, sections)
+    sys.exit(1 if faults else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""The tables of docs/reliability.md, from the rows of all sections."""
+
+import os
+import pathlib
+import platform
+import subprocess
+
+from benchmarks import write_up
+from benchmarks.reliability.verbs import OUTCOMES
+
+FAULTS = ("silent", "traceback", "hang")
+HEAD = """# Reliability
+
+What happens when things go wrong, counted by `python -m benchmarks.reliability`.
+
+- *identical*: the result is bit for bit that of an undisturbed run.
+- *clean error*: one line that says what is wrong, and a non-zero exit code.
+- *fell back*: an older intact checkpoint was used, and a line says so.
+- *silent*, *traceback*, *hang*: faults; all must be 0.
+
+"""
+TITLES = {
+    "kills": "SIGKILL, then the same command again",
+    "kills_of_two": "SIGKILL of one of two processes",
+    "corruption": "Damaged files in a workdir",
+    "starts": "Several runs in one workdir",
+    "readers": "Readers beside a writer",
+}
+
+
+def write(out: pathlib.Path, sections: dict[str, dict]) -> int:
+    """Writes `out`.json and .md; returns the number of faults."""
+    text, faults = HEAD, 0
+    for name, section in sections.items():
+        rows = section["rows"]
+        faults += sum(row[fault] for row in rows for fault in FAULTS)
+        text += f"## {TITLES[name]}\n\n"
+        columns = ["what", "attempts", *OUTCOMES]
+        text += write_up.table(columns, [[row[c] for c in columns] for row in _with_sum(rows)])
+        text += f"\n{section['seconds']:.0f} s.\n\n"
+    machine = _machine()
+    text += f"Measured on {machine['cpu']}, {machine['cores']} cores, commit {machine['commit']}.\n"
+    write_up.write(out, {"machine": machine, "sections": sections}, text)
+    return faults
+
+
+def _with_sum(rows: list[dict]) -> list[dict]:
+    if len(rows) < 2:
+        return rows
+    columns = ["attempts", *OUTCOMES]
+    return [*rows, {"what": "all"} | {c: sum(row[c] for row in rows) for c in columns}]
+
+
+def _machine() -> dict:
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True
+    ).stdout.strip()
+    return {
+        "cpu": names[0] if names else platform.machine(),
+        "cores": os.cpu_count(),
+        "commit": commit or "unknown",
+        "python": platform.python_version(),
+    }
