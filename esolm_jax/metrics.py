@@ -1,35 +1,21 @@
 """Metrics of a training run: JSONL and TensorBoard files, a progress bar, the learning curve."""
 
-import json
 import os
 import pathlib
+import sys
 import time
 
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from esolm_jax import results
+from esolm_jax import metrics_file, results
 
 FILE = "metrics.jsonl"
 
 
 def read(workdir: pathlib.Path) -> list[dict]:
-    """All lines of WORKDIR/metrics.jsonl, in order of step; a torn last line is left out."""
-    path = workdir / FILE
-    lines = path.read_text().splitlines() if path.exists() else []
-    entries = []
-    for line in lines:
-        try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return entries
-
-
-def _keep_until(workdir: pathlib.Path, step: int) -> None:
-    """Drops what a killed run wrote after the checkpoint that is resumed: it is written again."""
-    kept = [entry for entry in read(workdir) if entry["step"] <= step]
-    results.write_text(workdir / FILE, "".join(results.dumps(entry) + "\n" for entry in kept))
+    """The entries of WORKDIR/metrics.jsonl, in order of step; damaged lines are left out."""
+    return metrics_file.read(workdir / FILE).entries
 
 
 class Metrics:
@@ -40,11 +26,22 @@ class Metrics:
     """
 
     def __init__(
-        self, workdir: pathlib.Path, *, step: int, steps: int, tokens_per_step: int, enabled: bool
+        self,
+        workdir: pathlib.Path,
+        *,
+        step: int,
+        steps: int,
+        tokens_per_step: int,
+        enabled: bool,
+        entries: int = 0,
     ):
-        """`enabled`: False in the processes that write and show nothing."""
+        """`enabled`: False in the processes that write and show nothing. `entries`: how many the
+        checkpoint that is resumed says there are; fewer are reported."""
+        self.entries = 0  # in the file
         if enabled:
-            _keep_until(workdir, step)
+            self.entries, damage = metrics_file.keep_until(workdir / FILE, step, entries)
+            if damage:
+                print(damage, file=sys.stderr, flush=True)
         self._file = open(workdir / FILE if enabled else os.devnull, "a", buffering=1)
         self._board = SummaryWriter(
             str(workdir / "tensorboard"), purge_step=step + 1, write_to_disk=enabled
@@ -76,7 +73,8 @@ class Metrics:
             self._bar.set_postfix_str(f"loss {values['loss']:.3f}, {speed:,.0f} tokens/s")
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
-        self._file.write(results.dumps(entry) + "\n")
+        self._file.write(metrics_file.line_of(entry) + "\n")
+        self.entries += 1
 
     def say(self, message: str) -> None:
         """Prints a line above the progress bar."""

@@ -59,6 +59,7 @@ class Run:
         self.built = assemble.build(config, self.manifest.tokenizer, mesh)
         self.training = train_step.Training(config, self.built)
         config_lib.validate_evaluation(config, sharding.num_row_shards(mesh))
+        self.metrics_entries = 0  # that there were at the checkpoint which is resumed
 
     def restore_or_init(self, checkpoints) -> tuple[TrainState, int]:
         """The latest checkpoint's state and data cursor, or a fresh state at cursor 0, perhaps
@@ -68,6 +69,7 @@ class Run:
         state, meta = checkpoints.restore(
             self.training.abstract_state(), self._check_can_be_resumed
         )
+        self.metrics_entries = meta.get("metrics_entries", 0)
         return state, meta["cursor"]
 
     def _check_can_be_resumed(self, meta: dict) -> None:
@@ -112,10 +114,11 @@ class Run:
         print(f"weights from {workdir} at step {found.number:,}; all else starts afresh")
         return weights
 
-    def meta(self, cursor: int) -> dict:
+    def meta(self, cursor: int, metrics_entries: int) -> dict:
         return {
             "config": self.config.to_dict(),
             "cursor": cursor,
+            "metrics_entries": metrics_entries,
             "tokenizer": self.manifest.tokenizer,
             "version": esolm_jax.__version__,
         }
@@ -143,6 +146,7 @@ def _train(run: Run, checkpoints, state: TrainState, cursor: int) -> int | None:
         steps=t.steps,
         tokens_per_step=tokens_per_step,
         enabled=distributed.is_main(),
+        entries=run.metrics_entries,
     )
     stop = distributed.StopSignal()
     if first < t.steps:
@@ -160,7 +164,8 @@ def _train(run: Run, checkpoints, state: TrainState, cursor: int) -> int | None:
                 metrics.pause()
             stopped_by = stop.after(step)
             if step % t.checkpoint_every == 0 or step == t.steps or stopped_by:
-                checkpoints.save(state, run.meta(reader.cursor), nelbo=nelbo)
+                meta = run.meta(reader.cursor, metrics.entries)
+                checkpoints.save(state, meta, nelbo=nelbo)
                 metrics.pause()
             if stopped_by and step < t.steps:
                 metrics.say(f"stopped at step {step}; run the same command again to go on")

@@ -1,0 +1,125 @@
+"""The lines of metrics.jsonl: each with a checksum, so that a damaged one is noticed.
+
+Only the last line may be torn, by a run that was killed while it wrote. Whatever else is damaged
+costs the damaged lines alone: the good ones are kept, and the file is kept beside, as it was.
+"""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+import zlib
+
+from esolm_jax import results
+from esolm_jax.errors import UserError
+
+CHECKSUM = "crc32"  # of the line without it
+
+
+@dataclasses.dataclass(frozen=True)
+class Content:
+    """What a metrics file holds.
+
+    Attributes:
+      entries: of the good lines, without checksums. lines: these, as they are in the file.
+      damaged: numbers of the damaged lines, from 1; a torn last line is not one of them.
+    """
+
+    entries: list[dict]
+    lines: list[str]
+    damaged: list[int]
+
+
+def line_of(entry: dict) -> str:
+    """The entry as a line of JSON, with its checksum."""
+    text = results.dumps(entry)
+    return f'{text[:-1]}, "{CHECKSUM}": "{zlib.crc32(text.encode()):08x}"}}'
+
+
+def _entry(line: str, *, must_have_checksum: bool) -> tuple[dict, bool]:
+    """The entry, and whether it has a checksum. ValueError if the line is damaged."""
+    entry = json.loads(line)
+    if not isinstance(entry, dict) or type(entry.get("step")) is not int:
+        raise ValueError("no step")
+    has_checksum = CHECKSUM in entry
+    if has_checksum:
+        checksum = entry.pop(CHECKSUM)
+        text, found, _ = line.rpartition(f', "{CHECKSUM}": ')
+        if not found or checksum != f"{zlib.crc32((text + '}').encode()):08x}":
+            raise ValueError("not its checksum")
+    elif must_have_checksum or any(isinstance(value, str) for value in entry.values()):
+        # No metric is a string: this one is a checksum whose name is damaged.
+        raise ValueError("no checksum")
+    return entry, has_checksum
+
+
+def parse(content: bytes) -> Content:
+    """Lines without checksums, of earlier versions, are taken before the first line with one."""
+    *whole, last = content.split(b"\n")
+    entries, lines, damaged, checked = [], [], [], False
+    for number, raw in enumerate([*whole, last] if last else whole, start=1):
+        try:
+            line = raw.decode("utf-8")
+            entry, has_checksum = _entry(line, must_have_checksum=checked)
+        except (ValueError, RecursionError):
+            if number <= len(whole):
+                damaged.append(number)
+            continue
+        checked |= has_checksum
+        entries.append(entry)
+        lines.append(line)
+    return Content(entries, lines, damaged)
+
+
+def read(path: pathlib.Path) -> Content:
+    """What the file holds; nothing if there is none. UserError if it cannot be read."""
+    try:
+        return parse(path.read_bytes())
+    except FileNotFoundError:
+        return Content([], [], [])
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _keep_beside(path: pathlib.Path) -> pathlib.Path:
+    """Where what is at `path` is kept, whole: PATH.damaged-1, or the next number that is free."""
+    number = 1
+    while (beside := path.with_name(f"{path.name}.damaged-{number}")).exists():
+        number += 1
+    if path.is_file():
+        shutil.copy2(path, beside)
+    else:
+        path.rename(beside)
+    return beside
+
+
+def keep_until(path: pathlib.Path, step: int, expected: int) -> tuple[int, str | None]:
+    """Drops what a killed run wrote after the checkpoint at `step`, which it writes again.
+
+    Args:
+      expected: how many entries the checkpoint says there are up to `step`; 0 if it does not say.
+
+    Returns:
+      (how many entries are left, a line that says what is damaged or missing or None).
+    """
+    beside = None
+    if path.exists() and not path.is_file():
+        beside = _keep_beside(path)
+    content = read(path)
+    if content.damaged:
+        beside = _keep_beside(path)
+    kept = [
+        line for line, e in zip(content.lines, content.entries, strict=True) if e["step"] <= step
+    ]
+    results.write_text(path, "".join(f"{line}\n" for line in kept))
+    said = []
+    if content.damaged:
+        where = ", ".join(map(str, content.damaged[:5]))
+        more = ", …" if len(content.damaged) > 5 else ""
+        plural = "lines" if len(content.damaged) > 1 else "line"
+        said.append(f"{plural} {where}{more} damaged and left out")
+    if len(kept) < expected:
+        said.append(f"{expected - len(kept)} of {expected} entries up to step {step} are missing")
+    if beside:
+        said.append(f"the file is kept as {beside.name}")
+    return len(kept), f"{path}: {'; '.join(said)}" if said else None
