@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from esolm_jax import results
+from esolm_jax.data import integrity
 from esolm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from esolm_jax.errors import UserError, nearest
 
@@ -24,6 +25,8 @@ class Manifest:
     tokenizer: kind, fingerprint, vocab_size, mask_id, bos_id, eos_id, pad_id.
     splits: name -> {documents, bytes (UTF-8, of the text in the windows), tokens (valid, in the
         windows), windows, sha256 (of all records, joined), shards: [{file, windows, size_bytes}]}.
+    files: name -> {size_bytes, sha256}, of the tokenizer and the unigram counts; empty in data
+        that were prepared without digests.
     """
 
     directory: Path
@@ -36,6 +39,7 @@ class Manifest:
     dtype: str
     splits: dict[str, dict[str, Any]]
     version: int = VERSION
+    files: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     @property
     def vocab_size(self) -> int:
@@ -62,7 +66,8 @@ class Manifest:
 
     def unigram_counts(self) -> np.ndarray:
         """How often each token stands in the train split: int64 [vocab_size]."""
-        return np.load(self.directory / UNIGRAM_FILE)
+        tokens = self.split("train")["tokens"]
+        return integrity.read_counts(self.directory / UNIGRAM_FILE, self.vocab_size, tokens)
 
     def load_tokenizer(self) -> Tokenizer:
         """The tokenizer in `directory`. Raises UserError if it is not the one that was used."""
@@ -105,15 +110,20 @@ def content_fields(config: Any) -> dict[str, Any]:
 
 
 def write_manifest(manifest: Manifest) -> None:
+    """Writes manifest.json, with digests of all that lies beside it but the shards."""
     entries = dataclasses.asdict(manifest)
     directory = entries.pop("directory")  # not written, so that prepared data can be moved
+    shards = {shard["file"] for split in manifest.splits.values() for shard in split["shards"]}
+    beside = {path.name for path in directory.iterdir()} - shards - {MANIFEST_FILE}
+    entries["files"] = integrity.hash_files(directory, sorted(beside))
+    entries[integrity.DIGEST] = integrity.digest(entries)
     Path(directory, MANIFEST_FILE).write_text(results.dumps(entries, indent=2) + "\n")
 
 
 def load_manifest(directory: str | Path) -> Manifest:
-    """Reads manifest.json and looks that every shard is there, whole.
+    """Reads manifest.json; verifies it and the files beside it, but of shards the sizes alone.
 
-    Raises UserError if anything is missing, corrupt, or of another version.
+    Raises UserError if anything is missing, damaged, or of another version.
     """
     directory = Path(directory)
     path = directory / MANIFEST_FILE
@@ -124,11 +134,13 @@ def load_manifest(directory: str | Path) -> Manifest:
             f"{directory}: no prepared data here; run `python -m esolm_jax.prepare` first, or "
             "set config.data.dir to where they lie"
         ) from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        what = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
+        raise UserError(f"{path}: cannot be read: {what}") from error
     version = entries.get("version") if isinstance(entries, dict) else None
     if version != VERSION:
-        raise UserError(f"{path}: version {version!r}, but {VERSION} is wanted; prepare again")
+        raise UserError(f"{path}: version {version!r:.40}, but {VERSION} is wanted; prepare again")
+    _check_entries(entries, path)
     try:
         manifest = Manifest(directory=directory, **entries)
         shards = [shard for split in manifest.splits.values() for shard in split["shards"]]
@@ -141,7 +153,23 @@ def load_manifest(directory: str | Path) -> Manifest:
         if actual != size:
             state = "is missing" if actual is None else f"has {actual} bytes, not {size}"
             raise UserError(f"{shard}: the shard {state}; delete {directory} and prepare again")
+    integrity.check_files(directory, manifest.files)
+    if not manifest.files:
+        manifest.unigram_counts()
+        manifest.load_tokenizer()
     return manifest
+
+
+def _check_entries(entries: dict[str, Any], path: Path) -> None:
+    """UserError unless they have the digest that is taken out of them, or, without one, agree."""
+    recorded = entries.pop(integrity.DIGEST, None)
+    if recorded is None and "files" not in entries:
+        problem = integrity.structure_problem(entries)
+    else:
+        is_same = recorded == integrity.digest(entries)
+        problem = None if is_same else "does not have the digest of its own content"
+    if problem:
+        raise UserError(f"{path}: corrupt: {problem}; delete {path.parent} and prepare again")
 
 
 def check(manifest: Manifest, config: Any) -> None:

@@ -5,6 +5,7 @@ process's devices hold: see sharding.local_rows. Which rows are read where chang
 global batches. Padding has x == pad_id and valid == False.
 """
 
+import contextlib
 import itertools
 import math
 import multiprocessing
@@ -112,7 +113,9 @@ class TrainReader:
                 grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=PREFETCH),
                 worker_init_fn=_die_with_parent,
             )
-        self._iterator = iter(batches)
+        with _reading(manifest, "train"):
+            self._iterator = iter(batches)
+        self._manifest = manifest
         self._batch_size = batch_size
         self._cursor = cursor
 
@@ -126,7 +129,8 @@ class TrainReader:
 
     def __next__(self) -> Batch:
         # Copied, because workers hand over shared memory, which must not outlive them.
-        batch = {name: np.array(value) for name, value in next(self._iterator).items()}
+        with _reading(self._manifest, "train"):
+            batch = {name: np.array(value) for name, value in next(self._iterator).items()}
         self._cursor += self._batch_size
         return batch
 
@@ -167,8 +171,9 @@ def eval_batches(
             there = [i * len(source) // count for i in windows if i < count]
             x = np.full((len(rows), manifest.seq_len), manifest.pad_id, np.int32)
             valid = np.zeros((len(rows), manifest.seq_len), bool)
-            for row, record in enumerate(source.__getitems__(there) if there else ()):
-                x[row], valid[row] = _unpack(manifest, record)
+            with _reading(manifest, split):
+                for row, record in enumerate(source.__getitems__(there) if there else ()):
+                    x[row], valid[row] = _unpack(manifest, record)
             yield {"x": x, "valid": valid}
 
     return batches()
@@ -196,7 +201,21 @@ def _unpack(manifest: Manifest, record: bytes) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _source(manifest: Manifest, split: str) -> Any:
-    return grain.sources.ArrayRecordDataSource(manifest.shard_paths(split))
+    with _reading(manifest, split):
+        return grain.sources.ArrayRecordDataSource(manifest.shard_paths(split))
+
+
+@contextlib.contextmanager
+def _reading(manifest: Manifest, split: str) -> Iterator[None]:
+    """UserError for a shard that is damaged: ArrayRecord has checksums of its records."""
+    try:
+        yield
+    except (RuntimeError, ValueError, OSError, EOFError) as error:
+        what = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{manifest.directory}: the {split} split is damaged: {what}; delete the folder and "
+            "prepare again"
+        ) from error
 
 
 def _check_rows(batch_size: int, rows: Sequence[int] | None) -> list[int]:
