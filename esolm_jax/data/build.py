@@ -13,7 +13,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from tqdm import tqdm
 
-from esolm_jax.data import sources, windows
+from esolm_jax.data import document_parts, sources, windows
 from esolm_jax.data.manifest import (
     MANIFEST_FILE,
     UNIGRAM_FILE,
@@ -47,13 +47,19 @@ def prepare(config: Any, directory: str | Path, *, progress: bool = True) -> Man
             "another directory"
         )
     with _partial(directory) as partial:
-        source_hash = sources.source_hash(config)
+        if progress:
+            for note in sources.notes(config):
+                print(f"note: {note}")
+        states, source_hash = sources.file_states(config), sources.source_hash(config)
         tokenizer = from_config(config, lambda: sources.documents(config, "train"))
         tokenizer.save(partial)
         splits = {
             split: _write_split(config, split, tokenizer, partial, progress)
             for split in sources.SPLITS
         }
+        for path, state in sources.file_states(config).items():
+            if states.get(path) != state:
+                raise UserError(f"{path}: changed while it was read; prepare again")
         manifest = Manifest(
             directory=partial,
             source=config.data.source,
@@ -145,21 +151,37 @@ def _write_split(
     dtype = windows.record_dtype(num_ids(tokenizer))
     bar = tqdm(desc=split, unit=" documents", disable=not progress)
 
-    def token_documents() -> Iterator[list[int]]:
+    def done(num_bytes: int) -> None:
+        entry["documents"] += 1
+        entry["bytes"] += num_bytes
+        bar.set_postfix_str(f"{entry['bytes'] / 1e6:.1f} MB", refresh=False)
+        bar.update()
+
+    def wrapped() -> Iterator[list[int]]:
+        """The tokens of all documents, in parts."""
         for text in sources.documents(config, split):
-            tokens = tokenizer.encode(text)
-            if config.data.packing == "pad" and len(tokens) > config.data.seq_len:
-                text = tokenizer.decode(tokens[: config.data.seq_len])  # what the window keeps
-            entry["documents"] += 1
-            entry["bytes"] += len(text.encode("utf-8"))
-            bar.set_postfix_str(f"{entry['bytes'] / 1e6:.1f} MB", refresh=False)
-            bar.update()
+            yield from document_parts.encode(tokenizer, text)
+            done(document_parts.num_bytes(text))
+            yield [tokenizer.eos_id]
+
+    def padded() -> Iterator[list[int]]:
+        """The first tokens of each document, one more than a window at least if there are."""
+        length = config.data.seq_len
+        for text in sources.documents(config, split):
+            tokens: list[int] = []
+            for part in document_parts.encode(tokenizer, text):
+                tokens += part
+                if len(tokens) > length:
+                    text = tokenizer.decode(tokens[:length])  # what the window keeps
+                    break
+            done(document_parts.num_bytes(text))
             yield tokens
 
     def records() -> Iterator[bytes]:
-        packed = windows.pack(
-            config.data.packing, token_documents(), config.data.seq_len, tokenizer.eos_id
-        )
+        if config.data.packing == "wrap":
+            packed = windows.cut(wrapped(), config.data.seq_len)
+        else:
+            packed = windows.pad(padded(), config.data.seq_len, tokenizer.eos_id)
         for window in packed:
             record = windows.to_record(window, dtype)
             entry["windows"] += 1

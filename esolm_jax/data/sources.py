@@ -8,10 +8,13 @@ choice is stable, needs no memory, and puts equal documents in the same split.
 import functools
 import hashlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
-from esolm_jax.data import shakespeare, text_files, tfds_source
+from esolm_jax.data import file_list, shakespeare, text_files, tfds_source
+from esolm_jax.data import holdout as holdout_lib
 from esolm_jax.errors import UserError, nearest
+from esolm_jax.regular_file import open_regular
 
 SPLITS = ("train", "validation", "test")
 
@@ -28,15 +31,12 @@ def documents(config: Any, split: str) -> Iterator[str]:
             yield text
     if count:
         return
-    given = _given(config).get(split, "")
-    if split == "train" or given:
-        raise UserError(
-            f"config.data.{split}={given!r} (config.data.source={config.data.source!r}) has no "
-            f"non-empty documents{' left after the hold-out' if split == 'train' else ''}"
-        )
+    given = _given(config)
+    name = split if given.get(split) else "train"
+    held_out = " left after the hold-out" if name == "train" and not all(given.values()) else ""
     raise UserError(
-        f"config.data.holdout={config.data.holdout} leaves the {split} split empty: give "
-        f"config.data.{split}, or a larger config.data.holdout (below 0.5)"
+        f"config.data.{name}={given.get(name, '')!r} (config.data.source={config.data.source!r}) "
+        f"has no non-empty documents{held_out}"
     )
 
 
@@ -46,16 +46,39 @@ def source_hash(config: Any) -> str:
     if config.data.source.startswith("tfds:"):
         digest.update(tfds_source.builder_of(config).info.full_name.encode())
         return digest.hexdigest()
-    if config.data.source == "shakespeare":
-        paths = shakespeare.paths()
-    else:
-        paths = [p for s, spec in _given(config).items() if spec for p in text_files.find(s, spec)]
-    for path in paths:
+    for path in _paths(config):
         digest.update(f"{path.name} {path.stat().st_size}\n".encode())
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def file_states(config: Any) -> dict[str, tuple[int, int]]:
+    """Size and time of change of every file, to notice one that changes while it is read."""
+    if config.data.source.startswith("tfds:"):
+        return {}
+    states = {str(path): path.stat() for path in _paths(config)}
+    return {path: (state.st_size, state.st_mtime_ns) for path, state in states.items()}
+
+
+def notes(config: Any) -> list[str]:
+    """One line each on files that are left out, and on those that several splits have."""
+    if config.data.source != "text":
+        return []
+    lists = _file_lists(config)
+    left_out = [found.note(f"config.data.{split}") for split, found in lists.items()]
+    return [*filter(None, left_out), *file_list.shared(lists)]
+
+
+def _file_lists(config: Any) -> dict[str, file_list.FileList]:
+    return {split: file_list.find(split, spec) for split, spec in _given(config).items() if spec}
+
+
+def _paths(config: Any) -> list[Path]:
+    if config.data.source == "shakespeare":
+        return shakespeare.paths()
+    return [path for found in _file_lists(config).values() for path in found.files]
 
 
 def _split_documents(config: Any, split: str) -> Iterator[str]:
@@ -88,16 +111,13 @@ def _with_holdout(
     given: dict[str, str], split: str, holdout: float, read: Callable[[str, str], Iterator[str]]
 ) -> Iterator[str]:
     if given[split] and split != "train":
-        return read(split, given[split])
+        yield from read(split, given[split])
+        return
 
-    def part(text: str) -> str:
-        """validation owns the hashes [0, h), test owns [h, 2h), if they are not given."""
-        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-        place = int.from_bytes(digest, "little") / 2**64
-        if place < holdout:
-            return "train" if given["validation"] else "validation"
-        if place < 2 * holdout:
-            return "train" if given["test"] else "test"
-        return "train"
+    def documents() -> Iterator[str]:
+        return (text for text in read("train", given["train"]) if text.strip())
 
-    return (text for text in read("train", given["train"]) if part(text) == split)
+    held = tuple(name for name in ("validation", "test") if not given[name])
+    field = f"config.data.train={given['train']!r}"
+    how = holdout_lib.find(held, holdout, documents, field)
+    yield from (text for text in how.documents(documents) if how.split_of(text) == split)

@@ -1,73 +1,91 @@
 """Own text: .txt and .jsonl files, plain or gzipped, in bounded memory."""
 
+import codecs
 import contextlib
-import glob
+import functools
 import gzip
+import io
+import itertools
 import json
-import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from esolm_jax.data import file_list
 from esolm_jax.errors import UserError
+from esolm_jax.regular_file import open_regular
 
-SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
 MAX_DOCUMENT = 64 * 1024  # bytes; longer .txt files are cut into documents of at most this
 MIN_DOCUMENT = 2 * 1024
 PIECES = 400  # a small corpus is cut finer, into about so many, so that some can be held out
+MAX_LINE = 64 * 1024**2  # bytes of a line of .jsonl
+BOMB_BYTES, BOMB_RATIO = 16 * 1024**2, 200  # a .gz file that holds more of both is no text
 
-
-def find(split: str, spec: str) -> list[Path]:
-    """Sorted files of a comma-separated list of files, directories and globs.
-
-    Raises UserError naming config.data.<split> for whatever is missing, empty or not text.
-    """
-    found: set[Path] = set()
-    field = f"config.data.{split}={spec!r}"
-    for part in filter(None, (p.strip() for p in spec.split(","))):
-        part = os.path.abspath(os.path.expanduser(part))
-        if os.path.isfile(part):
-            if not part.endswith(SUFFIXES):
-                raise UserError(f"{field}: {part} does not end with any of {', '.join(SUFFIXES)}")
-            matches = [part]
-        elif os.path.isdir(part):
-            matches = [part]
-        elif glob.has_magic(part):
-            matches = glob.glob(part, recursive=True)
-        else:
-            raise UserError(f"{field}: no such file or directory: {part}")
-        inside = [os.path.join(d, f) for m in matches for d, _, files in os.walk(m) for f in files]
-        files = [f for f in matches + inside if f.endswith(SUFFIXES) and os.path.isfile(f)]
-        if not files:
-            raise UserError(f"{field}: {part} holds no files ending with {', '.join(SUFFIXES)}")
-        found.update(map(Path, files))
-    if not found:
-        raise UserError(f"{field}: names no files")
-    return sorted(found)
+_OTHER_MARKS = {  # in this order, for that of UTF-32 begins as that of UTF-16
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
 
 
 def documents(config: Any, split: str, spec: str) -> Iterator[str]:
     """The documents of the files that `spec` names: a line of .jsonl, or a .txt file, cut at line
     ends where it is too long to be held out, or held in memory, as one."""
-    paths = find(split, spec)
+    paths = file_list.find(split, spec).files
     total = sum(path.stat().st_size for path in paths)
     longest = min(max(total // PIECES, MIN_DOCUMENT), MAX_DOCUMENT)
     for path in paths:
-        with _open(path) as file:
-            if path.name.endswith((".jsonl", ".jsonl.gz")):
-                yield from _json_lines(path, file, config.data.text_field)
+        with _open(path) as (file, offset):
+            if path.name.lower().endswith((".jsonl", ".jsonl.gz")):
+                yield from _json_lines(path, file, config.data.text_field, offset)
             else:
-                yield from _pieces(path, file, longest)
+                yield from _pieces(path, file, longest, offset)
 
 
 @contextlib.contextmanager
-def _open(path: Path) -> Iterator[BinaryIO]:
+def _open(path: Path) -> Iterator[tuple[BinaryIO, int]]:
+    """(the text of a file behind its byte order mark, how many bytes that has)."""
     try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
-            yield file
+        with contextlib.ExitStack() as stack:
+            file = stack.enter_context(open_regular(path))
+            if path.suffix.lower() == ".gz":
+                unzipped = stack.enter_context(gzip.open(file, "rb"))
+                file = stack.enter_context(io.BufferedReader(_Unzipped(path, file, unzipped)))
+            yield file, _skip_mark(path, file)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
+
+
+class _Unzipped(io.RawIOBase):
+    """What a .gz file holds. UserError where it is a bomb: no text shrinks so much."""
+
+    def __init__(self, path: Path, zipped: BinaryIO, unzipped: BinaryIO):
+        self._path, self._zipped, self._unzipped, self._size = path, zipped, unzipped, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        data = self._unzipped.read1(len(buffer))
+        buffer[: len(data)] = data
+        self._size += len(data)
+        if self._size > BOMB_BYTES and self._size > BOMB_RATIO * self._zipped.tell():
+            raise UserError(
+                f"{self._path}: a gzip bomb: its first {self._zipped.tell():,} bytes hold more "
+                f"than {BOMB_RATIO} times as many; if that is your text, unzip it first"
+            )
+        return len(data)
+
+
+def _skip_mark(path: Path, file: BinaryIO) -> int:
+    """Reads over a UTF-8 byte order mark, and returns its size. UserError: that of another one."""
+    start = file.peek(4)[:4]
+    for mark, encoding in _OTHER_MARKS.items():
+        if start.startswith(mark):
+            raise UserError(f"{path}: is {encoding}: must be UTF-8; convert it (iconv -t UTF-8)")
+    return len(file.read(len(codecs.BOM_UTF8))) if start.startswith(codecs.BOM_UTF8) else 0
 
 
 def _decode(path: Path, data: bytes, offset: int) -> str:
@@ -78,8 +96,8 @@ def _decode(path: Path, data: bytes, offset: int) -> str:
         raise UserError(f"{where}: {error.reason}") from error
 
 
-def _pieces(path: Path, file: BinaryIO, longest: int) -> Iterator[str]:
-    offset, data = 0, b""
+def _pieces(path: Path, file: BinaryIO, longest: int, offset: int) -> Iterator[str]:
+    data = b""
     while True:
         data += file.read(longest + 1 - len(data))
         if len(data) <= longest:  # the end of the file
@@ -94,9 +112,14 @@ def _pieces(path: Path, file: BinaryIO, longest: int) -> Iterator[str]:
         offset, data = offset + cut, data[cut:]
 
 
-def _json_lines(path: Path, file: BinaryIO, field: str) -> Iterator[str]:
-    offset = 0
-    for number, line in enumerate(file, start=1):
+def _json_lines(path: Path, file: BinaryIO, field: str, offset: int) -> Iterator[str]:
+    lines = iter(functools.partial(file.readline, MAX_LINE + 1), b"")
+    for number, line in enumerate(lines, start=1):
+        if len(line) > MAX_LINE:
+            raise UserError(
+                f"{path}, line {number}: longer than {MAX_LINE:,} bytes, which is as much as a "
+                "document may have: cut it into several, or write it as .txt"
+            )
         text = _decode(path, line, offset)
         offset, where = offset + len(line), f"{path}, line {number}"
         if not text.strip():
@@ -106,9 +129,18 @@ def _json_lines(path: Path, file: BinaryIO, field: str) -> Iterator[str]:
         except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: bad JSON: {error}") from error
         if not isinstance(record, dict) or field not in record:
-            fields = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-            raise UserError(f"{where}: no field config.data.text_field={field!r}; has: {fields}")
+            raise UserError(
+                f"{where}: no field config.data.text_field={field!r}; has: {_fields(record)}"
+            )
         yield to_text(record[field], f"{where}: field {field!r}")
+
+
+def _fields(record: Any) -> str:
+    """The names of a record's fields, some of them if they are many."""
+    if not isinstance(record, dict):
+        return type(record).__name__
+    names = [ascii(name)[1:-1][:40] for name in itertools.islice(record, 20)]
+    return ", ".join(names) + (", …" if len(record) > 20 else "")
 
 
 def to_text(value: Any, where: str) -> str:

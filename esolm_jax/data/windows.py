@@ -1,7 +1,7 @@
 """Packing: token documents -> windows of at most L tokens -> records.
 
 A record is the window's valid tokens alone, little-endian; a record shorter than L says that
-the rest of its window is padding. The generators hold one document and one window, no more.
+the rest of its window is padding. The generators hold one part and one window, no more.
 """
 
 from collections.abc import Iterable, Iterator
@@ -18,10 +18,14 @@ def record_dtype(num_ids: int) -> str:
 
 def wrap(documents: Iterable[list[int]], length: int, eos_id: int) -> Iterator[list[int]]:
     """Documents, each closed by EOS, joined, and cut every `length`; the last may be short."""
+    return cut((tokens + [eos_id] for tokens in documents), length)
+
+
+def cut(parts: Iterable[list[int]], length: int) -> Iterator[list[int]]:
+    """Parts of documents, joined, and cut every `length`; the last may be short."""
     buffer: list[int] = []
-    for tokens in documents:
+    for tokens in parts:
         buffer += tokens
-        buffer.append(eos_id)
         whole = len(buffer) - len(buffer) % length
         for start in range(0, whole, length):
             yield buffer[start : start + length]
@@ -34,13 +38,6 @@ def pad(documents: Iterable[list[int]], length: int, eos_id: int) -> Iterator[li
     """One document a window: its first `length` tokens, and EOS if there is room for it."""
     for tokens in documents:
         yield (tokens[:length] + [eos_id])[:length]
-
-
-def pack(
-    packing: str, documents: Iterable[list[int]], length: int, eos_id: int
-) -> Iterator[list[int]]:
-    """`wrap` or `pad`, by name."""
-    return {"wrap": wrap, "pad": pad}[packing](documents, length, eos_id)
 
 
 def to_record(window: list[int], dtype: str) -> bytes:

@@ -156,7 +156,8 @@ def test_missing_and_empty_input(tmp_path):
         with pytest.raises(UserError, match=message):
             read(train=train)
     one = lines(tmp_path / "one.jsonl", ["a", "b"])
-    with pytest.raises(UserError, match="give config.data.test, or a larger config.data.holdout"):
+    wanted = "to be divided into train, validation, test: give config.data.validation and"
+    with pytest.raises(UserError, match=wanted):
         read("test", train=one, holdout=1e-9)
     with pytest.raises(UserError, match=r"'txt': allowed are .*did you mean 'text'"):
         read(source="txt")

@@ -1,0 +1,52 @@
+"""Long documents are tokenized in parts, so that memory does not grow with their length.
+
+A part ends before white space, where the tokens of the text around it are those of its two sides.
+That is tried at each cut, so the tokens are those of the whole document, whatever a tokenizer does
+with the space: it may belong to the word behind it, be dropped, or be put in front of every text.
+Only a word of more than MAX_WORD characters is cut anywhere.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+PART = 2**20  # characters; a document of no more is encoded at once
+MAX_WORD = 2**22
+TRIED = 64  # places for a cut
+CONTEXT = 256  # characters before and behind it
+_SPACE = re.compile(r"(?<=\S)\s")
+
+
+def encode(tokenizer: Any, text: str) -> Iterator[list[int]]:
+    """The tokens of a document, in parts."""
+    start = 0
+    while len(text) - start > PART:
+        stop, begin = _cut(tokenizer, text, start)
+        yield tokenizer.encode(text[start:stop])
+        start = begin
+    if not start:
+        yield tokenizer.encode(text)
+    elif start < len(text):
+        yield tokenizer.encode(text[start:])
+
+
+def _cut(tokenizer: Any, text: str, start: int) -> tuple[int, int]:
+    """Where the part that begins at `start` ends, and the next one begins."""
+    if tokenizer.kind == "bytes":
+        return start + PART, start + PART
+    found = _SPACE.finditer(text, start + PART, start + MAX_WORD)
+    for match, _ in zip(found, range(TRIED), strict=False):
+        at = match.start()
+        low, high = max(start, at - CONTEXT), at + CONTEXT
+        whole = tokenizer.encode(text[low:high])
+        for stop, begin in ((at, at), (at, at + 1), (at + 1, at + 1)):
+            sides = tokenizer.encode(text[low:stop]) + tokenizer.encode(text[begin:high])
+            if sides == whole:
+                return stop, begin
+    stop = min(start + MAX_WORD, len(text))
+    return stop, stop
+
+
+def num_bytes(text: str) -> int:
+    """Of UTF-8, without a copy of the whole."""
+    return sum(len(text[i : i + PART].encode()) for i in range(0, len(text), PART))

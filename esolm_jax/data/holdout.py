@@ -1,0 +1,148 @@
+"""Splits that are not given are held out of train: by a hash of each document's text, so that the
+choice is stable, needs no memory, and puts equal documents in the same split.
+
+Of a small corpus the hashes may leave a split without documents. Then, and only then, the
+documents whose hashes are nearest go there; and where there are few documents, they are cut into
+parts first.
+"""
+
+import dataclasses
+import hashlib
+import heapq
+import itertools
+import re
+from collections.abc import Callable, Iterator
+
+from esolm_jax.errors import UserError
+
+MANY, MAX_PARTS = 10, 32  # parts, in all, of documents that are fewer than MANY
+SHORT = 16  # characters of a part on average; shorter ones only where there is no other way
+FEW = 4096  # hashes that are looked at: where a split has no document, it is one of the first
+_SPACE = re.compile(r"\s")
+Read = Callable[[], Iterator[str]]  # the non-blank documents of train
+
+
+@dataclasses.dataclass(frozen=True)
+class Holdout:
+    """Which documents of train belong to which split.
+
+    Attributes:
+      held: the splits that are held out, of "validation" and "test".
+      bounds: for each of them the hashes [low, high) of its documents, in [0, 1).
+      parts: how many parts each document is cut into; 1 = none.
+    """
+
+    held: tuple[str, ...]
+    bounds: tuple[tuple[float, float], ...]
+    parts: int = 1
+
+    def split_of(self, text: str) -> str:
+        at = place(text)
+        for split, (low, high) in zip(self.held, self.bounds, strict=True):
+            if low <= at < high:
+                return split
+        return "train"
+
+    def documents(self, read: Read) -> Iterator[str]:
+        """All documents of train, in order, cut where they must be."""
+        return (part for text in read() for part in cut(text, self.parts))
+
+
+def place(text: str) -> float:
+    """In [0, 1), from the text alone."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") / 2**64
+
+
+def find(held: tuple[str, ...], holdout: float, read: Read, field: str) -> Holdout:
+    """How `holdout` of the documents that `read()` yields are held out for each split of `held`.
+
+    validation owns the hashes [0, h), test owns [h, 2h), if they are not given. UserError, of the
+    `field` that names them: they cannot be divided so that no split is empty.
+    """
+    owns = {"validation": (0.0, holdout), "test": (holdout, 2 * holdout)}
+    wanted = Holdout(held, tuple(owns[split] for split in held))
+    if not held or _fills_all(wanted, read):
+        return wanted
+    for tried in _finer(wanted, holdout, read):
+        places = _smallest(place(text) for text in tried.documents(read))
+        if len(places) > len(held):
+            return dataclasses.replace(tried, bounds=_repaired(tried, places))
+    if not places:
+        return wanted  # there are no documents, of which sources.documents tells
+    given = " and ".join(f"config.data.{split}" for split in held)
+    raise UserError(
+        f"{field}: holds too little text, or the same text again and again, to be divided into "
+        f"{', '.join(('train', *held))}: give {given}, or more text"
+    )
+
+
+def _finer(wanted: Holdout, holdout: float, read: Read) -> Iterator[Holdout]:
+    """Whole documents if they are many enough for one of them to be a small share, or too short to
+    be cut; then parts, then whole documents, then parts of any length."""
+    sizes = [len(text) for text in itertools.islice(read(), MANY)]
+    parts = min(max(round(1 / holdout), MANY), MAX_PARTS)
+    cut_ = dataclasses.replace(wanted, parts=max(2, -(-parts // max(1, len(sizes)))))
+    if len(sizes) < MANY and sum(sizes) >= SHORT * cut_.parts * len(sizes):
+        yield cut_
+    yield wanted
+    yield cut_
+
+
+def _fills_all(wanted: Holdout, read: Read) -> bool:
+    """Reads no further than it must."""
+    empty = {"train", *wanted.held}
+    for text in wanted.documents(read):
+        empty.discard(wanted.split_of(text))
+        if not empty:
+            return True
+    return False
+
+
+def _smallest(places: Iterator[float]) -> list[float]:
+    """The smallest FEW different ones, ascending, and the largest of all."""
+    few: set[float] = set()
+    largest = None
+    for at in places:
+        few.add(at)
+        largest = at if largest is None else max(at, largest)
+        if len(few) > 2 * FEW:
+            few = set(heapq.nsmallest(FEW, few))
+    return sorted(few | {largest} if few else few)
+
+
+def _repaired(wanted: Holdout, places: list[float]) -> tuple[tuple[float, float], ...]:
+    """Bounds that give every split of `held`, and train, one of the ascending `places` at least;
+    places change their split only where they must."""
+    count = len(places)
+    ranges = []  # [first, last) of the places, for each split
+    for low, high in wanted.bounds:
+        first = sum(at < low for at in places)
+        ranges.append([first, max(sum(at < high for at in places), first + 1)])
+    for left, right in zip(ranges, ranges[1:], strict=False):  # room for the one before
+        right[0] = max(right[0], left[1])
+        right[1] = max(right[1], right[0] + 1)
+    most = count - (ranges[0][0] == 0)  # one is left to train: the last, unless there are earlier
+    for i in reversed(range(len(ranges))):
+        ranges[i][1] = min(ranges[i][1], most)
+        ranges[i][0] = min(ranges[i][0], ranges[i][1] - 1)
+        most = ranges[i][0]
+    ends = [*places, 2.0]
+    return tuple((ends[first], ends[last]) for first, last in ranges)
+
+
+def cut(text: str, parts: int) -> Iterator[str]:
+    """The text in so many parts of about the same length, cut before white space where there is
+    any; none of them is blank."""
+    start, step = 0, max(1, -(-len(text) // parts))
+    stop = step
+    while parts > 1 and stop < len(text):
+        space = _SPACE.search(text, stop, stop + step // 2)
+        stop = space.start() if space else stop
+        if not text[stop:].strip():
+            break
+        if text[start:stop].strip():
+            yield text[start:stop]
+            start = stop
+        stop += step
+    yield text[start:]
