@@ -2,10 +2,20 @@
 
 Everything here is in nats; estimates are per real (not padding) token.
 
-The importance-weighted bound is one on the likelihood of sampling one token per step. So is the
-NELBO of AR and MDLM. The diffusion NELBO of Eso-LM is that of its parallel steps, where masks see
-the masks before them, as in training: on average over texts it lies above, for a single text it
-need not.
+What each figure bounds, for a text x:
+
+- Importance-weighted bound of K orders, Eso-LM (B): −log p(x), p(x) = E_σ p_σ(x) the likelihood of
+  sampling one token per step, each given the known tokens alone. By Jensen's inequality its
+  expectation lies above −log p(x), for every x and K, and does not rise with K.
+- NELBO of MDLM and BD3-LM: −log p(x) of sampling one token per step with the rest of the canvas (of
+  the block) as masks.
+- NELBO of Eso-LM (A and B): −log p′(x) of another sampler, with the whole canvas: every step draws a
+  new order of known tokens and masks, a mask reads the masks before it, and one token is revealed.
+  p′ = p at α₀ = 0, where there is one order. At α₀ > 0, the NELBO and the importance-weighted bound
+  are of two distributions, and neither has to be the larger: for a single text, on average over
+  texts, or at K = 1.
+
+Diffusion bounds leave out the ends of time, a part ε = 1e-3 of the noise levels (noise.EPS).
 """
 
 import dataclasses
@@ -25,22 +35,42 @@ from esolm_jax.loss import Head, sequence_nll
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A Monte-Carlo estimate of a bound on the NLL.
+    """A Monte-Carlo estimate of a bound on the NLL of given windows.
 
     Attributes:
       nll: nats per token.
-      standard_error: of `nll`, from the Monte-Carlo noise alone (0 for an exact likelihood, NaN
-        when one draw leaves it unknown).
+      standard_error: of `nll`, for other draws of noise on the *same* windows (0 for an exact
+        likelihood, NaN when one draw leaves it unknown).
       num_tokens: real tokens evaluated.
+      error_samples: independent differences between draws that the error is estimated from; of few,
+        it is a rough estimate: its relative error is about 1/√(2 error_samples).
+      window_nll: nats of each window, float64 [windows].
+      window_tokens: real tokens of each window, int64 [windows].
     """
 
     nll: float
     standard_error: float
     num_tokens: int
+    error_samples: int
+    window_nll: np.ndarray
+    window_tokens: np.ndarray
 
     @property
     def perplexity(self) -> float:
         return math.exp(self.nll)
+
+    def error_for(self, num_windows: int) -> float:
+        """Standard error of `nll` as an estimate for a set of `num_windows` windows, of which these
+        are a random part: the choice of the windows and the Monte-Carlo noise. NaN for one window.
+        """
+        count = len(self.window_nll)
+        if count < 2:
+            return math.nan
+        residual = self.window_nll - self.nll * self.window_tokens
+        among_windows = count / (count - 1) * (residual**2).sum() / self.num_tokens**2
+        noise = 0.0 if math.isnan(self.standard_error) else self.standard_error**2
+        of_choice = max(0.0, among_windows - noise) * (1 - count / num_windows)
+        return math.sqrt(of_choice + noise)
 
 
 def labelled_nll(apply, head: Head, params, labelled):
@@ -70,18 +100,32 @@ def any_order_log_p(apply, label, head: Head, params, keys_O, x, valid):
 
 
 def log_mean_exp(log_p_BO: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """log mean_k exp over the last axis, and its variance by the delta method (NaN if K = 1)."""
-    top = log_p_BO.max(axis=1, keepdims=True)
-    p = np.exp(log_p_BO - top)
-    orders = p.shape[1]
-    mean = p.mean(axis=1)
-    spread = p.var(axis=1, ddof=1) if orders > 1 else np.full(len(p), np.nan)
-    return np.log(mean) + top[:, 0], spread / orders / mean**2
+    """log mean_k exp over the last axis, and an estimate of its variance (NaN if K = 1).
+
+    The variance is the jackknife's: the spread of the K values that leave one order out, summed. By
+    the Efron-Stein inequality its expectation is at least the variance with K − 1 orders, however
+    heavy the tails of p. The delta method is not: log p varies by many nats over orders, one order
+    carries most of the mean, and the delta method's variance is below 1 nat² then.
+    """
+    orders = log_p_BO.shape[1]
+    total = _logsumexp(log_p_BO)
+    if orders == 1:
+        return total, np.full(len(log_p_BO), np.nan)
+    falling = -np.sort(-log_p_BO, axis=1)
+    # Without the largest, the others are added up again: a difference would lose their digits.
+    without_others = total[:, None] + np.log1p(-np.exp(falling[:, 1:] - total[:, None]))
+    left_out = np.concatenate([_logsumexp(falling[:, 1:])[:, None], without_others], axis=1)
+    return total - math.log(orders), left_out.var(axis=1) * orders
+
+
+def _logsumexp(a_BO: np.ndarray) -> np.ndarray:
+    top = a_BO.max(axis=1, keepdims=True)
+    return np.log(np.exp(a_BO - top).sum(axis=1)) + top[:, 0]
 
 
 def _batches(batches: Iterable[dict], mesh, progress: str | None, total: int | None):
-    """Global batches with their number and their count of real tokens, over all processes."""
-    count = jax.jit(jnp.sum, out_shardings=sharding.replicated(mesh))
+    """Global batches with their number and the real tokens of each row, over all processes."""
+    count = jax.jit(functools.partial(jnp.sum, axis=1), out_shardings=sharding.replicated(mesh))
     shown = tqdm(
         batches,
         total=total,
@@ -91,7 +135,24 @@ def _batches(batches: Iterable[dict], mesh, progress: str | None, total: int | N
         disable=not (progress and distributed.is_main()),
     )
     for i, batch in enumerate(shown):
-        yield i, int(count(batch["valid"])), batch
+        yield i, np.asarray(count(batch["valid"]), np.int64), batch
+
+
+def _estimate(
+    nll: float, rows: list, tokens: list, variance: float, error_samples: int
+) -> Estimate:
+    """`rows`, `tokens`: nats [B] and real tokens [B] of every batch; rows without any are filler."""
+    window_nll, window_tokens = np.concatenate(rows), np.concatenate(tokens)
+    total = int(window_tokens.sum())
+    is_real = window_tokens > 0
+    return Estimate(
+        nll=nll / total,
+        standard_error=math.sqrt(variance) / total,
+        num_tokens=total,
+        error_samples=error_samples,
+        window_nll=window_nll[is_real],
+        window_tokens=window_tokens[is_real],
+    )
 
 
 def make_nelbo(config, built: Built):
@@ -103,54 +164,61 @@ def make_nelbo(config, built: Built):
     """
     phases = objectives.phases(config, built.special, low_variance=False)
     exact = objectives.is_exact(config)
-    rows = sharding.rows(built.mesh)
+    placed = sharding.rows(built.mesh)
     draw = jax.jit(
         functools.partial(nelbo, built.apply, phases, built.head),
-        in_shardings=(None, None, rows, rows),
+        in_shardings=(None, None, placed, placed),
         out_shardings=sharding.replicated(built.mesh),
     )
 
     def estimate(params, batches, *, num_samples: int, seed: int, progress=None, total=None):
         draws = 1 if exact else num_samples
         nll = variance = 0.0
-        tokens = 0
+        rows, tokens = [], []
         for i, count, batch in _batches(batches, built.mesh, progress, total):
             keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), i), draws)
-            sums = np.array(
+            drawn = np.array(
                 [
-                    np.asarray(draw(params, key, batch["x"], batch["valid"]), np.float64).sum()
+                    np.asarray(draw(params, key, batch["x"], batch["valid"]), np.float64)
                     for key in keys
                 ]
             )
+            sums = drawn.sum(axis=1)
             nll += sums.mean()
+            rows.append(drawn.mean(axis=0))
             variance += sums.var(ddof=1) / draws if draws > 1 else (0.0 if exact else np.nan)
-            tokens += count
-        return Estimate(nll / tokens, math.sqrt(variance) / tokens, tokens)
+            tokens.append(count)
+        return _estimate(nll, rows, tokens, variance, len(rows) * (draws - 1))
 
     return estimate
 
 
 def make_importance_weighted(config, built: Built):
     """Returns estimate(params, batches, *, num_orders, seed, …) → Estimate of the
-    importance-weighted bound −log mean_k p_σk(x), for eso_b at any α₀."""
+    importance-weighted bound −log mean_k p_σk(x), for eso_b at any α₀.
+
+    Every window draws its own orders, so that the variances of windows add up. The error is that of
+    the bound with this K, not the distance to the likelihood, which lies below it."""
     label = functools.partial(objectives.any_order, alpha_0=config.alpha_0, special=built.special)
-    rows = sharding.rows(built.mesh)
+    placed = sharding.rows(built.mesh)
     draw = jax.jit(
         functools.partial(any_order_log_p, built.apply, label, built.head),
-        in_shardings=(None, None, rows, rows),
+        in_shardings=(None, None, placed, placed),
         out_shardings=sharding.replicated(built.mesh),
     )
 
     def estimate(params, batches, *, num_orders: int, seed: int, progress=None, total=None):
         nll = variance = 0.0
-        tokens = 0
+        rows, tokens = [], []
         for i, count, batch in _batches(batches, built.mesh, progress, total):
             keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), i), num_orders)
             log_p = np.asarray(draw(params, keys, batch["x"], batch["valid"]), np.float64)
             log_mean, spread = log_mean_exp(log_p)
             nll -= log_mean.sum()
+            rows.append(-log_mean)
             variance += spread.sum()
-            tokens += count
-        return Estimate(nll / tokens, math.sqrt(variance) / tokens, tokens)
+            tokens.append(count)
+        windows = sum(int((count > 0).sum()) for count in tokens)
+        return _estimate(nll, rows, tokens, variance, windows * (num_orders - 1))
 
     return estimate

@@ -1,0 +1,224 @@
+"""python -m benchmarks.estimators --workdir=DIR: the spread of every estimator against its error.
+
+Each bound is estimated with --seeds seeds on the same windows of the test split, in programs that
+are compiled once. The spread over seeds is what the printed standard error has to be. DIR holds an
+Eso-LM (B) on Shakespeare such as the quickstart's, which gives the rows of eso_b, also at an α₀ that
+it was not trained at. The other objectives are trained for --other_steps steps, 64 wide, of 2
+blocks, in --others, unless they are there. Writes --out (.json and .md).
+"""
+
+import argparse
+import dataclasses
+import math
+import pathlib
+import subprocess
+
+import numpy as np
+
+from benchmarks import train_speed, write_up
+from esolm_jax import assemble, checkpoint, likelihood, sharding, train
+from esolm_jax import config as config_lib
+
+ALPHA_0 = {"mdlm": 1.0, "bd3": 1.0, "eso_a": 0.5}
+BATCH = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One row: `count` draws of noise, or orders, for each of `windows` windows."""
+
+    objective: str
+    alpha_0: float
+    bound: str  # nelbo | importance_weighted
+    count: int
+    windows: int
+    split: str = "test"
+
+
+ORDERS = ((2, 8), (4, 8), (16, 4), (64, 2))  # K, windows
+CASES = [Case("eso_b", 0.5, "importance_weighted", k, windows) for k, windows in ORDERS]
+CASES += [Case("eso_b", 1.0, "importance_weighted", 8, 4)]
+CASES += [Case("eso_b", 0.5, "nelbo", count, 8) for count in (1, 2)]
+CASES += [Case("eso_b", 0.5, "nelbo", 8, 4), Case("eso_b", 0.5, "nelbo", 2, 8, "validation")]
+CASES += [Case("eso_b", alpha_0, "nelbo", 2, 8) for alpha_0 in (1.0, 0.125)]
+CASES += [Case(name, alpha_0, "nelbo", 2, 16) for name, alpha_0 in ALPHA_0.items()]
+CASES += [Case("eso_b", 0.0, "nelbo", 1, 8)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    config: object
+    trained: assemble.Trained
+
+    @classmethod
+    def load(cls, workdir: pathlib.Path) -> "Model":
+        config = checkpoint.saved_config(workdir)
+        with config.unlocked():
+            config.eval.batch_size = BATCH
+            config.data.dir = config.data.dir or str(workdir / "data")
+        mesh = sharding.make_mesh(config.mesh)
+        return cls(config, assemble.load_trained(config, workdir, "ema", mesh))
+
+    def batches(self, split: str, windows: int) -> list[dict]:
+        manifest = assemble.load_data(self.config, pathlib.Path(self.config.data.dir).parent)
+        mesh = self.trained.built.mesh
+        return list(assemble.eval_batches(self.config, manifest, split, windows, mesh))
+
+    def estimator(self, case: Case):
+        """estimate(seed) → Estimate."""
+        config = self.config.copy_and_resolve_references()
+        with config.unlocked():
+            config.alpha_0 = case.alpha_0
+        batches = self.batches(case.split, case.windows)
+        make, count = {
+            "nelbo": (likelihood.make_nelbo, "num_samples"),
+            "importance_weighted": (likelihood.make_importance_weighted, "num_orders"),
+        }[case.bound]
+        estimate = make(config, self.trained.built)
+        settings = {count: case.count}
+        return lambda seed: estimate(self.trained.params, batches, seed=seed, **settings)
+
+
+def train_briefly(objective: str, data: str, workdir: pathlib.Path, steps: int) -> None:
+    """A small model of the objective, on the quickstart's data and recipe."""
+    if (workdir / checkpoint.FOLDER).is_dir():
+        return
+    from configs import shakespeare
+
+    config = shakespeare.get_config()
+    with config.unlocked():
+        config.objective, config.alpha_0 = objective, ALPHA_0[objective]
+        config.data.dir = data
+        config.model.width, config.model.blocks, config.model.unroll = 64, 2, 2
+        config.train.steps = config.train.eval_every = config.train.checkpoint_every = steps
+        config.train.eval_windows = BATCH
+        config.optimizer.warmup_steps = min(100, steps // 2)
+    config_lib.validate(config)
+    train.main(config, workdir)
+
+
+def summary(estimates: list) -> dict:
+    """Of estimates with other seeds: their spread, and what the errors say of it."""
+    values = np.array([e.nll for e in estimates])
+    errors = np.array([e.standard_error for e in estimates])
+    spread = float(values.std(ddof=1))
+    row = {
+        "mean": float(values.mean()),
+        "spread": spread,
+        "error_samples": estimates[0].error_samples,
+        "printed_rms": None,
+        "printed_least": None,
+        "printed_greatest": None,
+        "printed_over_spread": None,
+        "within_two_errors": None,
+    }
+    if np.isnan(errors).any():  # none is printed
+        return row
+    row["printed_rms"] = math.sqrt(np.mean(errors**2))
+    row["printed_least"], row["printed_greatest"] = float(errors.min()), float(errors.max())
+    if spread > 1e-12:
+        row["printed_over_spread"] = row["printed_rms"] / spread
+        off = abs(values - values.mean()) * math.sqrt(len(values) / (len(values) - 1))
+        row["within_two_errors"] = float(np.mean(off < 2 * errors))
+    return row
+
+
+def parts_of_a_split(whole, windows: int, parts: int) -> dict:
+    """Of random parts of a split: Estimate.error_for against the spread over parts. What was
+    drawn for each window stays."""
+    rng, estimates, total = np.random.default_rng(0), [], len(whole.window_nll)
+    for _ in range(parts):
+        chosen = rng.choice(total, windows, replace=False)
+        nll, tokens = whole.window_nll[chosen], whole.window_tokens[chosen]
+        count = int(tokens.sum())
+        part = likelihood.Estimate(nll.sum() / count, 0.0, count, windows - 1, nll, tokens)
+        estimates.append(dataclasses.replace(part, standard_error=part.error_for(total)))
+    return summary(estimates)
+
+
+def measure(workdir: pathlib.Path, others: pathlib.Path, steps: int, seeds: int, cases) -> dict:
+    models, rows = {"eso_b": Model.load(workdir)}, []
+    data = models["eso_b"].config.data.dir
+    for case in cases:
+        if case.objective not in models:
+            train_briefly(case.objective, data, others / case.objective, steps)
+            models[case.objective] = Model.load(others / case.objective)
+        model = models[case.objective]
+        estimate = model.estimator(case)
+        found = summary([estimate(seed) for seed in range(seeds)])
+        rows.append(dataclasses.asdict(case) | {"step": model.trained.step} | found)
+        print({k: v for k, v in rows[-1].items() if v is not None}, flush=True)
+    whole = models["eso_b"].estimator(Case("eso_b", 0.5, "nelbo", 2, 128))(0)
+    part = parts_of_a_split(whole, 32, seeds)
+    about = {"objective": "eso_b", "alpha_0": 0.5, "bound": "nelbo", "count": 2, "windows": 32}
+    rows.append(about | {"split": "random parts of 128", "step": models["eso_b"].trained.step} | part)
+    return {
+        "seeds": seeds,
+        "batch_size": BATCH,
+        "commit": commit(),
+        "machine": train_speed.machine(),
+        "rows": rows,
+    }
+
+
+def commit() -> str:
+    """Of this checkout, or "unknown"."""
+    command = ["git", "-C", str(pathlib.Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def table(report: dict) -> str:
+    def number(value, form=".4f"):
+        return "–" if value is None else format(value, form)
+
+    rows = []
+    for r in report["rows"]:
+        count = {"nelbo": "draws", "importance_weighted": "orders"}[r["bound"]]
+        where = r["split"] if "random" in r["split"] else f"{r['windows']} of {r['split']}"
+        cells = [r["objective"], f"{r['alpha_0']:g}", r["bound"].replace("_", "-")]
+        cells += [f"{r['count']} {count}", where, r["error_samples"], f"{r['mean']:.4f}"]
+        cells += [number(r["spread"]), number(r["printed_rms"])]
+        cells += [number(r["printed_over_spread"], ".2f"), number(r["within_two_errors"], ".0%")]
+        rows.append(cells)
+    head = "model", "α₀", "bound", "each window", "windows", "differences", "nats per token"
+    head += "spread", "printed error", "printed / spread", "within 2 errors"
+    uncertain = 1 / math.sqrt(2 * (report["seeds"] - 1))
+    m = report["machine"]
+    where = m["cpu"] if m["device"] == "cpu" else m["device"]
+    return f"""# The spread of every estimator against its printed error
+
+Made by `python -m benchmarks.estimators` at commit {report["commit"]} on {where}, {m["threads"]} CPU
+threads, jax {m["jax"]}.
+
+{write_up.table(head, rows)}
+Each row estimates one figure with {report["seeds"]} seeds on the same windows, {report["batch_size"]} in a batch. Spread: the
+standard deviation over seeds, itself known to {uncertain:.0%}. Printed error: the root mean square of the
+{report["seeds"]} standard errors; none is printed (–) where one draw leaves it unknown. Differences: the
+independent differences between draws that one error is estimated from; a single error is uncertain
+by about 1/√(2 × differences). The last row draws other windows, not other noise: its error is
+`standard_error_of_split` in `evaluate.json`.
+
+eso_b: the quickstart's model, step {report["rows"][0]["step"]}, trained at α₀ = 0.5. The other objectives: 64 wide, 2 blocks,
+briefly trained, for the noise of their estimators and not for the perplexity.
+The importance-weighted error is the jackknife's over orders. By the Efron-Stein inequality it is on
+average at least the spread with one order less: too large rather than too small.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workdir", type=pathlib.Path, required=True)
+    parser.add_argument("--others", type=pathlib.Path, default=pathlib.Path("runs/estimators"))
+    parser.add_argument("--other_steps", type=int, default=200)
+    parser.add_argument("--seeds", type=int, default=50)
+    parser.add_argument("--only", default="", help="objectives, separated by commas; '' = all")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("docs/estimators"))
+    a = parser.parse_args()
+    cases = [case for case in CASES if not a.only or case.objective in a.only.split(",")]
+    report = measure(a.workdir, a.others, a.other_steps, a.seeds, cases)
+    write_up.write(a.out, report, table(report))
+
+
+if __name__ == "__main__":
+    main()
