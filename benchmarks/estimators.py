@@ -2,9 +2,9 @@
 
 Each bound is estimated with --seeds seeds on the same windows of the test split, in programs that
 are compiled once. The spread over seeds is what the printed standard error has to be. DIR holds an
-Eso-LM (B) on Shakespeare such as the quickstart's, which gives the rows of eso_b, also at an α₀ that
-it was not trained at. The other objectives are trained for --other_steps steps, 64 wide, of 2
-blocks, in --others, unless they are there. Writes --out (.json and .md).
+Eso-LM (B) on Shakespeare such as the quickstart's, which gives the rows of eso_b, also at values of
+α₀ that it was not trained at. The other objectives are trained for --other_steps steps, 64 wide, of
+2 blocks, in --others, unless they are there. Writes --out (.json and .md).
 """
 
 import argparse
@@ -19,6 +19,26 @@ from benchmarks import train_speed, write_up
 from esolm_jax import assemble, checkpoint, likelihood, sharding, train
 from esolm_jax import config as config_lib
 
+NOTES = """# The spread of every estimator against its printed error
+
+Made by `python -m benchmarks.estimators` at commit {commit} on {machine}, {threads} CPU threads,
+jax {jax}.
+
+{table}
+Each row estimates one figure with {seeds} seeds on the same windows, {batch_size} in a batch.
+
+- Spread: the standard deviation over seeds, itself known to {uncertain}.
+- Printed error: the root mean square of the {seeds} standard errors. None is printed (–) where one
+  draw leaves it unknown.
+- Differences: the independent differences between draws that one error is estimated from. A single
+  error is uncertain by about 1/√(2 × differences).
+- The last row draws other windows, not other noise. Its error is `standard_error_of_split` in
+  `evaluate.json`.
+- eso_b is the quickstart's model at step {step}, trained at α₀ = 0.5. The other objectives are 64
+  wide, of 2 blocks, and briefly trained: for the noise of their estimators, not for the perplexity.
+- The importance-weighted error is the jackknife's over orders. By the Efron-Stein inequality it is
+  on average at least the spread with one order less: too large rather than too small.
+"""
 ALPHA_0 = {"mdlm": 1.0, "bd3": 1.0, "eso_a": 0.5}
 BATCH = 2
 
@@ -151,7 +171,8 @@ def measure(workdir: pathlib.Path, others: pathlib.Path, steps: int, seeds: int,
     whole = models["eso_b"].estimator(Case("eso_b", 0.5, "nelbo", 2, 128))(0)
     part = parts_of_a_split(whole, 32, seeds)
     about = {"objective": "eso_b", "alpha_0": 0.5, "bound": "nelbo", "count": 2, "windows": 32}
-    rows.append(about | {"split": "random parts of 128", "step": models["eso_b"].trained.step} | part)
+    about |= {"split": "random parts of 128", "step": models["eso_b"].trained.step}
+    rows.append(about | part)
     return {
         "seeds": seeds,
         "batch_size": BATCH,
@@ -186,24 +207,17 @@ def table(report: dict) -> str:
     uncertain = 1 / math.sqrt(2 * (report["seeds"] - 1))
     m = report["machine"]
     where = m["cpu"] if m["device"] == "cpu" else m["device"]
-    return f"""# The spread of every estimator against its printed error
-
-Made by `python -m benchmarks.estimators` at commit {report["commit"]} on {where}, {m["threads"]} CPU
-threads, jax {m["jax"]}.
-
-{write_up.table(head, rows)}
-Each row estimates one figure with {report["seeds"]} seeds on the same windows, {report["batch_size"]} in a batch. Spread: the
-standard deviation over seeds, itself known to {uncertain:.0%}. Printed error: the root mean square of the
-{report["seeds"]} standard errors; none is printed (–) where one draw leaves it unknown. Differences: the
-independent differences between draws that one error is estimated from; a single error is uncertain
-by about 1/√(2 × differences). The last row draws other windows, not other noise: its error is
-`standard_error_of_split` in `evaluate.json`.
-
-eso_b: the quickstart's model, step {report["rows"][0]["step"]}, trained at α₀ = 0.5. The other objectives: 64 wide, 2 blocks,
-briefly trained, for the noise of their estimators and not for the perplexity.
-The importance-weighted error is the jackknife's over orders. By the Efron-Stein inequality it is on
-average at least the spread with one order less: too large rather than too small.
-"""
+    return NOTES.format(
+        table=write_up.table(head, rows),
+        commit=report["commit"],
+        machine=where,
+        threads=m["threads"],
+        jax=m["jax"],
+        seeds=report["seeds"],
+        batch_size=report["batch_size"],
+        uncertain=f"{uncertain:.0%}",
+        step=report["rows"][0]["step"],
+    )
 
 
 def main() -> None:

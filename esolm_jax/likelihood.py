@@ -9,11 +9,11 @@ What each figure bounds, for a text x:
   expectation lies above −log p(x), for every x and K, and does not rise with K.
 - NELBO of MDLM and BD3-LM: −log p(x) of sampling one token per step with the rest of the canvas (of
   the block) as masks.
-- NELBO of Eso-LM (A and B): −log p′(x) of another sampler, with the whole canvas: every step draws a
-  new order of known tokens and masks, a mask reads the masks before it, and one token is revealed.
-  p′ = p at α₀ = 0, where there is one order. At α₀ > 0, the NELBO and the importance-weighted bound
-  are of two distributions, and neither has to be the larger: for a single text, on average over
-  texts, or at K = 1.
+- NELBO of Eso-LM (A and B): −log p′(x) of another sampler, with the whole canvas: every diffusion
+  step draws a new order of known tokens and masks, a mask reads the masks before it, and one token
+  is revealed. p′ = p at α₀ = 0, where there is one order. At α₀ > 0, the NELBO and the
+  importance-weighted bound are of two distributions, and neither has to be the larger: for a single
+  text, on average over texts, or at K = 1.
 
 Diffusion bounds leave out the ends of time, a part ε = 1e-3 of the noise levels (noise.EPS).
 """
@@ -141,7 +141,7 @@ def _batches(batches: Iterable[dict], mesh, progress: str | None, total: int | N
 def _estimate(
     nll: float, rows: list, tokens: list, variance: float, error_samples: int
 ) -> Estimate:
-    """`rows`, `tokens`: nats [B] and real tokens [B] of every batch; rows without any are filler."""
+    """`rows`, `tokens`: nats [B] and real tokens [B] of each batch; rows without any are filler."""
     window_nll, window_tokens = np.concatenate(rows), np.concatenate(tokens)
     total = int(window_tokens.sum())
     is_real = window_tokens > 0

@@ -91,9 +91,8 @@ def test_error_of_a_part_is_the_spread_over_parts():
     assert len(whole.window_nll) == len(whole.window_tokens) == WINDOWS
     assert whole.window_tokens.sum() == whole.num_tokens == VALID.sum()
     assert whole.window_nll.sum() / whole.num_tokens == pytest.approx(whole.nll)
-    many = dataclasses.replace(
-        whole, window_nll=np.tile(whole.window_nll, 8), window_tokens=np.tile(whole.window_tokens, 8)
-    )
+    nll, tokens = (np.tile(a, 8) for a in (whole.window_nll, whole.window_tokens))
+    many = dataclasses.replace(whole, window_nll=nll, window_tokens=tokens)
     found = estimators.parts_of_a_split(many, 32, 200)
     assert 0.8 < found["printed_over_spread"] < 1.25
     # A part that is the whole has the Monte-Carlo error alone.

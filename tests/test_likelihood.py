@@ -226,7 +226,7 @@ def p_of_a_step():
 
 def p_on_the_whole_canvas(alpha_0):
     """[81]: of the sampler that the NELBO of eso_b bounds (likelihood.py): every step of the
-    diffusion phase draws a new order and reveals one token, the sequential phase keeps its order."""
+    diffusion phase draws a new order and reveals one token; the sequential phase keeps its own."""
     total = np.zeros(81)
     for late in [(), *subsets()]:
         clean = [q for q in range(L) if q not in late]
