@@ -306,6 +306,11 @@ def digest_of(workdir, step: int) -> str | None:
     return None if entry is None else entry["digest"]
 
 
+def items_of(meta: dict) -> list[str]:
+    """The items with arrays of a checkpoint with this meta."""
+    return ["params"] if meta.get("only_weights") else ["params", "ema", "optimizer"]
+
+
 def weights_item(which: str, meta: dict) -> str:
     """Where the weights "ema" or "raw" are; those of a pretrained model are one set."""
     return "ema" if which == "ema" and not meta.get("only_weights") else "params"

@@ -88,6 +88,17 @@ def read_json(path: pathlib.Path):
         raise Damaged(str(error)) from error
 
 
+def read_meta_file(folder: pathlib.Path) -> dict:
+    """The meta of a step. Raises Damaged, also if it is not one of esolm_jax."""
+    path = folder / "meta" / "metadata"
+    meta = read_json(path)
+    wanted = {"config": dict, "cursor": int, "tokenizer": dict, "version": str}
+    for name, kind in wanted.items():
+        if not isinstance(meta, dict) or not isinstance(meta.get(name), kind):
+            raise Damaged(f"{path}: is not the meta of a checkpoint of esolm_jax: no {name}")
+    return meta
+
+
 def nelbo(folder: pathlib.Path) -> float | None:
     """The validation NELBO recorded with a step; None if there is none, or it is not finite.
 
@@ -190,9 +201,7 @@ def _try(workdir, number: int, items: Callable[[dict], list[str]], read: Callabl
         return line, None
     meta = error = result = None
     try:
-        meta = read_json(folder / "meta" / "metadata")
-        if not isinstance(meta, dict) or not isinstance(meta.get("config"), dict):
-            error = f"{folder}/meta/metadata: is not the meta of a checkpoint of esolm_jax"
+        meta = read_meta_file(folder)
     except Damaged as damage:
         error = str(damage)
     if line := _agreed(error):

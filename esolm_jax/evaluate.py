@@ -1,9 +1,17 @@
-"""python -m esolm_jax.evaluate --workdir=DIR: perplexity bounds of the checkpoint in DIR."""
+"""python -m esolm_jax.evaluate --workdir=DIR: perplexity bounds of the checkpoint in DIR.
+
+--step=N|best|latest   which checkpoint (default: latest)
+--verify               only check whether every file of the workdir is what was written
+"""
 
 import math
 import pathlib
+import re
+import sys
 
-from esolm_jax import assemble, cli, distributed, likelihood, objectives, results, sharding
+from absl import flags
+
+from esolm_jax import assemble, cli, distributed, likelihood, objectives, results, sharding, verify
 from esolm_jax import config as config_lib
 from esolm_jax.data.reader import num_windows, unigram_perplexity
 from esolm_jax.likelihood import Estimate
@@ -81,7 +89,21 @@ def evaluate(config, workdir: pathlib.Path) -> dict:
     }
 
 
+def define_flags() -> None:
+    flags.DEFINE_bool("verify", False, "Only check every file of the workdir: see verify.py.")
+
+
+def default_config(flag: cli.FlagValue) -> str | None:
+    """With --verify none that a damaged workdir could lack."""
+    del flag
+    asked = any(re.fullmatch("--?verify(=.*)?", arg) for arg in sys.argv)
+    return verify.__file__ if asked else None
+
+
 def main(config, workdir: pathlib.Path) -> None:
+    if "verify" in flags.FLAGS and flags.FLAGS["verify"].value:
+        verify.main(config, workdir)
+        return
     path = workdir / "evaluate.json"
     results.check_can_write(path)
     figures = evaluate(config, workdir)
@@ -103,7 +125,11 @@ def main(config, workdir: pathlib.Path) -> None:
     print(cli.next_command("sample", workdir))
 
 
-CLI = {"reads_checkpoint": True}
+CLI = {
+    "reads_checkpoint": True,
+    "define_flags": define_flags,
+    "default_config": default_config,
+}
 
 if __name__ == "__main__":
     cli.run(main, **CLI)
