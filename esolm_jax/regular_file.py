@@ -78,13 +78,15 @@ def read_bytes(path: str | Path, limit: int, where: str = "") -> bytes:
     """The whole file. UserError: see open_regular; or it is larger than `limit` bytes."""
     where = where or str(path)
     with open_regular(path, where) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise UserError(
+                f"{where}: has {size / MB:,.0f} MiB; such a file has at most {limit / MB:,.0f}"
+            )
         try:
-            content = file.read(limit + 1)
+            return file.read(size)
         except OSError as error:
             raise UserError(f"{where}: cannot be read: {error.strerror}") from error
-    if len(content) > limit:
-        raise UserError(f"{where}: is larger than {limit / MB:,.0f} MiB, the most for such a file")
-    return content
 
 
 def read_text(path: str | Path, limit: int, where: str = "") -> str:

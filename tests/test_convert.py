@@ -387,10 +387,11 @@ def test_a_hostile_checkpoint_runs_nothing(refused, tmp_path):
 
     path = tmp_path / "a.ckpt"
     with zipfile.ZipFile(path, "w") as zipped:
-        zipped.writestr("a/data.pkl", pickle.dumps({"state_dict": {}, "epoch": Hostile()}, 2))
+        zipped.writestr("a/data.pkl", pickle.dumps({"state_dict": {"a": Hostile()}}, 2))
     args = [f"--from={path}", f"--workdir={tmp_path / 'run'}", "--tokenizer=bytes"]
-    refused(args, "refused, nothing was run: it names posix.system")
-    refused([*args, f"--config={tiny_run.FILE}"], "refused, nothing was run")
+    told = "'a' is no tensor that is read, but posix.system (nothing was run)"
+    refused(args, told)
+    refused([*args, f"--config={tiny_run.FILE}"], told)
 
 
 def test_prefixes_and_what_is_no_weight():

@@ -8,11 +8,13 @@ import hashlib
 import json
 from pathlib import Path
 
+from esolm_jax import regular_file
 from esolm_jax.data.render import ByTokenizers
 from esolm_jax.errors import UserError
 
 KIND = "tokenizers"
 FILE, IDS_FILE = "tokenizer.json", "ids.json"
+MAX_SIZE = 256 * regular_file.MB  # of a tokenizer.json; the largest ones have 35
 _IDS = ("vocab_size", "bos", "eos", "pad")
 
 
@@ -51,9 +53,10 @@ class HubTokenizer(ByTokenizers):
 
     def _check(self, where: str) -> None:
         size = self.vocab_size
-        token, highest = max(
-            self._tokenizer.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1]
-        )
+        vocab = self._tokenizer.get_vocab(with_added_tokens=True)
+        if not vocab:
+            raise UserError(f"{where}: damaged: it has no tokens")
+        token, highest = max(vocab.items(), key=lambda item: item[1])
         if highest >= size:
             raise UserError(
                 f"{where}: its token {ascii(token)[:80]} has id {highest}, but the model has only "
@@ -70,7 +73,7 @@ class HubTokenizer(ByTokenizers):
 
 def is_here(directory: str | Path) -> bool:
     """Whether `directory` holds what save() leaves."""
-    return Path(directory, FILE).is_file() and Path(directory, IDS_FILE).is_file()
+    return all(regular_file.is_there(Path(directory, name)) for name in (FILE, IDS_FILE))
 
 
 def read(directory: str | Path) -> HubTokenizer:
@@ -80,9 +83,8 @@ def read(directory: str | Path) -> HubTokenizer:
         raise UserError(
             f"{path}: holds no tokenizer that `convert` carried over ({FILE} and {IDS_FILE})"
         )
-    try:
-        ids = json.loads((path / IDS_FILE).read_text("utf-8"))
-        ids = {name: int(ids[name]) for name in _IDS}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path / IDS_FILE}: damaged: {error!r}") from error
-    return HubTokenizer((path / FILE).read_bytes(), ids, str(path / FILE))
+    ids = regular_file.read_json(path / IDS_FILE, regular_file.MB)
+    if not isinstance(ids, dict) or not all(type(ids.get(name)) is int for name in _IDS):
+        raise UserError(f"{path / IDS_FILE}: damaged: must be an object of {', '.join(_IDS)}")
+    content = regular_file.read_bytes(path / FILE, MAX_SIZE)
+    return HubTokenizer(content, {name: ids[name] for name in _IDS}, str(path / FILE))

@@ -8,6 +8,7 @@ from typing import Any
 from esolm_jax.errors import UserError
 
 _SHOWN = 8  # names of each kind
+_COMPARED, _LONGEST = 500, 100  # names that the nearest is sought among; their characters
 
 
 def check(
@@ -21,7 +22,7 @@ def check(
     missing = [name for name in wanted if name not in tensors]
     extra = [name for name in tensors if name not in wanted and name not in ignored]
     shapes = [
-        f"{name}: shape {tuple(tensors[name].shape)} here, {shape} in the model"
+        f"{ascii(name)[1:-1]}: shape {tuple(tensors[name].shape)} here, {shape} in the model"
         for name, shape in wanted.items()
         if name in tensors and tuple(tensors[name].shape) != shape
     ]
@@ -42,16 +43,19 @@ def _listed(names: list[str], others: list[str], beside: str) -> str:
     alike: dict[str, list[str]] = {}
     for name in names:
         alike.setdefault(re.sub(r"\b(blocks|layers|h)\.\d+\.", r"\1.*.", name), []).append(name)
+    others = [other[:_LONGEST] for other in others[:_COMPARED]]
     shown = []
-    for pattern, members in alike.items():
-        name = members[0]
-        close = difflib.get_close_matches(name, others[:500], n=1)
+    for pattern, members in list(alike.items())[:_SHOWN]:  # to compare all would take for ever
+        name = members[0][:_LONGEST]
+        close = difflib.get_close_matches(name, others, n=1)
         count = f" (in {len(members)} blocks)" if len(members) > 1 else ""
-        label = pattern if count else name
-        shown.append(ascii(label)[1:-1] + count + (f" ({beside} {close[0]})" if close else ""))
-    return _cut(shown, ", ")
+        label = pattern[:_LONGEST] if count else name
+        nearest = f" ({beside} {ascii(close[0])[1:-1]})" if close else ""
+        shown.append(ascii(label)[1:-1] + count + nearest)
+    return _cut(shown, ", ", len(alike))
 
 
-def _cut(parts: list[str], separator: str) -> str:
-    more = f" and {len(parts) - _SHOWN} more" if len(parts) > _SHOWN else ""
+def _cut(parts: list[str], separator: str, count: int = 0) -> str:
+    count = count or len(parts)
+    more = f" and {count - _SHOWN} more" if count > _SHOWN else ""
     return separator.join(parts[:_SHOWN]) + more

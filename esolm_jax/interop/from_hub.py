@@ -13,17 +13,18 @@ import numpy as np
 import tqdm
 
 import esolm_jax
-from esolm_jax import assemble, checkpoint
+from esolm_jax import assemble, checkpoint, regular_file
 from esolm_jax import config as config_lib
 from esolm_jax import model as model_lib
 from esolm_jax.data import hub_tokenizer
 from esolm_jax.data import tokenizer as tokenizer_lib
 from esolm_jax.data.manifest import tokenizer_entry
 from esolm_jax.errors import UserError
-from esolm_jax.interop import hub_config, hub_folder, hub_names, into_workdir
+from esolm_jax.interop import hub_config, hub_folder, hub_names, into_workdir, weight_types
 from esolm_jax.interop.into_workdir import Converted
+from esolm_jax.interop.shown import shown
 
-_DTYPES = ("F64", "F32", "F16", "BF16")
+_MOST_IDS = 2**31 - 1
 
 
 def convert(config, source: str, workdir: pathlib.Path, tokenizer: str) -> Converted:
@@ -41,10 +42,12 @@ def convert(config, source: str, workdir: pathlib.Path, tokenizer: str) -> Conve
       UserError: the folder, the config and the tokenizer do not fit, or the workdir is not empty.
     """
     into_workdir.check_empty(workdir)
-    folder = pathlib.Path(source).expanduser()
-    hub = hub_config.read(folder)
+    folder = regular_file.expand(source)
+    hub, settings = hub_config.read(folder), str(folder / hub_config.FILE)
     _check_config(config, source)
+    tied = hub_config.is_tied(hub, settings)
     tensors = hub_folder.tensors(folder)
+    hub_folder.check_blocks(tensors, config.model.blocks, settings)
     ids = _num_ids(hub, folder)
     found = _tokenizer(folder, tokenizer, hub, ids)
     with config.unlocked():
@@ -52,9 +55,9 @@ def convert(config, source: str, workdir: pathlib.Path, tokenizer: str) -> Conve
         config.data.tokenizer_path = into_workdir.saved_tokenizer(found, workdir)
     model = assemble.model_config(config, tokenizer_entry(found), "cpu")
     prefix = hub_folder.prefix_of(tensors, model.style)
-    parts = hub_names.parts(model, ids, tied=hub_config.is_tied(hub), prefix=prefix)
+    parts = hub_names.parts(model, ids, tied=tied, prefix=prefix)
     hub_folder.check(tensors, parts, source)
-    _check_dtypes(tensors, parts, source)
+    weight_types.check({part.name: tensors[part.name] for part in parts}, source)
     meta = {
         "config": config.to_dict(),
         "cursor": 0,
@@ -86,20 +89,20 @@ def _check_config(config, source: str) -> None:
 
 def _num_ids(hub: dict, folder: pathlib.Path) -> int:
     ids = hub.get("vocab_size")
-    if type(ids) is not int or ids < 2:
+    if type(ids) is not int or not 2 <= ids <= _MOST_IDS:
         raise UserError(
-            f"{folder / hub_config.FILE}: vocab_size={ascii(ids)[:80]}: must be the number of ids"
+            f"{folder / hub_config.FILE}: vocab_size={shown(ids)}: must be the number of ids"
         )
     return ids
 
 
 def _tokenizer(folder: pathlib.Path, given: str, hub: dict, ids: int) -> tokenizer_lib.Tokenizer:
     """The tokenizer, as large as the embedding: tokenizer.json as it is, or one of our kinds."""
-    path = pathlib.Path(given).expanduser() if given else folder
+    path = regular_file.expand(given) if given else folder
     file = path / hub_tokenizer.FILE if path.is_dir() else path
-    if file.name == hub_tokenizer.FILE and file.is_file():
+    if file.name == hub_tokenizer.FILE and regular_file.is_there(file):
         special = hub_config.special_ids(hub, str(folder / hub_config.FILE))
-        content = file.read_bytes()
+        content = regular_file.read_bytes(file, hub_tokenizer.MAX_SIZE)
         return hub_tokenizer.HubTokenizer(content, {"vocab_size": ids, **special}, str(file))
     found = tokenizer_lib.read_tokenizer(given or folder)
     if found.vocab_size != ids or found.mask_id != ids:
@@ -108,14 +111,6 @@ def _tokenizer(folder: pathlib.Path, given: str, hub: dict, ids: int) -> tokeniz
             f"{ids}: not the tokenizer of this model"
         )
     return found
-
-
-def _check_dtypes(tensors, parts, where: str) -> None:
-    other = {tensors[part.name].dtype for part in parts} - set(_DTYPES)
-    if other:
-        raise UserError(
-            f"{where}: its numbers are {', '.join(sorted(other))}; allowed: {', '.join(_DTYPES)}"
-        )
 
 
 def _shapes(model: model_lib.ModelConfig) -> dict:

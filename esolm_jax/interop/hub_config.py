@@ -4,17 +4,21 @@ hub_config.py:FOLDER.
 This is what `convert` runs with when --config is left out: an autoregressive model of ours.
 """
 
-import json
+import os
 import pathlib
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from esolm_jax import config as config_lib
+from esolm_jax import regular_file
 from esolm_jax.errors import UserError
+from esolm_jax.interop.shown import shown
 
 FILE = "config.json"
+_SIZE = 16 * regular_file.MB
 _LENGTH = 1024  # data.seq_len, unless the model was made for less
+_MOST, _MOST_FLOAT = 2**31 - 1, 3e38  # numbers fit 32 bits
 
 # ours → theirs, and what `transformers` takes if config.json has it not (None = it must).
 _GPT2 = {
@@ -34,11 +38,19 @@ _LLAMA = {
     "norm_eps": ("rms_norm_eps", 1e-6),
 }
 _QWEN = _LLAMA | {"kv_heads": ("num_key_value_heads", 32)}
+# Where null is not the same as nothing: as many key and value heads as heads, an MLP 4 x as wide.
+_NULL = {"num_key_value_heads": 0, "n_inner": 0}
 _TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 _SILU = ("silu", "swish")
 
 # model_type → (fields, what is fixed of ours, their field → (values that we have, default)).
-_ROPE = {"use_sliding_window": ((False,), False), "hidden_act": (_SILU, "silu")}
+# Null is one of these values where `transformers` takes it for False, or for 1.
+_OFF = ((False, None), False)
+_ROPE = {
+    "use_sliding_window": _OFF,
+    "hidden_act": (_SILU, "silu"),
+    "partial_rotary_factor": ((1, None), 1),
+}
 _FAMILIES: dict[str, tuple[dict, dict, dict]] = {
     "gpt2": (
         _GPT2,
@@ -46,20 +58,20 @@ _FAMILIES: dict[str, tuple[dict, dict, dict]] = {
         {
             "activation_function": (_TANH, "gelu_new"),
             "scale_attn_weights": ((True,), True),
-            "scale_attn_by_inverse_layer_idx": ((False,), False),
-            "add_cross_attention": ((False,), False),
+            "scale_attn_by_inverse_layer_idx": _OFF,
+            "add_cross_attention": _OFF,
         },
     ),
     "llama": (
         _LLAMA,
         {"style": "llama"},
-        _ROPE | {"attention_bias": ((False,), False), "mlp_bias": ((False,), False)},
+        _ROPE | {"attention_bias": _OFF, "mlp_bias": _OFF},
     ),
     "qwen2": (_QWEN, {"style": "llama", "qkv_bias": True}, _ROPE),
     "qwen3": (
         _QWEN,
         {"style": "llama", "qk_norm": True},
-        _ROPE | {"attention_bias": ((False,), False)},
+        _ROPE | {"attention_bias": _OFF},
     ),
 }
 _TIED = {"gpt2": True}  # tie_word_embeddings by default
@@ -69,34 +81,33 @@ _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 def is_folder(path: str) -> bool:
     """Whether `path` is a folder, as the hub's models are; published checkpoints are files."""
-    return pathlib.Path(path).expanduser().is_dir()
+    return os.path.isdir(regular_file.expand(path))
 
 
 def read(folder: pathlib.Path) -> dict[str, Any]:
     """What config.json says. UserError: not there, not JSON, or of a family that is not here."""
     path = folder / FILE
-    try:
-        hub = json.loads(path.read_text("utf-8"))
-    except OSError as error:
+    if not regular_file.is_there(path):
         raise UserError(
             f"--from={folder}: is a folder without {FILE}; give a folder of the Hugging Face hub "
             "(config.json, *.safetensors, tokenizer.json) or a file of published weights"
-        ) from error
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from error
+        )
+    hub = regular_file.read_json(path, _SIZE)
     kind = hub.get("model_type") if isinstance(hub, dict) else None
-    if kind not in _FAMILIES:
+    if not isinstance(kind, str) or kind not in _FAMILIES:
         raise UserError(
-            f"{path}: model_type={ascii(kind)[:80]}: an architecture that is not here; allowed are "
+            f"{path}: model_type={shown(kind)}: an architecture that is not here; allowed are "
             f"{', '.join(_FAMILIES)}"
         )
     return hub
 
 
-def is_tied(hub: dict[str, Any]) -> bool:
-    """Whether the embedding is the head, too."""
-    tied = hub.get("tie_word_embeddings")
-    return _TIED.get(hub["model_type"], False) if tied is None else bool(tied)
+def is_tied(hub: dict[str, Any], where: str) -> bool:
+    """Whether the embedding is the head, too. UserError: config.json says neither yes nor no."""
+    tied = hub.get("tie_word_embeddings", _TIED.get(hub["model_type"], False))
+    if tied is not None and not isinstance(tied, bool):
+        raise UserError(f"{where}: tie_word_embeddings={shown(tied)}: must be true or false")
+    return bool(tied)  # null is no, as in `transformers`
 
 
 def special_ids(hub: dict[str, Any], where: str) -> dict[str, int]:
@@ -106,8 +117,8 @@ def special_ids(hub: dict[str, Any], where: str) -> dict[str, int]:
     for name in _SPECIAL:
         value = hub.get(name)
         value = value[0] if isinstance(value, list) and value else value
-        if value is not None and (type(value) is not int or value < -1):
-            raise UserError(f"{where}: {name}={ascii(value)[:80]}: must be a token id")
+        if value is not None and (type(value) is not int or not -1 <= value <= _MOST):
+            raise UserError(f"{where}: {name}={shown(value)}: must be a token id")
         found[name.removesuffix("_token_id")] = None if value == -1 else value
     if found["eos"] is None:
         raise UserError(f"{where}: eos_token_id is missing: documents are joined by that token")
@@ -120,7 +131,7 @@ def get_config(path: str) -> ConfigDict:
     Raises:
       UserError: of an architecture that is not here; the message says in which parts.
     """
-    folder = pathlib.Path(path).expanduser()
+    folder = regular_file.expand(path)
     hub = read(folder)
     fields, fixed, allowed = _FAMILIES[hub["model_type"]]
     where = str(folder / FILE)
@@ -139,32 +150,38 @@ def get_config(path: str) -> ConfigDict:
             _set_rope(model, hub, where)
         config.data.source = "text"
         config.data.tokenizer = "tokenizers"
-        longest = model.positions or hub.get("max_position_embeddings") or _LENGTH
-        config.data.seq_len = min(_LENGTH, longest)
+        longest = _number(hub, "max_position_embeddings", _LENGTH, int, where)
+        config.data.seq_len = min(_LENGTH, model.positions or longest)
     return config
 
 
 def _number(hub: dict, name: str, default, kind: type, where: str):
+    """A positive number. `default`: if it is missing or null; None if it must be there."""
+    default = _NULL.get(name, default) if name in hub else default
     value = hub.get(name)
-    value = default if value is None else value
-    if value is None:
+    if value is None and default is None:
         raise UserError(f"{where}: {name} is missing")
-    if type(value) not in (int, kind) or value < 0:
-        raise UserError(f"{where}: {name}={ascii(value)[:80]}: must be a positive {kind.__name__}")
+    if value is None:
+        return kind(default)
+    most = _MOST if kind is int else _MOST_FLOAT
+    if type(value) not in (int, kind) or not 0 < value <= most:
+        raise UserError(f"{where}: {name}={shown(value)}: must be a positive {kind.__name__}")
     return kind(value)
 
 
 def _check(hub: dict, allowed: dict, where: str) -> None:
     """UserError that lists all that we have not."""
     wrong = [
-        f"{name}={ascii(hub[name])[:80]} (allowed: {', '.join(map(str, values))})"
+        f"{name}={shown(hub[name])} (allowed: {', '.join(str(v) for v in values if v is not None)})"
         for name, (values, default) in allowed.items()
         if hub.get(name, default) not in values
     ]
-    layers = hub.get("layer_types") or []
-    if any(layer != "full_attention" for layer in layers):
-        wrong.append(f"layer_types={ascii(sorted(set(layers)))} (allowed: full_attention)")
-    if hub.get("quantization_config"):
+    layers = hub.get("layer_types")
+    if layers is not None and not isinstance(layers, list):
+        wrong.append(f"layer_types={shown(layers)} (allowed: a list of full_attention)")
+    elif other := [layer for layer in layers or [] if layer != "full_attention"]:
+        wrong.append(f"layer_types={shown(other[0])} (allowed: full_attention)")
+    if hub.get("quantization_config") is not None:
         wrong.append("quantization_config (allowed: none; take the weights before quantization)")
     if wrong:
         raise UserError(f"{where}: an architecture that is not here: {'; '.join(wrong)}")
@@ -179,18 +196,39 @@ def _set_heads(model: ConfigDict, hub: dict, where: str) -> None:
 
 def _set_rope(model: ConfigDict, hub: dict, where: str) -> None:
     """RoPE as it is, or with the scaling of Llama 3.1; written in two ways, old and new."""
-    rope = hub.get("rope_parameters") or hub.get("rope_scaling") or {}
-    base = {"rope_theta": hub.get("rope_theta")} if hub.get("rope_theta") is not None else {}
-    rope = base | rope
+    rope = {"rope_theta": hub["rope_theta"]} if hub.get("rope_theta") is not None else {}
+    for name in ("rope_scaling", "rope_parameters"):  # the latter is newer
+        rope |= _rope_fields(hub.get(name), f"{where}: {name}")
     model.rope_base = _number(rope, "rope_theta", 10_000.0, float, where)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return
-    fixed = rope.get("low_freq_factor"), rope.get("high_freq_factor")
-    if kind != "llama3" or fixed != (1, 4):
+    fixed = [rope.get(name) for name in ("low_freq_factor", "high_freq_factor")]
+    if kind != "llama3" or fixed != [1, 4] or bool in map(type, fixed):
         raise UserError(
-            f"{where}: an architecture that is not here: rope scaling {ascii(rope)[:200]} "
+            f"{where}: an architecture that is not here: rope scaling {shown(kind)} with factors "
+            f"{shown(fixed[0])} and {shown(fixed[1])} "
             "(allowed: none, or llama3 with low_freq_factor 1 and high_freq_factor 4)"
         )
     model.rope_factor = _number(rope, "factor", None, float, where)
     model.rope_length = _number(rope, "original_max_position_embeddings", None, int, where)
+
+
+def _rope_fields(fields: Any, where: str) -> dict:
+    """What rope_parameters or rope_scaling say. UserError: it is no object of scalars (such as
+    one for each type of layer), or only a part of each head is rotated."""
+    if fields is None:
+        return {}
+    if not isinstance(fields, dict):
+        raise UserError(f"{where}={shown(fields)}: must be an object")
+    for name, value in fields.items():
+        if isinstance(value, dict | list):
+            raise UserError(
+                f"{where}: an architecture that is not here: {shown(name)} is {shown(value)}"
+            )
+    if fields.get("partial_rotary_factor") not in (None, 1):
+        value = shown(fields["partial_rotary_factor"])
+        raise UserError(
+            f"{where}: an architecture that is not here: partial_rotary_factor={value} (allowed: 1)"
+        )
+    return fields

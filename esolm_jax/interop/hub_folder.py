@@ -3,17 +3,21 @@
 Opened, not read: np.asarray(tensor) reads one.
 """
 
-import json
 import pathlib
+import re
 from collections.abc import Iterable, Mapping
 
+from esolm_jax import regular_file
 from esolm_jax.errors import UserError
 from esolm_jax.interop import fit, hub_names, safetensors_file
 from esolm_jax.interop.hub_names import Part
 from esolm_jax.interop.safetensors_file import Tensor
+from esolm_jax.interop.shown import shown
 
 FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_INDEX_SIZE = 64 * regular_file.MB
+_BLOCK = re.compile(r"(?:.*\.)?(?:layers|h)\.([0-9]+)\.")
 
 
 def tensors(folder: pathlib.Path) -> dict[str, Tensor]:
@@ -22,9 +26,12 @@ def tensors(folder: pathlib.Path) -> dict[str, Tensor]:
     Raises:
       UserError: no safetensors, a shard or a tensor that the index names is missing, damaged.
     """
-    if (folder / INDEX).is_file():
+    has_index, has_file = (regular_file.is_there(folder / name) for name in (INDEX, FILE))
+    if has_index and has_file:
+        raise UserError(f"--from={folder}: holds both {FILE} and {INDEX}; remove one of them")
+    if has_index:
         return _of_shards(folder)
-    if (folder / FILE).is_file():
+    if has_file:
         return safetensors_file.read(folder / FILE)[0]
     other = next(folder.glob("pytorch_model*.bin"), None)
     advice = f"; {other.name} is not read, save it as safetensors" if other else ""
@@ -33,21 +40,40 @@ def tensors(folder: pathlib.Path) -> dict[str, Tensor]:
 
 def _of_shards(folder: pathlib.Path) -> dict[str, Tensor]:
     index = folder / INDEX
-    try:
-        files = json.loads(index.read_text("utf-8"))["weight_map"]
-        names = sorted(set(files.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index}: damaged: it has no weight_map of names to files") from error
-    if outside := [name for name in names if pathlib.PurePath(name).name != name]:
-        raise UserError(f"{index}: refused: it names the file {ascii(outside[0])[:100]}")
-    if missing := [name for name in names if not (folder / name).is_file()]:
-        raise UserError(f"--from={folder}: shards are missing: {', '.join(missing[:8])}")
+    content = regular_file.read_json(index, _INDEX_SIZE)
+    files = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+        raise UserError(f"{index}: damaged: it has no weight_map of names to files")
+    names = sorted(set(files.values()))
+    if outside := [name for name in names if not name or pathlib.PurePath(name).name != name]:
+        raise UserError(f"{index}: refused: it names the file {shown(outside[0])}")
+    if missing := [name for name in names if not regular_file.is_there(folder / name)]:
+        listed = ", ".join(ascii(name[:100])[1:-1] for name in missing[:8])
+        raise UserError(f"--from={folder}: shards are missing: {listed}")
     found: dict[str, Tensor] = {}
     for name in names:
-        found |= safetensors_file.read(folder / name)[0]
+        for key, tensor in safetensors_file.read(folder / name)[0].items():
+            if key in found or files.get(key, name) != name:
+                raise UserError(
+                    f"{index}: damaged: {shown(key)} is in {shown(name)}, and elsewhere by the "
+                    "index or another shard"
+                )
+            found[key] = tensor
     if lost := sorted(files.keys() - found.keys()):
-        raise UserError(f"--from={folder}: {INDEX} names tensors that no shard holds: {lost[:8]}")
+        listed = ", ".join(shown(name) for name in lost[:8])
+        raise UserError(f"--from={folder}: {INDEX} names tensors that no shard holds: {listed}")
     return found
+
+
+def check_blocks(names: Iterable[str], blocks: int, where: str) -> None:
+    """UserError if config.json says that there are many more blocks than tensors are of; all
+    names of the model's tensors are listed afterwards, so that must not take for ever."""
+    numbers = {match[1] for name in names if (match := _BLOCK.match(name))}
+    if blocks > 2 * len(numbers) + 100:
+        raise UserError(
+            f"{where}: says that the model has {blocks:,} blocks; its files have tensors of "
+            f"{len(numbers)}"
+        )
 
 
 def prefix_of(names: Iterable[str], style: str) -> str:

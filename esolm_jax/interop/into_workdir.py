@@ -108,10 +108,15 @@ def _check_vocabulary(published: published_file.Published, tokenizer) -> None:
 
 
 def _check_sizes(config, published: published_file.Published) -> None:
-    """Fields of config.model that the shapes contradict; what is amiss otherwise shows later."""
+    """Fields of config.model that the shapes contradict, before anything of such a size is made;
+    what is amiss otherwise shows later."""
     table = published.raw.get("vocab_embed.embedding")
-    if table is None or len(table.shape) != 2:
-        return
+    if table is None:
+        raise UserError(f"{published.path}: missing tensors: vocab_embed.embedding")
+    if len(table.shape) != 2:
+        raise UserError(
+            f"{published.path}: vocab_embed.embedding: shape {table.shape} here, (V, D) in a model"
+        )
     sizes = reference.model_config(published.raw, config.model.heads)
     for name in ("width", "blocks", "cond_width"):
         if config.model[name] != getattr(sizes, name):

@@ -3,6 +3,7 @@
 This is what `convert` runs with when --config is left out: FILE's hyper-parameters, in our words.
 """
 
+import math
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -11,6 +12,7 @@ from esolm_jax import config as config_lib
 from esolm_jax.errors import UserError
 from esolm_jax.interop import published_file
 from esolm_jax.interop.published_file import find
+from esolm_jax.interop.shown import is_scalar, shown
 
 _FIELDS = {  # ours → where the published runs keep it; taken if it is there, of the right type
     "seed": "seed",
@@ -41,6 +43,7 @@ _HUB = {  # config.json of the models on the Hugging Face hub → names of the p
     "dropout": "dropout",
 }
 _HIDDEN = ("objective", "alpha_0", "start_token", "model.heads")  # no shape tells them
+_NEEDED = ("data.seq_len", "model.")  # of another type they are refused
 _TOKENIZERS = {"gpt2": "gpt2", "bert-base-uncased": "bert"}
 _ESO = {  # by the mode of attention in each phase
     "algo.diffusion_attn_mode": {"causal": "eso_b", "mixed2": "eso_a"},
@@ -56,7 +59,7 @@ def get_config(path: str) -> ConfigDict:
     """
     published = published_file.read(path)
     if published.ours is not None:
-        return config_lib.from_saved(published.ours["config"])
+        return _own_config(published)
     if published.hyper is None:
         raise UserError(
             "--config is missing: the number of heads cannot be read off the tensors, and "
@@ -66,6 +69,14 @@ def get_config(path: str) -> ConfigDict:
     return from_hyper(published.hyper, path)
 
 
+def _own_config(published: published_file.Published) -> ConfigDict:
+    """The config in our own export, not yet validated. UserError: it is none."""
+    try:
+        return config_lib.from_saved(published.ours["config"])
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise UserError(f"{published.path}: damaged: its metadata hold no config") from error
+
+
 def from_hyper(hyper: Any, where: str) -> ConfigDict:
     """Our config, from published hyper-parameters (see published_file.find)."""
     hyper = _with_sections(hyper)
@@ -73,17 +84,20 @@ def from_hyper(hyper: Any, where: str) -> ConfigDict:
     config = config_lib.default_config()
     with config.unlocked():
         for name, path in _FIELDS.items():
-            _take(config, name, find(hyper, path))
+            _take(config, name, find(hyper, path), f"{where}: {path}")
         config.objective, config.alpha_0 = _objective(hyper, where)
         if config.objective == "ar":
             config.model.cond_width = 0
-            if find(hyper, "algo.prepend_token") == "mask":
+            if _scalar(hyper, "algo.prepend_token", where) == "mask":
                 config.start_token = "mask"
+        block = find(hyper, "block_size")
+        if config.objective == "bd3" and block is not None and block != config.block_length:
+            raise UserError(f"{where}: block_size={shown(block)}: must be a positive integer")
         split = find(hyper, "algo.batch_split")
         config.kappa = float(split) if _is_number(split) and 0 < split < 1 else config.kappa
-        low_variance = find(hyper, "algo.loss_type") == "low_var" and config.alpha_0 == 1
-        config.low_variance = low_variance
-        _set_data(config, hyper)
+        loss = _scalar(hyper, "algo.loss_type", where)
+        config.low_variance = loss == "low_var" and config.alpha_0 == 1
+        _set_data(config, hyper, where)
     return config
 
 
@@ -123,6 +137,17 @@ def _with_sections(hyper: Any) -> Any:
     return {"algo": algo, "model": model, "data": data, "block_size": find(hyper, "block_size")}
 
 
+def _scalar(hyper: Any, path: str, where: str) -> Any:
+    """A number, a string or None. UserError: it is anything else, perhaps of a class that is kept
+    unopened."""
+    value = find(hyper, path)
+    if not is_scalar(value):
+        raise UserError(
+            f"{where}: hyper-parameter {path} is {shown(value)}, which is not read; give --config"
+        )
+    return value
+
+
 def _check_architecture(hyper: Any, where: str) -> None:
     allowed = {
         "algo.name": ("ar", "mdlm", "bd3lm", "esolm"),
@@ -131,29 +156,32 @@ def _check_architecture(hyper: Any, where: str) -> None:
         "model.type": ("ddit",),
     }
     wrong = [
-        f"{path}={ascii(value)[:80]} (allowed: {', '.join(map(str, values))})"
+        f"{path}={shown(value)} (allowed: {', '.join(map(str, values))})"
         for path, values in allowed.items()
-        if (value := find(hyper, path)) is not None and value not in values
+        if (value := _scalar(hyper, path, where)) is not None and value not in values
     ]
     if wrong:
         raise UserError(f"{where}: an architecture that is not here: {'; '.join(wrong)}")
 
 
 def _is_number(value) -> bool:
-    return type(value) in (int, float)
+    """Whether it is one, which float() can hold."""
+    return type(value) is float or (type(value) is int and value.bit_length() < 64)
 
 
-def _take(config: ConfigDict, name: str, value: Any) -> None:
-    """Sets a field if the value is of its type and allowed; else it stays what it is."""
+def _take(config: ConfigDict, name: str, value: Any, where: str) -> None:
+    """Sets a field if the value is of its type and allowed. Else it stays what it is, unless the
+    model depends on it: then UserError."""
     kind = type(config_lib.flat(config)[name])
-    if not _is_number(value) or (kind is int and value != int(value)):
-        return
-    if config_lib.is_allowed(name, value):
+    is_right = _is_number(value) and math.isfinite(value) and kind(value) == value
+    if is_right and config_lib.is_allowed(name, kind(value)):
         config.update_from_flattened_dict({name: kind(value)})
+    elif value is not None and name.startswith(_NEEDED):
+        raise UserError(f"{where}={shown(value)}: must be a number that config.{name} may be")
 
 
 def _objective(hyper: Any, where: str) -> tuple[str, float]:
-    name = find(hyper, "algo.name")
+    name = _scalar(hyper, "algo.name", where)
     fixed = {"ar": ("ar", 0.0), "mdlm": ("mdlm", 1.0), "bd3lm": ("bd3", 1.0)}
     if name in fixed:
         return fixed[name]
@@ -162,7 +190,7 @@ def _objective(hyper: Any, where: str) -> tuple[str, float]:
     alpha_0 = find(hyper, "algo.alpha_0")
     if not _is_number(alpha_0) or not 0 <= alpha_0 <= 1:
         raise UserError(f"{where}: its hyper-parameters have no algo.alpha_0; give --config")
-    modes = {path: find(hyper, path) for path in _ESO}
+    modes = {path: _scalar(hyper, path, where) for path in _ESO}
     # With alpha_0 = 0 or 1 there is but one phase, and the other's mode was never used.
     if alpha_0 == 0:
         del modes["algo.diffusion_attn_mode"]
@@ -170,7 +198,7 @@ def _objective(hyper: Any, where: str) -> tuple[str, float]:
         del modes["algo.sequential_attn_mode"]
     found = {_ESO[path].get(mode) for path, mode in modes.items()}
     if len(found) > 1 or None in found:
-        said = ", ".join(f"{path}={ascii(mode)[:80]}" for path, mode in modes.items())
+        said = ", ".join(f"{path}={shown(mode)}" for path, mode in modes.items())
         raise UserError(
             f"{where}: an architecture that is not here: {said} (allowed: causal for Eso-LM (B); "
             "mixed2 in the diffusion phase and mixed in the sequential phase for (A))"
@@ -178,11 +206,13 @@ def _objective(hyper: Any, where: str) -> tuple[str, float]:
     return found.pop(), float(alpha_0)
 
 
-def _set_data(config: ConfigDict, hyper: Any) -> None:
-    config.data.tokenizer = _TOKENIZERS.get(find(hyper, "data.tokenizer_name_or_path"), "gpt2")
+def _set_data(config: ConfigDict, hyper: Any, where: str) -> None:
+    tokenizer = _scalar(hyper, "data.tokenizer_name_or_path", where)
+    config.data.tokenizer = _TOKENIZERS.get(tokenizer, "gpt2")
     config.data.packing = "pad" if find(hyper, "data.wrap") is False else "wrap"
     config.data.source = "text"
-    if str(find(hyper, "data.train")).startswith("lm1b"):
+    train = find(hyper, "data.train")
+    if isinstance(train, str) and train.startswith("lm1b"):
         config.data.source, config.data.train, config.data.test = "tfds:lm1b", "train", "test"
 
 
@@ -191,17 +221,17 @@ def check(config: ConfigDict, published: published_file.Published) -> None:
     what the shapes of its tensors do not show."""
     said: dict[str, Any] = {}
     if published.ours is not None:
-        theirs = config_lib.flat(ConfigDict(published.ours["config"]))
+        theirs = config_lib.flat(_own_config(published))
         said = {name: theirs.get(name) for name in _HIDDEN}
     elif published.hyper is not None:
         hyper, where = _with_sections(published.hyper), str(published.path)
         _check_architecture(hyper, where)
-        said["model.heads"] = find(hyper, "model.n_heads")
-        if find(hyper, "algo.name") is not None:
+        said["model.heads"] = _scalar(hyper, "model.n_heads", where)
+        if _scalar(hyper, "algo.name", where) is not None:
             said["objective"], said["alpha_0"] = _objective(hyper, where)
     ours = config_lib.flat(config)
     for name, value in said.items():
         if value is not None and ours[name] != value:
             raise UserError(
-                f"config.{name}={ours[name]!r}: {published.path} was trained with {value!r}"
+                f"config.{name}={ours[name]!r}: {published.path} was trained with {shown(value)}"
             )

@@ -5,20 +5,26 @@ Three kinds: a Lightning checkpoint (.ckpt: state_dict, EMA, hyper-parameters), 
 """
 
 import dataclasses
-import json
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
+from esolm_jax import regular_file
 from esolm_jax.errors import UserError
-from esolm_jax.interop import reference, safetensors_file, torch_archive
+from esolm_jax.interop import reference, safetensors_file, torch_archive, weight_types
+from esolm_jax.interop.shown import shown
 from esolm_jax.interop.torch_pickle import Object
 
 _PREFIX = re.compile(r"((module|_orig_mod|backbone)\.)+")  # of wrappers; backbone: the model
 _NO_WEIGHTS = re.compile(
     r"(noise|metrics|valid_metrics|test_metrics|train_metrics)\.|sampling_eps_"
 )
+_CONFIG = "config.json"  # beside safetensors, as on the Hugging Face hub
+_CONFIG_SIZE = 16 * regular_file.MB
+# Tensors may share their numbers, as tied embeddings do; one small storage under many names would
+# fill the memory.
+_MOST_SHARED = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +52,7 @@ class Published:
         """The average by parameter name: the file has a list, in the order of the parameters.
 
         Raises:
-          UserError: it is no such list.
+          UserError: it is no such list, or holds what are no weights.
         """
         shadow, advice = self.shadow, "take the other weights: --weights=raw"
         if not isinstance(shadow, list) or len(shadow) != len(self.raw):
@@ -54,14 +60,19 @@ class Published:
             raise UserError(
                 f"{self.path}: the EMA has {count} tensors for {len(self.raw)} parameters; {advice}"
             )
-        for (name, tensor), average in zip(self.raw.items(), shadow, strict=True):
-            shape = getattr(average, "shape", None)
-            if shape != tensor.shape:
+        average = dict(zip(self.raw, shadow, strict=True))
+        for name, tensor in average.items():
+            where = f"{self.path}: the EMA of {name[:100]}"
+            if not hasattr(tensor, "__array__"):
+                raise UserError(f"{where} is no tensor, but {shown(tensor)}; {advice}")
+            if tensor.shape != self.raw[name].shape:
                 raise UserError(
-                    f"{self.path}: the EMA of {name} has shape {shape}, the parameter "
-                    f"{tensor.shape}; {advice}"
+                    f"{where} has shape {tensor.shape}, the parameter {self.raw[name].shape}; "
+                    f"{advice}"
                 )
-        return dict(zip(self.raw, shadow, strict=True))
+        weight_types.check(average, f"{self.path}, EMA")
+        _check_shared(self.path, average.values())
+        return average
 
 
 def read(path: str) -> Published:
@@ -70,13 +81,11 @@ def read(path: str) -> Published:
     Raises:
       UserError: not there, truncated, hostile, or without weights.
     """
-    file = pathlib.Path(path).expanduser()
-    if not file.is_file():
-        raise UserError(f"--from={path}: no such file")
+    file = regular_file.expand(path)
+    with regular_file.open_regular(file, f"--from={path}") as opened:
+        start = opened.read(4)
     if file.suffix == ".safetensors":
         return _safetensors(file)
-    with open(file, "rb") as opened:
-        start = opened.read(4)
     if start == b"PK\x03\x04":
         return _torch(file)
     if start[:1] == b"\x80":
@@ -90,32 +99,44 @@ def read(path: str) -> Published:
 def _safetensors(file: pathlib.Path) -> Published:
     tensors, about = safetensors_file.read(file)
     raw = _backbone(file, tensors)
-    beside = file.with_name("config.json")  # as on the Hugging Face hub
-    hyper = None
-    if not about and beside.is_file():
-        try:
-            hyper = json.loads(beside.read_text("utf-8"))
-        except ValueError as error:
-            raise UserError(f"{beside}: not JSON: {error}") from error
+    beside, hyper = file.with_name(_CONFIG), None
+    if not about and regular_file.is_there(beside):
+        hyper = regular_file.read_json(beside, _CONFIG_SIZE)
     return Published(file, raw, hyper=hyper, step=_step(about.get("step")), ours=about or None)
 
 
 def _torch(file: pathlib.Path) -> Published:
     content = torch_archive.Archive(file).content
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: holds a {type(content).__name__}, not a dict of tensors")
-    state = content.get("state_dict", content)
+    if not isinstance(inside(content), dict):
+        raise UserError(f"{file}: holds {shown(content)}, not a dict of tensors")
+    content = inside(content)
+    state = inside(content.get("state_dict", content))
     if not isinstance(state, dict):
-        raise UserError(f"{file}: its state_dict is no dict")
+        raise UserError(f"{file}: its state_dict is {shown(state)}, not a dict")
     raw = _backbone(file, state)
-    ema = content.get("ema") if state is not content else None
+    _check_shared(file, raw.values())
+    is_run = state is not content
+    ema, shadow = content.get("ema") if is_run else None, None
+    if ema is not None:
+        shadow = find(ema, "shadow_params")
+        shadow = ema if shadow is None else shadow  # no list: `ema` refuses it
     return Published(
         path=file,
         raw=raw,
-        shadow=find(ema, "shadow_params"),
-        hyper=content.get("hyper_parameters") if state is not content else None,
+        shadow=shadow,
+        hyper=content.get("hyper_parameters") if is_run else None,
         step=_step(content.get("global_step", find(ema, "num_updates"))),
     )
+
+
+def _check_shared(file: pathlib.Path, tensors: Collection[Any]) -> None:
+    """UserError if the tensors have many more bytes than the file."""
+    size, most = sum(tensor.nbytes for tensor in tensors), _MOST_SHARED * file.stat().st_size
+    if size > most:
+        raise UserError(
+            f"{file}: refused: its tensors share their numbers: {size:,} bytes of weights in a "
+            f"file of {file.stat().st_size:,}"
+        )
 
 
 def _step(value: Any) -> int | None:
@@ -127,18 +148,21 @@ def _backbone(file: pathlib.Path, tensors: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, tensor in tensors.items():
         if not isinstance(name, str):
-            raise UserError(f"{file}: a state_dict whose keys are no names")
+            raise UserError(f"{file}: its state_dict has a key that is no name: {shown(name)}")
         bare = _PREFIX.sub("", name, count=1) if _PREFIX.match(name) else name
         if bare in reference.CONSTANTS or _NO_WEIGHTS.match(bare):
             continue
         if not hasattr(tensor, "__array__"):
-            kind = tensor.kind if isinstance(tensor, Object) else type(tensor).__name__
-            raise UserError(f"{file}: {ascii(name[:100])} is no tensor, but {kind}")
+            raise UserError(
+                f"{file}: {ascii(name[:100])} is no tensor that is read, but {shown(tensor)} "
+                "(nothing was run)"
+            )
         if bare in found:
             raise UserError(f"{file}: {ascii(bare[:100])} is there twice, under two prefixes")
         found[bare] = tensor
     if not found:
         raise UserError(f"{file}: holds no tensors")
+    weight_types.check(found, str(file))
     return found
 
 
@@ -149,16 +173,17 @@ def find(node: Any, path: str) -> Any:
     such as ${model.length} are not followed: they are None.
     """
     for key in path.split("."):
-        node = _inside(node)
+        node = inside(node)
         node = node.get(key) if isinstance(node, dict) else None
-    node = _inside(node)
+    node = inside(node)
     return None if isinstance(node, str) and "${" in node else node
 
 
-def _inside(node: Any) -> Any:
+def inside(node: Any) -> Any:
+    """The dict or scalar that an Object stands for; the Object itself if it is neither."""
     if not isinstance(node, Object):
         return node
     state = node.state if isinstance(node.state, dict) else {}
     if "_val" in state:  # an OmegaConf scalar
         return state["_val"]
-    return state.get("_content") or node.entries
+    return state.get("_content") or node.entries or state or node

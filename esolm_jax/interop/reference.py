@@ -46,7 +46,7 @@ CONSTANTS = (INV_FREQ,)  # stored beside the parameters, but not one
 def model_config(weights: Mapping[str, np.ndarray], num_heads: int) -> model_lib.ModelConfig:
     """Sizes read off the shapes; adaLN if there is a time embedding."""
     vocab_size, width = weights["vocab_embed.embedding"].shape
-    numbers = {int(m[1]) for name in weights if (m := re.match(r"blocks\.(\d+)\.", name))}
+    numbers = {m[1] for name in weights if (m := re.match(r"blocks\.([0-9]+)\.", name))}
     if width % (2 * num_heads):
         raise UserError(f"num_heads={num_heads}: the width {width} must be a multiple of 2 x heads")
     time = weights.get("sigma_map.mlp.0.weight")
@@ -55,7 +55,7 @@ def model_config(weights: Mapping[str, np.ndarray], num_heads: int) -> model_lib
         width=width,
         blocks=len(numbers),
         heads=num_heads,
-        cond_width=0 if time is None else time.shape[0],
+        cond_width=0 if time is None or not time.shape else time.shape[0],
     )
 
 

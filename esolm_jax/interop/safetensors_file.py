@@ -5,29 +5,52 @@ import json
 import math
 import pathlib
 from collections.abc import Iterable, Mapping
+from typing import BinaryIO
 
+import ml_dtypes
 import numpy as np
-import safetensors
 
-from esolm_jax import results
+from esolm_jax import regular_file, results
 from esolm_jax.errors import UserError
+from esolm_jax.interop import safetensors_header
+from esolm_jax.interop.safetensors_header import Entry
 
 METADATA = "esolm_jax"  # the key under which our own exports say what they hold
 ALIGNMENT = 64  # bytes, of the data within the file
+_NUMPY = {"F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32, "F64": np.float64}
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor in a file. np.asarray(tensor) reads it."""
+    """A tensor in a file. np.asarray(tensor) reads it, if it is of a floating-point type."""
 
-    file: safetensors.safe_open
+    file: BinaryIO
+    where: str
     name: str
-    shape: tuple[int, ...]
-    dtype: str  # as safetensors calls it
+    entry: Entry
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.entry.shape
+
+    @property
+    def type_name(self) -> str:
+        """As NumPy calls it, or as safetensors does."""
+        numpy_type = _NUMPY.get(self.entry.dtype)
+        return self.entry.dtype if numpy_type is None else np.dtype(numpy_type).name
+
+    @property
+    def nbytes(self) -> int:
+        return self.entry.stop - self.entry.start
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         del copy
-        return np.asarray(self.file.get_tensor(self.name), dtype)
+        content = np.empty(self.nbytes, np.uint8)
+        self.file.seek(self.entry.start)
+        if self.file.readinto(content.data) != self.nbytes:
+            raise UserError(f"{self.where}: truncated while it is read: {self.name!a}")
+        array = content.view(_NUMPY[self.entry.dtype]).reshape(self.shape)
+        return array if dtype is None else array.astype(dtype, copy=False)
 
 
 def read(path: pathlib.Path) -> tuple[dict[str, Tensor], dict]:
@@ -35,34 +58,29 @@ def read(path: pathlib.Path) -> tuple[dict[str, Tensor], dict]:
 
     Raises UserError: no such file, truncated, or not safetensors.
     """
+    where = str(path)
+    file = regular_file.open_regular(path)
     try:
-        file = safetensors.safe_open(path, framework="np")
-        slices = {name: file.get_slice(name) for name in file.keys()}
-        about = _about((file.metadata() or {}).get(METADATA, "{}"))
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        size = os.fstat(file.fileno()).st_size
+        entries, metadata = safetensors_header.read(file, size, where)
+        about = _about(metadata.get(METADATA, "{}"), where)
+    except (OSError, ValueError) as error:
+        file.close()
         raise UserError(f"{path}: truncated, or not a safetensors file: {error}") from error
-    tensors = {
-        name: Tensor(file, name, tuple(part.get_shape()), part.get_dtype())
-        for name, part in slices.items()
-    }
-    return tensors, about
+    except UserError:
+        file.close()
+        raise
+    return {name: Tensor(file, where, name, entry) for name, entry in entries.items()}, about
 
 
 def places(path: pathlib.Path) -> dict[str, tuple[int, tuple[int, ...]]]:
     """(offset in bytes within the file, shape) of each tensor."""
-    with open(path, "rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-    header.pop("__metadata__", None)
-    return {
-        name: (8 + size + entry["data_offsets"][0], tuple(entry["shape"]))
-        for name, entry in header.items()
-    }
+    return {name: (t.entry.start, t.shape) for name, t in read(path)[0].items()}
 
 
-def _about(text: str) -> dict:
+def _about(text: str, where: str) -> dict:
     """What `write` was given; {} if it is of another make."""
-    about = json.loads(text)
+    about = regular_file.parse_json(text, f"{where}: the metadata {METADATA!r}")
     is_ours = isinstance(about, dict) and all(
         isinstance(about.get(name), kind)
         for name, kind in (("config", dict), ("tokenizer", dict), ("weights", str))

@@ -1,7 +1,7 @@
 """Files of torch.save (.ckpt, .pt, .bin): a zip of one pickle and one record for each storage.
 
 Tensors are read when they are asked for, from a memory map; the pickle is read by torch_pickle,
-which runs nothing.
+which runs nothing. A tensor of a type that NumPy has not stays an inert Object.
 """
 
 import dataclasses
@@ -17,8 +17,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from esolm_jax import regular_file
 from esolm_jax.errors import UserError
 from esolm_jax.interop import torch_pickle
+from esolm_jax.interop.torch_pickle import Name, Object
 
 DTYPES = {
     "DoubleStorage": np.float64,
@@ -32,15 +34,26 @@ DTYPES = {
     "ByteStorage": np.uint8,
     "BoolStorage": np.bool_,
 }
+_MAX_SIZE = 2**60  # elements of a tensor, were its empty axes 1
 _LOCAL_HEADER = 30  # bytes, then the name and the extra field
+_SIGNATURE = b"PK\x03\x04"
+_ENCRYPTED, _UTF_8 = 0x1, 0x800  # flags of a record
+_ZIP_ERRORS = (OSError, ValueError, EOFError, LookupError, ArithmeticError, NotImplementedError)
+_ZIP_ERRORS += (RuntimeError, zipfile.BadZipFile, struct.error)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Storage:
     archive: "Archive"
     key: str
-    dtype: np.dtype
+    kind: Name
     size: int  # elements
+
+    @property
+    def dtype(self) -> np.dtype | None:
+        """None: of a type that is not read."""
+        found = DTYPES.get(self.kind.name) if self.kind.module == "torch" else None
+        return None if found is None else np.dtype(found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +72,17 @@ class Tensor:
     def dtype(self) -> np.dtype:
         return self.storage.dtype
 
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         del copy
         flat = self.storage.archive.read(self.storage)[self.offset :]
-        steps = [step * self.dtype.itemsize for step in self.stride]
+        steps = [
+            step * self.dtype.itemsize if size > 1 else 0  # a stride that is not used may be any
+            for step, size in zip(self.stride, self.shape, strict=True)
+        ]
         view = np.lib.stride_tricks.as_strided(flat, self.shape, steps, writeable=False)
         return np.array(view, dtype or self.dtype, order="C")
 
@@ -79,17 +99,14 @@ class Archive:
         self.where = str(path)
         self._sound: set[str] = set()  # records whose checksum was verified
         try:
-            with open(path, "rb") as file:
+            with regular_file.open_regular(path) as file:
                 self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            with zipfile.ZipFile(path) as zipped:
-                self._records = {info.filename: info for info in zipped.infolist()}
-        except (OSError, ValueError, zipfile.BadZipFile, struct.error) as error:
+                with zipfile.ZipFile(file) as zipped:
+                    records = zipped.infolist()
+        except _ZIP_ERRORS as error:
             raise UserError(f"{path}: truncated, or not a file of torch.save: {error}") from error
-        for name, info in self._records.items():
-            if name.startswith("/") or ".." in name.split("/") or "\\" in name:
-                raise UserError(f"{path}: refused: it holds a record named {ascii(name[:100])}")
-            if info.compress_type != zipfile.ZIP_STORED:
-                raise UserError(f"{path}: not a file of torch.save: a record is compressed")
+        self._records = {info.filename: info for info in records}
+        self._begins = self._check_records(records)
         pickles = [name for name in self._records if name.split("/")[1:] == ["data.pkl"]]
         if len(pickles) != 1:
             raise UserError(f"{path}: not a file of torch.save: it has no record NAME/data.pkl")
@@ -101,48 +118,83 @@ class Archive:
             bytes(self._record(pickles[0])), self._storage, self._tensors(), self.where
         )
 
+    def _check_records(self, records: list[zipfile.ZipInfo]) -> dict[str, int]:
+        """Where the bytes of each record begin. UserError: records that torch does not write, or
+        that overlap, which makes much of a small file."""
+        begins, end = {}, 0
+        for info in sorted(records, key=lambda info: info.header_offset):
+            name = info.filename
+            shown = ascii(name[:100])
+            if name.startswith("/") or ".." in name.split("/") or "\\" in name:
+                raise UserError(f"{self.where}: refused: it holds a record named {shown}")
+            if name in begins:
+                raise UserError(f"{self.where}: refused: record {shown} is there twice")
+            if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
+                raise UserError(f"{self.where}: not a file of torch.save: a record is compressed")
+            if info.flag_bits & _ENCRYPTED:
+                raise UserError(f"{self.where}: not a file of torch.save: record {shown} is locked")
+            header = self._bytes[info.header_offset : info.header_offset + _LOCAL_HEADER]
+            if len(header) < _LOCAL_HEADER or not header.startswith(_SIGNATURE):
+                raise UserError(f"{self.where}: truncated: record {shown}")
+            name_size, extra_size = struct.unpack("<HH", header[26:30])
+            begin = info.header_offset + _LOCAL_HEADER
+            raw = self._bytes[begin : begin + name_size]
+            encoding = "utf-8" if info.flag_bits & _UTF_8 else "cp437"
+            if raw != info.orig_filename.encode(encoding, "replace"):
+                raise UserError(f"{self.where}: damaged: the name of record {shown}")
+            if info.header_offset < end:
+                raise UserError(f"{self.where}: refused: record {shown} lies upon another")
+            begins[name] = begin + name_size + extra_size
+            end = begins[name] + info.file_size
+            if end > len(self._bytes):
+                raise UserError(f"{self.where}: truncated: record {shown}")
+        return begins
+
     def _record(self, name: str) -> memoryview:
         """The bytes of a record, not copied, its checksum verified."""
         if name not in self._records:
             raise UserError(f"{self.where}: truncated: record {ascii(name[:100])} is missing")
-        info = self._records[name]
-        header = self._bytes[info.header_offset : info.header_offset + _LOCAL_HEADER]
-        if len(header) < _LOCAL_HEADER:
-            raise UserError(f"{self.where}: truncated: record {ascii(name[:100])}")
-        lengths = struct.unpack("<HH", header[26:30])
-        begin = info.header_offset + _LOCAL_HEADER + sum(lengths)
+        info, begin = self._records[name], self._begins[name]
         record = memoryview(self._bytes)[begin : begin + info.file_size]
         if name not in self._sound:
             # 0: torch was told to write no checksums.
-            if len(record) != info.file_size or info.CRC not in (0, zlib.crc32(record)):
+            if info.CRC not in (0, zlib.crc32(record)):
                 raise UserError(f"{self.where}: damaged: record {ascii(name[:100])}")
             self._sound.add(name)
         return record
 
     def _storage(self, tag: Any, kind: Any, key: Any, location: Any, size: Any) -> _Storage:
         del location
-        dtype = DTYPES.get(getattr(kind, "name", None))
-        if tag != "storage" or not isinstance(key, str) or not _is_count(size):
+        is_named = isinstance(key, str) and isinstance(kind, Name)
+        if tag != "storage" or not is_named or not _is_count(size):
             raise ValueError("an unknown kind of persistent id")
-        if dtype is None:
-            raise UserError(f"{self.where}: a tensor of type {kind}; allowed: {', '.join(DTYPES)}")
-        return _Storage(self, key, np.dtype(dtype), size)
+        return _Storage(self, key, kind, size)
 
     def _tensors(self) -> dict:
         return {
             "_rebuild_tensor": self._tensor,
             "_rebuild_tensor_v2": self._tensor,
+            "_rebuild_tensor_v3": self._tensor_of_new_type,
             "_rebuild_parameter": lambda tensor, *_: tensor,
             "_rebuild_parameter_with_state": lambda tensor, *_: tensor,
         }
 
-    def _tensor(self, storage, offset, shape, stride, *_) -> Tensor:
+    def _tensor_of_new_type(self, storage, offset, shape, stride, grad, hooks, dtype, *_) -> Object:
+        """Of a type without a storage of its own: 8-bit floats, unsigned integers."""
+        del storage, offset, shape, stride, grad, hooks
+        return Object(dtype if isinstance(dtype, Name) else Name("torch", "Tensor"))
+
+    def _tensor(self, storage, offset, shape, stride, *_) -> Tensor | Object:
         if not isinstance(storage, _Storage) or not (
             isinstance(shape, tuple) and isinstance(stride, tuple) and len(shape) == len(stride)
         ):
             raise ValueError("a tensor without a storage and a shape")
         if len(shape) > 32 or not all(_is_count(n) for n in (offset, *shape, *stride)):
             raise ValueError("a tensor whose shape is not made of counts")
+        if math.prod(n or 1 for n in shape) > _MAX_SIZE:
+            raise ValueError(f"a tensor of shape {shape}")
+        if storage.dtype is None:
+            return Object(storage.kind)
         count = math.prod(shape)
         last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
         # A tensor larger than its storage would fill the memory from a small file.

@@ -2,21 +2,22 @@
 
 A pickle is a program. Python's unpickler imports the names that the program gives and calls them;
 this reader runs the program on a stack of its own, where a name is but a pair of strings. Plain
-containers and tensors are built here; objects of the libraries that a published checkpoint
-mentions become inert `Object`s that keep what the file said about them; every other name is
-refused.
+containers and tensors are built here. Every other object becomes an inert `Object`, which keeps
+what the file said about it: a checkpoint may hold what nobody needs. All of it within a budget.
 """
 
 import dataclasses
 import pickletools
 import struct
+import sys
 from collections.abc import Callable
 from typing import Any
 
 from esolm_jax.errors import UserError
+from esolm_jax.interop.budget import Budget
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Name:
     """A name that the file gives; never looked up."""
 
@@ -24,70 +25,29 @@ class Name:
     name: str
 
     def __str__(self) -> str:
-        return ascii(f"{self.module}.{self.name}"[:100])[1:-1]
+        return ascii(f"{self.module[:100]}.{self.name[:100]}"[:100])[1:-1]
 
 
 class Object:
     """What the file says of an object that is not built: its class, arguments and state."""
 
-    def __init__(self, kind: Name, args: tuple):
+    __slots__ = ("args", "entries", "items", "kind", "state")
+
+    def __init__(self, kind: Name, args: tuple = ()):
         self.kind, self.args = kind, args
         self.state: Any = None
-        self.items: list = []  # if it is a list
-        self.entries: dict = {}  # if it is a dict
+        self.items: list | None = None  # if it is a list or a set
+        self.entries: dict | None = None  # if it is a dict
 
 
 Rebuild = Callable[..., Any]
-
-_TYPES = ("bool", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "long")
-_TYPES += ("object", "set", "slice", "str", "tuple")
-_STORAGES = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
-_DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8")
-_INERT_NAMES = {
-    "__builtin__": _TYPES,
-    "builtins": _TYPES,
-    "argparse": ("Namespace",),
-    "collections": ("OrderedDict", "defaultdict", "deque", "Counter"),
-    "dataloader": ("Text8Tokenizer", "SyntheticTokenizer"),  # of the published code
-    "numpy": ("dtype",),
-    "numpy.core.multiarray": ("scalar",),
-    "numpy._core.multiarray": ("scalar",),
-    "torch": (*(f"{s}Storage" for s in _STORAGES), *_DTYPES, "bool", "device", "Size", "Tensor"),
-    "torch.nn.parameter": ("Parameter",),
-    "torch.storage": ("UntypedStorage",),
-    "torch.torch_version": ("TorchVersion",),
-}
-_INERT_PACKAGES = ("lightning", "lightning_fabric", "omegaconf", "pathlib", "pytorch_lightning")
-_INERT_PACKAGES += ("tokenizers", "torchmetrics", "transformers", "typing")
-_SCALARS = (str, int, float, bool, bytes, Name, type(None))
-
-
-def _hashable(value):
-    """Keys are scalars or flat tuples of them: hashing what is nested deeper could crash."""
-    flat = value if isinstance(value, tuple) else (value,)
-    if not all(isinstance(part, _SCALARS) for part in flat):
-        raise ValueError(f"a {type(value).__name__} as a key")
-    return value
-
-
-def _set(items=()):
-    return {_hashable(item) for item in items}
-
-
-def _dict(pairs=()):
-    return {_hashable(key): value for key, value in pairs}
-
-
-_BUILT: dict[tuple[str, str], Rebuild] = {
-    ("collections", "OrderedDict"): _dict,
-    ("collections", "defaultdict"): lambda *_: {},
-    ("torch", "Size"): tuple,
-    ("_codecs", "encode"): lambda text, _: text.encode("latin1"),
-    ("__builtin__", "set"): _set,
-    ("builtins", "set"): _set,
-    ("__builtin__", "frozenset"): _set,
-    ("builtins", "frozenset"): _set,
-}
+_KEY = Name("a dict", "key")
+_MOST_ARGS = 32  # of what is built
+_MOST_KEY_BITS = 60  # hashes of larger integers can be made to collide
+_DEFAULT_DICT = ("collections", "defaultdict")
+_DICTS = {("collections", "OrderedDict"), _DEFAULT_DICT}
+_SETS = {(m, kind) for m in ("__builtin__", "builtins") for kind in ("set", "frozenset")}
+_SIZE = ("torch", "Size")
 
 
 def load(data: bytes, storage: Callable[..., Any], tensors: dict[str, Rebuild], where: str) -> Any:
@@ -99,10 +59,10 @@ def load(data: bytes, storage: Callable[..., Any], tensors: dict[str, Rebuild], 
       where: names the file in errors.
 
     Raises:
-      UserError: the pickle is damaged, or names what is not on the list of what may be mentioned.
+      UserError: the pickle is damaged, or takes more memory or time than its size explains.
     """
-    built = _BUILT | {("torch._utils", name): make for name, make in tensors.items()}
-    machine = _Machine(storage, built, where)
+    built = {("torch._utils", name): make for name, make in tensors.items()}
+    machine = _Machine(storage, built, where, Budget(len(data), where))
     try:
         for opcode, arg, _ in pickletools.genops(data):
             if opcode.name == "STOP":
@@ -122,13 +82,15 @@ def load(data: bytes, storage: Callable[..., Any], tensors: dict[str, Rebuild], 
 class _Machine:
     """The stack and the memo; one method for each kind of opcode."""
 
-    def __init__(self, storage, built, where):
+    def __init__(self, storage, built, where, budget):
         self.storage, self.built, self.where = storage, built, where
+        self.charge = budget.charge
         self.stack: list = []
         self.marks: list[list] = []  # the stacks below the marks
         self.memo: dict[int, Any] = {}
 
     def run(self, opcode: str, arg) -> None:
+        self.charge(_COSTS.get(opcode, _COST) + (0 if arg is None else sys.getsizeof(arg)))
         if opcode in _LITERALS:
             self.stack.append(arg)
         elif opcode in _CONSTANTS:
@@ -146,18 +108,7 @@ class _Machine:
     def name(self, module, name) -> None:
         if not (isinstance(module, str) and isinstance(name, str)):
             raise ValueError("a name that is not a string")
-        found = Name(module, name)
-        package = module.split(".")[0]
-        if not (
-            (module, name) in self.built
-            or name in _INERT_NAMES.get(module, ())
-            or package in _INERT_PACKAGES
-        ):
-            raise UserError(
-                f"{self.where}: refused, nothing was run: it names {found}, which is neither "
-                "a tensor nor a plain container"
-            )
-        self.stack.append(found)
+        self.stack.append(Name(module, name))
 
     def global_(self, arg) -> None:
         self.name(*arg.split(" ", 1))
@@ -168,10 +119,46 @@ class _Machine:
 
     def reduce(self, _) -> None:
         args, kind = self.stack.pop(), self.stack.pop()
-        if not (isinstance(kind, Name) and isinstance(args, tuple)):
+        if not (isinstance(kind, Name | Object) and isinstance(args, tuple)):
             raise ValueError(f"a {type(kind).__name__} is called")
-        make = self.built.get((kind.module, kind.name))
-        self.stack.append(make(*args) if make else Object(kind, args))
+        if isinstance(kind, Object):  # the result of a call is called
+            self.stack.append(Object(kind.kind, args))
+        else:
+            self.stack.append(self._made(kind, args))
+
+    def _made(self, kind: Name, args: tuple):
+        """A tensor or a plain container; an Object if it is neither, or made in another way."""
+        name = kind.module, kind.name
+        if name in self.built:
+            if len(args) > _MOST_ARGS:
+                raise ValueError(f"a tensor of {len(args)} arguments")
+            return self.built[name](*args)
+        items = args[0] if len(args) == 1 and isinstance(args[0], list | tuple) else None
+        if (name in _DICTS and not args) or name == _DEFAULT_DICT:
+            return {}
+        if items is not None and name in _SETS | {_SIZE} | _DICTS:
+            self.charge(_COPY * len(items))
+            if name in _SETS:
+                return self._set(items)
+            if name == _SIZE:
+                return tuple(items)
+            return self._dict(items)
+        return set() if name in _SETS and not args else Object(kind, args)
+
+    def _key(self, value):
+        """A key that is cheap to hash and to compare; what is not is no key that we look for."""
+        if isinstance(value, str | bytes):
+            self.charge(len(value))
+            return value
+        if isinstance(value, int) and value.bit_length() > _MOST_KEY_BITS:
+            return Object(_KEY)
+        return value if isinstance(value, int | float | Object | None) else Object(_KEY)
+
+    def _set(self, items) -> set:
+        return {self._key(item) for item in items}
+
+    def _dict(self, pairs) -> dict:
+        return {self._key(key): value for key, value in pairs}
 
     def newobj_ex(self, _) -> None:
         self.stack.pop()  # keyword arguments
@@ -181,11 +168,14 @@ class _Machine:
         state, target = self.stack.pop(), self.stack[-1]
         if isinstance(target, Object):
             target.state = state
-        elif not isinstance(target, dict):  # a state_dict has attributes; they do not matter
+        elif not isinstance(target, dict | list | set):  # attributes of these do not matter
             raise ValueError(f"a {type(target).__name__} gets a state")
 
     def persistent_id(self, _) -> None:
-        self.stack.append(self.storage(*self.stack.pop()))
+        args = self.stack.pop()
+        if not isinstance(args, tuple) or len(args) > _MOST_ARGS:
+            raise ValueError("an unknown kind of persistent id")
+        self.stack.append(self.storage(*args))
 
     def mark(self, _) -> None:
         self.marks.append(self.stack)
@@ -211,11 +201,11 @@ class _Machine:
 
     def dict_(self, _) -> None:
         items = self.to_mark()
-        self.stack.append(_dict(zip(items[::2], items[1::2], strict=True)))
+        self.stack.append(self._dict(zip(items[::2], items[1::2], strict=True)))
 
     def frozenset_(self, _) -> None:
         items = self.to_mark()
-        self.stack.append(_set(items))
+        self.stack.append(self._set(items))
 
     def append(self, _) -> None:
         item = self.stack.pop()
@@ -226,14 +216,18 @@ class _Machine:
 
     def _extend(self, items: list) -> None:
         target = self.stack[-1]
-        target = target.items if isinstance(target, Object) else target
+        if isinstance(target, Object):
+            target.items = target = [] if target.items is None else target.items
         if not isinstance(target, list):
             raise ValueError(f"a {type(target).__name__} is appended to")
         target += items
 
     def additems(self, _) -> None:
         items = self.to_mark()
-        self.stack[-1].update(_set(items))
+        if isinstance(self.stack[-1], Object):
+            self._extend(items)
+        else:
+            self.stack[-1].update(self._set(items))
 
     def setitem(self, _) -> None:
         value, key = self.stack.pop(), self.stack.pop()
@@ -244,10 +238,11 @@ class _Machine:
 
     def _update(self, items: list) -> None:
         target = self.stack[-1]
-        target = target.entries if isinstance(target, Object) else target
+        if isinstance(target, Object):
+            target.entries = target = {} if target.entries is None else target.entries
         if not isinstance(target, dict):
             raise ValueError(f"a {type(target).__name__} gets items")
-        target.update(_dict(zip(items[::2], items[1::2], strict=True)))
+        target.update(self._dict(zip(items[::2], items[1::2], strict=True)))
 
     def put(self, index) -> None:
         self.memo[index] = self.stack[-1]
@@ -276,6 +271,10 @@ _CONSTANTS = {
     "EMPTY_TUPLE": tuple,
     "EMPTY_SET": set,
 }
+_COST, _COPY = 40, 80  # bytes of an opcode's result, and of an item that is copied
+_COSTS = {"EMPTY_SET": 220, "FROZENSET": 220, "EMPTY_DICT": 64, "DICT": 64, "MARK": 64}
+_COSTS |= {"REDUCE": 160, "NEWOBJ": 160, "NEWOBJ_EX": 160, "GLOBAL": 160, "STACK_GLOBAL": 160}
+_COSTS |= dict.fromkeys(("BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE", "SETITEM", "SETITEMS"), 120)
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _IGNORED = {"PROTO", "FRAME"}
 _METHODS = {
