@@ -14,6 +14,7 @@ from esolm_jax.data import reader
 from esolm_jax.data.manifest import Manifest, check, load_manifest, open_tokenizer
 from esolm_jax.data.tokenizer import Bytes
 from esolm_jax.errors import UserError
+from esolm_jax.finite import check_finite
 from esolm_jax.loss import Head
 from esolm_jax.objectives import Special
 
@@ -178,4 +179,6 @@ def load_trained(
         return abstract_params(built["it"].model, mesh)
 
     params, found = checkpoint.read_weights(workdir, weights, like_of, step)
+    item = checkpoint.weights_item(weights, found.meta)
+    check_finite(params, f"{found.folder}/{item}", "another step may be intact: --step=N")
     return Trained(built["it"], params, found.meta, found.number)

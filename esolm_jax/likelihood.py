@@ -57,7 +57,7 @@ class Estimate:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.nll)
+        return math.exp(self.nll) if self.nll < 700 else self.nll * math.inf
 
     def error_for(self, num_windows: int) -> float:
         """Standard error of `nll` as an estimate for a set of `num_windows` windows, of which these

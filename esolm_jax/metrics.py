@@ -1,5 +1,6 @@
 """Metrics of a training run: JSONL and TensorBoard files, a progress bar, the learning curve."""
 
+import math
 import os
 import pathlib
 import sys
@@ -70,9 +71,14 @@ class Metrics:
             speed = (step - then) * self._tokens_per_step / (self._last[1] - at)
             entry["timing"] = {"tokens_per_second": round(speed, 1)}
             self._board.add_scalar("tokens_per_second", speed, step)
-            self._bar.set_postfix_str(f"loss {values['loss']:.3f}, {speed:,.0f} tokens/s")
+            skipped = values.get("skipped_steps")
+            self._bar.set_postfix_str(
+                f"loss {values['loss']:.3f}, {speed:,.0f} tokens/s"
+                + (f", {skipped:,} steps skipped" if skipped else "")
+            )
         for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+            if math.isfinite(value):
+                self._board.add_scalar(name, value, step)
         self._file.write(metrics_file.line_of(entry) + "\n")
         self.entries += 1
 
@@ -91,6 +97,11 @@ class Metrics:
         self._board.close()
 
 
+def _can_be_drawn(nats: float | None) -> bool:
+    """Whether there is such a value, and its perplexity is a number."""
+    return nats is not None and nats < 700 and math.isfinite(nats)
+
+
 def plot_learning_curve(
     workdir: pathlib.Path, *, baseline: float | None = None, training: bool = True
 ) -> pathlib.Path:
@@ -102,7 +113,6 @@ def plot_learning_curve(
     import matplotlib
 
     matplotlib.use("Agg")
-    import numpy as np
     from matplotlib import pyplot, ticker
 
     entries = read(workdir)
@@ -111,10 +121,9 @@ def plot_learning_curve(
         ("loss", "training loss", {"color": "0.7", "linewidth": 1}),
         ("validation_nelbo", "validation (EMA weights)", {"color": "C0", "marker": "o"}),
     ):
-        points = [(e["step"], e[name]) for e in entries if name in e]
+        points = [(e["step"], math.exp(e[name])) for e in entries if _can_be_drawn(e.get(name))]
         if points and (training or name != "loss"):
-            steps, nats = zip(*points, strict=True)
-            axes.plot(steps, np.exp(nats), label=label, **style)
+            axes.plot(*zip(*points, strict=True), label=label, **style)
     if baseline:
         axes.axhline(baseline, color="C3", linestyle="--", label=f"unigram model ({baseline:.0f})")
     axes.set(yscale="log", xlabel="step", ylabel="perplexity (upper bound)")

@@ -1,6 +1,7 @@
 """python -m esolm_jax.train --config=FILE --workdir=DIR: trains, or resumes what lies in DIR."""
 
 import contextlib
+import math
 import pathlib
 import shutil
 import sys
@@ -13,6 +14,8 @@ from esolm_jax import (
     checkpoint,
     cli,
     distributed,
+    finite,
+    health,
     likelihood,
     results,
     sharding,
@@ -70,7 +73,12 @@ class Run:
             self.training.abstract_state(), self._check_can_be_resumed
         )
         self.metrics_entries = meta.get("metrics_entries", 0)
-        return state, meta["cursor"]
+        finite.check_finite(
+            {"params": state.params, "ema": state.ema, "optimizer": state.opt_state},
+            f"{self.workdir / checkpoint.FOLDER}/{int(state.step)}",
+            "move this folder away to resume from the step before it, or train in a new --workdir",
+        )
+        return self.training.begin(state, skipped=meta.get("skipped_steps", 0)), meta["cursor"]
 
     def _check_can_be_resumed(self, meta: dict) -> None:
         """UserError unless the checkpoint with this meta is of the same run."""
@@ -111,14 +119,34 @@ class Run:
         except UserError as error:
             raise UserError(f"config.init_from={source!r}: {error}") from error
         weights, found = checkpoint.read_weights(workdir, "ema", like_of, step)
+        finite.check_finite(weights, f"config.init_from={source!r}: {found.folder}")
         print(f"weights from {workdir} at step {found.number:,}; all else starts afresh")
         return weights
 
-    def meta(self, cursor: int, metrics_entries: int) -> dict:
+    def check_health(self, state: TrainState, checkpoints, step: int) -> int:
+        """How many steps were skipped up to `step`; waits for the device.
+
+        Raises:
+          UserError: the run must end; says which checkpoint is the last good one.
+        """
+        fault = health.fault(state.health, self.config)
+        if not fault:
+            return int(state.health.skipped)
+        checkpoints.close()
+        good = checkpoints.latest_step
+        found = "none" if good is None else f"{self.workdir / checkpoint.FOLDER}/{good}"
+        raise UserError(f"{fault}. Training ended at step {step}; last good checkpoint: {found}")
+
+    def skips(self, skipped: int) -> dict:
+        """The metric that says how many steps were skipped, if any may be."""
+        return {"skipped_steps": skipped} if self.config.train.on_non_finite == "skip" else {}
+
+    def meta(self, cursor: int, metrics_entries: int, skipped: int) -> dict:
         return {
             "config": self.config.to_dict(),
             "cursor": cursor,
             "metrics_entries": metrics_entries,
+            "skipped_steps": skipped,
             "tokenizer": self.manifest.tokenizer,
             "version": esolm_jax.__version__,
         }
@@ -156,20 +184,30 @@ def _train(run: Run, checkpoints, state: TrainState, cursor: int) -> int | None:
             state, values = step_fn(state, sharding.put_batch(next(reader), mesh, t.batch_size))
             metrics.advance()
             if step % t.log_every == 0 or step == t.steps:
-                metrics.log(step, {k: float(v) for k, v in values.items()}, timed=True)
+                skipped = run.check_health(state, checkpoints, step)
+                values = {name: float(value) for name, value in values.items()}
+                metrics.log(step, values | run.skips(skipped), timed=True)
             nelbo = None
             if step % t.eval_every == 0 or step == t.steps:
+                run.check_health(state, checkpoints, step)
                 nelbo = _validate(run, estimate, state)
                 metrics.log(step, {"validation_nelbo": nelbo})
+                if not math.isfinite(nelbo):
+                    metrics.say(
+                        f"the NELBO at step {step} is {nelbo}, though all weights are finite"
+                    )
                 metrics.pause()
             stopped_by = stop.after(step)
             if step % t.checkpoint_every == 0 or step == t.steps or stopped_by:
-                meta = run.meta(reader.cursor, metrics.entries)
+                skipped = run.check_health(state, checkpoints, step)
+                meta = run.meta(reader.cursor, metrics.entries, skipped)
                 checkpoints.save(state, meta, nelbo=nelbo)
                 metrics.pause()
             if stopped_by and step < t.steps:
                 metrics.say(f"stopped at step {step}; run the same command again to go on")
                 return stopped_by
+        if first < t.steps and skipped:
+            metrics.say(f"{skipped:,} steps were not finite and were skipped")
     return None
 
 

@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import optax
 
 from esolm_jax import config as config_lib
+from esolm_jax import health as health_lib
 from esolm_jax import model as model_lib
 from esolm_jax import optimizer as optimizer_lib
 from esolm_jax import sharding, trim
+from esolm_jax.health import Health
 from esolm_jax.labels import Labelled
 from esolm_jax.loss import Head, weighted_nll
 from esolm_jax.objectives import Phase, phases
@@ -23,8 +25,9 @@ class TrainState:
     """All that a step changes, plus the key that it does not (step k draws from fold_in(key, k)).
 
     Attributes:
-      step: int32 scalar, updates done. params, ema: model.init's pytree, float32.
+      step: int32 scalar, steps done. params, ema: model.init's pytree, float32.
       opt_state: optax state. key: raw uint32 key data, so that a checkpoint holds plain arrays.
+      health: not in checkpoints.
     """
 
     step: jax.Array
@@ -32,6 +35,7 @@ class TrainState:
     ema: dict
     opt_state: optax.OptState
     key: jax.Array
+    health: Health = Health()
 
 
 def init_state(params, optimizer, key) -> TrainState:
@@ -60,7 +64,7 @@ def state_shardings(mesh, make_state: Callable, optimizer) -> TrainState:
         params,
         transform_non_params=lambda _: whole,
     )
-    return TrainState(whole, params, params, opt_state, whole)
+    return TrainState(whole, params, params, opt_state, whole, Health(whole, whole, whole))
 
 
 def label_batch(phases: Sequence[Phase], key, x, valid) -> tuple[Labelled, ...]:
@@ -207,6 +211,14 @@ class Training:
         make = jax.jit(self._make_state, donate_argnums=0, out_shardings=self.shardings)
         return make(params)
 
+    def begin(self, state: TrainState, *, skipped: int) -> TrainState:
+        """A restored state, `skipped` of whose steps were skipped."""
+
+        def make():
+            return Health(skipped=jnp.asarray(skipped, jnp.int32))
+
+        return state.replace(health=jax.jit(make, out_shardings=self.shardings.health)())
+
     def abstract_state(self) -> TrainState:
         """ShapeDtypeStructs of the state, with shardings."""
         return sharding.abstract(self._make_state, self.shardings)
@@ -254,13 +266,26 @@ class Training:
             updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
             ema = optimizer_lib.update_ema(state.ema, params, config.optimizer.ema, state.step + 1)
-        metrics = {"loss": jnp.sum(losses)}
+        metrics = {"loss": jnp.sum(losses), "grad_norm": optax.tree.norm(grads)}
         metrics |= {f"loss_{phase.name}": losses[i] for i, phase in enumerate(self.phases)}
         if config.train.anneal_steps:
             metrics["alpha_0"] = self.annealed(state.step)
-        metrics["grad_norm"] = optax.tree.norm(grads)
         metrics["learning_rate"] = optimizer_lib.last_learning_rate(config, opt_state)
-        return TrainState(state.step + 1, params, ema, opt_state, state.key), metrics
+        new = TrainState(state.step + 1, params, ema, opt_state, state.key, state.health)
+        return self._undo_if_not_finite(new, state, metrics), metrics
+
+    @jax.named_scope("finite")
+    def _undo_if_not_finite(self, new: TrainState, old: TrainState, metrics: dict) -> TrainState:
+        """`new`, with the weights, their average and the optimizer's state of `old` if it is not
+        finite, or comes behind what ends the run."""
+        counts = is_finite = health_lib.is_finite(metrics, new.params)
+        if self.config.train.on_non_finite == "stop":
+            counts = is_finite & (old.health.first_bad == 0)
+        params, ema, opt_state = health_lib.keep(
+            counts, (new.params, new.ema, new.opt_state), (old.params, old.ema, old.opt_state)
+        )
+        health = old.health.after(new.step, counts)
+        return TrainState(new.step, params, ema, opt_state, new.key, health)
 
     def step_fn(self):
         """step(state, batch) → (state, metrics), jitted; the state is donated.
