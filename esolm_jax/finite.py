@@ -23,9 +23,13 @@ def check_finite(tree, source: str, advice: str = _ADVICE) -> None:
     Args:
       tree: any pytree. source: what it was read from; the message begins with it.
     """
-    bad = non_finite(tree)
+    refuse(non_finite(tree), len(jax.tree.leaves(tree)), source, advice)
+
+
+def refuse(bad: list[str], total: int, source: str, advice: str = _ADVICE) -> None:
+    """UserError if any of the `total` tensors of `source` is `bad`: not finite."""
     if bad:
-        count = f"{len(bad)} of its {len(jax.tree.leaves(tree))} tensors do"
+        count = f"{len(bad)} of its {total} tensors do"
         raise UserError(f"{source}: tensor {bad[0]} holds NaN or infinity ({count}); {advice}")
 
 

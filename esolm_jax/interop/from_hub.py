@@ -13,7 +13,7 @@ import numpy as np
 import tqdm
 
 import esolm_jax
-from esolm_jax import assemble, checkpoint, regular_file
+from esolm_jax import assemble, checkpoint, finite, regular_file
 from esolm_jax import config as config_lib
 from esolm_jax import model as model_lib
 from esolm_jax.data import hub_tokenizer
@@ -69,7 +69,7 @@ def convert(config, source: str, workdir: pathlib.Path, tokenizer: str) -> Conve
 
     def save(checkpoints: checkpoint.Checkpoints, draft: pathlib.Path) -> None:
         params = _on_disk(model, draft / "arrays")
-        _fill(params, tensors, parts, ids)
+        _fill(params, tensors, parts, ids, source)
         checkpoints.save_weights(params, meta)
 
     into_workdir.write(workdir, meta, found, save)
@@ -128,11 +128,16 @@ def _on_disk(model: model_lib.ModelConfig, folder: pathlib.Path) -> dict:
     return jax.tree.map_with_path(make, _shapes(model))
 
 
-def _fill(params: dict, tensors, parts: list[hub_names.Part], ids: int) -> None:
+def _fill(params: dict, tensors, parts: list[hub_names.Part], ids: int, where: str) -> None:
+    bad: list[str] = []
     for part in tqdm.tqdm(parts, "tensors", disable=None, leave=False):
         node = params
         for key in part.path.split("/"):
             node = node[key]
-        part.put(node, np.asarray(tensors[part.name]))
+        tensor = np.asarray(tensors[part.name])
+        bad += finite.non_finite({part.name: tensor})
+        if not bad:
+            part.put(node, tensor)
+    finite.refuse(bad, len(parts), where)
     embedding = params["embedding"]["embedding"]
     embedding[ids] = np.mean(embedding[:ids], axis=0, dtype=np.float64)

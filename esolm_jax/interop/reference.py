@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from esolm_jax import finite
 from esolm_jax import model as model_lib
 from esolm_jax.errors import UserError
 from esolm_jax.interop import fit
@@ -111,23 +112,29 @@ def to_params(
       where: names them in errors.
 
     Raises:
-      UserError: tensors are missing, left over, or of another shape than the model needs.
+      UserError: tensors are missing, left over, of another shape than the model needs, or not
+        finite.
     """
     wanted = jax.eval_shape(lambda: model_lib.init(config, jax.random.key(0)))
     fit.check(weights, published_shapes(wanted), where, ignored=CONSTANTS)
     params: dict = {}
+    bad: list[str] = []
     for template, path, transpose in _TABLE:
         if _at(wanted, path) is None:
             continue
         stacked = "{block}" in template
         names = [template.format(block=i) for i in range(config.blocks if stacked else 1)]
         arrays = [np.asarray(weights[name]) for name in names]
+        bad += finite.non_finite(dict(zip(names, arrays, strict=True)))
+        if bad:  # these are not rounded to float32 any more
+            continue
         arrays = [_from_published(path, a.T if transpose else a, config) for a in arrays]
         node = params
         *parents, leaf = path.split("/")
         for key in parents:
             node = node.setdefault(key, {})
         node[leaf] = jnp.asarray(np.stack(arrays) if stacked else arrays[0], jnp.float32)
+    finite.refuse(bad, len(weights), where)
     return params
 
 
