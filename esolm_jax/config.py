@@ -153,6 +153,7 @@ MAX_LENGTH = 2**24  # tokens of a text, rows of a batch, ids of a vocabulary
 MAX_WIDTH = 2**20
 MAX_BLOCKS = 1024  # the blocks of a sampler are traced one by one
 MAX_SECONDS = 10**6
+MAX_DRAWS = 10**6
 MAX_WORKERS = 256  # each is a Python process of some 300 MB
 
 
@@ -254,8 +255,8 @@ _CHECKS: dict[str, Check] = {
     "eval.split": _one_of("train", "validation", "test"),
     "eval.batch_size": _size(1),
     "eval.max_windows": _count(0),
-    "eval.num_samples": _count(1),
-    "eval.num_orders": _count(0),
+    "eval.num_samples": _at_least(1, MAX_DRAWS),
+    "eval.num_orders": _at_least(0, MAX_DRAWS),
     "eval.weights": _one_of("ema", "raw"),
     "sample.num": _size(1),
     "sample.length": _size(0),

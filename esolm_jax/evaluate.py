@@ -11,7 +11,17 @@ import sys
 
 from absl import flags
 
-from esolm_jax import assemble, cli, distributed, likelihood, objectives, results, sharding, verify
+from esolm_jax import (
+    assemble,
+    cli,
+    distributed,
+    likelihood,
+    memory_limit,
+    objectives,
+    results,
+    sharding,
+    verify,
+)
 from esolm_jax import config as config_lib
 from esolm_jax.data.reader import num_windows, unigram_perplexity
 from esolm_jax.likelihood import Estimate
@@ -44,6 +54,8 @@ def evaluate(config, workdir: pathlib.Path) -> dict:
     mesh = sharding.make_mesh(config.mesh)
     config_lib.validate_evaluation(config, sharding.num_row_shards(mesh))
     manifest = assemble.load_data(config, workdir)
+    model = assemble.model_config(config, manifest.tokenizer, sharding.platform(mesh))
+    memory_limit.check_evaluation(config, model, mesh)
     trained = assemble.load_trained(config, workdir, e.weights, mesh, cli.step_flag())
     assemble.check_same_tokenizer(manifest, trained.meta)
     split = manifest.split(e.split)

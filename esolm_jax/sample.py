@@ -12,8 +12,8 @@ import jax
 import numpy as np
 from absl import flags
 
-from esolm_jax import assemble, cli, results, sharding
-from esolm_jax.data.manifest import open_tokenizer
+from esolm_jax import assemble, cli, memory_limit, results, sharding
+from esolm_jax.data.manifest import open_tokenizer, tokenizer_entry
 from esolm_jax.errors import UserError
 from esolm_jax.sampling import prompts as prompts_lib
 from esolm_jax.sampling import trace
@@ -50,6 +50,14 @@ def _check_mesh(rows: int, mesh) -> None:
         )
 
 
+def _check_memory(config, tokenizer, found: list[prompts_lib.Prompt], mesh) -> None:
+    model = assemble.model_config(config, tokenizer_entry(tokenizer), sharding.platform(mesh))
+    length = config.sample.length or config.data.seq_len
+    lengths = [len(prompt.tokens) if prompt.is_whole else length for prompt in found]
+    rows, longest = config.sample.num * max(1, len(found)), max(lengths, default=length)
+    memory_limit.check_sampling(config, model, mesh, rows, longest, prompted=bool(found))
+
+
 def make_canvas(config, found: list[prompts_lib.Prompt], special, vocab_size: int) -> Canvas:
     """config.sample.num rows of each prompt, or of nothing. UserError if one does not fit."""
     s, length = config.sample, config.sample.length or config.data.seq_len
@@ -84,6 +92,7 @@ def sample(
     found = [prompts_lib.of_text(text, tokenizer, name=f"--prompt={text:.40}") for text in prompt]
     found += [] if prompts is None else prompts_lib.of_file(pathlib.Path(prompts), tokenizer)
     _check_mesh(config.sample.num * max(1, len(found)), mesh)
+    _check_memory(config, tokenizer, found, mesh)
     trained = assemble.load_trained(config, workdir, config.sample.weights, mesh, cli.step_flag())
     if tokenizer.fingerprint != trained.meta["tokenizer"]["fingerprint"]:
         raise UserError(

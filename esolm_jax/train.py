@@ -17,6 +17,7 @@ from esolm_jax import (
     finite,
     health,
     likelihood,
+    memory_limit,
     results,
     sharding,
     train_step,
@@ -231,6 +232,7 @@ def _write_what_it_is(run: Run) -> None:
 
 def main(config, workdir: pathlib.Path) -> None:
     run = Run(config, workdir)
+    memory_limit.check_training(config, run.built.model, run.built.mesh)
     workdir.mkdir(parents=True, exist_ok=True)
     checkpoints = checkpoint.Checkpoints(
         workdir, keep_last=config.train.keep_last, keep_best=config.train.keep_best

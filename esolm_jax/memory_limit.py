@@ -1,0 +1,237 @@
+"""What a run needs at the least, against the memory that there is, before anything is allocated.
+
+The estimates are lower bounds: what they refuse would not have fitted. They follow from the sizes
+in the config alone, in no time. Devices of a CPU share the memory of their host.
+"""
+
+import dataclasses
+import os
+import pathlib
+import resource
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+
+from esolm_jax import sharding
+from esolm_jax.data.reader import PREFETCH
+from esolm_jax.errors import UserError
+from esolm_jax.model import TIME_FREQUENCIES, ModelConfig
+
+GB = 1e9
+FLOAT = 4
+BATCH_BYTES = 4 + 1  # of a token: its id and whether it is valid
+CANVAS_BYTES = 4 + 1 + 4 + 4 + 1  # of a token: Canvas.token, known; Schedule.order, known, …
+TABLE_BYTES = 7 * 4  # of a pass of a row: Schedule.sizes and the tables of Passes
+WORKER_BYTES = 64e6  # of a worker process, at the least
+_NO_LIMIT = 2**60
+
+
+@dataclasses.dataclass(frozen=True)
+class Need:
+    """Bytes that something takes, on every device or on the host.
+
+    Attributes:
+      what: it is, for people. fields: of the config, by which it may be made smaller.
+    """
+
+    what: str
+    fields: tuple[str, ...]
+    bytes: float
+    on_device: bool = True
+
+
+def num_params(model: ModelConfig) -> int:
+    """How many numbers model.init makes."""
+    width, heads, inner, cond = model.width, model.heads, model.inner, model.cond_width
+    biased = model.style in ("dit", "gpt2")
+    norm = 2 * width if model.style == "gpt2" else width
+    gates = 2 if model.style == "llama" else 1
+    qkv = (heads + 2 * model.groups) * model.head_width
+    block = 2 * norm
+    block += qkv * (width + model.qkv_bias) + 2 * model.head_width * model.qk_norm
+    block += heads * model.head_width * width + width * (model.style == "gpt2")
+    block += gates * inner * (width + biased) + width * (inner + biased)
+    rest = norm + model.positions * width
+    rest += model.vocab_size * (2 * width + (model.style == "dit"))
+    if cond:
+        block += 6 * width * (cond + 1)
+        rest += cond * (TIME_FREQUENCIES + 1) + cond * (cond + 1) + 2 * width * (cond + 1)
+    return model.blocks * block + rest
+
+
+def _model_fields(model: ModelConfig) -> tuple[str, ...]:
+    ends = 2 * model.vocab_size * model.width
+    if 2 * ends > num_params(model):
+        return "data.vocab_size", "model.width"
+    return "model.width", "model.blocks"
+
+
+def _params(model: ModelConfig, mesh, copies: float, what: str) -> Need:
+    """Of all parameters, `copies` times; split as far as can be."""
+    shards = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    return Need(what, _model_fields(model), copies * FLOAT * num_params(model) / shards)
+
+
+def _forward(config, model: ModelConfig, mesh, field: str, rows: float, kept: int) -> list[Need]:
+    """Of one forward pass of `rows` in all, with the hidden states of `kept` layers."""
+    length = config.data.seq_len
+    tokens = rows * length / sharding.num_row_shards(mesh)
+    fields = ("data.seq_len", field) if length > rows else (field, "data.seq_len")
+    itemsize = jnp.dtype(model.dtype).itemsize
+    hidden = tokens / mesh.shape["sequence"] * model.width * itemsize * kept
+    chunk = min(config.model.loss_chunk, tokens / mesh.shape["sequence"])
+    logits = chunk * model.vocab_size / mesh.shape["tensor"] * FLOAT
+    return [
+        Need("batch", fields, tokens / mesh.shape["sequence"] * BATCH_BYTES),
+        Need("hidden states", fields, hidden),
+        Need("logits", ("model.loss_chunk", "data.vocab_size"), logits),
+    ]
+
+
+def check_training(config, model: ModelConfig, mesh) -> None:
+    """UserError unless the state, a micro-batch and the reader's batches may fit."""
+    t, workers = config.train, config.data.workers
+    state = _params(model, mesh, 5, "weights, their average, Adam's moments and gradients")
+    # Of each block its input is kept for the backward pass, whatever model.remat is.
+    step = _forward(
+        config, model, mesh, "train.batch_size", t.batch_size / t.accumulation, model.blocks
+    )
+    share = mesh.local_mesh.size / mesh.size
+    batch = t.batch_size * config.data.seq_len * BATCH_BYTES * share
+    fields = ("data.seq_len", "train.batch_size")
+    fields = fields if config.data.seq_len > t.batch_size else fields[::-1]
+    host = [
+        Need("batches read ahead", fields, batch * PREFETCH * max(1, workers), on_device=False),
+        Need("worker processes", ("data.workers",), WORKER_BYTES * workers, on_device=False),
+    ]
+    _check(config, mesh, [state, *step, *host])
+    weights = _params(model, mesh, 4, "weights, their average and Adam's moments")
+    _check(config, mesh, [weights, *_forward(config, model, mesh, *_evaluated(config))])
+
+
+def _evaluated(config) -> tuple[str, int, int]:
+    return "eval.batch_size", config.eval.batch_size, 1
+
+
+def check_evaluation(config, model: ModelConfig, mesh) -> None:
+    """UserError unless the weights, a batch and the keys of its draws may fit."""
+    e = config.eval
+    drawn = e.batch_size * e.num_orders * FLOAT
+    keys = 2 * FLOAT * e.num_samples
+    needs = [
+        _params(model, mesh, 1, "weights"),
+        *_forward(config, model, mesh, *_evaluated(config)),
+        Need("likelihoods of orders", ("eval.num_orders", "eval.batch_size"), drawn),
+        Need("keys of draws", ("eval.num_samples",), keys),
+    ]
+    _check(config, mesh, needs)
+
+
+def check_sampling(config, model: ModelConfig, mesh, rows: int, length: int, prompted: bool):
+    """UserError unless the weights, `rows` texts of `length` tokens and their cache may fit."""
+    s, itemsize = config.sample, jnp.dtype(model.dtype).itemsize
+    fields = ("sample.length", "sample.num") if length > rows else ("sample.num", "sample.length")
+    local = rows / sharding.num_row_shards(mesh)
+    kv = 2 * model.groups * model.head_width / mesh.shape["tensor"] * model.blocks * itemsize
+    block = config.block_length if config.objective == "bd3" else 1
+    is_cached = config.objective in ("ar", "bd3", "eso_b") and length > 2 * block and not s.steps
+    is_one_a_pass = not (s.steps or prompted or s.speculate)
+    tables = TABLE_BYTES * rows * length if is_one_a_pass else 0
+    needs = [
+        _params(model, mesh, 1, "weights"),
+        Need("keys and values", fields, local * length * kv * is_cached),
+        Need("canvas", fields, CANVAS_BYTES * rows * length, on_device=False),
+        Need("tables of passes", fields, tables, on_device=False),
+    ]
+    _check(config, mesh, needs)
+
+
+def _check(config, mesh, needs: Sequence[Need]) -> None:
+    on_device = [need for need in needs if need.on_device]
+    if sharding.platform(mesh) == "cpu":
+        count = mesh.local_mesh.size
+        shared = [dataclasses.replace(n, bytes=n.bytes * count) for n in on_device]
+        on_device, needs = [], [*shared, *(n for n in needs if not n.on_device)]
+    else:
+        needs = [need for need in needs if not need.on_device]
+        _fail_unless_fits(config, on_device, *device_memory(mesh))
+    _fail_unless_fits(config, needs, *host_memory())
+
+
+def _fail_unless_fits(config, needs: Sequence[Need], have: float, name: str) -> None:
+    total = sum(need.bytes for need in needs)
+    if total <= have:
+        return
+    needs = sorted(needs, key=lambda need: -need.bytes)
+    section, field = needs[0].fields[0].split(".")
+    parts = ", ".join(f"{n.what} {n.bytes / GB:,.1f}" for n in needs if n.bytes > 0.05 * total)
+    raise UserError(
+        f"config.{section}.{field}={config[section][field]!r}: needs at least {total / GB:,.1f} GB "
+        f"({parts}), but {name} {have / GB:,.1f} GB; lower {' or '.join(needs[0].fields)}"
+    )
+
+
+def device_memory(mesh) -> tuple[float, str]:
+    """Bytes that a program may use on one of this process's accelerators."""
+    limits = [(d.memory_stats() or {}).get("bytes_limit") for d in mesh.local_mesh.devices.flat]
+    known = [limit for limit in limits if limit]
+    kind = sharding.platform(mesh).upper()
+    return (min(known), f"a {kind} has") if known else (_NO_LIMIT, f"a {kind} has")
+
+
+def host_memory() -> tuple[float, str]:
+    """Bytes that this process may use at most, swap included, and what sets the limit."""
+    limits = [
+        (_physical(), "this machine has"),
+        (_control_group(), "the control group of this process (a container, a job) has"),
+        (resource.getrlimit(resource.RLIMIT_AS)[0], "ulimit -v leaves this process"),
+    ]
+    return min(limit if limit[0] > 0 else (_NO_LIMIT, limit[1]) for limit in limits)
+
+
+def _meminfo(name: str) -> int:
+    """Bytes of a line of /proc/meminfo; −1 if it is not there."""
+    try:
+        lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+    except (OSError, ValueError, IndexError, StopIteration):
+        return -1
+
+
+def _physical() -> int:
+    if (total := _meminfo("MemTotal")) > 0:
+        return total + max(0, _meminfo("SwapTotal"))
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return -1  # unknown
+
+
+def _control_group(root: str = "/sys/fs/cgroup", of: str = "/proc/self/cgroup") -> int:
+    """The least limit of the process's control group (version 1 or 2) and of those around it, with
+    all swap; −1 if there is none."""
+    try:
+        lines = pathlib.Path(of).read_text().splitlines()
+    except OSError:
+        return -1
+    limits = []
+    for line in lines:
+        number, controllers, path = line.split(":", 2)
+        if number == "0":
+            base, file = pathlib.Path(root), "memory.max"
+        elif "memory" in controllers.split(","):
+            base, file = pathlib.Path(root, "memory"), "memory.limit_in_bytes"
+        else:
+            continue
+        here = base / path.lstrip("/")
+        folders = [f for f in (here, *here.parents) if f == base or base in f.parents]
+        limits += [_number(folder / file) for folder in {base, *folders}]
+    least = min((limit for limit in limits if limit > 0), default=-1)
+    return least + max(0, _meminfo("SwapTotal")) if least > 0 else -1
+
+
+def _number(file: pathlib.Path) -> int:
+    try:
+        return int(file.read_text())
+    except (OSError, ValueError):  # not there, or "max"
+        return -1
