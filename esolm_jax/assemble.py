@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 from ml_collections import ConfigDict
 
-from esolm_jax import attention, checkpoint, sharding
+from esolm_jax import attention, checkpoint, prng, sharding
 from esolm_jax import config as config_lib
 from esolm_jax import model as model_lib
 from esolm_jax.data import reader
@@ -111,7 +111,7 @@ def abstract_params(config: model_lib.ModelConfig, mesh):
     """ShapeDtypeStructs of the parameters, placed on the mesh."""
 
     def make():
-        return model_lib.init(config, jax.random.key(0))
+        return model_lib.init(config, prng.key(0))
 
     return sharding.abstract(make, sharding.parameters(mesh, jax.eval_shape(make)))
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from esolm_jax import checkpoint, distributed
+from esolm_jax import checkpoint, distributed, jax_settings
 from esolm_jax import config as config_lib
 from esolm_jax.errors import UserError, nearest
 
@@ -164,12 +164,15 @@ def run(
             if not one_process:
                 _join(config, stoppable=stoppable)
             with _only_process_0_prints():
+                if distributed.is_main() and (note := jax_settings.note()):
+                    print(note, file=sys.stderr)
                 workdir = flags.FLAGS.workdir
                 main(config, workdir and pathlib.Path(workdir).expanduser())
 
     logging.set_verbosity(logging.ERROR)  # Orbax and Grain warn about their own defaults
     try:
-        app.run(body, flags_parser=parse)
+        with jax_settings.pinned():
+            app.run(body, flags_parser=parse)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

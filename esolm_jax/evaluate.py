@@ -15,6 +15,7 @@ from esolm_jax import (
     assemble,
     cli,
     distributed,
+    jax_settings,
     likelihood,
     memory_limit,
     objectives,
@@ -98,6 +99,7 @@ def evaluate(config, workdir: pathlib.Path) -> dict:
         "weights": e.weights,
         "step": trained.step,
         "seed": config.seed,
+        "jax_settings": jax_settings.recorded(),
     }
 
 

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from esolm_jax import distributed, objectives, sharding
+from esolm_jax import distributed, objectives, prng, sharding
 from esolm_jax.assemble import Built
 from esolm_jax.loss import Head, sequence_nll
 
@@ -176,7 +176,7 @@ def make_nelbo(config, built: Built):
         nll = variance = 0.0
         rows, tokens = [], []
         for i, count, batch in _batches(batches, built.mesh, progress, total):
-            keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), i), draws)
+            keys = jax.random.split(jax.random.fold_in(prng.key(seed), i), draws)
             drawn = np.array(
                 [
                     np.asarray(draw(params, key, batch["x"], batch["valid"]), np.float64)
@@ -211,7 +211,7 @@ def make_importance_weighted(config, built: Built):
         nll = variance = 0.0
         rows, tokens = [], []
         for i, count, batch in _batches(batches, built.mesh, progress, total):
-            keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), i), num_orders)
+            keys = jax.random.split(jax.random.fold_in(prng.key(seed), i), num_orders)
             log_p = np.asarray(draw(params, keys, batch["x"], batch["valid"]), np.float64)
             log_mean, spread = log_mean_exp(log_p)
             nll -= log_mean.sum()

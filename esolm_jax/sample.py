@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from esolm_jax import assemble, cli, memory_limit, results, sharding
+from esolm_jax import assemble, cli, jax_settings, memory_limit, results, sharding
 from esolm_jax.data.manifest import open_tokenizer, tokenizer_entry
 from esolm_jax.errors import UserError
 from esolm_jax.sampling import prompts as prompts_lib
@@ -126,6 +126,7 @@ def sample(
         "alpha_0": config.alpha_0,
         "sample": config.sample.to_dict(),
         "step": trained.step,
+        "jax_settings": jax_settings.recorded(),
     }
     steps = _trace(config, generator, decoded, tokenizer, nfe) if with_trace else None
     return figures, steps

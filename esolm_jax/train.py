@@ -16,8 +16,10 @@ from esolm_jax import (
     distributed,
     finite,
     health,
+    jax_settings,
     likelihood,
     memory_limit,
+    prng,
     results,
     sharding,
     train_step,
@@ -96,6 +98,9 @@ class Run:
             lambda name: name in assemble.MODEL_FIELDS if free else not name.startswith(_FREE),
         )
         assemble.check_same_tokenizer(self.manifest, meta)
+        prng.check_recorded(meta, f"--workdir={self.workdir}")
+        if change := jax_settings.change_since(meta):
+            print(change)
 
     def _given_weights(self) -> dict | None:
         """Those of config.init_from. UserError: of another model, or on another tokenizer."""
@@ -150,6 +155,8 @@ class Run:
             "skipped_steps": skipped,
             "tokenizer": self.manifest.tokenizer,
             "version": esolm_jax.__version__,
+            "prng": prng.IMPL,
+            "jax_settings": jax_settings.recorded(),
         }
 
 

@@ -13,7 +13,7 @@ from esolm_jax import config as config_lib
 from esolm_jax import health as health_lib
 from esolm_jax import model as model_lib
 from esolm_jax import optimizer as optimizer_lib
-from esolm_jax import sharding, trim
+from esolm_jax import prng, sharding, trim
 from esolm_jax.health import Health
 from esolm_jax.labels import Labelled
 from esolm_jax.loss import Head, weighted_nll
@@ -200,7 +200,7 @@ class Training:
         self.shardings = state_shardings(built.mesh, self._make_state, self.optimizer)
 
     def _make_state(self, params=None) -> TrainState:
-        params_key, noise_key = jax.random.split(jax.random.key(self.config.seed))
+        params_key, noise_key = jax.random.split(prng.key(self.config.seed))
         if params is None:
             params = model_lib.init(self.built.model, params_key)
         return init_state(params, self.optimizer, noise_key)
@@ -253,7 +253,7 @@ class Training:
     def step(self, state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         """One update; pure. See step_fn."""
         config, mesh = self.config, self.built.mesh
-        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        key = jax.random.fold_in(prng.wrap(state.key), state.step)
         noise_key, dropout_key = jax.random.split(key)
         with jax.named_scope("label"):
             phases_now = self._phases_at(state.step)

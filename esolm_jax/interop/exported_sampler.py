@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from esolm_jax import prng
 from esolm_jax.interop.sampling_plan import Plan
 from esolm_jax.interop.shipped import plain_transformer
 from esolm_jax.loss import exclude_mask_token
@@ -29,7 +30,7 @@ def make(network: dict, plan: Plan, *, top_k: int, top_p: float):
     run = _with_cache if plan.about["cached"] else _without_cache
 
     def sample(weights, keys, temperature):
-        row_keys = jax.random.wrap_key_data(keys, impl="threefry2x32")
+        row_keys = prng.wrap(keys)
         order, num_diffusion = _orders(plan, row_keys)
         chosen = functools.partial(pick, row_keys=row_keys, temperature=temperature)
         forward = functools.partial(plain_transformer.forward, weights, network, xp=jnp)

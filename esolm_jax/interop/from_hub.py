@@ -13,7 +13,7 @@ import numpy as np
 import tqdm
 
 import esolm_jax
-from esolm_jax import assemble, checkpoint, finite, regular_file
+from esolm_jax import assemble, checkpoint, finite, prng, regular_file
 from esolm_jax import config as config_lib
 from esolm_jax import model as model_lib
 from esolm_jax.data import hub_tokenizer
@@ -63,6 +63,7 @@ def convert(config, source: str, workdir: pathlib.Path, tokenizer: str) -> Conve
         "cursor": 0,
         "tokenizer": tokenizer_entry(found),
         "version": esolm_jax.__version__,
+        "prng": prng.IMPL,
         "converted": {"folder": folder.resolve().name, "model_type": hub["model_type"]},
         "only_weights": True,
     }
@@ -114,7 +115,7 @@ def _tokenizer(folder: pathlib.Path, given: str, hub: dict, ids: int) -> tokeniz
 
 
 def _shapes(model: model_lib.ModelConfig) -> dict:
-    return jax.eval_shape(lambda: model_lib.init(model, jax.random.key(0)))
+    return jax.eval_shape(lambda: model_lib.init(model, prng.key(0)))
 
 
 def _on_disk(model: model_lib.ModelConfig, folder: pathlib.Path) -> dict:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import esolm_jax
-from esolm_jax import assemble, checkpoint, optimizer, results, train_step
+from esolm_jax import assemble, checkpoint, optimizer, prng, results, train_step
 from esolm_jax.data import tokenizer as tokenizer_lib
 from esolm_jax.data.manifest import tokenizer_entry
 from esolm_jax.data.render import num_ids
@@ -54,7 +54,7 @@ def convert(config, source: str, workdir: pathlib.Path, tokenizer: str, weights:
         config.data.tokenizer_path = saved_tokenizer(found, workdir)
     model = assemble.model_config(config, tokenizer_entry(found), "cpu")
     raw, ema, words = _sets(published, model, weights)
-    state = train_step.init_state(raw, optimizer.make(config), jax.random.key(config.seed))
+    state = train_step.init_state(raw, optimizer.make(config), prng.key(config.seed))
     step = published.step or 0
     state = dataclasses.replace(state, ema=ema, step=jnp.asarray(step, jnp.int32))
     meta = {
@@ -62,6 +62,7 @@ def convert(config, source: str, workdir: pathlib.Path, tokenizer: str, weights:
         "cursor": 0,
         "tokenizer": tokenizer_entry(found),
         "version": esolm_jax.__version__,
+        "prng": prng.IMPL,
         "converted": {"file": published.path.name, "weights": words},
     }
     write(workdir, meta, found, lambda checkpoints, _: checkpoints.save(state, meta))

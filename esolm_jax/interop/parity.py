@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from esolm_jax import model as model_lib
+from esolm_jax import prng
 from esolm_jax.errors import UserError
 from esolm_jax.interop import memory, plain
 from esolm_jax.interop.sampling_plan import Plan
@@ -100,7 +101,7 @@ class Texts:
         table = passes.plan(self.config, drawn, mask_id=mask, start_token=start)
         choice = Choice(mask_id=mask, temperature=temperature, top_p=s.top_p, top_k=s.top_k)
         keys = np.zeros((len(order), 2), np.uint32) if keys is None else keys
-        keys = jax.random.wrap_key_data(keys, impl="threefry2x32")
+        keys = prng.wrap(keys)
         text = np.asarray(decode.decode(self.network, table, choice, keys).text)
         memory.release()  # the program of these shapes, which is not run again
         return text
@@ -150,7 +151,7 @@ def sampler_agrees(sample, texts: Texts) -> dict[str, bool]:
     agrees = dict.fromkeys(temperatures, True)
     for batch in BATCHES:
         rows = np.arange(batch, dtype=np.uint32)
-        keys = jax.random.key_data(jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), rows))
+        keys = jax.random.key_data(jax.vmap(jax.random.fold_in, (None, 0))(prng.key(0), rows))
         found = {name: sample(keys, np.float32(t)) for name, t in temperatures.items()}
         memory.release()
         for name, (text, order, num_diffusion) in found.items():

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from esolm_jax import model as model_lib
+from esolm_jax import prng
 from esolm_jax.errors import UserError
 from esolm_jax.interop.shipped.plain_transformer import PARTS
 from esolm_jax.model import ModelConfig
@@ -117,7 +118,7 @@ def _fold_part(one: ModelConfig, params: dict, block: int | None, name: str) -> 
 
 def to_network(config: ModelConfig, weights: Mapping[str, jax.Array]) -> Network:
     """The network that `sample` generates with, out of the plain names."""
-    params = jax.eval_shape(lambda: model_lib.init(config, jax.random.key(0)))
+    params = jax.eval_shape(lambda: model_lib.init(config, prng.key(0)))
     like = jax.eval_shape(lambda p: _fold(in_float32(config), p), params)
     leaves = [weights[name] for name in _named(like)]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)

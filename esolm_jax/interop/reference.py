@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esolm_jax import finite
+from esolm_jax import finite, prng
 from esolm_jax import model as model_lib
 from esolm_jax.errors import UserError
 from esolm_jax.interop import fit
@@ -115,7 +115,7 @@ def to_params(
       UserError: tensors are missing, left over, of another shape than the model needs, or not
         finite.
     """
-    wanted = jax.eval_shape(lambda: model_lib.init(config, jax.random.key(0)))
+    wanted = jax.eval_shape(lambda: model_lib.init(config, prng.key(0)))
     fit.check(weights, published_shapes(wanted), where, ignored=CONSTANTS)
     params: dict = {}
     bad: list[str] = []
@@ -200,7 +200,7 @@ class Reference:
 
         Returns: int32 [B, L] token ids in text order.
         """
-        key = rng if isinstance(rng, jax.Array) else jax.random.key(int(rng))
+        key = prng.as_key(rng, "rng")
         order = np.asarray(order)
         schedule = Schedule(order, np.asarray(step_sizes), num_diffusion=order.shape[1])
         schedule.check()

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from esolm_jax import likelihood, objectives, sharding
+from esolm_jax import likelihood, objectives, prng, sharding
 from esolm_jax.pod import hlo, report
 from esolm_jax.pod.topology import Chip
 from esolm_jax.sampling import cache as cache_lib
@@ -26,7 +26,7 @@ def evaluation(config, training: Training):
     phases = objectives.phases(config, built.special, low_variance=False)
     draw = functools.partial(likelihood.nelbo, built.apply, phases, built.head)
     shape = config.eval.batch_size, config.data.seq_len
-    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = jax.eval_shape(lambda: prng.key(0))
     params = training.abstract_state().params
     x, valid = _rows(training, shape), _rows(training, shape, jnp.bool_)
     return jax.jit(draw).lower(params, key, x, valid)

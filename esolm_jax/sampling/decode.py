@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from esolm_jax import sharding
+from esolm_jax import prng, sharding
 from esolm_jax.sampling import cache as cache_lib
 from esolm_jax.sampling import network as network_lib
 from esolm_jax.sampling.cache import Cache
@@ -181,7 +181,7 @@ def row_keys(seeds) -> jax.Array:
 @jax.jit
 @jax.vmap
 def _row_keys(batch, row):
-    return jax.random.fold_in(jax.random.key(batch), row)
+    return jax.random.fold_in(prng.key(batch), row)
 
 
 def start_state(network: Network, passes: Passes, margin: int, mesh, *, with_logits, cached):

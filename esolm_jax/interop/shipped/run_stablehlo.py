@@ -27,7 +27,7 @@ def load(path):
 def row_keys(seed, count):
     """uint32 [B, 2]: one key a row, as `python -m esolm_jax.sample` has them."""
     rows = jnp.arange(count, dtype=jnp.uint32)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed, impl="threefry2x32"), rows)
     return jax.random.key_data(keys)
 
 

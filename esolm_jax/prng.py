@@ -1,0 +1,60 @@
+"""Random keys: the one place that makes them, with the generator named.
+
+JAX's default generator is a setting of the environment (JAX_DEFAULT_PRNG_IMPL). With `rbg`, which
+is common on TPUs, a draw depends on the batch that it is drawn in, so texts would depend on their
+neighbours; and its keys have another shape, so a run of one generator cannot resume with another.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from esolm_jax.errors import UserError
+
+IMPL = "threefry2x32"  # checkpoints record it; those without a record used it, too
+# With other values the same key yields other numbers.
+REQUIRED = {
+    "jax_threefry_partitionable": True,
+    "jax_random_seed_offset": 0,
+    "jax_enable_x64": False,
+}
+
+
+def key(seed) -> jax.Array:
+    """A key of the generator IMPL from an integer in [0, 2**32).
+
+    Raises:
+      UserError: a setting of JAX changes what keys yield; jax_settings.pinned() resets them.
+    """
+    for name, value in REQUIRED.items():
+        if (given := getattr(jax.config, name)) != value:
+            raise UserError(f"{name}={given}: must be {value}; the same seed draws other numbers")
+    return jax.random.key(seed, impl=IMPL)
+
+
+def wrap(data) -> jax.Array:
+    """Keys from their raw data, uint32 [..., 2]."""
+    return jax.random.wrap_key_data(data, impl=IMPL)
+
+
+def as_key(value, name: str) -> jax.Array:
+    """A key from an int, a key, or a key's raw data; `name` of the argument is for the message.
+
+    Raises:
+      UserError: a key of another generator.
+    """
+    if not isinstance(value, jax.Array):
+        return key(int(value))
+    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        impl = str(jax.random.key_impl(value))
+    else:
+        impl = IMPL if value.shape == (2,) else f"raw data of shape {value.shape}"
+        value = wrap(value) if impl == IMPL else value
+    if impl != IMPL:
+        raise UserError(f"{name}: must be a key of {IMPL!r}, not {impl!r}; use prng.key(seed)")
+    return value
+
+
+def check_recorded(meta: dict, source: str) -> None:
+    """UserError if the checkpoint with this meta was trained with another generator."""
+    if (recorded := meta.get("prng", IMPL)) != IMPL:
+        raise UserError(f"{source}: its random keys are of {recorded!r}; they must be of {IMPL!r}")
