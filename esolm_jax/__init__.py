@@ -12,4 +12,9 @@ Legend of shape suffixes, used everywhere:
     S slots of the KV cache   N blocks (layers)   W window of one decoding pass   O orders
 """
 
+from esolm_jax import startup
+
 __version__ = "0.1.0"
+
+if startup.is_verb():
+    startup.begin()

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import logging as logging_lib
 import os
 import pathlib
 import re
@@ -12,7 +13,15 @@ from collections.abc import Callable
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from esolm_jax import checkpoint, distributed, jax_settings
+from esolm_jax import (
+    checkpoint,
+    distributed,
+    failures,
+    interrupts,
+    jax_settings,
+    standard_streams,
+    startup,
+)
 from esolm_jax import config as config_lib
 from esolm_jax.errors import UserError, nearest
 
@@ -80,11 +89,58 @@ def _define_flags(argv: list[str], verb: str, needs_workdir: bool, find_config) 
     config_flags.DEFINE_config_file("config", default, "The run's config file.", lock_config=True)
 
 
-def next_command(verb: str, workdir: pathlib.Path, *flags_: str, same_config: bool = False) -> str:
-    """A command line to be printed; with `same_config`, under this command's config arguments."""
-    config = [arg for arg in sys.argv[1:] if re.match(r"--?(no)?config[.=]", arg)]
-    arguments = [*(config if same_config else []), f"--workdir={workdir}", *flags_]
-    return f"next: python -m esolm_jax.{verb} {shlex.join(arguments)}"
+def command(verb: str, workdir: pathlib.Path, *flags_: str, keep: str = "") -> str:
+    """A command line that can be run from the folder where this one was.
+
+    `keep`: a pattern; flags of this command whose names match it are repeated, except those that
+    `flags_` set.
+    """
+    again = {"--workdir", *(flag.split("=")[0] for flag in flags_)}
+    kept = [flag for flag in _given(keep) if flag.split("=")[0] not in again] if keep else []
+    line = shlex.join([f"--workdir={workdir}", *kept, *flags_])
+    return f"python -m esolm_jax.{verb} {line}"
+
+
+def next_command(verb: str, workdir: pathlib.Path, *flags_: str, keep: str = "") -> str:
+    """A command line to be printed; see `command`."""
+    return f"next: {command(verb, workdir, *flags_, keep=keep)}"
+
+
+CONFIG = r"config(\..+)?"  # --config and its overrides
+PLACES = r"step|config\.(mesh\..+|data\.dir)"  # which checkpoint, data and devices
+
+
+def mesh_flags(config, mesh, *, sampling: bool = False) -> list[str]:
+    """Overrides under which one process can run the next verb: one device after a run of several
+    processes, as only their launcher knows how to start them; for sampling, whole texts on each
+    device and a multiple of the devices in texts."""
+    m, changes = config.mesh, {}
+    if distributed.process_count() > 1:
+        default = config_lib.default_config().mesh
+        changes = {name: default[name] for name in m if m[name] != default[name]} | {"devices": 1}
+    elif sampling and mesh.shape["sequence"] > 1:
+        changes = {"sequence": 1} | ({} if -1 in (m.fsdp, m.tensor) else {"data": -1})
+    flags_ = [f"--config.mesh.{name}={value}" for name, value in changes.items()]
+    if sampling and "devices" not in changes:
+        shards = mesh.size // mesh.shape["tensor"]
+        if config.sample.num % shards:
+            flags_.append(f"--config.sample.num={shards * -(-config.sample.num // shards)}")
+    return flags_
+
+
+def _given(pattern: str) -> list[str]:
+    """The flags of this command whose names match, each as one word: --name=value, --noname."""
+    words, left = [], list(sys.argv[1:])
+    while left:
+        word = left.pop(0)
+        name, equals, _ = word.lstrip("-").partition("=")
+        flag = flags.FLAGS[name] if name in flags.FLAGS else None
+        if flag is not None and not equals and not flag.boolean and left:
+            word += f"={left.pop(0)}"  # --name value
+        name = name if flag is not None else name.removeprefix("no")
+        if re.fullmatch(pattern, name):
+            words.append("--" + word.lstrip("-"))
+    return words
 
 
 def _join(config, *, stoppable: bool) -> None:
@@ -119,7 +175,8 @@ def run(
     define_flags: Callable[[], None] = lambda: None,
     default_config: Callable[[FlagValue], str | None] = lambda _: None,
 ):
-    """Runs `main(config, workdir)` with a validated config; bad input ends with one line, code 2.
+    """Runs `main(config, workdir)` with a validated config; then exits with a code of failures.py,
+    after one line if something failed.
 
     --config may be left out in a workdir with checkpoints: it is the one saved there; with
     `reads_checkpoint` it is an error if there are none. `default_config`, given what the flags are,
@@ -164,15 +221,40 @@ def run(
             if not one_process:
                 _join(config, stoppable=stoppable)
             with _only_process_0_prints():
-                if distributed.is_main() and (note := jax_settings.note()):
-                    print(note, file=sys.stderr)
                 workdir = flags.FLAGS.workdir
                 main(config, workdir and pathlib.Path(workdir).expanduser())
+                if distributed.is_main() and (note := jax_settings.note()):
+                    print(note, file=sys.stderr)
 
-    logging.set_verbosity(logging.ERROR)  # Orbax and Grain warn about their own defaults
+    _quiet_libraries()
     try:
         with jax_settings.pinned():
             app.run(body, flags_parser=parse)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except SystemExit as end:
+        code = _checked(end.code)
+    except BaseException as error:
+        interrupts.finish()
+        code = failures.report(error, _flag_value(sys.argv, "workdir"))
+    interrupts.finish()
+    sys.exit(code)
+
+
+def _quiet_libraries() -> None:
+    """Orbax and Grain warn about their own defaults; what fails in their threads they log with
+    tracebacks, and raise it, too."""
+    show_all = failures.wants_tracebacks()
+    logging.set_verbosity(logging.ERROR if show_all else logging.FATAL)
+    for name in () if show_all else ("asyncio", "concurrent.futures"):
+        logging_lib.getLogger(name).setLevel(logging_lib.CRITICAL)
+
+
+def _checked(code):
+    """The exit code, unless a thread or what was printed failed unnoticed."""
+    sys.stdout.flush()
+    if code in (None, 0):
+        for error in startup.thread_errors:  # they are reported already
+            return failures.describe(error).code
+        for error in standard_streams.failures:
+            error.filename = "standard output"
+            return failures.report(error)
+    return code

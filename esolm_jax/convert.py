@@ -94,8 +94,8 @@ def _bring_in(config, source: str, workdir: pathlib.Path) -> None:
     print(f"wrote {workdir}/{checkpoint.FOLDER}/{made.step}, {workdir}/tokenizer, and config.json")
     print(cli.next_command("sample", workdir))
     text = ["--config.data.source=text", "--config.data.train=FILES", "--config.data.test=FILES"]
-    print("to evaluate it or to train on, prepare text for it first:")
-    print(cli.next_command("prepare", workdir, *text))
+    print("to evaluate it or to train on, prepare text for it first (FILES: yours):")
+    print(cli.command("prepare", workdir, *text))
 
 
 def _bring_in_pretrained(config, source: str, workdir: pathlib.Path) -> None:
@@ -107,10 +107,12 @@ def _bring_in_pretrained(config, source: str, workdir: pathlib.Path) -> None:
     )
     print(f"wrote {workdir}/{checkpoint.FOLDER}/0, {workdir}/tokenizer, and config.json")
     print(cli.next_command("sample", workdir))
-    print("to make an Eso-LM of it, with your own text:")
-    recipe = [f"--config=configs/pretrained.py:{workdir}", "--config.data.train=FILES"]
-    print(cli.next_command("prepare", pathlib.Path("NEW"), *recipe))
-    print(cli.next_command("train", pathlib.Path("NEW"), *recipe))
+    print("to make an Eso-LM of it, with your own text (FILES), in a new folder (NEW):")
+    file = pathlib.Path("configs/pretrained.py")
+    file = file if file.is_file() else pathlib.Path(__file__).parents[1] / file
+    recipe = [f"--config={file}:{workdir}", "--config.data.train=FILES"]
+    print(cli.command("prepare", pathlib.Path("NEW"), *recipe))
+    print(cli.command("train", pathlib.Path("NEW"), *recipe))
 
 
 def _send_out_to_hub(config, workdir: pathlib.Path, target: pathlib.Path) -> None:

@@ -136,7 +136,8 @@ def main(config, workdir: pathlib.Path) -> None:
         f"a unigram model has perplexity {figures['unigram_perplexity']:.1f}"
     )
     print(f"wrote {path}")
-    print(cli.next_command("sample", workdir))
+    fits = cli.mesh_flags(config, sharding.make_mesh(config.mesh), sampling=True)
+    print(cli.next_command("sample", workdir, *fits, keep=cli.PLACES))
 
 
 CLI = {

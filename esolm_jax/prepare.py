@@ -18,7 +18,7 @@ def main(config, workdir: pathlib.Path) -> None:
             f"unigram perplexity {unigram_perplexity(manifest, name):.1f}"
         )
     print(f"wrote {directory}/manifest.json, the tokenizer and the windows beside it")
-    print(cli.next_command("train", workdir, same_config=True))
+    print(cli.next_command("train", workdir, keep=cli.CONFIG))
 
 
 CLI = {"one_process": True}

@@ -210,8 +210,8 @@ def main(config, workdir: pathlib.Path) -> None:
         written += [page, picture]
     for path in written:
         print(f"wrote {path}")
-    another = f"--config.sample.seed={config.sample.seed + 1}"
-    print(cli.next_command("sample", workdir, another))
+    another = f"--config.sample.seed={(config.sample.seed + 1) % 2**32}"
+    print(cli.next_command("sample", workdir, another, keep=".*"))
 
 
 CLI = {"reads_checkpoint": True, "define_flags": define_flags}

@@ -267,7 +267,8 @@ def main(config, workdir: pathlib.Path) -> None:
         workdir, baseline=baseline, training=not config.low_variance
     )
     print(f"wrote {workdir}/checkpoints, {workdir}/{metrics_lib.FILE}, {curve}")
-    print(cli.next_command("evaluate", workdir))
+    fits = cli.mesh_flags(config, run.built.mesh)
+    print(cli.next_command("evaluate", workdir, *fits, keep=cli.PLACES))
 
 
 CLI = {"stoppable": True}

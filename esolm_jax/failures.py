@@ -1,0 +1,185 @@
+"""What a person is told when a verb fails: one line and an exit code for each kind of failure.
+
+Exit codes of all verbs, as `sysexits.h` and shells have them:
+
+    0    done             2    bad input: config, flags, files, environment
+    1    an error in esolm_jax, with a traceback; a lost process; numbers that are not finite
+    71   out of memory (host or device)
+    74   a file or folder cannot be read or written (full disk, read-only, path too long)
+    130  interrupted (SIGINT)               143  terminated (SIGTERM)
+
+Standard library only: this is imported before JAX, whose own import may fail.
+"""
+
+import dataclasses
+import errno
+import os
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+
+from esolm_jax.errors import UserError
+
+BUG, BAD_INPUT, NO_MEMORY, NO_FILE = 1, 2, 71, 74
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """One line for a person and an exit code; `is_bug`: the traceback is wanted, too."""
+
+    line: str
+    code: int
+    is_bug: bool = False
+
+
+def report(error: BaseException, workdir: str | os.PathLike | None = None) -> int:
+    """Prints the failure on standard error; the exit code. ESOLM_TRACEBACK=1 shows a traceback for
+    any kind of failure."""
+    failure = describe(error, workdir)
+    print(f"error: {failure.line}", file=sys.stderr, flush=True)
+    if failure.is_bug or wants_tracebacks():
+        traceback.print_exception(error)
+    return failure.code
+
+
+def wants_tracebacks() -> bool:
+    return os.environ.get("ESOLM_TRACEBACK") == "1"
+
+
+def describe(error: BaseException, workdir: str | os.PathLike | None = None) -> Failure:
+    """The failure that an exception is; `workdir` is named where the exception names no file."""
+    interrupts = [one for one in _chain(error, context=True) if isinstance(one, KeyboardInterrupt)]
+    if interrupts:  # whatever went wrong while the stack was left
+        number = getattr(interrupts[0], "signum", signal.SIGINT)
+        return Failure(interrupted(number), 128 + number)
+    for one in _chain(error):
+        for kind in (_user_error, _memory, _file, _platform, _environment, _package):
+            if (failure := kind(one, workdir)) is not None:
+                return failure
+    return Failure(
+        f"{type(error).__name__}: {_shortened(error)}; this is an error in esolm_jax: please "
+        "report it with the command and the traceback",
+        BUG,
+        is_bug=True,
+    )
+
+
+def _chain(error: BaseException, *, context: bool = False) -> Iterator[BaseException]:
+    """The exception, those inside a group, and what it was raised from; with `context`, also what
+    was being handled when it was raised."""
+    seen, left = set(), [error]
+    while left:
+        one = left.pop(0)
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        yield one
+        left += [*getattr(one, "exceptions", ()), one.__cause__]
+        left += [one.__context__] if context else []
+
+
+def _shortened(error: BaseException, limit: int = 300) -> str:
+    return " ".join(str(error).split())[:limit] or "no message"
+
+
+def _user_error(error, workdir) -> Failure | None:
+    return Failure(str(error), BAD_INPUT) if isinstance(error, UserError) else None
+
+
+def interrupted(signum: int) -> str:
+    word = "interrupted" if signum == signal.SIGINT else "terminated"
+    return f"{word} ({signal.Signals(signum).name}); results and checkpoints are whole or not there"
+
+
+_OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|[Oo]ut of memory|OUT_OF_MEMORY|bad_alloc")
+
+
+def _memory(error, workdir) -> Failure | None:
+    told = _shortened(error)
+    of_device = isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(told)
+    if not (isinstance(error, MemoryError) or of_device) or _os_error(error):
+        return None
+    what = "" if told == "no message" else f": {told}"
+    return Failure(
+        f"out of memory{what}; lower config.train.batch_size (or raise config.train.accumulation), "
+        "config.eval.batch_size, config.sample.num or the length of texts",
+        NO_MEMORY,
+    )
+
+
+_ADVICE = {
+    errno.ENOSPC: "free some room there and run the same command again",
+    errno.EDQUOT: "free some room there and run the same command again",
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f) and run the same command again",
+    errno.EROFS: "name a folder that can be written",
+    errno.EACCES: "name one that you may read and write",
+    errno.EPERM: "name one that you may read and write",
+    errno.ENAMETOOLONG: "choose a shorter path",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "raise the limit of open files",
+}
+# As tensorstore (below Orbax) writes it: "… No space left on device [os_error_code='28']".
+_OS_ERROR = re.compile(r"os_error_code='(\d+)'|\[OS error (\d+):")
+_PLAIN = {os.strerror(number): number for number in _ADVICE}
+_QUOTED = re.compile(r"""["'](/[^"']+)["']""")
+
+
+def _os_error(error: BaseException) -> tuple[int, str] | None:
+    """(errno, its text) that an exception of C++ code speaks of."""
+    told = str(error)
+    if match := _OS_ERROR.search(told):
+        number = int(match[1] or match[2])
+        return number, os.strerror(number)
+    for text, number in _PLAIN.items():
+        if text in told:
+            return number, text
+    return None
+
+
+def _file(error, workdir) -> Failure | None:
+    if isinstance(error, OSError) and error.errno is not None:
+        number, text = error.errno, error.strerror or os.strerror(error.errno)
+        path = error.filename if isinstance(error.filename, str | bytes | os.PathLike) else None
+        path = None if path is None else os.fsdecode(path)
+    elif isinstance(error, OSError | RuntimeError | ValueError) and (found := _os_error(error)):
+        (number, text), path = found, _QUOTED.search(str(error))
+        path = path and path[1]
+    else:
+        return None
+    place = path or (workdir and f"--workdir={workdir}") or "a file"
+    advice = f"; {_ADVICE[number]}" if number in _ADVICE else ""
+    return Failure(f"{place}: {text}{advice}", NO_FILE)
+
+
+def _platform(error, workdir) -> Failure | None:
+    """A platform that is not there (JAX_PLATFORMS), or that cannot start."""
+    told = _shortened(error)
+    if not (isinstance(error, RuntimeError) and re.search(r"[Uu]n(able|known).* backend", told)):
+        return None
+    asked = os.environ.get("JAX_PLATFORMS", "")
+    return Failure(f"JAX_PLATFORMS={asked}: {told}", BAD_INPUT)
+
+
+def _environment(error, workdir) -> Failure | None:
+    """A value of JAX_… in the environment that JAX refuses, as soon as it is imported or used."""
+    told = _shortened(error)
+    if isinstance(error, ValueError) and re.search(r"JAX flag|environment '?JAX_", told):
+        return Failure(f"environment: {told}", BAD_INPUT)
+    if isinstance(error, FloatingPointError):
+        return Failure(f"JAX_DEBUG_NANS or JAX_DEBUG_INFS: {told}", BUG)
+    if "Disallowed" in told and "transfer" in told:
+        return Failure(f"JAX_TRANSFER_GUARD: {told}", BAD_INPUT)
+    return None
+
+
+_EXTRAS = {"onnx": "export", "flatbuffers": "export", "tokenizers": "interop"}
+
+
+def _package(error, workdir) -> Failure | None:
+    if not isinstance(error, ImportError) or (error.name or "esolm_jax").startswith("esolm_jax"):
+        return None
+    name = error.name.split(".")[0]
+    extra = f"[{_EXTRAS[name]}]" if name in _EXTRAS else ""
+    return Failure(f"package {name}: {_shortened(error)}; pip install -e '.{extra}'", BAD_INPUT)
