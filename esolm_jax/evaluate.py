@@ -2,8 +2,11 @@
 
 --step=N|best|latest   which checkpoint (default: latest)
 --verify               only check whether every file of the workdir is what was written
+
+evaluate.json is the last evaluation; evaluations.jsonl has a line of each.
 """
 
+import datetime
 import math
 import pathlib
 import re
@@ -11,38 +14,67 @@ import sys
 
 from absl import flags
 
+import esolm_jax
 from esolm_jax import (
     assemble,
+    checkpoint,
     cli,
     distributed,
     jax_settings,
     likelihood,
     memory_limit,
     objectives,
+    provenance,
     results,
     sharding,
     verify,
 )
 from esolm_jax import config as config_lib
-from esolm_jax.data.reader import num_windows, unigram_perplexity
+from esolm_jax.data.manifest import Manifest
+from esolm_jax.data.reader import num_windows
+from esolm_jax.errors import UserError
 from esolm_jax.likelihood import Estimate
 
+FILE, HISTORY = "evaluate.json", "evaluations.jsonl"
 
-def _figures(bound: str, estimate: Estimate, tokens_per_byte: float, **settings) -> dict:
-    """An estimate in the units people compare: perplexity, bits per token and per byte."""
+
+def _finite(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _figures(bound: str, estimate: Estimate, split: dict, **settings) -> dict:
+    """An estimate in the units people compare: perplexity, bits per token and per byte. `split`:
+    the manifest's entry."""
     bits = estimate.nll / math.log(2)
+    is_whole = len(estimate.window_nll) == split["windows"]
     return {
         "bound": bound,
         "num_samples": None,
         "num_orders": None,
         **settings,
         "nll_per_token": estimate.nll,
-        "standard_error": None if math.isnan(estimate.standard_error) else estimate.standard_error,
+        "standard_error": _finite(estimate.standard_error),
+        "standard_error_differences": estimate.error_samples,
+        "standard_error_note": _error_note(bound, estimate),
+        "standard_error_of_split": None
+        if is_whole
+        else _finite(estimate.error_for(split["windows"])),
         "perplexity": estimate.perplexity,
         "bits_per_token": bits,
-        "bits_per_byte": bits * tokens_per_byte,
+        "bits_per_byte": bits * split["tokens"] / split["bytes"],
+        "bits_per_byte_note": "" if is_whole else "with the bytes per token of the whole split",
         "num_tokens": estimate.num_tokens,
     }
+
+
+def _error_note(bound: str, estimate: Estimate) -> str:
+    """What `standard_error` is, or why there is none."""
+    if bound == "exact":
+        return "an exact likelihood"
+    if math.isnan(estimate.standard_error):
+        field = "eval.num_samples" if bound == "nelbo" else "eval.num_orders"
+        return f"unknown from one draw of each window; set config.{field} to 2 or more"
+    return "Monte Carlo: of other draws of noise for the same windows, in nats per token"
 
 
 def evaluate(config, workdir: pathlib.Path) -> dict:
@@ -58,6 +90,7 @@ def evaluate(config, workdir: pathlib.Path) -> dict:
     model = assemble.model_config(config, manifest.tokenizer, sharding.platform(mesh))
     memory_limit.check_evaluation(config, model, mesh)
     trained = assemble.load_trained(config, workdir, e.weights, mesh, cli.step_flag())
+    digest = _digest(workdir, trained.step)
     assemble.check_same_tokenizer(manifest, trained.meta)
     split = manifest.split(e.split)
     windows = num_windows(manifest, e.split, e.max_windows)
@@ -66,7 +99,6 @@ def evaluate(config, workdir: pathlib.Path) -> dict:
         return assemble.eval_batches(config, manifest, e.split, e.max_windows, mesh)
 
     common = {"seed": config.seed, "total": math.ceil(windows / e.batch_size)}
-    tokens_per_byte = split["tokens"] / split["bytes"]  # of the whole split, also for a part
     estimate = likelihood.make_nelbo(config, trained.built)(
         trained.params, batches(), num_samples=e.num_samples, progress="NELBO", **common
     )
@@ -75,7 +107,7 @@ def evaluate(config, workdir: pathlib.Path) -> dict:
         _figures(
             "exact" if exact else "nelbo",
             estimate,
-            tokens_per_byte,
+            split,
             num_samples=1 if exact else e.num_samples,
         )
     ]
@@ -84,23 +116,66 @@ def evaluate(config, workdir: pathlib.Path) -> dict:
         estimate = importance_weighted(
             trained.params, batches(), num_orders=e.num_orders, progress="any-order", **common
         )
-        bounds.append(
-            _figures("importance_weighted", estimate, tokens_per_byte, num_orders=e.num_orders)
-        )
+        bounds.append(_figures("importance_weighted", estimate, split, num_orders=e.num_orders))
     return {
         "split": e.split,
         "windows": windows,
         "num_tokens": estimate.num_tokens,
         "results": bounds,
-        "unigram_perplexity": unigram_perplexity(manifest, e.split, e.max_windows),
+        **_unigram(manifest, trained.meta, e),
+        "data": provenance.evaluated_data(manifest, e.split, windows),
+        "batch_size": e.batch_size,
         "objective": config.objective,
         "alpha_0": config.alpha_0,
         "trained_alpha_0": trained.meta["config"]["alpha_0"],
         "weights": e.weights,
         "step": trained.step,
+        "checkpoint_sha256": digest,
         "seed": config.seed,
         "jax_settings": jax_settings.recorded(),
+        "esolm_jax": esolm_jax.__version__,
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def _digest(workdir: pathlib.Path, step: int) -> str | None:
+    """Of the checkpoint; None if it has none, or was deleted by a `train` that goes on."""
+    try:
+        return checkpoint.digest_of(workdir, step)
+    except UserError:
+        return None
+
+
+def _unigram(manifest: Manifest, meta: dict, e) -> dict:
+    value, note = provenance.unigram(manifest, meta, e.split, e.max_windows)
+    return {"unigram_perplexity": value, "unigram_note": note}
+
+
+def _line(result: dict) -> str:
+    """A bound in one line. An error is of the noise alone, unless it says of what."""
+    text = f"{result['bound']}: perplexity {result['perplexity']:.2f}, "
+    text += f"{result['nll_per_token']:.4f} nats per token"
+    if result["standard_error"]:
+        few = result["standard_error_differences"]
+        roughly = f", from {few} difference{'s' * (few > 1)}" if few < 10 else ""
+        text += f" ± {result['standard_error']:.4f} (Monte Carlo{roughly})"
+    if result["standard_error_of_split"]:
+        text += f" ± {result['standard_error_of_split']:.4f} (as a figure of the whole split)"
+    about = "about " if result["bits_per_byte_note"] else ""
+    return text + f", {about}{result['bits_per_byte']:.3f} bits per byte"
+
+
+def _what_of(figures: dict) -> str:
+    data = figures["data"]
+    count = f"{figures['windows']:,}"
+    if data["whole_split"]:
+        which = f"all {count} windows of the {data['split']} split"
+    else:
+        which = f"{count} of the {data['split_windows']:,} windows of the {data['split']} split"
+    text = f"on {figures['num_tokens']:,} tokens: {which}"
+    if figures["unigram_perplexity"] is None:
+        return f"{text}; no unigram perplexity: {figures['unigram_note']}"
+    return f"{text}; a unigram model has perplexity {figures['unigram_perplexity']:.1f}"
 
 
 def define_flags() -> None:
@@ -118,24 +193,16 @@ def main(config, workdir: pathlib.Path) -> None:
     if "verify" in flags.FLAGS and flags.FLAGS["verify"].value:
         verify.main(config, workdir)
         return
-    path = workdir / "evaluate.json"
-    results.check_can_write(path)
+    path, history = workdir / FILE, workdir / HISTORY
+    results.check_can_write(path, history)
     figures = evaluate(config, workdir)
     if distributed.is_main():  # all processes have the same figures, and see the same folder
         results.write_json(path, figures)
+        provenance.append_line(history, figures)
     for result in figures["results"]:
-        error = result["standard_error"]
-        print(
-            f"{result['bound']}: perplexity {result['perplexity']:.2f}, "
-            f"{result['nll_per_token']:.4f} nats per token"
-            + (f" ± {error:.4f}" if error else "")
-            + f", {result['bits_per_byte']:.3f} bits per byte"
-        )
-    print(
-        f"on {figures['num_tokens']:,} tokens of the {figures['split']} split; "
-        f"a unigram model has perplexity {figures['unigram_perplexity']:.1f}"
-    )
-    print(f"wrote {path}")
+        print(_line(result))
+    print(_what_of(figures))
+    print(f"wrote {path}, and a line in {history}")
     fits = cli.mesh_flags(config, sharding.make_mesh(config.mesh), sampling=True)
     print(cli.next_command("sample", workdir, *fits, keep=cli.PLACES))
 
