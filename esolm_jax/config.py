@@ -180,6 +180,7 @@ def _between(low, high) -> Check:
 
 
 _POSITIVE = (lambda v: v > 0), "above 0"
+_EPSILON = (lambda v: 0 < v <= 1), "above 0, and at most 1"
 _FRACTION = (lambda v: 0 <= v < 1), "in [0, 1)"
 _SEED = (lambda v: 0 <= v < 2**32), "in [0, 2**32)"
 _AXIS = (
@@ -215,7 +216,7 @@ _CHECKS: dict[str, Check] = {
     "model.kv_heads": _width(0),
     "model.mlp_width": _width(0),
     "model.attention_width": _width(0),
-    "model.norm_eps": _POSITIVE,
+    "model.norm_eps": _EPSILON,
     "model.positions": _size(0),
     "model.rope_base": ((lambda v: v > 1), "above 1"),
     "model.rope_factor": _at_least(1),
@@ -235,7 +236,7 @@ _CHECKS: dict[str, Check] = {
     "optimizer.learning_rate": _POSITIVE,
     "optimizer.b1": _FRACTION,
     "optimizer.b2": _FRACTION,
-    "optimizer.eps": _POSITIVE,
+    "optimizer.eps": _EPSILON,
     "optimizer.weight_decay": _at_least(0),
     "optimizer.clip": _POSITIVE,
     "optimizer.warmup_steps": _count(0),
