@@ -52,15 +52,30 @@ def _check_mesh(rows: int, mesh) -> None:
 
 def _check_memory(config, tokenizer, found: list[prompts_lib.Prompt], mesh) -> None:
     model = assemble.model_config(config, tokenizer_entry(tokenizer), sharding.platform(mesh))
-    length = config.sample.length or config.data.seq_len
+    length = _length(config)
     lengths = [len(prompt.tokens) if prompt.is_whole else length for prompt in found]
     rows, longest = config.sample.num * max(1, len(found)), max(lengths, default=length)
     memory_limit.check_sampling(config, model, mesh, rows, longest, prompted=bool(found))
 
 
+def _length(config) -> int:
+    return config.sample.length or config.data.seq_len
+
+
+def _prompts(given: list[str], file: str | None, tokenizer, length: int):
+    """Of the command line, then of the file. UserError: see prompts_lib."""
+    found = []
+    for text in given:
+        name = "--prompt=" + ascii(text[:40])[1:-1]  # in one line
+        found.append(prompts_lib.of_text(text, tokenizer, name=name, length=length))
+    if file is not None:
+        found += prompts_lib.of_file(pathlib.Path(file), tokenizer, length=length)
+    return found
+
+
 def make_canvas(config, found: list[prompts_lib.Prompt], special, vocab_size: int) -> Canvas:
     """config.sample.num rows of each prompt, or of nothing. UserError if one does not fit."""
-    s, length = config.sample, config.sample.length or config.data.seq_len
+    s, length = config.sample, _length(config)
     if not found:
         return Canvas.empty(s.num, length, s.seed)
     rows, seeds = [], []
@@ -89,8 +104,7 @@ def sample(
     check(config)
     mesh = sharding.make_mesh(config.mesh)
     tokenizer = open_tokenizer(workdir / "tokenizer")
-    found = [prompts_lib.of_text(text, tokenizer, name=f"--prompt={text:.40}") for text in prompt]
-    found += [] if prompts is None else prompts_lib.of_file(pathlib.Path(prompts), tokenizer)
+    found = _prompts(prompt, prompts, tokenizer, _length(config))
     _check_mesh(config.sample.num * max(1, len(found)), mesh)
     _check_memory(config, tokenizer, found, mesh)
     trained = assemble.load_trained(config, workdir, config.sample.weights, mesh, cli.step_flag())
@@ -147,14 +161,15 @@ def _texts(config, generator: Generator, decoded, tokenizer, found) -> dict:
     rows, length, order = [], generator.schedule.length, generator.order(decoded)
     for b, ids in enumerate(decoded.text):
         ids = ids[: min(length[b], decoded.text_end[b])].tolist()
-        shown = ids
-        # With one document a window, what follows EOS was never trained.
-        if config.data.packing == "pad" and tokenizer.eos_id in ids:
-            shown = ids[: ids.index(tokenizer.eos_id)]
+        known, shown = generator.canvas.known[b], ids
+        # With one document a window, what follows EOS was never trained; but what is known is kept.
+        behind = int(np.flatnonzero(known).max(initial=-1)) + 1
+        if config.data.packing == "pad" and tokenizer.eos_id in ids[behind:]:
+            shown = ids[: ids.index(tokenizer.eos_id, behind)]
         seed = generator.canvas.seeds[b]
         rows.append(
             {
-                "text": tokenizer.decode(shown),
+                "text": tokenizer.decode(shown, bos_is_given=bool(known[0])),
                 "prompt": b // config.sample.num if found else None,
                 "token_ids": ids,
                 "seed": [seed.batch, seed.row],
@@ -170,7 +185,10 @@ def _trace(config, generator: Generator, decoded, tokenizer, nfe: int) -> trace.
     numbered = np.where(revealed == -1, trace.GIVEN, revealed - generator.passes.prompt_passes)
     title = f"{config.objective}, α₀ = {config.alpha_0:g}, {revealed.shape[1]} tokens, NFE {nfe}"
     return trace.Trace(
-        pieces=[tokenizer.pieces(row.tolist()) for row in decoded.text],
+        pieces=[
+            tokenizer.pieces(row.tolist(), bos_is_given=bool(known[0]))
+            for row, known in zip(decoded.text, generator.canvas.known, strict=True)
+        ],
         revealed=np.where((revealed == NEVER) | ~_inside(decoded), trace.NEVER, numbered),
         is_diffusion=generator.is_diffusion(),
         title=title,

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pathlib
 import shutil
 import subprocess
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 import tiny_run
 from tiny_run import FILE, LENGTH, arguments, command, quick
+
+from esolm_jax.sampling import prompts
 
 ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures(quick.__name__)
@@ -417,8 +420,11 @@ def test_prompts_are_kept_and_the_rest_is_filled_in(eso_b, tmp_path, capsys):
         (["--prompt=a[MASK:-1]"], "[MASK:-1]"),
         (["--prompt=a[MASK:" + "9" * 5000 + "]"], "at most 999999"),
         (["--prompt=a[MASK:999999]"], f"canvas of {LENGTH}"),
-        (["--prompts=nowhere.txt"], "cannot be read"),
-        (["--prompts="], "cannot be read"),
+        (["--prompts=nowhere.txt"], "no such file"),
+        (["--prompts="], "is a folder"),
+        (["--prompts=/dev/zero"], "is a device"),
+        (["--prompt=a\n[MASK:0]"], "at least 1 token"),
+        (["--prompt=" + "[MASK:999999]" * 3000], f"canvas of {LENGTH}"),
         (["--config.sample.temperature=inf"], "config.sample.temperature=inf"),
         (["--config.sample.speculate=1"], "config.sample.speculate=1"),
         (["--config.sample.speculate=2", "--config.sample.steps=4"], "config.sample.speculate=2"),
@@ -439,7 +445,7 @@ def test_bad_sampling_is_refused(refused, eso_b, options, told):
         ('["x"]', "must be an object"),
         ('{"prompt": "x", "text": "x"}', "must be an object"),
         ('{"prompt": "x", "rewrite": [[0, 1]]}', "must be an object"),
-        ('{"prompt": "x", "prompt": "y"}', "a field is there twice"),
+        ('{"prompt": "x", "prompt": "y"}', "'prompt' is there twice"),
         (r'{"prompt": "\ud800"}', "is no Unicode text"),
         ('{"prompt": 1}', "prompt=1: fields are"),
         ('{"prompt": "x", "seed": true}', "seed=True: fields are"),
@@ -452,12 +458,28 @@ def test_bad_sampling_is_refused(refused, eso_b, options, told):
         ('{"text": "to be", "rewrite": [[1, "x"], [1, 2]]}', "rewrite [1, 'x']: must be"),
         ('{"text": "to be", "rewrite": [[0, 2], [1, 3]]}', "rewrite [1, 3]: must be"),
         ('{"text": "to be", "rewrite": [[0, 6]]}', "rewrite [0, 6]: must be"),
+        ('{"text": "' + "x" * (3 * LENGTH) + '", "rewrite": [[0, 1]]}', f"canvas of {LENGTH}"),
+        ('{"prompt": "' + "[MASK:999999]" * 3000 + '"}', f"canvas of {LENGTH}"),
+        ('{"prompt": 1' + "0" * 4000 + "}", "prompt=1000"),
     ],
 )
 def test_bad_lines_of_prompts_are_refused(refused, eso_b, tmp_path, line, told):
     file = tmp_path / "prompts.jsonl"
     file.write_text(line)
     refused("sample", [f"--workdir={eso_b}", f"--prompts={file}"], str(file), told)
+
+
+def test_special_files_and_large_ones_hold_no_prompts(refused, eso_b, tmp_path, monkeypatch):
+    fifo, large, many = tmp_path / "fifo", tmp_path / "large.txt", tmp_path / "many.jsonl"
+    os.mkfifo(fifo)
+    with open(large, "wb") as file:
+        file.truncate(2**34)  # a hole
+    many.write_text('{"prompt": "x"}\n' * 5)
+    monkeypatch.setattr(prompts, "MAX_PROMPTS", 4)
+    args = [f"--workdir={eso_b}"]
+    refused("sample", [*args, f"--prompts={fifo}"], str(fifo), "is a FIFO")
+    refused("sample", [*args, f"--prompts={large}"], str(large), "is larger than 16 MiB")
+    refused("sample", [*args, f"--prompts={many}"], str(many), "holds 5 prompts")
 
 
 def test_what_unicode_calls_a_line_is_no_line_of_prompts(eso_b, tmp_path):

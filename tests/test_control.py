@@ -17,6 +17,7 @@ from esolm_jax.sampling.canvas import MASK, Canvas, Seed
 from esolm_jax.sampling.choose import Choice
 from esolm_jax.sampling.confident import confident
 from esolm_jax.sampling.generate import Generator, make_schedule
+from esolm_jax.sampling.speculate import speculate
 from esolm_jax.sharding import AXES
 
 NETWORK = network.fold(toy.CONFIG, toy.PARAMS)
@@ -174,6 +175,30 @@ def test_an_eos_of_the_diffusion_phase_ends_a_text_once_all_before_it_is_known()
         np.testing.assert_array_equal(
             np.asarray(ended.text)[row, : end[row]], whole[row, : end[row]]
         )
+
+
+@pytest.mark.parametrize("draft_tokens", [0, 3])
+def test_an_eos_before_what_is_known_ends_nothing(draft_tokens):
+    """It would take known text with it."""
+    eos, row = 3, [MASK] * 10 + [2, 0] + [MASK] * 20
+    canvas = canvas_of([row] * 8)
+    plan = passes.plan(
+        toy.config("eso_b", 0.5, len(row)), schedule.ancestral(canvas, 0.5, 0),
+        mask_id=toy.MASK, start_token=toy.START,
+    )  # fmt: skip
+    args = NETWORK, plan, CHOICE, decode.row_keys(canvas.seeds)
+    if draft_tokens:
+        ended, _ = speculate(*args, k=draft_tokens, eos_id=eos)
+        whole, _ = speculate(*args, k=draft_tokens)
+    else:
+        ended, whole = decode.decode(*args, eos_id=eos), decode.decode(*args)
+    text, end = np.asarray(whole.text), np.asarray(ended.text_end)
+    assert (text[:, :10] == eos).any(axis=1).sum() > 4
+    is_end = (text == eos) & (np.arange(len(row)) > 11)
+    wanted = np.where(is_end.any(axis=1), is_end.argmax(axis=1), decode.NEVER)
+    np.testing.assert_array_equal(end, wanted)
+    for found, want, stop in zip(np.asarray(ended.text), text, end, strict=True):
+        np.testing.assert_array_equal(found[:stop], want[:stop])
 
 
 def test_beyond_the_trained_length_block_follows_block():

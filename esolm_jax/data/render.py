@@ -1,7 +1,11 @@
 """Ids → text, alike for all tokenizers."""
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
+
+from esolm_jax.data import surfaces
+from esolm_jax.data.surfaces import Surfaces
 
 
 def num_ids(tokenizer: Any) -> int:
@@ -10,26 +14,35 @@ def num_ids(tokenizer: Any) -> int:
 
 
 def render(
-    tokenizer: Any, ids: Iterable[int], parts_of: Callable[[list[int]], list[str]]
+    tokenizer: Any,
+    ids: Iterable[int],
+    parts_of: Callable[[list[int], bool], list[str]],
+    bos_is_given: bool = True,
 ) -> list[str]:
     """Each special as one part, and the parts of each run of ids between specials; no BOS and PAD,
-    but '[EOS]' and '[MASK]'. ValueError: id out of range."""
+    but '[EOS]' and '[MASK]'. ValueError: id out of range.
+
+    Args:
+      parts_of: (run, whether the text begins with it) → its parts. It does at the first id, or
+        behind a BOS that is the first.
+      bos_is_given: False: it does not behind a BOS.
+    """
     shown = {  # in this order, because PAD and BOS may be EOS
         tokenizer.pad_id: "",
         tokenizer.bos_id: "",
         tokenizer.eos_id: "[EOS]",
         tokenizer.mask_id: "[MASK]",
     }
-    out, run = [], []
-    for i in map(int, ids):
-        if not 0 <= i < num_ids(tokenizer):
-            raise ValueError(f"token id {i} is not in 0..{num_ids(tokenizer) - 1}")
+    out, run, begins, stop = [], [], True, num_ids(tokenizer)
+    for n, i in enumerate(map(int, ids)):
+        if not 0 <= i < stop:
+            raise ValueError(f"token id {i} is not in 0..{stop - 1}")
         if i in shown:
-            out += [*(parts_of(run) if run else ()), shown[i]]
-            run = []
+            out += [*(parts_of(run, begins) if run else ()), shown[i]]
+            run, begins = [], n == 0 and i == tokenizer.bos_id and bos_is_given
         else:
             run.append(i)
-    return out + (parts_of(run) if run else [])
+    return out + (parts_of(run, begins) if run else [])
 
 
 def pieces_of(run: list[int], text_of: Callable[[list[int]], str]) -> list[str]:
@@ -44,21 +57,47 @@ def pieces_of(run: list[int], text_of: Callable[[list[int]], str]) -> list[str]:
     return found
 
 
-class ByTokenizers:
+class Decodes:
+    """Ids → text by `self.surfaces`; by `self._library_text(run)` where there are none, for the
+    library's decoding is no concatenation."""
+
+    surfaces: Surfaces | None
+
+    def decode(self, ids: Iterable[int], *, bos_is_given: bool = True) -> str:
+        """Text of `ids`. `bos_is_given`: False if a BOS in front was generated, so that what
+        follows does not begin the text. ValueError: id out of range."""
+        return "".join(render(self, ids, lambda *run: [self._text(*run)], bos_is_given))
+
+    def pieces(self, ids: Iterable[int], *, bos_is_given: bool = True) -> list[str]:
+        """The part of decode(ids) that each id stands for; of the ids that spell one character, the
+        last stands for it and the others for ''. ValueError: id out of range."""
+        return render(self, ids, self._run_pieces, bos_is_given)
+
+    def _text(self, run: list[int], begins: bool) -> str:
+        if self.surfaces is None:
+            return self._library_text(run)
+        return self.surfaces.text(run, begins)
+
+    def _run_pieces(self, run: list[int], begins: bool) -> list[str]:
+        if self.surfaces is None:
+            return pieces_of(run, self._library_text)
+        return self.surfaces.pieces(run, begins)
+
+    def _library_text(self, run: list[int]) -> str:
+        raise NotImplementedError
+
+
+class ByTokenizers(Decodes):
     """Text to ids and back by `self._tokenizer`, one of the package `tokenizers`."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without specials."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`. ValueError: id out of range."""
-        return "".join(render(self, ids, lambda run: [self._text(run)]))
+    @functools.cached_property
+    def surfaces(self) -> Surfaces | None:
+        specials = self.bos_id, self.eos_id, self.pad_id, self.mask_id
+        return surfaces.of_tokenizers(self._tokenizer, self.vocab_size, specials)
 
-    def pieces(self, ids: Iterable[int]) -> list[str]:
-        """The part of decode(ids) that each id stands for; of the ids that spell one character, the
-        last stands for it and the others for ''. ValueError: id out of range."""
-        return render(self, ids, lambda run: pieces_of(run, self._text))
-
-    def _text(self, run: list[int]) -> str:
+    def _library_text(self, run: list[int]) -> str:
         return self._tokenizer.decode(run, skip_special_tokens=False)

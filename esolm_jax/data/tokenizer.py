@@ -7,6 +7,7 @@ fingerprint. All have encode, decode, pieces and save. Decoding drops BOS and PA
 as '[EOS]' and the mask as '[MASK]'.
 """
 
+import functools
 import hashlib
 import io
 import random
@@ -16,9 +17,10 @@ from typing import Any
 
 import sentencepiece
 
-from esolm_jax.data import hub_tokenizer, wordpieces
+from esolm_jax.data import hub_tokenizer, surfaces, wordpieces
 from esolm_jax.data.hub_tokenizer import HubTokenizer
-from esolm_jax.data.render import render
+from esolm_jax.data.render import Decodes
+from esolm_jax.data.surfaces import Surfaces
 from esolm_jax.data.wordpieces import WordPieces
 from esolm_jax.errors import UserError, nearest
 
@@ -31,32 +33,24 @@ LINE = 256
 SPACE = "\u2581"  # SentencePiece's own sign for a space
 
 
-class Bytes:
+class Bytes(Decodes):
     """UTF-8 bytes: ids 0..255, then BOS, EOS, PAD. Lossless, and needs no training."""
 
     kind = "bytes"
     vocab_size = mask_id = 259
     bos_id, eos_id, pad_id = 256, 257, 258
     fingerprint = "utf-8-bytes-v1"
+    surfaces = Surfaces.of_bytes(specials=3)
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without specials."""
         return list(text.encode("utf-8"))
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`; bytes that are not UTF-8 become U+FFFD. ValueError: id out of range."""
-        return "".join(render(self, ids, lambda run: [bytes(run).decode(errors="replace")]))
-
-    def pieces(self, ids: Iterable[int]) -> list[str]:
-        """The part of decode(ids) that each id stands for; of the bytes of one character, the last
-        stands for it and the others for ''. ValueError: id out of range."""
-        return render(self, ids, lambda run: _byte_pieces(bytes(run)))
-
     def save(self, directory: str | Path) -> None:
         Path(directory, BYTES_FILE).write_text(self.fingerprint + "\n")
 
 
-class SentencePiece:
+class SentencePiece(Decodes):
     """A SentencePiece model; its own training makes it lossless on any text."""
 
     kind = "sentencepiece"
@@ -90,40 +84,18 @@ class SentencePiece:
             ids += self._space + self._model.encode(part)
         return ids
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`. ValueError: id out of range."""
-        return "".join(render(self, ids, lambda run: [self._model.decode(run)]))
+    @functools.cached_property
+    def surfaces(self) -> Surfaces | None:
+        return surfaces.of_sentencepiece(self._model)
 
-    def pieces(self, ids: Iterable[int]) -> list[str]:
-        """The part of decode(ids) that each id stands for; of the bytes of one character, the last
-        stands for it and the others for ''. ValueError: id out of range."""
-        return render(self, ids, self._run_pieces)
-
-    def _run_pieces(self, run: list[int]) -> list[str]:
-        found = self._model.decode(run, return_type="offset_mapping")
-        return [found["text"][start:stop] for start, stop in found["offsets"]]
+    def _library_text(self, run: list[int]) -> str:
+        return self._model.decode(run)
 
     def save(self, directory: str | Path) -> None:
         Path(directory, MODEL_FILE).write_bytes(self.proto)
 
 
 Tokenizer = Bytes | SentencePiece | WordPieces | HubTokenizer
-
-
-def _byte_pieces(data: bytes) -> list[str]:
-    """For each byte the character that it ends, or ''; U+FFFD where decoding would put it."""
-    pieces: list[str] = []
-    while len(pieces) < len(data):
-        rest = data[len(pieces) :]
-        try:
-            text, bad = rest.decode(), 0
-        except UnicodeDecodeError as error:
-            text, bad = rest[: error.start].decode(), error.end - error.start
-        for character in text:
-            pieces += [""] * (len(character.encode()) - 1) + [character]
-        if bad:
-            pieces += [""] * (bad - 1) + ["\ufffd"]
-    return pieces
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:

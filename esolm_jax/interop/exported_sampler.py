@@ -67,11 +67,11 @@ def _orders(plan: Plan, row_keys):
 def _pick(logits, position, *, row_keys, temperature, mask_id, top_k, top_p):
     """int32 [b, P], as Choice of choose.py, with a temperature that is an input."""
     logits = exclude_mask_token(logits, mask_id)
-    drawn = logits / jnp.where(temperature > 0, temperature, 1.0)
+    drawn = choose.at_temperature(logits, jnp.where(temperature > 0, temperature, 1.0))
     drawn = choose.keep_top_k(drawn, top_k) if top_k else drawn
     drawn = choose.nucleus(drawn, top_p) if top_p < 1 else drawn
     drawn = drawn + choose.gumbel(choose.keys_of(row_keys, position), logits.shape[-1])
-    return choose.argmax(jnp.where(temperature > 0, drawn, logits))
+    return choose.argmax(jnp.where(temperature > 0, drawn, logits), mask_id)
 
 
 def _runs(plan: Plan):

@@ -64,6 +64,9 @@ class Canvas:
         length = np.array([len(row) for row in rows])
         token = np.full((len(rows), max(1, length.max(initial=0))), MASK, np.int32)
         for b, row in enumerate(rows):
+            if b and row is rows[b - 1]:  # another text of the same prompt
+                token[b] = token[b - 1]
+                continue
             for at, one in enumerate(row):
                 is_token = isinstance(one, int | np.integer) and 0 <= one < vocab_size
                 if one != MASK and (not is_token or one == mask_id):

@@ -10,6 +10,7 @@ from esolm_jax.loss import exclude_mask_token
 
 # What a draw at a position is for: each has noise of its own.
 TOKEN, ACCEPT, RESIDUAL = range(3)
+BOUNDS, SMALL = (1e-30, 1e30), 1e-2  # of temperatures: see at_temperature
 AHEAD, AT_ONCE = 2**26, 2**15  # bytes of noise that a loop may have ready; draws of it at a time
 
 
@@ -104,11 +105,32 @@ def log_uniform(keys_BP):
     return jax.vmap(jax.vmap(one))(keys_BP)
 
 
-def argmax(x_BPV):
-    """int32 [B, P]: the first place of the maximum; jnp.argmax is slow on a CPU."""
-    top = x_BPV.max(axis=-1, keepdims=True)
+def argmax(x_BPV, mask_id: int):
+    """int32 [B, P]: the first place of the maximum that is not the mask; jnp.argmax is slow on a
+    CPU. Of numbers that are not finite, too, it is never the mask."""
+    top, last = x_BPV.max(axis=-1, keepdims=True), x_BPV.shape[-1] - 1
     place = jax.lax.broadcasted_iota(jnp.int32, x_BPV.shape, x_BPV.ndim - 1)
-    return jnp.where(x_BPV == top, place, x_BPV.shape[-1] - 1).min(axis=-1)
+    is_top = (x_BPV == top) & (place != mask_id)
+    return jnp.where(is_top, place, last - (mask_id == last)).min(axis=-1)
+
+
+def at_temperature(logits_BPV, temperature):
+    """logits / temperature, for a temperature above 0 however large or small: float32 divides by
+    numbers within BOUNDS alone, and below SMALL it is the distances from the largest logit that
+    are divided, for the others overflow. What is −∞ stays so."""
+    low, high = BOUNDS
+    if isinstance(temperature, int | float):
+        temperature = min(max(temperature, low), high)
+        if temperature >= SMALL:
+            return logits_BPV / temperature
+        is_small = True
+    else:  # known when the program runs
+        temperature = jnp.clip(temperature, low, high)
+        is_small = temperature < SMALL
+    top = logits_BPV.max(axis=-1, keepdims=True)
+    distance = jnp.where(logits_BPV == top, 0.0, logits_BPV - top)
+    distance = jnp.where(logits_BPV == -jnp.inf, -jnp.inf, distance)
+    return jnp.where(is_small, distance, logits_BPV) / temperature
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,13 +153,13 @@ class Choice:
         """int32 [B, P]: argmax(nucleus(logits / temperature) + Gumbel noise), for any position."""
         del position_BP
         filtered = self._filtered(logits_BPV)
-        return argmax(filtered + noise_BPV if self.temperature > 0 else filtered)
+        return argmax(filtered + noise_BPV if self.temperature > 0 else filtered, self.mask_id)
 
     def log_probs(self, logits_BPV):
         """float32 [B, P, V]: of the distribution that tokens are drawn from."""
         filtered = self._filtered(logits_BPV)
         if self.temperature == 0:
-            best = jnp.argmax(filtered, axis=-1, keepdims=True)
+            best = argmax(filtered, self.mask_id)[..., None]
             token = jax.lax.broadcasted_iota(jnp.int32, filtered.shape, filtered.ndim - 1)
             return jnp.where(token == best, 0.0, -jnp.inf)
         return jax.nn.log_softmax(filtered, axis=-1)
@@ -146,7 +168,7 @@ class Choice:
         logits_BPV = exclude_mask_token(logits_BPV, self.mask_id)
         if self.temperature == 0:
             return logits_BPV
-        logits_BPV = logits_BPV / self.temperature
+        logits_BPV = at_temperature(logits_BPV, self.temperature)
         if self.top_k:
             logits_BPV = keep_top_k(logits_BPV, self.top_k)
         if self.top_p < 1:

@@ -161,7 +161,8 @@ def _reveal(state: State, passes, i, slot, keep, chosen, logits, eos_id) -> Stat
     text_end = state.text_end
     if eos_id is not None:
         position = jnp.take_along_axis(passes.order, slot, axis=1)
-        at = jnp.where(keep & (chosen == eos_id), position, NEVER)
+        is_end = keep & (chosen == eos_id) & (position > last_given(passes))
+        at = jnp.where(is_end, position, NEVER)
         text_end = jnp.minimum(text_end, at.min(axis=1))
     if state.logits is not None:
         state = state.replace(logits=put(state.logits, logits, slot, keep))
@@ -170,6 +171,12 @@ def _reveal(state: State, passes, i, slot, keep, chosen, logits, eos_id) -> Stat
         revealed=put(state.revealed, jnp.broadcast_to(i, slot.shape), slot, keep),
         text_end=text_end,
     )
+
+
+def last_given(passes: Passes):
+    """int32 [B, 1]: the last position that is given, −1 without; an EOS before it ends no text."""
+    is_given = jnp.arange(passes.order.shape[1])[None] < passes.given[:, None]
+    return jnp.where(is_given, passes.order, -1).max(axis=1, keepdims=True)
 
 
 def row_keys(seeds) -> jax.Array:
@@ -226,8 +233,8 @@ def decode(
       choice: Choice, or any hashable callable of the same form.
       keys: one for each row, of row_keys.
       mesh: None = one device. B must divide by its row shards.
-      eos_id: if given, a text ends at the first of these that is generated, once all before it is
-        known, and the loop when all texts have.
+      eos_id: if given, a text ends at the first of these that is generated behind all that is
+        given, once all before it is known, and the loop when all texts have.
       with_logits: also return the logits each token was drawn from (mask token not excluded).
       dry_run: compile, but run no pass.
     """

@@ -6,20 +6,29 @@
 A line of a .jsonl file is an object with `prompt` as above, or `text` and `rewrite`: spans
 [start, stop) of its characters that are to be written anew, in as many tokens as they have now.
 `seed` is optional: a row's own, in place of the run's. Any other file is one prompt.
+
+Known characters are kept exactly: the tokens of each known part decode to it, whatever is generated
+around it. A tokenizer that has no such tokens is an error (see data/known_text.py). So is what has
+no room in the canvas, before anything of its size is made.
 """
 
 import dataclasses
 import itertools
-import json
 import pathlib
 import re
 
+import numpy as np
+
+from esolm_jax import regular_file
 from esolm_jax.config import is_allowed
+from esolm_jax.data import known_text
 from esolm_jax.errors import UserError
 from esolm_jax.sampling.canvas import MASK
 
 _SPAN = re.compile(r"\[MASK(?::([^\]]*))?\]")
 _COUNT = re.compile(r"0*[1-9]\d{0,5}")
+MAX_BYTES, MAX_PROMPTS = 16 * regular_file.MB, 2**16  # of a file of prompts
+_UNBOUNDED = 2**24  # tokens of a prompt, where no canvas is known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,44 +48,117 @@ class Prompt:
     name: str
 
 
-def of_text(text: str, tokenizer, *, seed: int | None = None, name: str = "prompt") -> Prompt:
-    """The tokens of a text with [MASK] and [MASK:n] in it."""
+def of_text(
+    text: str, tokenizer, *, seed: int | None = None, name: str = "prompt", length: int = _UNBOUNDED
+) -> Prompt:
+    """The tokens of a text with [MASK] and [MASK:n] in it, for a canvas of `length`."""
     _check_unicode(text, name)
-    tokens, at, is_whole = [], 0, False
-    for match in _SPAN.finditer(text):
-        count = "1" if match[1] is None else match[1]
-        if not _COUNT.fullmatch(count):
-            raise UserError(
-                f"{name}: {match[0]}: must be [MASK], or [MASK:n] of at least 1 token and at most "
-                "999999"
-            )
-        tokens += [*_encode(text[at : match.start()], tokenizer), *[MASK] * int(count)]
-        at, is_whole = match.end(), True
-    tokens += _encode(text[at:], tokenizer)
-    return Prompt(tuple(tokens), is_whole, seed, name)
+    matches = list(_SPAN.finditer(text))
+    counts = [_count(match, name) for match in matches]
+    draft = _Draft(text, tokenizer, name, length)
+    draft.check(sum(counts))
+    at = 0
+    for match, count in zip(matches, counts, strict=True):
+        draft.keep(at, match.start())
+        draft.mask(count)
+        at = match.end()
+    draft.keep(at, len(text))
+    return Prompt(tuple(draft.tokens), bool(matches), seed, name)
+
+
+def _count(match: re.Match, name: str) -> int:
+    count = "1" if match[1] is None else match[1]
+    if not _COUNT.fullmatch(count):
+        raise UserError(
+            f"{name}: {match[0][:80]!r}: must be [MASK], or [MASK:n] of at least 1 token and at "
+            "most 999999"
+        )
+    return int(count)
 
 
 def _check_unicode(text: str, name: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:  # half of a surrogate pair
-        raise UserError(f"{name}: is no Unicode text: {error}") from error
+        raise UserError(
+            f"{name}: is no Unicode text: half of a surrogate pair, character {error.start}"
+        ) from error
 
 
-def _encode(text: str, tokenizer) -> list[int]:
-    return list(tokenizer.encode(text)) if text else []
+class _Draft:
+    """A prompt that is being made, of known parts and masks from left to right."""
+
+    def __init__(self, text: str, tokenizer, name: str, length: int):
+        self.text, self.tokenizer, self.name, self.length = text, tokenizer, name, length
+        self.tokens: list[int] = []
+
+    def check(self, more: int) -> None:
+        """UserError unless the canvas has room for so many tokens behind those that are there."""
+        if len(self.tokens) + more > self.length:
+            raise UserError(_too_long(self.name, self.length))
+
+    def mask(self, count: int) -> None:
+        self.check(count)
+        self.tokens += [MASK] * count
+
+    def keep(self, start: int, stop: int) -> None:
+        """Adds the tokens of text[start:stop]. UserError: these cannot be kept exactly."""
+        limit = self.length - len(self.tokens)
+        part, begins = self.text[start:stop], not self.tokens
+        try:
+            self.tokens += known_text.encode(self.tokenizer, part, begins=begins, limit=limit)
+        except known_text.TooLong as error:
+            raise UserError(_too_long(self.name, self.length)) from error
+        except known_text.NotKept as error:
+            raise UserError(f"{self.name}: {self._changed(error, start)}") from error
+
+    def _changed(self, error: known_text.NotKept, start: int) -> str:
+        at, (around, becomes) = start + error.at, error.becomes
+        character, advice = self.text[at], "write what it can spell"
+        if character.isspace() and self.text[at + 1 :].lstrip().startswith("[MASK"):
+            advice = "leave it out, for the token in the place of [MASK] brings its own"
+        return (
+            f"character {at}, {character!r} (U+{ord(character):04X}), must be kept as it is, but "
+            f"the tokenizer ({self.tokenizer.kind}) has no tokens for it there: of {around!r} it "
+            f"would make {becomes!r}; {advice}"
+        )
 
 
-def of_rewrite(text: str, spans, tokenizer, *, seed=None, name="prompt") -> Prompt:
-    """All of a text but these spans of its characters, which are to be generated anew."""
+def _too_long(name: str, length: int) -> str:
+    return (
+        f"{name}: has more tokens than the canvas of {length} "
+        "(config.sample.length, or config.data.seq_len)"
+    )
+
+
+def of_rewrite(
+    text: str, spans, tokenizer, *, seed=None, name="prompt", length: int = _UNBOUNDED
+) -> Prompt:
+    """All of a text but these spans of its characters, which are to be generated anew; for a
+    canvas of `length`."""
     _check_unicode(text, name)
-    tokens, at = [], 0
-    for start, stop in _ascending(spans, text, name):
-        tokens += _encode(text[at:start], tokenizer)
-        tokens += [MASK] * len(_encode(text[start:stop], tokenizer))
+    spans = _ascending(spans, text, name)
+    counts = _tokens_now(text, spans, tokenizer, length)
+    draft, at = _Draft(text, tokenizer, name, length), 0
+    for (start, stop), count in zip(spans, counts, strict=True):
+        draft.keep(at, start)
+        draft.mask(count)
         at = stop
-    tokens += _encode(text[at:], tokenizer)
-    return Prompt(tuple(tokens), True, seed, name)
+    draft.keep(at, len(text))
+    return Prompt(tuple(draft.tokens), True, seed, name)
+
+
+def _tokens_now(text: str, spans, tokenizer, length: int) -> list[int]:
+    """How many tokens of the text each span is in, or has where it cannot be encoded exactly."""
+    try:
+        ids = known_text.encode(tokenizer, text, begins=True, limit=2 * length)
+    except known_text.TooLong:
+        return [length + 1] * len(spans)
+    except known_text.NotKept:
+        return [max(1, len(tokenizer.encode(text[start:stop]))) for start, stop in spans]
+    tokens = known_text.spans(tokenizer, text, ids)
+    first, last = np.array(tokens).T
+    return [int(((first < stop) & (last > start)).sum()) for start, stop in spans]
 
 
 def _ascending(spans, text: str, name: str) -> list:
@@ -86,8 +168,8 @@ def _ascending(spans, text: str, name: str) -> list:
         is_span = isinstance(span, list | tuple) and [type(at) for at in span] == [int, int]
         if not (is_span and least <= span[0] < span[1] <= len(text)):
             raise UserError(
-                f"{name}: rewrite {span}: must be [start, stop] within the text's {len(text)} "
-                "characters, not empty, and not overlap"
+                f"{name}: rewrite {str(span)[:80]}: must be [start, stop] within the text's "
+                f"{len(text)} characters, not empty, and not overlap"
             )
 
     for span in spans:
@@ -98,55 +180,49 @@ def _ascending(spans, text: str, name: str) -> list:
     return found
 
 
-def of_file(path: pathlib.Path, tokenizer) -> list[Prompt]:
-    """The prompts of a .jsonl file, or the one of any other file.
+def of_file(path: pathlib.Path, tokenizer, *, length: int = _UNBOUNDED) -> list[Prompt]:
+    """The prompts of a .jsonl file, or the one of any other file, for a canvas of `length`.
 
     Raises:
-      UserError: it cannot be read, holds nothing, or a line is not as above.
+      UserError: it cannot be read, is no regular file or too large, holds nothing, or a line is not
+        as above.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts={path}: cannot be read: {error}") from error
+    where = f"--prompts={path}"
+    text = regular_file.read_text(regular_file.expand(path), MAX_BYTES, where)
+    text = text.removeprefix("\ufeff")
     # Not splitlines(): JSON's strings may hold what Unicode, too, calls the end of a line.
     lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
-        raise UserError(f"--prompts={path}: holds no prompts")
+        raise UserError(f"{where}: holds no prompts")
     if path.suffix != ".jsonl":
-        return [of_text(text, tokenizer, name=str(path))]
-    return [_of_line(line, tokenizer, f"{path}:{n}") for n, line in lines]
+        return [of_text(text, tokenizer, name=str(path), length=length)]
+    if len(lines) > MAX_PROMPTS:
+        raise UserError(f"{where}: holds {len(lines):,} prompts; at most {MAX_PROMPTS:,} in a file")
+    return [_of_line(line, tokenizer, f"{path}:{n}", length) for n, line in lines]
 
 
 _FIELDS = {"prompt": str, "text": str, "rewrite": list, "seed": int}
 
 
-def _of_line(line: str, tokenizer, name: str) -> Prompt:
-    try:
-        fields = json.loads(line, object_pairs_hook=_once)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{name}: not JSON: {error}") from error
+def _of_line(line: str, tokenizer, name: str, length: int) -> Prompt:
+    fields = regular_file.parse_json(line, name)
     wanted = f"{name}: must be an object with `prompt`, or with `text` and `rewrite`"
     if not isinstance(fields, dict):
         raise UserError(wanted)
     for field, value in fields.items():
         if not isinstance(value, _FIELDS.get(field, ())) or isinstance(value, bool):
             allowed = ", ".join(f"{n} ({kind.__name__})" for n, kind in _FIELDS.items())
-            raise UserError(f"{name}: {field}={value!r}: fields are {allowed}")
+            shown = f"{field[:80]}={repr(value)[:80]}"
+            raise UserError(f"{name}: {shown}: fields are {allowed}")
     seed = fields.pop("seed", None)
     if seed is not None and not is_allowed("sample.seed", seed):
-        raise UserError(f"{name}: seed={seed}: must be in [0, 2**32)")
+        raise UserError(f"{name}: seed={str(seed)[:80]}: must be in [0, 2**32)")
+    common = {"seed": seed, "name": name, "length": length}
     if fields.keys() == {"prompt"}:
-        return of_text(fields["prompt"], tokenizer, seed=seed, name=name)
+        return of_text(fields["prompt"], tokenizer, **common)
     if fields.keys() != {"text", "rewrite"}:
         raise UserError(wanted)
-    return of_rewrite(fields["text"], fields["rewrite"], tokenizer, seed=seed, name=name)
-
-
-def _once(pairs: list) -> dict:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        raise ValueError("a field is there twice")
-    return fields
+    return of_rewrite(fields["text"], fields["rewrite"], tokenizer, **common)
 
 
 def complete(prompt: Prompt, length: int) -> tuple[int, ...]:
@@ -157,10 +233,7 @@ def complete(prompt: Prompt, length: int) -> tuple[int, ...]:
     """
     have = len(prompt.tokens)
     if have > length:
-        raise UserError(
-            f"{prompt.name}: {have} tokens are more than the canvas of {length} "
-            "(config.sample.length, or config.data.seq_len)"
-        )
+        raise UserError(_too_long(prompt.name, length))
     tokens = prompt.tokens if prompt.is_whole else prompt.tokens + (MASK,) * (length - have)
     if MASK not in tokens:
         raise UserError(f"{prompt.name}: nothing in it is to be generated")

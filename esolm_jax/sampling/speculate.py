@@ -146,13 +146,13 @@ def _verify(s: Speculation, log_p, token, log_u):
 def _draw(choice: Choice, log_p, slot, noise, rejected):
     """int32 [B, P]; with other noise for the first where a draft was rejected."""
     if choice.temperature == 0:
-        return argmax(log_p)
+        return argmax(log_p, choice.mask_id)
     of_token, of_residual = noise
     usual, first_slot = of_token(slot), slot[:, :1]
     first = usual[:, :1]
     again = jax.lax.cond(rejected.any(), lambda: of_residual(first_slot), lambda: first)
     first = jnp.where(rejected[:, None, None], again, first)
-    return argmax(log_p + jnp.concatenate([first, usual[:, 1:]], axis=1))
+    return argmax(log_p + jnp.concatenate([first, usual[:, 1:]], axis=1), choice.mask_id)
 
 
 def _one_pass(network, passes, s: Speculation, log_u, *, noise, choice, style, k, most, length):
@@ -254,6 +254,7 @@ def _reveal(state: State, passes, before, count, eos_id) -> State:
     text_end = state.text_end
     if eos_id is not None:
         is_end = new & (state.known[:, : slot.shape[1]] == eos_id)
+        is_end &= passes.order > decode_lib.last_given(passes)
         text_end = jnp.minimum(text_end, jnp.where(is_end, passes.order, NEVER).min(axis=1))
     revealed = jnp.where(new, state.next, state.revealed)
     return state.replace(revealed=revealed, text_end=text_end, next=state.next + 1)
