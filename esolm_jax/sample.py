@@ -64,13 +64,12 @@ def _length(config) -> int:
 
 def _prompts(given: list[str], file: str | None, tokenizer, length: int):
     """Of the command line, then of the file. UserError: see prompts_lib."""
-    found = []
-    for text in given:
-        name = "--prompt=" + ascii(text[:40])[1:-1]  # in one line
-        found.append(prompts_lib.of_text(text, tokenizer, name=name, length=length))
-    if file is not None:
-        found += prompts_lib.of_file(pathlib.Path(file), tokenizer, length=length)
-    return found
+    common = {"tokenizer": tokenizer, "length": length}
+    in_one_line = (ascii(text[:40])[1:-1] for text in given)
+    named = zip(given, in_one_line, strict=True)
+    found = (prompts_lib.of_text(text, name=f"--prompt={name}", **common) for text, name in named)
+    of_file = [] if file is None else prompts_lib.of_file(pathlib.Path(file), **common)
+    return prompts_lib.bounded([*prompts_lib.bounded(found), *of_file])
 
 
 def make_canvas(config, found: list[prompts_lib.Prompt], special, vocab_size: int) -> Canvas:

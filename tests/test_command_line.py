@@ -478,8 +478,11 @@ def test_special_files_and_large_ones_hold_no_prompts(refused, eso_b, tmp_path, 
     monkeypatch.setattr(prompts, "MAX_PROMPTS", 4)
     args = [f"--workdir={eso_b}"]
     refused("sample", [*args, f"--prompts={fifo}"], str(fifo), "is a FIFO")
-    refused("sample", [*args, f"--prompts={large}"], str(large), "is larger than 16 MiB")
+    refused("sample", [*args, f"--prompts={large}"], str(large), "such a file has at most 16")
     refused("sample", [*args, f"--prompts={many}"], str(many), "holds 5 prompts")
+    monkeypatch.setattr(prompts, "MAX_PROMPTS", 5)
+    monkeypatch.setattr(prompts, "MAX_TOKENS", 4)
+    refused("sample", [*args, f"--prompts={many}"], f"{many}:5", "more than 4 tokens")
 
 
 def test_what_unicode_calls_a_line_is_no_line_of_prompts(eso_b, tmp_path):

@@ -16,6 +16,7 @@ import dataclasses
 import itertools
 import pathlib
 import re
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -28,7 +29,7 @@ from esolm_jax.sampling.canvas import MASK
 _SPAN = re.compile(r"\[MASK(?::([^\]]*))?\]")
 _COUNT = re.compile(r"0*[1-9]\d{0,5}")
 MAX_BYTES, MAX_PROMPTS = 16 * regular_file.MB, 2**16  # of a file of prompts
-_UNBOUNDED = 2**24  # tokens of a prompt, where no canvas is known
+MAX_TOKENS = 2**24  # of all prompts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Prompt:
 
 
 def of_text(
-    text: str, tokenizer, *, seed: int | None = None, name: str = "prompt", length: int = _UNBOUNDED
+    text: str, tokenizer, *, seed: int | None = None, name: str = "prompt", length: int = MAX_TOKENS
 ) -> Prompt:
     """The tokens of a text with [MASK] and [MASK:n] in it, for a canvas of `length`."""
     _check_unicode(text, name)
@@ -89,7 +90,12 @@ class _Draft:
     """A prompt that is being made, of known parts and masks from left to right."""
 
     def __init__(self, text: str, tokenizer, name: str, length: int):
-        self.text, self.tokenizer, self.name, self.length = text, tokenizer, name, length
+        self.text, self.tokenizer, self.name, self.length = (
+            text,
+            tokenizer,
+            name,
+            min(length, MAX_TOKENS),
+        )
         self.tokens: list[int] = []
 
     def check(self, more: int) -> None:
@@ -132,7 +138,7 @@ def _too_long(name: str, length: int) -> str:
 
 
 def of_rewrite(
-    text: str, spans, tokenizer, *, seed=None, name="prompt", length: int = _UNBOUNDED
+    text: str, spans, tokenizer, *, seed=None, name="prompt", length: int = MAX_TOKENS
 ) -> Prompt:
     """All of a text but these spans of its characters, which are to be generated anew; for a
     canvas of `length`."""
@@ -180,7 +186,7 @@ def _ascending(spans, text: str, name: str) -> list:
     return found
 
 
-def of_file(path: pathlib.Path, tokenizer, *, length: int = _UNBOUNDED) -> list[Prompt]:
+def of_file(path: pathlib.Path, tokenizer, *, length: int = MAX_TOKENS) -> list[Prompt]:
     """The prompts of a .jsonl file, or the one of any other file, for a canvas of `length`.
 
     Raises:
@@ -198,7 +204,21 @@ def of_file(path: pathlib.Path, tokenizer, *, length: int = _UNBOUNDED) -> list[
         return [of_text(text, tokenizer, name=str(path), length=length)]
     if len(lines) > MAX_PROMPTS:
         raise UserError(f"{where}: holds {len(lines):,} prompts; at most {MAX_PROMPTS:,} in a file")
-    return [_of_line(line, tokenizer, f"{path}:{n}", length) for n, line in lines]
+    return bounded(_of_line(line, tokenizer, f"{path}:{n}", length) for n, line in lines)
+
+
+def bounded(prompts: Iterable[Prompt]) -> list[Prompt]:
+    """The prompts. UserError as soon as they have more than MAX_TOKENS."""
+    found, total = [], 0
+    for prompt in prompts:
+        found.append(prompt)
+        total += len(prompt.tokens)
+        if total > MAX_TOKENS:
+            raise UserError(
+                f"{prompt.name}: with it, the prompts have more than {MAX_TOKENS:,} tokens; give "
+                "fewer at a time"
+            )
+    return found
 
 
 _FIELDS = {"prompt": str, "text": str, "rewrite": list, "seed": int}
