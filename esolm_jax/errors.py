@@ -8,6 +8,19 @@ class UserError(Exception):
     """Bad input. The message names the field, the value, and what is allowed."""
 
 
+def brief(error: BaseException) -> str:
+    """The error of a library as a part of a message: its type and at most 200 characters of it, on
+    one line."""
+    what = " ".join(ascii(str(error)[:1000])[1:-1].replace("\\n", " ").split())[:200]
+    return f"{type(error).__name__}: {what}"
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether it is how a library written in Rust fails where it did not expect to: no
+    Exception, but none that ends the process either."""
+    return type(error).__name__ == "PanicException"
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """Returns " (did you mean 'x'?)" for the closest allowed name, or "" if none is close."""
     close = difflib.get_close_matches(name, list(allowed), n=1)

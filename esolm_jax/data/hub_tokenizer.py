@@ -10,7 +10,7 @@ from pathlib import Path
 
 from esolm_jax import regular_file
 from esolm_jax.data.render import ByTokenizers
-from esolm_jax.errors import UserError
+from esolm_jax.errors import UserError, brief, is_panic
 
 KIND = "tokenizers"
 FILE, IDS_FILE = "tokenizer.json", "ids.json"
@@ -39,8 +39,10 @@ class HubTokenizer(ByTokenizers):
             ) from error
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
-        except Exception as error:  # `tokenizers` raises bare Exceptions
-            raise UserError(f"{where}: damaged: {type(error).__name__}: {error}") from error
+        except BaseException as error:  # `tokenizers` raises bare Exceptions
+            if not isinstance(error, Exception) and not is_panic(error):
+                raise
+            raise UserError(f"{where}: damaged: {brief(error)}") from error
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()

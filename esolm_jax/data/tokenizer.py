@@ -17,16 +17,18 @@ from typing import Any
 
 import sentencepiece
 
+from esolm_jax import regular_file
 from esolm_jax.data import hub_tokenizer, surfaces, wordpieces
 from esolm_jax.data.hub_tokenizer import HubTokenizer
 from esolm_jax.data.render import Decodes
 from esolm_jax.data.surfaces import Surfaces
 from esolm_jax.data.wordpieces import WordPieces
-from esolm_jax.errors import UserError, nearest
+from esolm_jax.errors import UserError, brief, nearest
 
 KINDS = ("sentencepiece", "bytes", *wordpieces.KINDS, hub_tokenizer.KIND)
 MODEL_FILE = "tokenizer.model"
 BYTES_FILE = "tokenizer.bytes"
+_MAX_MODEL = 256 * regular_file.MB
 # The trainer holds its text, so it sees at most SAMPLE_LINES lines of at most LINE characters.
 SAMPLE_LINES = 200_000
 LINE = 256
@@ -60,7 +62,7 @@ class SentencePiece(Decodes):
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=proto)
         except RuntimeError as error:
-            raise UserError(f"{where}: not a SentencePiece model: {error}") from error
+            raise UserError(f"{where}: not a SentencePiece model: {brief(error)}") from error
         self.proto = proto
         self.fingerprint = hashlib.sha256(proto).hexdigest()
         self.vocab_size = self.mask_id = self._model.vocab_size()
@@ -102,7 +104,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     """The tokenizer that save() left in `directory`. Raises UserError if there is none."""
     model = Path(directory, MODEL_FILE)
     if model.is_file():
-        return SentencePiece(model.read_bytes(), str(model))
+        return SentencePiece(regular_file.read_bytes(model, _MAX_MODEL), str(model))
     if Path(directory, BYTES_FILE).is_file():
         return Bytes()
     if hub_tokenizer.is_here(directory):
@@ -116,14 +118,14 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
 def read_tokenizer(given: str | Path) -> Tokenizer:
     """The tokenizer in a file or folder of any kind: what save() left, a SentencePiece .model, or
     the files that wordpieces.read takes; "bytes" is the one of bytes. Raises UserError."""
-    path = Path(given).expanduser()
+    path = regular_file.expand(given)
     if given == Bytes.kind:
         return Bytes()
     saved = (path / MODEL_FILE).is_file() or (path / BYTES_FILE).is_file()
     if saved or hub_tokenizer.is_here(path):
         return load_tokenizer(path)
-    if path.suffix == ".model" and path.is_file():
-        return SentencePiece(path.read_bytes(), str(path))
+    if path.suffix == ".model" and regular_file.is_there(path) and not path.is_dir():
+        return SentencePiece(regular_file.read_bytes(path, _MAX_MODEL), str(path))
     return wordpieces.read(path)
 
 
@@ -147,10 +149,8 @@ def from_config(config: Any, train_documents: Callable[[], Iterable[str]]) -> To
     if not data.tokenizer_path:
         return train_sentencepiece(train_documents(), data.vocab_size)
     where = f"config.data.tokenizer_path={data.tokenizer_path!r}"
-    try:
-        return SentencePiece(Path(data.tokenizer_path).expanduser().read_bytes(), where)
-    except OSError as error:
-        raise UserError(f"{where}: cannot be read: {error}") from error
+    path = regular_file.expand(data.tokenizer_path)
+    return SentencePiece(regular_file.read_bytes(path, _MAX_MODEL, where), where)
 
 
 def _published(data: Any) -> WordPieces | HubTokenizer:

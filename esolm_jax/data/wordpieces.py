@@ -7,17 +7,21 @@ same vocabulary makes the same tokenizer, with the same fingerprint.
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+from esolm_jax import regular_file
 from esolm_jax.data.render import ByTokenizers
-from esolm_jax.errors import UserError
+from esolm_jax.errors import UserError, brief, is_panic
 
 KINDS = ("gpt2", "bert")
 FILE = "tokenizer.json"
 _ALLOWED = f"{FILE}, vocab.json with merges.txt beside it (GPT-2), or vocab.txt (BERT)"
 _NEEDED = {"gpt2": ("<|endoftext|>",), "bert": ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")}
 _BYTES = 256
+_MAX_SIZE = 256 * regular_file.MB  # of a file
+_MAX_IDS = 2**31
 
 
 class WordPieces(ByTokenizers):
@@ -81,47 +85,78 @@ def read(path: str | Path) -> WordPieces:
     Raises:
       UserError: nothing of the kind there, damaged, or a tokenizer of another kind.
     """
-    file = _find(Path(path).expanduser())
+    file = _find(regular_file.expand(path))
     try:
         if file.name == "vocab.txt":
-            tokens = file.read_text("utf-8").split("\n")
+            tokens = regular_file.read_text(file, _MAX_SIZE).split("\n")
             tokens = tokens[:-1] if tokens[-1] == "" else tokens
             parts = "bert", {token: i for i, token in enumerate(tokens)}, [], True
         elif file.name == "vocab.json":
-            lines = file.with_name("merges.txt").read_text("utf-8").split("\n")
+            lines = regular_file.read_text(file.with_name("merges.txt"), _MAX_SIZE).split("\n")
             merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-            parts = "gpt2", json.loads(file.read_text("utf-8")), merges, False
+            parts = "gpt2", regular_file.read_json(file, _MAX_SIZE), merges, False
         else:
-            parts = _of_json(json.loads(file.read_text("utf-8")))
+            parts = _of_json(regular_file.read_json(file, _MAX_SIZE))
         kind, vocab, merges, lowercase = parts
-        merges = [tuple(merge) for merge in merges]
-        return WordPieces(kind, vocab, merges, lowercase=lowercase)
+        merges = _pairs(merges)
+        return WordPieces(kind, _ids(vocab), merges, lowercase=lowercase)
     except UserError as error:
+        if str(error).startswith((str(file), str(file.with_name("merges.txt")))):
+            raise
         raise UserError(f"{file}: {error}") from error
-    except Exception as error:  # `tokenizers` raises bare Exceptions
-        raise UserError(f"{file}: damaged: {type(error).__name__}: {error}") from error
+    except BaseException as error:  # `tokenizers` raises bare Exceptions
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
+        raise UserError(f"{file}: damaged: {brief(error)}") from error
+
+
+def _ids(vocab: Any) -> dict[str, int]:
+    """UserError unless it gives every token an id of its own."""
+    if not isinstance(vocab, dict) or not all(
+        type(i) is int and 0 <= i < _MAX_IDS for i in vocab.values()
+    ):
+        raise UserError("damaged: its vocabulary is no object of tokens with their ids")
+    if len(set(vocab.values())) != len(vocab):
+        raise UserError("damaged: two of its tokens have the same id")
+    return vocab
+
+
+def _pairs(merges: Any) -> list[tuple[str, str]]:
+    """UserError unless each is of two tokens."""
+    if not isinstance(merges, list) or not all(
+        isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair)
+        for pair in merges
+    ):
+        raise UserError("damaged: its merges are not all pairs of tokens")
+    return [tuple(pair) for pair in merges]
 
 
 def _find(path: Path) -> Path:
-    if path.is_file():
+    if not os.path.isdir(path) and regular_file.is_there(path):
         if path.suffix == ".txt":
             return path if path.name != "merges.txt" else path.with_name("vocab.json")
         return path
     for name in (FILE, "vocab.json", "vocab.txt"):
-        if (path / name).is_file():
+        if regular_file.is_there(path / name):
             return path / name
     raise UserError(f"{path}: holds no tokenizer: {_ALLOWED}")
 
 
 def _of_json(content: Any) -> tuple[str, dict[str, int], list, bool]:
     """kind, vocabulary, merges and case of a tokenizer.json."""
-    model, before = content["model"], json.dumps(content.get("pre_tokenizer"))
-    kind = {"BPE": "gpt2", "WordPiece": "bert"}.get(model.get("type"))
+    model = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(model, dict):
+        raise UserError("damaged: it has no model")
+    kind = {"BPE": "gpt2", "WordPiece": "bert"}.get(str(model.get("type"))[:80])
+    before = json.dumps(content.get("pre_tokenizer"))
     if kind is None or (kind == "gpt2" and "ByteLevel" not in before):
-        raise UserError(f"a {model.get('type')} tokenizer; allowed: byte-level BPE, WordPiece")
-    vocab = dict(model["vocab"])
+        found = ascii(str(model.get("type"))[:80])[1:-1]
+        raise UserError(f"a {found} tokenizer; allowed: byte-level BPE, WordPiece")
+    vocab = dict(_ids(model.get("vocab")))
     for added in content.get("added_tokens") or []:
         vocab.setdefault(added["content"], added["id"])
     merges = [m.split(" ") if isinstance(m, str) else m for m in model.get("merges", [])]
-    lowercase = bool((content.get("normalizer") or {}).get("lowercase", False))
+    lowercase = (content.get("normalizer") or {}).get("lowercase", False)
+    if not isinstance(lowercase, bool):
+        raise UserError("damaged: its normalizer.lowercase must be true or false")
     return kind, vocab, merges, lowercase

@@ -8,7 +8,7 @@ from typing import Any
 from esolm_jax.errors import UserError
 
 _SHOWN = 8  # names of each kind
-_COMPARED, _LONGEST = 500, 100  # names that the nearest is sought among; their characters
+_COMPARED, _LONGEST = 30, 80  # names that the nearest is sought among; their characters
 
 
 def check(
@@ -40,19 +40,25 @@ def check(
 
 def _listed(names: list[str], others: list[str], beside: str) -> str:
     """Names, those of all blocks alike as one, each with the nearest of the others."""
-    alike: dict[str, list[str]] = {}
-    for name in names:
-        alike.setdefault(re.sub(r"\b(blocks|layers|h)\.\d+\.", r"\1.*.", name), []).append(name)
-    others = [other[:_LONGEST] for other in others[:_COMPARED]]
+    groups, near = _by_pattern(names), _by_pattern(others)
+    candidates = [members[0] for members in list(near.values())[:_COMPARED]]
     shown = []
-    for pattern, members in list(alike.items())[:_SHOWN]:  # to compare all would take for ever
-        name = members[0][:_LONGEST]
-        close = difflib.get_close_matches(name, others, n=1)
+    for pattern, members in list(groups.items())[:_SHOWN]:  # to compare all could take for ever
+        name = members[0]
+        close = difflib.get_close_matches(name, candidates, n=1)
         count = f" (in {len(members)} blocks)" if len(members) > 1 else ""
-        label = pattern[:_LONGEST] if count else name
+        label = pattern if count else name
         nearest = f" ({beside} {ascii(close[0])[1:-1]})" if close else ""
         shown.append(ascii(label)[1:-1] + count + nearest)
-    return _cut(shown, ", ", len(alike))
+    return _cut(shown, ", ", len(groups))
+
+
+def _by_pattern(names: list[str]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        name = name[:_LONGEST]
+        groups.setdefault(re.sub(r"\b(blocks|layers|h)\.\d+\.", r"\1.*.", name), []).append(name)
+    return groups
 
 
 def _cut(parts: list[str], separator: str, count: int = 0) -> str:

@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from esolm_jax import regular_file
-from esolm_jax.errors import UserError
+from esolm_jax.errors import UserError, brief
 from esolm_jax.interop import torch_pickle
 from esolm_jax.interop.torch_pickle import Name, Object
 
@@ -104,7 +104,9 @@ class Archive:
                 with zipfile.ZipFile(file) as zipped:
                     records = zipped.infolist()
         except _ZIP_ERRORS as error:
-            raise UserError(f"{path}: truncated, or not a file of torch.save: {error}") from error
+            raise UserError(
+                f"{path}: truncated, or not a file of torch.save: {brief(error)}"
+            ) from error
         self._records = {info.filename: info for info in records}
         self._begins = self._check_records(records)
         pickles = [name for name in self._records if name.split("/")[1:] == ["data.pkl"]]

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from esolm_jax.errors import UserError
+from esolm_jax.errors import UserError, brief
 from esolm_jax.interop.budget import Budget
 
 
@@ -74,8 +74,7 @@ def load(data: bytes, storage: Callable[..., Any], tensors: dict[str, Rebuild], 
         ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError,
         ValueError, struct.error,
     ) as error:  # fmt: skip
-        what = ascii(f"{type(error).__name__}: {error}"[:200])[1:-1]
-        raise UserError(f"{where}: damaged, or no checkpoint: {what}") from error
+        raise UserError(f"{where}: damaged, or no checkpoint: {brief(error)}") from error
     raise UserError(f"{where}: damaged: its pickle has no end")
 
 

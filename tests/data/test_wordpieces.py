@@ -105,12 +105,12 @@ def test_prepare(request, kind, tmp_path):
 @pytest.mark.parametrize(
     ("file", "content", "told"),
     [
-        ("tokenizer.json", "{", "damaged"),
+        ("tokenizer.json", "{", "not JSON"),
         ("tokenizer.json", "{}", "damaged"),
         ("tokenizer.json", '{"model": {"type": "Unigram", "vocab": []}}', "a Unigram tokenizer"),
         ("tokenizer.json", '{"model": {"type": "BPE", "vocab": {}, "merges": []}}', "a BPE token"),
         ("vocab.txt", "a\nb\n", r"without \[PAD\], \[UNK\]"),
-        ("vocab.json", "{}", "damaged"),  # no merges.txt
+        ("vocab.json", "{}", "merges.txt: no such file"),
         ("other.bin", "", "holds no tokenizer: tokenizer.json, vocab.json with merges.txt"),
     ],
 )
