@@ -131,7 +131,7 @@ def default_config() -> ConfigDict:
     sample.speculate_adaptive = False  # speculate is then an upper bound
     sample.confident = 1  # schedule confidence: tokens a pass generates, at most
     sample.threshold = 0.0  # schedule confidence: those at least so probable; 0 = all of them
-    sample.stop_at_eos = False  # a text ends at its first EOS
+    sample.stop_at_eos = False  # a text ends at its first EOS behind all that is known
     sample.temperature = 1.0  # 0 = greedy
     sample.top_p = 1.0
     sample.top_k = 0  # 0 = off
