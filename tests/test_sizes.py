@@ -11,6 +11,9 @@ from esolm_jax import assemble, checkpoint, memory_limit, sharding
 from esolm_jax import model as model_lib
 from esolm_jax.data.tokenizer import Bytes
 from esolm_jax.errors import UserError
+from esolm_jax.objectives import Special
+from esolm_jax.sampling import schedule
+from esolm_jax.sampling.canvas import Canvas
 from esolm_jax.sampling.generate import Generator
 
 TOKENIZER = {"vocab_size": 259, "mask_id": 259, "bos_id": 256}
@@ -198,9 +201,6 @@ def test_limit_of_the_control_group_is_known(tmp_path, monkeypatch, line, file):
 def test_estimates_of_sampling_are_below_what_is_allocated():
     """The tables and the canvas that the sampler makes take at least what is estimated."""
     config = configured(sample__num=4)
-    from esolm_jax.objectives import Special
-    from esolm_jax.sampling.canvas import Canvas
-
     canvas = Canvas.empty(4, 16)
     passes = Generator.of(config, canvas, Special(mask=259, start=256)).passes
     arrays = [canvas.token, canvas.known, passes.order, passes.known]
@@ -208,3 +208,17 @@ def test_estimates_of_sampling_are_below_what_is_allocated():
     names = "start first size end bidirectional_below lowest_left".split()
     tables = sum(getattr(passes, name).nbytes for name in names) + passes.size.nbytes
     assert tables >= memory_limit.TABLE_BYTES * 64
+
+
+def test_a_million_steps_are_drawn_once_for_all_rows(monkeypatch):
+    """Rows alike share their step sizes; a row of 16 tokens is done after a few draws."""
+    drawn, draw = [], schedule.ancestral_sizes
+
+    def count(*args):
+        drawn.append(args)
+        return draw(*args)
+
+    monkeypatch.setattr(schedule, "ancestral_sizes", count)
+    rows = schedule.ancestral(Canvas.empty(64, 16, seed=123), 0.5, 1000)
+    assert len(drawn) == 1
+    assert (rows.sizes == rows.sizes[:, :1]).all() and (rows.sizes.sum(axis=0) == 16).all()
