@@ -26,6 +26,8 @@ PINNED = {
 # A person's choice, with JAX's default: results differ in their last digits.
 RECORDED = {
     "jax_default_matmul_precision": None,
+    "jax_debug_nans": False,
+    "jax_debug_infs": False,
     "jax_disable_jit": False,
     "jax_disable_most_optimizations": False,
     "jax_softmax_custom_jvp": False,
