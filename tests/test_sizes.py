@@ -1,5 +1,6 @@
 """Sizes that no machine has are refused before anything is allocated, and none that would fit."""
 
+import os
 import resource
 
 import jax
@@ -35,6 +36,7 @@ def configured(**fields):
 @pytest.fixture
 def host(monkeypatch):
     monkeypatch.setattr(memory_limit, "host_memory", lambda: (HOST, "this machine has"))
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
 
 
 STYLES = [
@@ -60,7 +62,7 @@ TOO_MUCH = [  # fields, the one that is named, what is said
     ({"model__mlp_width": 2**20, "model__width": 2**16}, "model.width", "model.blocks"),
     ({"model__blocks": 1024, "model__width": 2**13}, "model.width", "model.blocks"),
     ({"eval__batch_size": 2**24, "model__width": 64}, "eval.batch_size", "lower eval.batch_size"),
-    ({"data__workers": 256}, "data.workers", "worker processes 16.4"),
+    ({"data__workers": 256}, "data.workers", "worker processes 20.5"),
     ({"model__loss_chunk": 2**31 - 1, "train__batch_size": 2**20}, "model.loss_chunk", "logits "),
 ]
 
@@ -73,6 +75,15 @@ def test_training_that_cannot_fit_is_refused(host, fields, named, said):
     section, name = named.split(".")
     assert str(error.value).startswith(f"config.{named}={config[section][name]}: needs at least ")
     assert said in str(error.value) and "but this machine has 16.0 GB; lower" in str(error.value)
+
+
+def test_more_workers_than_cores_can_serve_are_refused(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    config = configured(data__workers=32)
+    memory_limit.check_training(config, model_of(config), mesh_of(config))
+    config.data.workers = 33
+    with pytest.raises(UserError, match="config.data.workers=33: must be at most 32 on 2 cores"):
+        memory_limit.check_training(config, model_of(config), mesh_of(config))
 
 
 def test_a_large_vocabulary_is_named(host):
