@@ -1,138 +1,79 @@
-"""What digests cost: seconds that they add to a save and to a restore.
+"""What reliability costs, measured: the check of a training step for numbers that are not finite.
 
-python -m benchmarks.reliability_cost [--megabytes=200] [--rounds=5]
-
-Saves and restores with and without digests take turns in one process; of each, the median counts.
+python -m benchmarks.reliability_cost
 """
 
-import argparse
-import contextlib
 import json
-import pathlib
-import shutil
-import statistics
-import tempfile
 import time
-from collections.abc import Iterator
-from unittest import mock
 
 import jax
-import jax.numpy as jnp
-import optax
+import numpy as np
 
-from esolm_jax import checkpoint, checkpoint_digests
-from esolm_jax.train_step import TrainState
-
-_META = {"config": {}, "cursor": 0, "tokenizer": {}, "version": ""}
+from configs import shakespeare
+from esolm_jax import assemble, sharding, train_step
 
 
-def _state(megabytes: int) -> TrainState:
-    """Of a model in training: weights, their average and AdamW's two moments, random numbers."""
-    rows = megabytes * 10**6 // 4 // 4 // 1024 // 8
-    keys = jax.random.split(jax.random.key(0), 8)
-    params = {f"kernel_{i}": jax.random.normal(key, (rows, 1024)) for i, key in enumerate(keys)}
-    optimizer = jax.tree.map(
-        lambda a: a if a.ndim == 0 else jax.random.normal(jax.random.key(1), a.shape),
-        optax.adamw(1e-3).init(params),
-    )
-    return TrainState(
-        step=jnp.int32(0),
-        params=params,
-        ema=jax.tree.map(lambda a: a * 0.5, params),
-        opt_state=optimizer,
-        key=jnp.zeros(2, jnp.uint32),
-    )
+class _Unchecked(train_step.Training):
+    """Steps as they were before there was a check."""
+
+    def _undo_if_not_finite(self, new, old, metrics):
+        return new
 
 
-@contextlib.contextmanager
-def _without_digests() -> Iterator[None]:
-    with mock.patch.object(checkpoint_digests, "write", lambda folder: None):
-        yield
+def finite_check_cost(*, rounds: int = 20, width: int = 0, blocks: int = 0) -> dict:
+    """Seconds of a training step of configs/shakespeare.py with and without the check.
 
+    The two take turns, from equal states and on the same batches, so that what slows the machine
+    for a while slows both.
 
-def _save(state: TrainState, folder: pathlib.Path) -> dict[str, float]:
-    """Seconds that the training loop is blocked, that the whole save takes, and of CPU time."""
-    checkpoints = checkpoint.Checkpoints(folder, keep_last=1, keep_best=0)
-    checkpoints.open()
-    begin, begin_cpu = time.perf_counter(), time.process_time()
-    checkpoints.save(state, _META)
-    blocked = time.perf_counter() - begin
-    checkpoints.close()
-    save, cpu = time.perf_counter() - begin, time.process_time() - begin_cpu
-    return {"blocked": blocked, "save": save, "save_cpu": cpu}
+    Args:
+      rounds: steps of each. width, blocks: of the model; 0 = the config's.
 
-
-def _restore(like: TrainState, folder: pathlib.Path) -> float:
-    checkpoints = checkpoint.Checkpoints(folder, keep_last=1, keep_best=0)
-    begin = time.perf_counter()
-    restored, _ = checkpoints.restore(like)
-    jax.block_until_ready(restored)
-    seconds = time.perf_counter() - begin
-    checkpoints.close()
-    return seconds
-
-
-def digest_cost(megabytes: int = 200, rounds: int = 5) -> dict:
-    """Medians in seconds, with and without digests, and what digests add.
-
-    Returns: state_megabytes; blocked_seconds, save_seconds, save_cpu_seconds, restore_seconds:
-    {"with", "without"}; save_share, save_cpu_share, restore_share: what digests add, of the time
-    without them; blocked_added_seconds: to each save, of the training loop's.
+    Returns: sizes; the median and the minimum in seconds of both; `ratio`, the median over rounds
+      of (with − without) / without, which is what the check costs; and its quartiles.
     """
-    state = _state(megabytes)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), state)
-    times: dict[tuple[str, str], list[float]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for turn in range(rounds + 1):  # the first one warms up
-            for kind in ("with", "without") if turn % 2 else ("without", "with"):
-                workdir = pathlib.Path(folder) / "run"
-                shutil.rmtree(workdir, ignore_errors=True)
-                # Without them nothing is verified, either.
-                verify = contextlib.nullcontext() if kind == "with" else _without_verification()
-                digests = contextlib.nullcontext() if kind == "with" else _without_digests()
-                with digests, verify:
-                    seconds = _save(state, workdir)
-                    seconds["restore"] = _restore(like, workdir)
-                if turn:
-                    for name, value in seconds.items():
-                        times.setdefault((name, kind), []).append(value)
-    median = {
-        f"{name}_seconds": {
-            kind: statistics.median(times[name, kind]) for kind in ("with", "without")
-        }
-        for name in ("blocked", "save", "save_cpu", "restore")
-    }
-
-    def share(name: str) -> float:
-        return median[name]["with"] / median[name]["without"] - 1
-
-    blocked = median["blocked_seconds"]
+    config = shakespeare.get_config()
+    with config.unlocked():
+        config.mesh.devices = 1
+        config.model.width, config.model.blocks = (
+            width or config.model.width,
+            blocks or config.model.blocks,
+        )
+    mesh = sharding.make_mesh(config.mesh)
+    built = assemble.build(config, assemble.planned_tokenizer(config), mesh)
+    programs, states = [], []
+    for kind in (train_step.Training, _Unchecked):
+        training = kind(config, built)
+        abstract = training.abstract_state(), training.abstract_batch()
+        programs.append(training.step_fn().lower(*abstract).compile())
+        states.append(training.init())
+    rng = np.random.default_rng(0)
+    shape = config.train.batch_size, config.data.seq_len
+    seconds = np.zeros((rounds + 1, 2))
+    for i in range(rounds + 1):
+        batch = {"x": rng.integers(0, 256, shape, dtype=np.int32), "valid": np.ones(shape, bool)}
+        batch = jax.block_until_ready(sharding.put_batch(batch, mesh, shape[0]))
+        for which in (0, 1) if i % 2 else (1, 0):
+            begin = time.perf_counter()
+            states[which], _ = jax.block_until_ready(programs[which](states[which], batch))
+            seconds[i, which] = time.perf_counter() - begin
+    seconds = seconds[1:]
+    ratios = seconds[:, 0] / seconds[:, 1] - 1
     return {
-        "state_megabytes": sum(a.nbytes for a in jax.tree.leaves(state)) / 1e6,
+        "parameters": sum(a.size for a in jax.tree.leaves(states[0].params)),
+        "tokens": shape[0] * shape[1],
         "rounds": rounds,
-        **median,
-        "save_share": share("save_seconds"),
-        "save_cpu_share": share("save_cpu_seconds"),
-        "restore_share": share("restore_seconds"),
-        "blocked_added_seconds": blocked["with"] - blocked["without"],
+        "seconds_with": [float(f(seconds[:, 0])) for f in (np.min, np.median)],
+        "seconds_without": [float(f(seconds[:, 1])) for f in (np.min, np.median)],
+        "ratio": float(np.median(ratios)),
+        "ratio_of_minima": float(seconds[:, 0].min() / seconds[:, 1].min() - 1),
+        "quartiles": [float(q) for q in np.percentile(ratios, (25, 75))],
+        "more_memory": int(
+            programs[0].memory_analysis().temp_size_in_bytes
+            - programs[1].memory_analysis().temp_size_in_bytes
+        ),
     }
-
-
-@contextlib.contextmanager
-def _without_verification() -> Iterator[None]:
-    with mock.patch.object(checkpoint_digests, "problem", lambda *args, **kwargs: None):
-        with mock.patch.object(checkpoint_digests, "read", lambda folder: None):
-            yield
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--megabytes", type=int, default=200)
-    parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
-    print(json.dumps({"digests": digest_cost(args.megabytes, args.rounds)}, indent=2))
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps(finite_check_cost(), indent=2))

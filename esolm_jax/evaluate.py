@@ -43,8 +43,15 @@ def _finite(value: float) -> float | None:
 
 
 def _figures(bound: str, estimate: Estimate, split: dict, **settings) -> dict:
-    """An estimate in the units people compare: perplexity, bits per token and per byte. `split`:
-    the manifest's entry."""
+    """An estimate in the units people compare: perplexity, bits per token and per byte.
+
+    `split`: the manifest's entry. Raises UserError if the estimate is not finite.
+    """
+    if not math.isfinite(estimate.nll):
+        raise UserError(
+            f"{bound}: is {estimate.nll}, although all weights are finite: numbers in between "
+            "overflow; evaluate an earlier step (--step=N), or with --config.model.dtype=float32"
+        )
     bits = estimate.nll / math.log(2)
     is_whole = len(estimate.window_nll) == split["windows"]
     return {

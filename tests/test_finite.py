@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from esolm_jax import checkpoint, finite, results
 from esolm_jax import config as config_lib
+from esolm_jax import finite, metrics, results
+from esolm_jax.checkpoint import OnDisk
 from esolm_jax.errors import UserError
+from esolm_jax.evaluate import _figures
+from esolm_jax.likelihood import Estimate
 
 # The check of a tree of arrays.
 
@@ -38,7 +41,7 @@ def transposed(array):
 def on_disk(tmp_path):
     def write(array):
         name = tmp_path / str(len(list(tmp_path.iterdir())))
-        file = checkpoint.OnDisk(name, np.float32, "w+", shape=array.shape)
+        file = OnDisk(name, np.float32, "w+", shape=array.shape)
         file[:] = array
         return file
 
@@ -109,3 +112,31 @@ def test_a_config_saved_by_an_older_version_is_still_valid():
     del saved["train"]["keep_best"]  # of all versions: no default takes its place
     with pytest.raises(UserError, match="keep_best: missing"):
         config_lib.validate(config_lib.from_saved(saved))
+
+
+# Figures.
+
+
+def estimate(nll):
+    return Estimate(nll, 0.0, 1, 1, np.array([nll]), np.array([1]))
+
+
+def test_a_perplexity_beyond_all_numbers_is_infinite():
+    assert estimate(1e6).perplexity == math.inf
+    assert math.isnan(estimate(math.nan).perplexity)
+    assert estimate(2.0).perplexity == math.exp(2)
+
+
+@pytest.mark.parametrize("nll", [math.nan, math.inf])
+def test_a_bound_that_is_not_finite_is_no_result(nll):
+    with pytest.raises(UserError, match=f"^nelbo: is {nll}, although all weights are finite"):
+        _figures("nelbo", estimate(nll), {})
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_learning_curve_leaves_out_what_is_not_finite(tmp_path):
+    losses = ["3.0", "null", "NaN", "Infinity", "6e9", "2.0"]
+    lines = [f'{{"step": {i}, "loss": {loss}}}' for i, loss in enumerate(losses)]
+    lines += [f'{{"step": {i}, "validation_nelbo": {loss}}}' for i, loss in enumerate(losses)]
+    (tmp_path / metrics.FILE).write_text("\n".join(lines) + "\n")
+    assert metrics.plot_learning_curve(tmp_path).stat().st_size > 0
