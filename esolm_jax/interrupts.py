@@ -8,16 +8,20 @@ checkpoint; the thread says so, and a second signal ends the process at once.
 
 import contextlib
 import os
+import select
 import signal
 import threading
 import time
 
 from esolm_jax import failures
 
-_PATIENCE = 1.0  # seconds that the main thread has to notice a signal
+_NOTICE = 1.0  # seconds that the main thread has to notice a signal
+_LEAVE = 10.0  # and then to leave what it does: somebody may have caught the exception
+_AGAIN = 0.05  # seconds until a signal is raised again that came where exceptions are dropped
 _SAME = 0.3  # seconds within which two signals are one: `timeout` sends each twice
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_noticed = threading.Event()
+_DROPS = ("__del__", "_xla_gc_callback")  # functions whose exceptions Python prints and drops
+_noticed, _finished = threading.Event(), threading.Event()
 
 
 class Interrupted(KeyboardInterrupt):
@@ -27,6 +31,11 @@ class Interrupted(KeyboardInterrupt):
 
 
 def _raise(signum, frame):
+    while frame is not None:
+        if frame.f_code.co_name in _DROPS:
+            threading.Timer(_AGAIN, os.kill, (os.getpid(), signum)).start()
+            return
+        frame = frame.f_back
     _noticed.set()
     raise Interrupted(signum)
 
@@ -44,6 +53,7 @@ def install() -> None:
 
 def finish() -> None:
     """The verb is at its end: signals no longer disturb what is being closed."""
+    _finished.set()
     if threading.current_thread() is threading.main_thread():
         for number in _SIGNALS:
             if signal.getsignal(number) is _raise:
@@ -51,20 +61,28 @@ def finish() -> None:
 
 
 def _watch(reader: int) -> None:
-    first = None
+    first = number = None
+    limits: list[float] = []  # times at which the main thread must have got further
     while True:
+        wait = max(0.0, limits[0] - time.monotonic()) if limits else None
+        if not select.select([reader], [], [], wait)[0]:
+            limits.pop(0)
+            if not (_noticed if limits else _finished).is_set():
+                _end(number)
+            continue
         (number,) = os.read(reader, 1)
         handler = signal.getsignal(number)
         if number not in _SIGNALS or handler is signal.SIG_IGN:
             continue
-        if first is not None and time.monotonic() - first > _SAME:
+        now = time.monotonic()
+        if first is not None and now - first > _SAME:
             _end(number)
         elif first is None:
-            first = time.monotonic()
-            if handler is not _raise:
+            first = now
+            if handler is _raise:
+                limits = [now + _NOTICE, now + _LEAVE]
+            else:
                 _say("stopping after this step, with a checkpoint; again to end at once")
-            elif not _noticed.wait(_PATIENCE):
-                _end(number)
 
 
 def _end(signum: int) -> None:

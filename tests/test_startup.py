@@ -96,6 +96,34 @@ def test_a_signal_while_the_main_thread_is_in_a_long_call():
     assert code == 130 and err.strip().startswith("error: interrupted (SIGINT)")
 
 
+def test_a_signal_where_python_drops_exceptions():
+    process = start("""
+        import os, signal, time
+        class Dropped:
+            def __del__(self):
+                os.kill(os.getpid(), signal.SIGINT)
+                for _ in range(1000): pass
+        Dropped()
+        time.sleep(60)
+    """)
+    code, _, err = ended(process)
+    (line,) = err.splitlines()
+    assert code == 130 and line.startswith("error: interrupted (SIGINT)")
+
+
+def test_a_signal_whose_exception_is_caught():
+    process = start("""
+        import os, signal, time
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)
+        except KeyboardInterrupt:
+            time.sleep(60)
+    """)
+    code, _, err = ended(process)
+    assert code == 130 and err.strip().startswith("error: interrupted (SIGINT)")
+
+
 def test_a_run_that_handles_signals_itself_is_ended_by_a_second_one_alone():
     # The run is told once: two signals at once are one, as `timeout` sends them.
     process = start("""
