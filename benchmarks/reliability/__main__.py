@@ -49,6 +49,12 @@ def _readers(folder: pathlib.Path, quick: bool) -> list[dict]:
     return sharing.readers(folder, 10 if quick else 320)
 
 
+def _cost(folder: pathlib.Path, quick: bool) -> list[dict]:
+    from benchmarks.reliability import cost
+
+    return cost.run(folder, quick)
+
+
 SECTIONS: dict[str, Callable[[pathlib.Path, bool], list[dict]]] = {
     "kills": _kills,
     "kills_of_two": _kills_of_two,

@@ -6,6 +6,7 @@ import platform
 import subprocess
 
 from benchmarks import write_up
+from benchmarks.reliability import cost
 from benchmarks.reliability.verbs import OUTCOMES
 
 FAULTS = ("silent", "traceback", "hang")
@@ -33,8 +34,12 @@ def write(out: pathlib.Path, sections: dict[str, dict]) -> int:
     text, faults = HEAD, 0
     for name, section in sections.items():
         rows = section["rows"]
-        faults += sum(row[fault] for row in rows for fault in FAULTS)
         text += f"## {TITLES[name]}\n\n"
+        if name == "cost":
+            text += write_up.table(cost.COLUMNS, [[row[c] for c in cost.COLUMNS] for row in rows])
+            text += "\nMedians; with and without take turns in one run.\n\n"
+            continue
+        faults += sum(row[fault] for row in rows for fault in FAULTS)
         columns = ["what", "attempts", *OUTCOMES]
         text += write_up.table(columns, [[row[c] for c in columns] for row in _with_sum(rows)])
         text += f"\n{section['seconds']:.0f} s.\n\n"

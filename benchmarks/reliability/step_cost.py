@@ -1,6 +1,6 @@
 """What reliability costs, measured: the check of a training step for numbers that are not finite.
 
-python -m benchmarks.reliability_cost
+python -m benchmarks.reliability.step_cost
 """
 
 import json

@@ -1,0 +1,37 @@
+"""What trust costs: the check of every step for finite numbers, and the digests of a checkpoint."""
+
+import pathlib
+
+COLUMNS = ("what", "without, s", "with, s", "added", "goal")
+
+
+def run(folder: pathlib.Path, quick: bool) -> list[dict]:
+    """Rows with COLUMNS as keys, and the figures that they are made of."""
+    from benchmarks.reliability import digest_cost, step_cost
+
+    rounds = 3 if quick else 20
+    rows = []
+    for width, blocks in ((0, 0), (512, 4)):
+        found = step_cost.finite_check_cost(rounds=rounds, width=width, blocks=blocks)
+        what = f"finite check, a step of {found['parameters']:,} parameters"
+        seconds = found["seconds_without"][1], found["seconds_with"][1]
+        rows.append(_row(what, *seconds, found["ratio"], "1 %") | {"figures": found})
+    found = digest_cost.digest_cost(rounds=3 if quick else 7)
+    size = f"{found['state_megabytes']:.0f} MB"
+    for name, what, goal in (
+        ("save", f"digests, a whole save of {size}", "10 %"),
+        ("save_cpu", f"digests, CPU time of a save of {size}", ""),
+        ("restore", f"verification, a restore of {size}", ""),
+    ):
+        seconds = (found[f"{name}_seconds"][kind] for kind in ("without", "with"))
+        rows.append(_row(what, *seconds, found[f"{name}_share"], goal))
+    blocked = found["blocked_seconds"]
+    share = found["blocked_added_seconds"] / blocked["without"]
+    what = f"digests, time that training waits for a save of {size}"
+    rows.append(_row(what, blocked["without"], blocked["with"], share, "") | {"figures": found})
+    return rows
+
+
+def _row(what: str, without: float, with_: float, added: float, goal: str) -> dict:
+    cells = what, f"{without:.4f}", f"{with_:.4f}", f"{100 * added:+.2f} %", goal
+    return dict(zip(COLUMNS, cells, strict=True))
