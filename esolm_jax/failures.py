@@ -155,10 +155,15 @@ def _file(error, workdir) -> Failure | None:
 
 def _platform(error, workdir) -> Failure | None:
     """A platform that is not there (JAX_PLATFORMS), or that cannot start."""
-    told = _shortened(error)
-    if not (isinstance(error, RuntimeError) and re.search(r"[Uu]n(able|known).* backend", told)):
-        return None
+    told, trace = _shortened(error), error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    in_jax = trace is not None and trace.tb_frame.f_code.co_filename.endswith("xla_bridge.py")
     asked = os.environ.get("JAX_PLATFORMS", "")
+    if in_jax and not isinstance(error, RuntimeError):  # a bare assertion, for CUDA
+        told = f"no device of this kind was found ({type(error).__name__} in JAX)"
+    elif not (isinstance(error, RuntimeError) and re.search("[Uu]n(able|known).* backend", told)):
+        return None
     return Failure(f"JAX_PLATFORMS={asked}: {told}", BAD_INPUT)
 
 

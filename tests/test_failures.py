@@ -106,3 +106,12 @@ def test_tracebacks_of_known_failures_on_request(monkeypatch, capsys):
     monkeypatch.setenv("ESOLM_TRACEBACK", "1")
     assert failures.report(raised_from(RuntimeError("a"), MemoryError())) == 71
     assert "Traceback" not in capsys.readouterr().err.splitlines()[0]
+
+
+def test_jax_asserts_that_there_is_a_platform(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    code = compile("assert False", "/site-packages/jax/_src/xla_bridge.py", "exec")
+    with pytest.raises(AssertionError) as caught:
+        exec(code)
+    failure = failures.describe(caught.value)
+    assert failure.line.startswith("JAX_PLATFORMS=cuda: no device") and failure.code == 2
