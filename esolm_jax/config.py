@@ -154,6 +154,7 @@ MAX_WIDTH = 2**20
 MAX_BLOCKS = 1024  # the blocks of a sampler are traced one by one
 MAX_SECONDS = 10**6
 MAX_DRAWS = 10**6
+MAX_TEXTS = 2**20  # of a batch; the host makes the schedule of each
 MAX_WORKERS = 256  # each is a Python process of some 300 MB
 
 
@@ -259,7 +260,7 @@ _CHECKS: dict[str, Check] = {
     "eval.num_samples": _at_least(1, MAX_DRAWS),
     "eval.num_orders": _at_least(0, MAX_DRAWS),
     "eval.weights": _one_of("ema", "raw"),
-    "sample.num": _size(1),
+    "sample.num": _at_least(1, MAX_TEXTS),
     "sample.length": _size(0),
     "sample.schedule": _one_of(*SCHEDULES),
     "sample.steps": ((lambda v: 0 <= v <= 10**6), "at least 0, and at most 1,000,000"),

@@ -154,7 +154,7 @@ def test_verbs_refuse_before_they_allocate(prepared, host, monkeypatch, capsys):
     for verb, changes in [
         ("train", {"train.batch_size": 2**24, "data.workers": 2}),
         ("evaluate", {"eval.batch_size": 2**24}),
-        ("sample", {"sample.num": 2**24, "sample.length": 2**10}),
+        ("sample", {"sample.num": 2**20, "sample.length": 2**12}),
         ("sample", {"sample.length": 2**24, "sample.num": 2**8}),
     ]:
         capsys.readouterr()
