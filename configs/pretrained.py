@@ -20,7 +20,7 @@ from esolm_jax.errors import UserError
 def get_config(workdir: str = ""):
     if not workdir:
         raise UserError("--config=configs/pretrained.py:WORKDIR: name what `convert` wrote")
-    config = checkpoint.saved_config(workdir)
+    config = checkpoint.saved_config(*checkpoint.split_source(workdir))
     with config.unlocked():
         config.init_from = workdir
         config.objective, config.alpha_0 = "eso_b", 0.5

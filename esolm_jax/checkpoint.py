@@ -178,6 +178,7 @@ class Checkpoints:
 
         def read(step: Step) -> tuple[TrainState, dict]:
             check(step.meta)
+            checkpoint_steps.nelbo(step.folder)  # or it could not be kept as one of the best
             restored = {item: _restore(step, item, target) for item, target in targets.items()}
             state = TrainState(
                 params=restored["params"], ema=restored["ema"], **restored["optimizer"]
@@ -226,13 +227,15 @@ def _restore(step: Step, item: str, like, gigabytes: float = 96):
         with ocp.Checkpointer(handler) as reader:
             if item != "optimizer":
                 saved = reader.metadata(folder)
-                _check_shapes(folder, getattr(saved, "item_metadata", saved), like)
+                saved = getattr(saved, "item_metadata", saved)
+                if saved is None:  # Orbax hides the reason
+                    raise ValueError("no metadata of arrays")
+                _check_shapes(folder, saved, like)
             return reader.restore(folder, args=ocp.args.StandardRestore(like))
-    except UserError:
-        raise
     except Exception as error:  # of many types, as Orbax and TensorStore raise them
-        gone = not folder.is_dir() or checkpoint_digests.problem(step.folder, [item])
-        if step.verified and not gone:
+        # A step that is deleted meanwhile can look like one of another model.
+        gone = checkpoint_digests.problem(step.folder, [item])
+        if (step.verified or isinstance(error, UserError)) and not gone:
             raise
         what = " ".join(str(error).split())[:200]
         raise Damaged(f"{folder}: cannot be read ({type(error).__name__}: {what})") from error

@@ -20,7 +20,7 @@ FILE = "_DIGESTS"
 ALGORITHM = "sha256"
 _ORBAX_FILE = "_CHECKPOINT_METADATA"  # Orbax writes it once more after the digests
 _SMALL = 2**16  # bytes; every process verifies files up to this size itself
-_CHUNK = 2**20
+_BUFFER = 2**18  # bytes: stays in a core's cache
 _THREADS = min(8, os.cpu_count() or 1)
 _TMP = re.compile(r"\.orbax-checkpoint-tmp[^/]*")  # of a step or an item that is being written
 
@@ -32,10 +32,11 @@ class Damaged(Exception):
 def hash_file(path: pathlib.Path) -> tuple[int, str]:
     """Size and SHA-256 of a file, in bounded memory. OSError if it cannot be read."""
     digest, size = hashlib.sha256(), 0
+    buffer = memoryview(bytearray(_BUFFER))
     with open(path, "rb", buffering=0) as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-            size += len(chunk)
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            size += count
     return size, digest.hexdigest()
 
 
@@ -108,6 +109,8 @@ def _written_with(folder: pathlib.Path) -> str | None:
     path = folder / _ORBAX_FILE
     try:
         return (json.loads(path.read_bytes()).get("custom_metadata") or {}).get("digests")
+    except FileNotFoundError as error:
+        raise Damaged(f"{path}: is missing, so this is not a checkpoint of esolm_jax") from error
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise Damaged(f"{path}: cannot be read ({_short(error)})") from error
 

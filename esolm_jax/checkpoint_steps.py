@@ -26,7 +26,9 @@ DAMAGED_FOLDER = "damaged_checkpoints"  # beside it: steps that a resumed run ha
 METRIC = "nelbo"
 LATEST, BEST = "latest", "best"
 _ATTEMPTS = 100  # to read beside a writer that deletes steps
+_DELETION = 0.2  # seconds to wait for: a step is deleted file by file
 _MAX_META = 2**28  # bytes
+_SLOW = 6 * 3600  # seconds that reading may take on the slowest host; a dead one is noticed sooner
 _STEP = re.compile(r"0|[1-9][0-9]{0,17}")
 
 _said: set[str] = set()
@@ -141,7 +143,9 @@ def _by_preference(workdir, wanted: str, steps: list[int], refused: dict[int, st
         try:
             value = nelbo(step_folder(workdir, step)) if step not in refused else None
         except Damaged as error:
-            refused[step] = str(error)
+            time.sleep(_DELETION)
+            if step in steps_in(workdir):
+                refused[step] = str(error)
             continue
         if value is not None:
             ranked.append((value, step))
@@ -191,7 +195,8 @@ def _check(folder: pathlib.Path, items, number: int) -> str | None:
 
 def _agreed(line: str | None) -> str | None:
     """The first problem that any process has."""
-    return next((said for said in distributed.gather(line or "") if said), None)
+    everybody = distributed.gather(line or "", timeout=_SLOW)
+    return next((said for said in everybody if said), None)
 
 
 def _try(workdir, number: int, items: Callable[[dict], list[str]], read: Callable):
@@ -251,6 +256,8 @@ def read_intact(
         number = candidates[0]
         line, result = _try(workdir, number, items, read)
         if line is None:
+            still_there = _agreed_steps(workdir) if refused else []
+            refused = {step: line for step, line in refused.items() if step in still_there}
             for step, damage in sorted(refused.items(), reverse=True):
                 say(f"{damage}: step {step} is damaged; using step {number} instead")
             return result, refused
@@ -272,7 +279,7 @@ def _vanished(workdir, number: int, before: list[int]) -> bool:
     """Whether a writer has deleted the step, or is about to, having finished a newer one."""
     now = _agreed_steps(workdir)
     if number in now and now[-1] == before[-1]:
-        time.sleep(0.2)  # a step is deleted file by file
+        time.sleep(_DELETION)
         now = _agreed_steps(workdir)
     return number not in now or now[-1] > before[-1]
 

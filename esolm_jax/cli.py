@@ -1,4 +1,8 @@
-"""The command line that all verbs share: --config=FILE --workdir=DIR --config.field=value …"""
+"""The command line that all verbs share: --config=FILE --workdir=DIR --config.field=value …
+
+Exit codes: 0 done; 2 bad input; 71 out of memory; 74 files that cannot be read or written; 130 and
+143 interrupted and terminated; 1 anything else. See failures.py.
+"""
 
 import contextlib
 import functools

@@ -131,7 +131,7 @@ def default_config() -> ConfigDict:
     sample.speculate_adaptive = False  # speculate is then an upper bound
     sample.confident = 1  # schedule confidence: tokens a pass generates, at most
     sample.threshold = 0.0  # schedule confidence: those at least so probable; 0 = all of them
-    sample.stop_at_eos = False  # a text ends at its first EOS
+    sample.stop_at_eos = False  # a text ends at its first EOS behind all that is known
     sample.temperature = 1.0  # 0 = greedy
     sample.top_p = 1.0
     sample.top_k = 0  # 0 = off
@@ -152,6 +152,7 @@ MAX_INT = 2**31 - 1  # JAX counts in 32 bits
 MAX_LENGTH = 2**24  # tokens of a text, rows of a batch, ids of a vocabulary
 MAX_WIDTH = 2**20
 MAX_BLOCKS = 1024  # the blocks of a sampler are traced one by one
+MAX_UNROLL = 128  # each block more is compiled anew
 MAX_SECONDS = 10**6
 MAX_DRAWS = 10**6
 MAX_TEXTS = 2**20  # of a batch; the host makes the schedule of each
@@ -225,7 +226,7 @@ _CHECKS: dict[str, Check] = {
     "model.attention": _one_of("auto", "dense", "lean", "flash", "splash"),
     "model.remat": _one_of("none", "matmuls", "attention", "full"),
     "model.loss_chunk": _count(1),
-    "model.unroll": _at_least(1, MAX_BLOCKS),
+    "model.unroll": _at_least(1, MAX_UNROLL),
     "mesh.data": _AXIS,
     "mesh.fsdp": _AXIS,
     "mesh.tensor": _AXIS,

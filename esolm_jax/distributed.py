@@ -30,6 +30,7 @@ import jax
 from jax._src.distributed import global_state as _jax_state
 from jax.experimental import multihost_utils
 
+from esolm_jax import failures
 from esolm_jax.errors import UserError
 
 TOLD_BY = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -342,13 +343,13 @@ def _fail(error: BaseException):
     code, name = 1, f"process {process_index()}"
     if isinstance(error, UserError):
         code, said, word = 2, str(error), f"{name}: {error}"
-    elif isinstance(error, KeyboardInterrupt):
-        code = 128 + signal.SIGINT
-        said = word = f"{name} was interrupted"
     else:
-        said = word = f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        failure = failures.describe(error)
+        said = word = f"{name}: {failure.line}"
         if not _LOST.search(str(error)):
-            traceback.print_exception(error)
+            code = failure.code
+            if failure.is_bug or failures.wants_tracebacks():
+                traceback.print_exception(error)
         elif _started and _peer.failed.wait(1):
             said = f"{name} lost a peer: {_peer.word}"
         else:

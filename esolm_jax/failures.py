@@ -38,10 +38,18 @@ def report(error: BaseException, workdir: str | os.PathLike | None = None) -> in
     """Prints the failure on standard error; the exit code. ESOLM_TRACEBACK=1 shows a traceback for
     any kind of failure."""
     failure = describe(error, workdir)
+    _close_progress_bars()
     print(f"error: {failure.line}", file=sys.stderr, flush=True)
     if failure.is_bug or wants_tracebacks():
         traceback.print_exception(error)
     return failure.code
+
+
+def _close_progress_bars() -> None:
+    """The line of the failure starts at the left, not behind a bar."""
+    tqdm = sys.modules.get("tqdm")
+    for bar in list(getattr(tqdm.tqdm, "_instances", ())) if tqdm else ():
+        bar.close()
 
 
 def wants_tracebacks() -> bool:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import jax
 
 from esolm_jax import prng
+from esolm_jax.errors import UserError
 
 # With other values the same config and seed would give other texts and weights, or an error.
 PINNED = {
@@ -26,7 +27,8 @@ PINNED = {
 # A person's choice, with JAX's default: results differ in their last digits.
 RECORDED = {
     "jax_default_matmul_precision": None,
-    "jax_disable_jit": False,
+    "jax_debug_nans": False,
+    "jax_debug_infs": False,
     "jax_disable_most_optimizations": False,
     "jax_softmax_custom_jvp": False,
     "jax_allow_f16_reductions": True,
@@ -37,7 +39,13 @@ _NO_EFFECT = ("--xla_dump_", "--xla_force_host_platform_device_count", "--xla_hl
 
 @contextlib.contextmanager
 def pinned() -> Iterator[None]:
-    """JAX's settings are those of PINNED meanwhile, whatever the environment says."""
+    """JAX's settings are those of PINNED meanwhile, whatever the environment says.
+
+    Raises:
+      UserError: JAX_DISABLE_JIT, under which masks that programs hold as constants are traced.
+    """
+    if jax.config.jax_disable_jit:
+        raise UserError("JAX_DISABLE_JIT: must be off; to find NaNs, set JAX_DEBUG_NANS=1")
     before = {name: getattr(jax.config, name) for name in PINNED if hasattr(jax.config, name)}
     for name in before:
         jax.config.update(name, PINNED[name])

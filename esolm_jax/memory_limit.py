@@ -22,7 +22,8 @@ FLOAT = 4
 BATCH_BYTES = 4 + 1  # of a token: its id and whether it is valid
 CANVAS_BYTES = 4 + 1 + 4 + 4 + 1  # of a token: Canvas.token, known; Schedule.order, known, …
 TABLE_BYTES = 7 * 4  # of a pass of a row: Schedule.sizes and the tables of Passes
-WORKER_BYTES = 64e6  # of a worker process, at the least
+WORKER_BYTES = 80e6  # of a worker process, alone: 88 MB measured
+WORKERS_PER_CORE = 16  # more only wait for each other: 256 on 2 cores take 10 minutes to start
 _NO_LIMIT = 2**60
 
 
@@ -91,6 +92,12 @@ def _forward(config, model: ModelConfig, mesh, field: str, rows: float, kept: in
 def check_training(config, model: ModelConfig, mesh) -> None:
     """UserError unless the state, a micro-batch and the reader's batches may fit."""
     t, workers = config.train, config.data.workers
+    cores = os.cpu_count() or 1
+    if workers > WORKERS_PER_CORE * cores:
+        raise UserError(
+            f"config.data.workers={workers}: must be at most {WORKERS_PER_CORE * cores} on "
+            f"{cores} cores, because each worker is a process"
+        )
     state = _params(model, mesh, 5, "weights, their average, Adam's moments and gradients")
     # Of each block its input is kept for the backward pass, whatever model.remat is.
     step = _forward(

@@ -76,6 +76,8 @@ class Run:
         state, meta = checkpoints.restore(
             self.training.abstract_state(), self._check_can_be_resumed
         )
+        if change := jax_settings.change_since(meta):
+            print(change)
         self.metrics_entries = meta.get("metrics_entries", 0)
         finite.check_finite(
             {"params": state.params, "ema": state.ema, "optimizer": state.opt_state},
@@ -100,8 +102,6 @@ class Run:
         )
         assemble.check_same_tokenizer(self.manifest, meta)
         prng.check_recorded(meta, f"--workdir={self.workdir}")
-        if change := jax_settings.change_since(meta):
-            print(change)
 
     def _given_weights(self) -> dict | None:
         """Those of config.init_from. UserError: of another model, or on another tokenizer."""
@@ -233,9 +233,10 @@ def _validate(run: Run, estimate, state: TrainState) -> float:
 def _write_what_it_is(run: Run) -> None:
     """The tokenizer and the config beside the checkpoints."""
     folder = run.workdir / "tokenizer"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    run.manifest.load_tokenizer().save(folder)
+    with results.draft_beside(folder) as draft:  # on a full disk, the old one stays
+        run.manifest.load_tokenizer().save(draft)
+        shutil.rmtree(folder, ignore_errors=True)
+        draft.rename(folder)
     results.write_json(run.workdir / "config.json", run.config.to_dict())
 
 
@@ -243,6 +244,7 @@ def main(config, workdir: pathlib.Path) -> None:
     run = Run(config, workdir)
     memory_limit.check_training(config, run.built.model, run.built.mesh)
     workdir.mkdir(parents=True, exist_ok=True)
+    results.check_can_write(workdir / metrics_lib.FILE)
     checkpoints = checkpoint.Checkpoints(
         workdir, keep_last=config.train.keep_last, keep_best=config.train.keep_best
     )

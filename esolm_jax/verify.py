@@ -9,6 +9,8 @@ import dataclasses
 import pathlib
 from collections.abc import Iterator
 
+from ml_collections import ConfigDict
+
 from esolm_jax import (
     checkpoint,
     checkpoint_digests,
@@ -52,7 +54,7 @@ def verify(workdir: pathlib.Path) -> Iterator[Finding]:
         finding, meta_here = _step(workdir, step)
         meta = meta or meta_here
         yield finding
-    yield from _config(workdir)
+    yield from _config(workdir, meta)
     if (workdir / metrics_lib.FILE).exists():
         yield _metrics(workdir, meta)
     if meta is not None or (workdir / "tokenizer").exists():
@@ -83,18 +85,23 @@ def _step(workdir: pathlib.Path, step: int) -> tuple[Finding, dict | None]:
     return Finding(part, INTACT, why), meta
 
 
-def _config(workdir: pathlib.Path) -> Iterator[Finding]:
+def _config(workdir: pathlib.Path, meta: dict | None) -> Iterator[Finding]:
     path = workdir / "config.json"
     if not path.exists():
         return
     try:
-        config_lib.validate(config_lib.from_saved(regular_file.read_json(path, _MAX_CONFIG)))
+        config = config_lib.from_saved(regular_file.read_json(path, _MAX_CONFIG))
+        config_lib.validate(config)
     except UserError as error:
         yield Finding(path.name, DAMAGED, str(error))
     except Exception as error:  # of many types, as ConfigDict raises them
         yield Finding(path.name, DAMAGED, f"{path}: not a config ({type(error).__name__})")
     else:
-        yield Finding(path.name, INTACT, "every field is valid")
+        saved = config_lib.flat(ConfigDict(meta["config"])) if meta else {}
+        now = config_lib.flat(config)
+        other = [name for name in now if name in saved and saved[name] != now[name]]
+        why = f"config.{other[0]} differs from the newest checkpoint's" if other else "valid"
+        yield Finding(path.name, UNKNOWN if other else INTACT, why)
 
 
 def _metrics(workdir: pathlib.Path, meta: dict | None) -> Finding:

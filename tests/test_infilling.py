@@ -2,6 +2,7 @@
 
 import functools
 import random
+import tracemalloc
 import types
 
 import numpy as np
@@ -197,3 +198,34 @@ def test_a_prompt_with_a_long_canvas_is_bounded():
     assert tokenizer.decode(ids) == text
     with pytest.raises(known_text.TooLong):
         known_text.encode(tokenizer, text, begins=True, limit=100)
+
+
+BOUND = 64
+HOSTILE = {
+    "masks": "[MASK]" * 500_000,
+    "large masks": "[MASK:999999]" * 3_000,
+    "open masks": "[MASK:" * 500_000,
+    "one word": "x" * 3_000_000,
+    "spaces": " " * 3_000_000,
+    "markers": "\u2581" * 1_000_000,
+    "unknown": "☃" * 1_000_000,
+}
+
+
+@pytest.mark.parametrize("kind", ["SentencePiece, defaults and byte fallback", *KINDS[-10:]])
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_prompts_are_refused_before_they_are_made(kind, name):
+    """Within memory that one list of their masks would not fit in."""
+    tokenizer = tokenizer_of(kind)
+    tokenizer.surfaces  # noqa: B018
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError) as error:
+            prompts.of_text(HOSTILE[name], tokenizer, name="here", length=BOUND)
+        with pytest.raises(UserError):
+            spans = [[i, i + 1] for i in range(BOUND + 1)]
+            prompts.of_rewrite(HOSTILE[name], spans, tokenizer, name="here", length=BOUND)
+        assert len(str(error.value)) < 400
+        assert tracemalloc.get_traced_memory()[1] < 30e6
+    finally:
+        tracemalloc.stop()

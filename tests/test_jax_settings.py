@@ -125,6 +125,12 @@ def test_another_precision_is_recorded_and_said(halfway, args, tmp_path, capsys)
     assert json.loads((workdir / "evaluate.json").read_text())["jax_settings"] == recorded
 
 
+def test_disable_jit_is_refused(capsys, tmp_path):
+    with configured({"jax_disable_jit": True}):
+        assert command("evaluate", f"--workdir={tmp_path}") == 2
+    assert capsys.readouterr().err.startswith("error: JAX_DISABLE_JIT: must be off")
+
+
 def test_flags_of_xla_that_compute_nothing_else_are_not_recorded(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/d --xla_cpu_enable_fast_math=true")
     assert jax_settings.recorded()["XLA_FLAGS"] == "--xla_cpu_enable_fast_math=true"

@@ -1,5 +1,6 @@
 """Sizes that no machine has are refused before anything is allocated, and none that would fit."""
 
+import os
 import resource
 
 import jax
@@ -11,6 +12,9 @@ from esolm_jax import assemble, checkpoint, memory_limit, sharding
 from esolm_jax import model as model_lib
 from esolm_jax.data.tokenizer import Bytes
 from esolm_jax.errors import UserError
+from esolm_jax.objectives import Special
+from esolm_jax.sampling import schedule
+from esolm_jax.sampling.canvas import Canvas
 from esolm_jax.sampling.generate import Generator
 
 TOKENIZER = {"vocab_size": 259, "mask_id": 259, "bos_id": 256}
@@ -32,6 +36,7 @@ def configured(**fields):
 @pytest.fixture
 def host(monkeypatch):
     monkeypatch.setattr(memory_limit, "host_memory", lambda: (HOST, "this machine has"))
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
 
 
 STYLES = [
@@ -57,7 +62,7 @@ TOO_MUCH = [  # fields, the one that is named, what is said
     ({"model__mlp_width": 2**20, "model__width": 2**16}, "model.width", "model.blocks"),
     ({"model__blocks": 1024, "model__width": 2**13}, "model.width", "model.blocks"),
     ({"eval__batch_size": 2**24, "model__width": 64}, "eval.batch_size", "lower eval.batch_size"),
-    ({"data__workers": 256}, "data.workers", "worker processes 16.4"),
+    ({"data__workers": 256}, "data.workers", "worker processes 20.5"),
     ({"model__loss_chunk": 2**31 - 1, "train__batch_size": 2**20}, "model.loss_chunk", "logits "),
 ]
 
@@ -70,6 +75,15 @@ def test_training_that_cannot_fit_is_refused(host, fields, named, said):
     section, name = named.split(".")
     assert str(error.value).startswith(f"config.{named}={config[section][name]}: needs at least ")
     assert said in str(error.value) and "but this machine has 16.0 GB; lower" in str(error.value)
+
+
+def test_more_workers_than_cores_can_serve_are_refused(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    config = configured(data__workers=32)
+    memory_limit.check_training(config, model_of(config), mesh_of(config))
+    config.data.workers = 33
+    with pytest.raises(UserError, match="config.data.workers=33: must be at most 32 on 2 cores"):
+        memory_limit.check_training(config, model_of(config), mesh_of(config))
 
 
 def test_a_large_vocabulary_is_named(host):
@@ -198,9 +212,6 @@ def test_limit_of_the_control_group_is_known(tmp_path, monkeypatch, line, file):
 def test_estimates_of_sampling_are_below_what_is_allocated():
     """The tables and the canvas that the sampler makes take at least what is estimated."""
     config = configured(sample__num=4)
-    from esolm_jax.objectives import Special
-    from esolm_jax.sampling.canvas import Canvas
-
     canvas = Canvas.empty(4, 16)
     passes = Generator.of(config, canvas, Special(mask=259, start=256)).passes
     arrays = [canvas.token, canvas.known, passes.order, passes.known]
@@ -208,3 +219,17 @@ def test_estimates_of_sampling_are_below_what_is_allocated():
     names = "start first size end bidirectional_below lowest_left".split()
     tables = sum(getattr(passes, name).nbytes for name in names) + passes.size.nbytes
     assert tables >= memory_limit.TABLE_BYTES * 64
+
+
+def test_a_million_steps_are_drawn_once_for_all_rows(monkeypatch):
+    """Rows alike share their step sizes; a row of 16 tokens is done after a few draws."""
+    drawn, draw = [], schedule.ancestral_sizes
+
+    def count(*args):
+        drawn.append(args)
+        return draw(*args)
+
+    monkeypatch.setattr(schedule, "ancestral_sizes", count)
+    rows = schedule.ancestral(Canvas.empty(64, 16, seed=123), 0.5, 1000)
+    assert len(drawn) == 1
+    assert (rows.sizes == rows.sizes[:, :1]).all() and (rows.sizes.sum(axis=0) == 16).all()

@@ -6,6 +6,8 @@
     kills        SIGKILL at random moments, in one process and in two
     corruption   damaged files of every kind in a workdir
     sharing      several runs in one workdir; readers beside a writer
+    settings     environment variables of JAX's users
+    hostile      config values, data files, foreign files, prompts, infilling
 
 Every section returns rows (see verbs.Row); `silent`, `traceback` and `hang` must be 0.
 """

@@ -15,6 +15,8 @@ import tempfile
 import time
 from collections.abc import Callable
 
+from benchmarks.reliability import hostile
+
 # Before JAX is imported, here and in the children: one cache of compiled programs, a CPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -61,6 +63,11 @@ SECTIONS: dict[str, Callable[[pathlib.Path, bool], list[dict]]] = {
     "corruption": _corruption,
     "starts": _starts,
     "readers": _readers,
+    "foreign": hostile.foreign,
+    "configs": hostile.configs,
+    "prompts": hostile.prompts,
+    "infilling": hostile.infilling,
+    "settings": hostile.settings,
 }
 
 

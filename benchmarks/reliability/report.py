@@ -17,6 +17,8 @@ What happens when things go wrong, counted by `python -m benchmarks.reliability`
 - *identical*: the result is bit for bit that of an undisturbed run.
 - *clean error*: one line that says what is wrong, and a non-zero exit code.
 - *fell back*: an older intact checkpoint was used, and a line says so.
+- *accepted*, *exact*: hostile input that is valid after all, read as it should be.
+- *differs, said*: a setting that people change on purpose changes numbers, and a line says so.
 - *silent*, *traceback*, *hang*: faults; all must be 0.
 
 """
@@ -26,6 +28,20 @@ TITLES = {
     "corruption": "Damaged files in a workdir",
     "starts": "Several runs in one workdir",
     "readers": "Readers beside a writer",
+    "foreign": "Foreign files given to convert",
+    "configs": "Values of config fields, and data files",
+    "prompts": "Prompts and prompt files",
+    "infilling": "Infilling: is the known text kept?",
+    "settings": "Environment variables of JAX's users",
+}
+# Columns that have another name in some tables.
+_ACCEPTED = {"identical": "accepted"}
+RENAMED = {
+    "foreign": _ACCEPTED,
+    "configs": _ACCEPTED,
+    "prompts": _ACCEPTED,
+    "infilling": {"identical": "exact", "clean error": "refused", "silent": "changed"},
+    "settings": {"fell back": "differs, said"},
 }
 
 
@@ -41,7 +57,8 @@ def write(out: pathlib.Path, sections: dict[str, dict]) -> int:
             continue
         faults += sum(row[fault] for row in rows for fault in FAULTS)
         columns = ["what", "attempts", *OUTCOMES]
-        text += write_up.table(columns, [[row[c] for c in columns] for row in _with_sum(rows)])
+        names = [RENAMED.get(name, {}).get(column, column) for column in columns]
+        text += write_up.table(names, [[row[c] for c in columns] for row in _with_sum(rows)])
         text += f"\n{section['seconds']:.0f} s.\n\n"
     machine = _machine()
     text += f"Measured on {machine['cpu']}, {machine['cores']} cores, commit {machine['commit']}.\n"

@@ -10,8 +10,10 @@ import itertools
 import math
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Iterator, Sequence
+from multiprocessing import resource_tracker
 from typing import Any
 
 import grain
@@ -66,6 +68,18 @@ def _die_with_parent(worker: int, workers: int) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
+@contextlib.contextmanager
+def _signals_blocked():
+    """Threads and processes that start meanwhile get neither SIGINT nor SIGTERM, also where a
+    terminal or a scheduler sends them to all processes: the one that trains ends its workers."""
+    resource_tracker.ensure_running()  # it would unblock them when the first worker starts it
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class TrainReader:
     """Endless shuffled batches of the train split; every epoch is another permutation.
 
@@ -113,7 +127,9 @@ class TrainReader:
                 grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=PREFETCH),
                 worker_init_fn=_die_with_parent,
             )
-        with _reading(manifest, "train"):
+        # Grain starts workers in threads, with the first batch.
+        self._starting = _signals_blocked if workers else contextlib.nullcontext
+        with _reading(manifest, "train"), self._starting():
             self._iterator = iter(batches)
         self._manifest = manifest
         self._batch_size = batch_size
@@ -129,7 +145,7 @@ class TrainReader:
 
     def __next__(self) -> Batch:
         # Copied, because workers hand over shared memory, which must not outlive them.
-        with _reading(self._manifest, "train"):
+        with _reading(self._manifest, "train"), self._starting():
             batch = {name: np.array(value) for name, value in next(self._iterator).items()}
         self._cursor += self._batch_size
         return batch

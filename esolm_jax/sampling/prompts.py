@@ -16,7 +16,7 @@ import dataclasses
 import itertools
 import pathlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -26,8 +26,7 @@ from esolm_jax.data import known_text
 from esolm_jax.errors import UserError
 from esolm_jax.sampling.canvas import MASK
 
-_SPAN = re.compile(r"\[MASK(?::([^\]]*))?\]")
-_COUNT = re.compile(r"0*[1-9]\d{0,5}")
+_OPEN, _COUNT = "[MASK", re.compile(r"0*[1-9]\d{0,5}")
 MAX_BYTES, MAX_PROMPTS = 16 * regular_file.MB, 2**16  # of a file of prompts
 MAX_TOKENS = 2**24  # of all prompts
 
@@ -54,25 +53,43 @@ def of_text(
 ) -> Prompt:
     """The tokens of a text with [MASK] and [MASK:n] in it, for a canvas of `length`."""
     _check_unicode(text, name)
-    matches = list(_SPAN.finditer(text))
-    counts = [_count(match, name) for match in matches]
     draft = _Draft(text, tokenizer, name, length)
-    draft.check(sum(counts))
+    spans, total = [], 0
+    for start, stop, count in _masks(text):
+        spans.append((start, stop, _count(count, text[start:stop], name)))
+        total += spans[-1][2]
+        draft.check(total)
     at = 0
-    for match, count in zip(matches, counts, strict=True):
-        draft.keep(at, match.start())
+    for start, stop, count in spans:
+        draft.keep(at, start)
         draft.mask(count)
-        at = match.end()
+        at = stop
     draft.keep(at, len(text))
-    return Prompt(tuple(draft.tokens), bool(matches), seed, name)
+    return Prompt(tuple(draft.tokens), bool(spans), seed, name)
 
 
-def _count(match: re.Match, name: str) -> int:
-    count = "1" if match[1] is None else match[1]
+def _masks(text: str) -> Iterator[tuple[int, int, str]]:
+    """(start, stop, what stands behind the colon) of each [MASK] and [MASK:n], in one pass over the
+    text: a pattern would look for each ] from every [MASK: again."""
+    at = 0
+    while (start := text.find(_OPEN, at)) >= 0:
+        at = start + len(_OPEN)
+        if text[at : at + 1] == "]":
+            at += 1
+            yield start, at, "1"
+        elif text[at : at + 1] == ":":
+            stop = text.find("]", at)
+            if stop < 0:
+                return
+            yield start, stop + 1, text[at + 1 : stop]
+            at = stop + 1
+
+
+def _count(count: str, span: str, name: str) -> int:
     if not _COUNT.fullmatch(count):
         raise UserError(
-            f"{name}: {match[0][:80]!r}: must be [MASK], or [MASK:n] of at least 1 token and at "
-            "most 999999"
+            f"{name}: {span[:80]!r}: must be [MASK], or [MASK:n] of at least 1 token and at most "
+            "999999"
         )
     return int(count)
 
@@ -143,6 +160,8 @@ def of_rewrite(
     """All of a text but these spans of its characters, which are to be generated anew; for a
     canvas of `length`."""
     _check_unicode(text, name)
+    if len(spans) > length:
+        raise UserError(_too_long(name, length))
     spans = _ascending(spans, text, name)
     counts = _tokens_now(text, spans, tokenizer, length)
     draft, at = _Draft(text, tokenizer, name, length), 0
@@ -156,6 +175,8 @@ def of_rewrite(
 
 def _tokens_now(text: str, spans, tokenizer, length: int) -> list[int]:
     """How many tokens of the text each span is in, or has where it cannot be encoded exactly."""
+    if not spans:
+        return []
     try:
         ids = known_text.encode(tokenizer, text, begins=True, limit=2 * length)
     except known_text.TooLong:

@@ -6,13 +6,14 @@ and the rest follow left to right, one per step.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import numpy as np
 
 from esolm_jax import noise
 from esolm_jax.errors import UserError
-from esolm_jax.sampling.canvas import Canvas
+from esolm_jax.sampling.canvas import Canvas, Seed
 
 # (order of the positions, step sizes, bool: which of the order are the diffusion phase's)
 Row = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -126,6 +127,8 @@ def ancestral_sizes(rng: np.random.Generator, length: int, alpha_0: float, num_s
     """
     sizes, remaining = [], length
     for p in unmask_probabilities(alpha_0, num_steps):
+        if not remaining:
+            break
         sizes.append(rng.binomial(remaining, min(max(p, 0.0), 1.0)))
         remaining -= sizes[-1]
     if alpha_0 == 1.0:
@@ -142,10 +145,19 @@ def _then_left_to_right(positions: np.ndarray, sizes: np.ndarray) -> Row:
     return order.astype(np.int32), sizes, np.arange(len(order)) < n
 
 
+@functools.lru_cache(maxsize=64)
+def _sizes_of_batch(batch, number: int, length: int, alpha_0: float, num_steps: int) -> np.ndarray:
+    """Drawn once for the rows that share them: a million steps take seconds."""
+    rng = Seed(batch, 0).of_sizes(number)
+    sizes = ancestral_sizes(rng, length, alpha_0, num_steps)
+    sizes.flags.writeable = False
+    return sizes
+
+
 def _ancestral(rng, seed, number: int, positions, alpha_0: float, num_steps: int) -> Row:
     """Draws from `rng`, and the sizes of steps from the seed's generator of this number."""
     if num_steps:
-        sizes = ancestral_sizes(seed.of_sizes(number), len(positions), alpha_0, num_steps)
+        sizes = _sizes_of_batch(seed.batch, number, len(positions), alpha_0, num_steps)
     else:
         sizes = np.ones(rng.binomial(len(positions), alpha_0), np.int32)
     return _then_left_to_right(rng.permutation(positions), sizes)
@@ -196,7 +208,8 @@ def blockwise(canvas: Canvas, block_length: int, alpha_0: float, num_steps: int)
         seed, found = canvas.seeds[b], []
         rng = seed.of_row()
         for block in range(blocks):
-            here = unknown[unknown // block_length == block]
+            first, last = np.searchsorted(unknown, block_length * np.array([block, block + 1]))
+            here = unknown[first:last]
             steps = num_steps and max(1, num_steps // blocks + (block < num_steps % blocks))
             number = len(here) + block * len(unknown)
             found.append(_ancestral(rng, seed, number, here, alpha_0, steps))

@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import multiprocessing
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -147,11 +149,23 @@ def test_resume_with_another_batch_size(manifest):
     assert rows(join(shards, partition)) == whole[40:70]
 
 
+def blocked_signals(pid: int) -> set[int]:
+    status = pathlib.Path(f"/proc/{pid}/status").read_text()
+    mask = int(re.search(r"^SigBlk:\s*(\w+)$", status, re.MULTILINE)[1], 16)
+    return {number for number in range(1, 65) if mask >> (number - 1) & 1}
+
+
 def test_workers_change_nothing(manifest):
     whole = take(9, TrainReader(manifest, batch_size=8, seed=1))
     part = [1, 2, 6]
     reader = TrainReader(manifest, batch_size=8, seed=1, workers=2, rows=part, cursor=16)
-    assert_equal(take(7, reader), [{k: v[part] for k, v in b.items()} for b in whole[2:]])
+    found = take(1, reader)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:  # a terminal sends SIGINT to all; the run stops after its step
+        assert {signal.SIGINT, signal.SIGTERM} <= blocked_signals(worker.pid)
+    found += take(6, reader)
+    assert_equal(found, [{k: v[part] for k, v in b.items()} for b in whole[2:]])
     assert reader.cursor == 72
     reader.close()
     reader.close()
@@ -176,7 +190,7 @@ if __name__ == "__main__":
         env=os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        timeout=30,
+        timeout=100,
     )
     assert (done.returncode, done.stdout) == (-signal.SIGKILL, b"(8, 12)\n")
 
