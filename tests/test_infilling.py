@@ -1,12 +1,15 @@
 """Known text is kept exactly, whatever the tokenizer and whatever is generated around it."""
 
 import functools
+import json
 import random
 import tracemalloc
 import types
 
 import numpy as np
 import pytest
+import tiny_run
+from tiny_run import quick
 
 from benchmarks import reliability_infilling as infilling
 from esolm_jax import sample
@@ -198,6 +201,35 @@ def test_a_prompt_with_a_long_canvas_is_bounded():
     assert tokenizer.decode(ids) == text
     with pytest.raises(known_text.TooLong):
         known_text.encode(tokenizer, text, begins=True, limit=100)
+
+
+@pytest.mark.usefixtures(quick.__name__)
+def test_samples_of_a_model_whose_tokenizer_puts_a_space_first(tmp_path):
+    """The whole way: the texts that `sample` writes hold what was known, and only that."""
+    tokenizer = tokenizer_of("SentencePiece, Llama (identity, dummy prefix)")
+    model = tmp_path / "a.model"
+    model.write_bytes(tokenizer.proto)
+    fields = {"data.tokenizer": "sentencepiece", "data.tokenizer_path": str(model)}
+    fields |= tiny_run.write_data(tmp_path, **fields)
+    fields |= {"objective": "eso_b", "train.steps": 1}
+    args = [f"--workdir={tmp_path}", f"--config={tiny_run.FILE}", *tiny_run.arguments(fields)]
+    assert tiny_run.command("train", *args) == 0
+    known = ["to be", " not", "t\u2581 "]
+    asked = f"--prompt={known[0]}[MASK:2]{known[1]}[MASK]{known[2]}"
+    options = ["--config.sample.num=32", "--config.sample.stop_at_eos=True"]
+    assert tiny_run.command("sample", f"--workdir={tmp_path}", asked, *options) == 0
+    sizes = [len(known_text.encode(tokenizer, part, begins=not n, limit=99))
+             for n, part in enumerate(known)]  # fmt: skip
+    first, second = sizes[0], sizes[0] + 2 + sizes[1]
+    x = tokenizer.surfaces.by_bytes[b"x"]
+    lines = (tmp_path / "samples.jsonl").read_text().splitlines()
+    assert len(lines) == 32
+    for row in map(json.loads, lines):
+        ids = row["token_ids"]
+        spans = [
+            tokenizer.decode([x, *ids[at : at + n]])[1:] for at, n in [(first, 2), (second, 1)]
+        ]
+        assert row["text"] == known[0] + spans[0] + known[1] + spans[1] + known[2]
 
 
 BOUND = 64
