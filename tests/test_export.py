@@ -37,8 +37,12 @@ from esolm_jax.interop import (
     sampling_plan,
     stablehlo,
 )
-from esolm_jax.interop.shipped import plain_transformer
+from esolm_jax.interop.shipped import decode_loop, plain_transformer
+from esolm_jax.loss import exclude_mask_token
+from esolm_jax.sampling import choose, generate
 from esolm_jax.sampling import network as network_lib
+from esolm_jax.sampling.canvas import Canvas
+from esolm_jax.sampling.choose import Choice
 
 pytestmark = pytest.mark.usefixtures(quick.__name__)
 HERE = pathlib.Path(__file__).resolve().parent
@@ -325,20 +329,118 @@ def _every_tensor_counts(folder, names):
         assert off > 10 * parity.TOLERANCE, name
 
 
-def test_orders_of_the_sampler_are_two_phase(run):
-    """n ~ Binomial(L, α₀) positions in random order, then the others from left to right."""
+# One sampler in every runtime: its orders, its distribution, its texts.
+
+
+def plan_of(run, **fields):
     config, found = trained(run)
     with config.unlocked():
-        config.alpha_0 = 0.25
-    plan = sampling_plan.make(config, found, with_schedule=True)
-    keys = jax.random.split(jax.random.key(0), 4000)
-    order, n = map(np.asarray, exported_sampler._orders(plan, keys))
-    np.testing.assert_array_equal(np.sort(order, axis=1), np.tile(np.arange(LENGTH), (4000, 1)))
-    assert abs(n.mean() - 3) < 0.12 and abs(n.var() - 2.25) < 0.25  # over 5 standard errors
-    rest = [row[k:] for row, k in zip(order, n, strict=True)]
-    assert all((np.diff(row) > 0).all() for row in rest)
-    first = np.bincount(order[n > 0, 0], minlength=LENGTH) / (n > 0).sum()
-    assert abs(first - 1 / LENGTH).max() < 0.025
+        config.update_from_flattened_dict(fields)
+    return config, sampling_plan.make(config, found, with_schedule=True)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"alpha_0": 0.25},
+        {"alpha_0": 1.0},
+        {"sample.schedule": "left_to_right"},
+        {"sample.schedule": "strided", "sample.steps": 5},
+        {"objective": "bd3", "alpha_0": 1.0, "block_length": 4},
+        {"objective": "ar", "alpha_0": 0.0},
+    ],
+)
+def test_orders_are_those_of_sample(run, fields):
+    """Of the same seed; from NumPy alone."""
+    config, plan = plan_of(run, **fields)
+    order, num_diffusion = decode_loop.draw_orders(plan.about, 7, 40)
+    ours = generate.make_schedule(config, Canvas.empty(40, LENGTH, 7))
+    np.testing.assert_array_equal(order, ours.order)
+    np.testing.assert_array_equal(num_diffusion, ours.num_diffusion)
+    sizes = [size for *_, size in decode_loop.passes(plan.about)]
+    assert tuple(sizes) == plan.sizes == tuple(ours.sizes[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [(1.0, 0, 1.0), (0.7, 0, 0.9), (1.3, 5, 1.0), (0.5, 20, 0.8), (1e-30, 0, 0.9), (1e30, 0, 1.0)],
+)
+def test_distribution_of_a_step_is_the_same_in_every_runtime(temperature, top_k, top_p):
+    logits = np.random.default_rng(0).normal(0, 3, (2, 3, VOCAB)).astype(np.float32)
+    mask_id = VOCAB - 1
+    choice = Choice(mask_id=mask_id, temperature=temperature, top_p=top_p, top_k=top_k)
+    want = np.exp(np.asarray(choice.log_probs(logits), np.float64))
+    plan = {"mask_id": mask_id, "top_k": top_k, "top_p": top_p}
+    of_numpy = decode_loop.filtered(plan, logits, temperature)  # and of run_onnx.py
+    of_program = exported_sampler.filtered(
+        exclude_mask_token(logits, mask_id), np.float32(temperature), top_k=top_k, top_p=top_p
+    )
+    for got in (of_numpy, np.asarray(of_program, np.float64)):
+        got = np.exp(got - got.max(axis=-1, keepdims=True))
+        np.testing.assert_allclose(got / got.sum(axis=-1, keepdims=True), want, atol=2e-6)
+    assert (want[..., mask_id] == 0).all() and (top_k == 0 or (want > 0).sum() <= 6 * top_k)
+    drawn = decode_loop.chooser(plan, temperature, np.random.default_rng(0))(logits)
+    assert (np.take_along_axis(want, drawn[..., None], axis=-1) > 0).all()
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory, quick):
+    """(run, export) of a model that draws few tokens at a time from few, in strides."""
+    folder = tmp_path_factory.mktemp("narrow")
+    fields = {"objective": "eso_b", "sample.schedule": "strided", "sample.steps": 5}
+    fields |= {"sample.top_p": 0.8, "sample.top_k": 7, "sample.temperature": 0.6}
+    run = make_run(folder / "run", **fields)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parity, "BATCHES", (3,))
+        patch.setattr(stablehlo, "PLATFORMS", ("cpu",))
+        export(run, folder / "out")
+    return run, folder / "out"
+
+
+def printed_texts(folder, runtime, *args):
+    script = [sys.executable, "-IB", folder / f"run_{runtime}.py", *args]
+    done = subprocess.run(script, check=True, capture_output=True, text=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_shipped_scripts_draw_what_sample_draws(narrow, capsys):
+    """run_stablehlo.py has our noise: the same texts of the same seed. Greedily, all have."""
+    run, out = narrow
+    ours = {}
+    for name, args in {"greedy": ["--config.sample.temperature=0"], "drawn": []}.items():
+        seed = ["--config.sample.seed=11", "--config.sample.num=3"]
+        assert command("sample", f"--workdir={run}", *seed, *args) == 0
+        lines = (run / "samples.jsonl").read_text().splitlines()
+        ours[name] = [json.loads(line)["token_ids"] for line in lines]
+    assert ours["greedy"] != ours["drawn"]
+    assert printed_texts(out, "stablehlo", "3", "11") == ours["drawn"]
+    for runtime in ("stablehlo", "numpy", "onnx"):
+        assert printed_texts(out, runtime, "3", "11", "0") == ours["greedy"]
+    assert printed_texts(out, "numpy", "3", "11") == printed_texts(out, "onnx", "3", "11")
+
+
+def test_manifest_says_what_is_drawn_from(narrow, run, tmp_path, one_batch_size):
+    plan = json.loads((narrow[1] / "manifest.json").read_text())["sampling"]
+    assert plan == json.loads((narrow[1] / "config.json").read_text())["sampling"]
+    names = "schedule", "temperature", "top_k", "top_p", "schedule_note"
+    assert [plan[name] for name in names] == ["strided", 0.6, 7, 0.8, ""]
+    assert plan["passes"] == [[3, 2], [1, 6]] or sum(s * n for s, n in plan["passes"]) == LENGTH
+    args = "--formats=safetensors", "--parts=step", "--config.sample.schedule=confidence"
+    plan = export(run, tmp_path / "out", *args)["sampling"]
+    assert plan["schedule"] == "ancestral" and "'confidence'" in plan["schedule_note"]
+
+
+@pytest.mark.parametrize("temperature", ["nan", "-1", "inf"])
+def test_temperature_that_is_none(temperature):
+    with pytest.raises(SystemExit, match="must be at least 0, and finite"):
+        decode_loop.read_temperature(temperature)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-40, 1e-30, 0.5, 1e30, 1e39])
+def test_temperature_is_that_of_sample(temperature):
+    bounded = decode_loop.read_temperature(str(temperature))
+    low, high = choose.BOUNDS
+    assert bounded == (temperature and min(max(temperature, low), high))
 
 
 def test_sharded_checkpoint_on_one_device(exported, tmp_path, quick):

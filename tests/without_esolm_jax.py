@@ -54,7 +54,7 @@ for batch in (1, 5):
     order, plan = arrays[f"order_{batch}"], config["sampling"]
     found[f"text_{batch}"] = decode_loop.with_cache(step, plan, order, decode_loop.chooser(plan))
     if sample:
-        texts = sample(arrays[f"keys_{batch}"], np.float32(0))
-        for name, array in zip(("sample", "sample_order"), texts, strict=False):
-            found[f"{name}_{batch}"] = np.asarray(array)
+        order, num_diffusion = decode_loop.draw_orders(plan, 0, batch)
+        text = sample(arrays[f"keys_{batch}"], np.float32(0), order, num_diffusion)
+        found |= {f"sample_{batch}": np.asarray(text), f"sample_order_{batch}": order}
 np.savez(made, **found)

@@ -121,7 +121,9 @@ def _write_weights(config, workdir, draft, wanted: Wanted, left_out: dict) -> tu
         config=config,
         model=model,
         special=trained.built.special,
-        plan=sampling_plan.make(config, trained, with_schedule="sample" not in left_out),
+        plan=sampling_plan.make(
+            config, trained, with_schedule=not sampling_plan.no_sampler(config)
+        ),
         folder=draft,
         parts=tuple(part for part in PARTS if part not in left_out),
         shapes=shapes,

@@ -1,6 +1,7 @@
 """The two-phase sampler as one function of arrays, to be traced once for all runtimes of StableHLO.
 
-Its noise is that of choose.py: with the same keys, order and schedule it draws what `sample` draws.
+Its noise is that of choose.py, and its orders are an input, which decode_loop.py draws as `sample`
+does: of the same seed it draws what `sample` draws.
 """
 
 import functools
@@ -8,7 +9,6 @@ import itertools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from esolm_jax import prng
 from esolm_jax.interop.sampling_plan import Plan
@@ -16,12 +16,10 @@ from esolm_jax.interop.shipped import plain_transformer
 from esolm_jax.loss import exclude_mask_token
 from esolm_jax.sampling import choose
 
-_ORDER = np.uint32(2**32 - 1)  # folded into a row's key: no position
-
 
 def make(network: dict, plan: Plan, *, top_k: int, top_p: float):
-    """sample(weights, keys uint32 [b, 2], temperature) → (text, order int32 [b, L], num_diffusion
-    [b]).
+    """sample(weights, keys uint32 [b, 2], temperature, order int32 [b, L], num_diffusion [b]) →
+    text int32 [b, L].
 
     Args:
       network: of plain.description.
@@ -29,49 +27,32 @@ def make(network: dict, plan: Plan, *, top_k: int, top_p: float):
     pick = functools.partial(_pick, mask_id=plan.about["mask_id"], top_k=top_k, top_p=top_p)
     run = _with_cache if plan.about["cached"] else _without_cache
 
-    def sample(weights, keys, temperature):
+    def sample(weights, keys, temperature, order, num_diffusion):
         row_keys = prng.wrap(keys)
-        order, num_diffusion = _orders(plan, row_keys)
         chosen = functools.partial(pick, row_keys=row_keys, temperature=temperature)
         forward = functools.partial(plain_transformer.forward, weights, network, xp=jnp)
         known = run(forward, plan, order, num_diffusion, chosen)
         shift, length = plan.about["shift"], plan.about["length"]
         by_rank = known[:, shift : shift + length]
         rows = jnp.arange(order.shape[0], dtype=jnp.int32)[:, None]
-        text = jnp.zeros_like(order).at[rows, order].set(by_rank)
-        return text, order, num_diffusion
+        return jnp.zeros_like(order).at[rows, order].set(by_rank)
 
     return sample
-
-
-def _orders(plan: Plan, row_keys):
-    """(order int32 [b, L], num_diffusion [b]): n ~ Binomial(L, α₀) positions in random order, then
-    the rest left to right; block by block."""
-    about, batch = plan.about, row_keys.shape[0]
-    position = jnp.arange(about["length"], dtype=jnp.int32)
-    if plan.order is not None:
-        order = jnp.broadcast_to(jnp.asarray(plan.order, jnp.int32)[None], (batch, len(position)))
-        return order, jnp.full(batch, plan.num_diffusion, jnp.int32)
-
-    def one(key):
-        which, when = jax.random.uniform(jax.random.fold_in(key, _ORDER), (2, len(position)))
-        later = which >= about["alpha_0"]
-        within = jnp.where(later, position.astype(jnp.float32), when)
-        block = position // about["order_block"]
-        order = jnp.lexsort((within, later.astype(jnp.int32), block)).astype(jnp.int32)
-        return order, jnp.sum(~later, dtype=jnp.int32)
-
-    return jax.vmap(one)(row_keys)
 
 
 def _pick(logits, position, *, row_keys, temperature, mask_id, top_k, top_p):
     """int32 [b, P], as Choice of choose.py, with a temperature that is an input."""
     logits = exclude_mask_token(logits, mask_id)
-    drawn = choose.at_temperature(logits, jnp.where(temperature > 0, temperature, 1.0))
-    drawn = choose.keep_top_k(drawn, top_k) if top_k else drawn
-    drawn = choose.nucleus(drawn, top_p) if top_p < 1 else drawn
+    drawn = filtered(logits, temperature, top_k=top_k, top_p=top_p)
     drawn = drawn + choose.gumbel(choose.keys_of(row_keys, position), logits.shape[-1])
     return choose.argmax(jnp.where(temperature > 0, drawn, logits), mask_id)
+
+
+def filtered(logits, temperature, *, top_k, top_p):
+    """As Choice of choose.py filters logits that exclude the mask; at temperature 0 as at 1."""
+    drawn = choose.at_temperature(logits, jnp.where(temperature > 0, temperature, 1.0))
+    drawn = choose.keep_top_k(drawn, top_k) if top_k else drawn
+    return choose.nucleus(drawn, top_p) if top_p < 1 else drawn
 
 
 def _runs(plan: Plan):

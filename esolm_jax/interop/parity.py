@@ -120,15 +120,16 @@ class Greedy:
 
     @classmethod
     def of(cls, texts: Texts) -> "Greedy":
-        plan, rng = texts.plan.about, np.random.default_rng(0)
+        plan = texts.plan.about
         short = min(plan["length"], max(TOKENS - TOKENS % plan["order_block"], plan["order_block"]))
         if plan["order_block"] == plan["length"]:  # the text is one block
             short = min(plan["length"], TOKENS)
             same = {"order_block", "rank_block"} & {k for k in plan if plan[k] == plan["length"]}
             plan = plan | dict.fromkeys(same, short)
-        plan, cases = plan | {"length": short}, []
+        plan = plan | {"length": short, "order": None, "passes": [[1, short]]}
+        cases = []
         for batch in BATCHES:
-            order, num_diffusion = decode_loop.draw_orders(rng, plan, batch)
+            order, num_diffusion = decode_loop.draw_orders(plan, 0, batch)
             cases.append((order, num_diffusion, texts.of(order, num_diffusion)))
         return cls(plan, cases)
 
@@ -146,15 +147,19 @@ class Greedy:
 
 
 def sampler_agrees(sample, texts: Texts) -> dict[str, bool]:
-    """Whether its texts are ours, of the same keys and orders: greedy, and at temperature 1."""
+    """Whether its texts are ours, of the same seed: greedy, and at temperature 1."""
     temperatures = {"greedy_identical": 0.0, "sampled_identical": 1.0}
     agrees = dict.fromkeys(temperatures, True)
     for batch in BATCHES:
         rows = np.arange(batch, dtype=np.uint32)
         keys = jax.random.key_data(jax.vmap(jax.random.fold_in, (None, 0))(prng.key(0), rows))
-        found = {name: sample(keys, np.float32(t)) for name, t in temperatures.items()}
+        order, num_diffusion = decode_loop.draw_orders(texts.plan.about, 0, batch)
+        found = {
+            name: sample(keys, np.float32(t), order, num_diffusion)
+            for name, t in temperatures.items()
+        }
         memory.release()
-        for name, (text, order, num_diffusion) in found.items():
+        for name, text in found.items():
             temperature, sizes = temperatures[name], texts.plan.sizes
             ours = texts.of(order, num_diffusion, keys, sizes=sizes, temperature=temperature)
             agrees[name] &= np.array_equal(text, ours)

@@ -1,6 +1,7 @@
 """How a family generates, as data that a program in any runtime can follow."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 
@@ -23,7 +24,11 @@ class Plan:
       rank_block: slots of one rank; prefix_of_one_rank: diffusion tokens that are known have
         rank 0;
       order_block: blocks of the text are generated one after the other;
-      cache: [blocks, G, K].
+      cache: [blocks, G, K];
+      schedule, temperature, top_k, top_p: what tokens are drawn from, of config.sample, in every
+        runtime; schedule_note: how that differs from config.sample, or "";
+      passes: [tokens, count] of runs of passes alike;
+      order, num_diffusion: of the attributes above, order as a list.
     """
 
     sizes: tuple[int, ...]
@@ -87,7 +92,13 @@ def make(config, trained: Trained, *, with_schedule: bool) -> Plan:
     """The plan of config.sample; without its schedule, of one token a pass."""
     model, special = trained.built.model, trained.built.special
     length = (config.sample.length if with_schedule else 0) or config.data.seq_len
-    schedule = config.sample.schedule if with_schedule else ""
+    s = config.sample
+    schedule = s.schedule if with_schedule else "ancestral"
+    note = (
+        ""
+        if with_schedule
+        else f"one token a pass instead of config.sample's: {no_sampler(config)}"
+    )
     about = {
         "objective": config.objective,
         "alpha_0": 0.0 if schedule == "left_to_right" else config.alpha_0,
@@ -96,9 +107,18 @@ def make(config, trained: Trained, *, with_schedule: bool) -> Plan:
         "start_token": special.start,
         **_family(config, length),
         "cache": [model.blocks, model.groups, model.head_width],
+        "schedule": schedule,
+        "schedule_note": note,
+        "temperature": s.temperature,
+        "top_k": s.top_k,
+        "top_p": s.top_p,
     }
-    if schedule != "strided":
-        return Plan((1,) * length, None, None, about)
-    drawn = generate.make_schedule(config, Canvas.empty(1, length, 0))
-    sizes = tuple(drawn.sizes[:, 0].tolist())
-    return Plan(sizes, drawn.order[0], int(drawn.num_diffusion[0]), about)
+    sizes, order, num_diffusion = (1,) * length, None, None
+    if schedule == "strided":
+        drawn = generate.make_schedule(config, Canvas.empty(1, length, 0))
+        sizes = tuple(drawn.sizes[:, 0].tolist())
+        order, num_diffusion = drawn.order[0], int(drawn.num_diffusion[0])
+    about["passes"] = [[size, len(list(run))] for size, run in itertools.groupby(sizes)]
+    about["order"] = None if order is None else order.tolist()
+    about["num_diffusion"] = num_diffusion
+    return Plan(sizes, order, num_diffusion, about)

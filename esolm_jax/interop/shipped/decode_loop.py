@@ -1,4 +1,4 @@
-"""Two-phase generation, one token a pass, around any artefact. Needs numpy alone.
+"""Two-phase generation around any artefact, as `plan` says. Needs numpy alone.
 
 `plan` is the `sampling` section of config.json. Slot j of a row holds the token of rank j in the
 order of generation; with shift = 1 (AR) the start token lies before them.
@@ -7,32 +7,82 @@ order of generation; with shift = 1 (AR) the start token lies before them.
 import numpy as np
 
 
-def draw_orders(rng, plan, batch):
+def draw_orders(plan, seed, batch):
     """(order int32 [B, L], the position generated at each rank; how many of them are of the
-    diffusion phase, int32 [B]): those come in random order, the rest left to right."""
-    shape, position = (batch, plan["length"]), np.arange(plan["length"])[None]
-    later = rng.random(shape) >= plan["alpha_0"]
-    within = np.where(later, position, rng.random(shape))
-    block = np.broadcast_to(position // plan["order_block"], shape)
-    order = np.lexsort((within, later, block), axis=-1).astype(np.int32)
-    return order, np.sum(~later, axis=1).astype(np.int32)
+    diffusion phase, int32 [B]): those come in random order, the rest left to right. Drawn as
+    `python -m esolm_jax.sample` draws them of this seed."""
+    length, block = plan["length"], plan["order_block"]
+    if plan["order"] is not None:
+        order = np.tile(np.array(plan["order"], np.int32), (batch, 1))
+        return order, np.full(batch, plan["num_diffusion"], np.int32)
+    orders, num_diffusion = np.zeros((batch, length), np.int32), np.zeros(batch, np.int32)
+    for row in range(batch):
+        rng = np.random.default_rng([seed, 0, row])
+        for start in range(0, length, block):
+            here = np.arange(start, min(start + block, length))
+            count = rng.binomial(len(here), plan["alpha_0"])
+            shuffled = rng.permutation(here)
+            found = np.concatenate([shuffled[:count], np.sort(shuffled[count:])])
+            orders[row, start : start + len(here)] = found
+            if count:
+                num_diffusion[row] = start + count
+    return orders, num_diffusion
+
+
+def filtered(plan, logits, temperature):
+    """float64 [..., V]: logits of the distribution that tokens are drawn from, −∞ where nothing is:
+    at the mask, below the top_k likeliest, outside the smallest set that reaches top_p."""
+    logits = np.array(logits, np.float64)
+    logits[..., plan["mask_id"]] = -np.inf
+    logits = logits - logits.max(axis=-1, keepdims=True)  # so that no temperature overflows it
+    if temperature == 0:
+        return logits
+    logits = logits / temperature
+    falling = -np.sort(-logits, axis=-1)
+    if plan["top_k"]:
+        kth = falling[..., min(plan["top_k"], logits.shape[-1]) - 1, None]
+        logits = np.where(logits >= kth, logits, -np.inf)
+        falling = np.where(falling >= kth, falling, -np.inf)
+    if plan["top_p"] < 1:
+        probs = np.exp(falling) / np.exp(falling).sum(axis=-1, keepdims=True)
+        before = np.cumsum(probs, axis=-1) - probs
+        last = np.maximum(1, np.sum(before < plan["top_p"], axis=-1, keepdims=True)) - 1
+        logits = np.where(logits >= np.take_along_axis(falling, last, axis=-1), logits, -np.inf)
+    return logits
+
+
+def read_temperature(text):
+    """The number, 0 = greedy; others as `sample` takes them, in [1e-30, 1e30]. SystemExit: it is
+    negative or not finite."""
+    temperature = float(text)
+    if not 0 <= temperature < np.inf:
+        raise SystemExit(f"error: TEMPERATURE={text}: must be at least 0, and finite")
+    return temperature and min(max(temperature, 1e-30), 1e30)
 
 
 def chooser(plan, temperature=0.0, rng=None):
-    """choose(logits [B, V]) → int32 [B]; temperature 0 = greedy. The mask is never chosen."""
+    """choose(logits [B, P, V]) → int32 [B, P]; temperature 0 = greedy. The mask is never chosen."""
 
     def choose(logits):
-        logits = logits.astype(np.float64)
-        logits[:, plan["mask_id"]] = -np.inf
+        logits = filtered(plan, logits, temperature)
         if temperature > 0:
-            logits = logits / temperature + rng.gumbel(size=logits.shape)
+            logits = logits + rng.gumbel(size=logits.shape)
         return logits.argmax(axis=-1).astype(np.int32)
 
     return choose
 
 
+def passes(plan):
+    """(first slot, tokens of the pass before, tokens of the pass) of every pass."""
+    first, last = 0, plan["shift"]
+    for size, count in plan["passes"]:
+        for _ in range(count):
+            yield first, last, size
+            first, last = first + size, size
+
+
 def with_cache(step, plan, order, choose):
-    """int32 [B, L] in text order. A pass runs the token of the last one and the mask of this one
+    """int32 [B, L] in text order. A pass runs the tokens of the last one and the masks of this one
     (AR: the token of the last one, which predicts the next).
 
     Args:
@@ -42,24 +92,22 @@ def with_cache(step, plan, order, choose):
     blocks, groups, head_width = plan["cache"]
     keys = np.zeros((blocks, batch, length, groups, head_width), np.float32)
     values = np.zeros_like(keys)
-    known = np.full((batch, length + 1), plan["mask_id"], np.int32)
+    known = np.full((batch, length + shift), plan["mask_id"], np.int32)
     known[:, :shift] = plan["start_token"]
-    for first in range(length):
-        start = max(first - 1 + shift, 0)
-        slot = np.broadcast_to(
-            np.arange(start, first + 1, dtype=np.int32), (batch, first + 1 - start)
-        )
+    for first, last, size in passes(plan):
+        start, stop = first - last + shift, first + size
+        slot = np.tile(np.arange(start, stop, dtype=np.int32), (batch, 1))
         logits, keys, values = step(
-            np.take_along_axis(known, slot, axis=1),
-            np.take_along_axis(order, slot, axis=1),
-            np.ascontiguousarray(slot),
+            np.ascontiguousarray(known[:, start:stop]),
+            np.ascontiguousarray(order[:, start:stop]),
+            slot,
             np.ones(slot.shape, bool),
             keys,
             values,
             np.full(batch, start, np.int32),
         )
-        known[:, first + shift] = choose(np.asarray(logits)[:, -1])
-    return in_text_order(known[:, shift : shift + length], order)
+        known[:, first + shift : stop + shift] = choose(np.asarray(logits)[:, -size:])
+    return in_text_order(known[:, shift:], order)
 
 
 def without_cache(score, plan, order, num_diffusion, choose):
@@ -71,12 +119,12 @@ def without_cache(score, plan, order, num_diffusion, choose):
     batch, length = order.shape
     known = np.full((batch, length), plan["mask_id"], np.int32)
     slot = np.arange(length, dtype=np.int32)[None]
-    for first in range(length):
+    for first, _, size in passes(plan):
         below = np.minimum(first, num_diffusion)[:, None] if plan["prefix_of_one_rank"] else 0
         rank = np.broadcast_to(np.where(slot < below, 0, slot // plan["rank_block"]), order.shape)
         rank = np.ascontiguousarray(rank, np.int32)
         logits = score(known, order, rank, np.ones(order.shape, bool))
-        known[:, first] = choose(np.asarray(logits)[:, first])
+        known[:, first : first + size] = choose(np.asarray(logits)[:, first : first + size])
     return in_text_order(known, order)
 
 

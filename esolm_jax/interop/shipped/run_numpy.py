@@ -14,11 +14,12 @@ import decode_loop  # noqa: E402
 import plain_transformer  # noqa: E402
 
 
-def main(count="1", seed="0", temperature="1"):
+def main(count="1", seed="0", temperature=None):
     weights, config = plain_transformer.load(FOLDER)
-    plan, rng = config["sampling"], np.random.default_rng(int(seed))
-    order, num_diffusion = decode_loop.draw_orders(rng, plan, int(count))
-    choose = decode_loop.chooser(plan, float(temperature), rng)
+    plan, rng = config["sampling"], np.random.default_rng([int(seed), 2])
+    temperature = plan["temperature"] if temperature is None else temperature
+    order, num_diffusion = decode_loop.draw_orders(plan, int(seed), int(count))
+    choose = decode_loop.chooser(plan, decode_loop.read_temperature(temperature), rng)
     bound = weights, config["network"]
     if plan["cached"]:
         step = functools.partial(plain_transformer.step, *bound)

@@ -20,11 +20,12 @@ def load(path, options=None):
     return lambda *args: session.run(None, dict(zip(names, args, strict=True)))
 
 
-def main(count="1", seed="0", temperature="1"):
+def main(count="1", seed="0", temperature=None):
     config = json.loads((FOLDER / "config.json").read_text(encoding="utf-8"))
-    plan, rng = config["sampling"], np.random.default_rng(int(seed))
-    order, num_diffusion = decode_loop.draw_orders(rng, plan, int(count))
-    choose = decode_loop.chooser(plan, float(temperature), rng)
+    plan, rng = config["sampling"], np.random.default_rng([int(seed), 2])
+    temperature = plan["temperature"] if temperature is None else temperature
+    order, num_diffusion = decode_loop.draw_orders(plan, int(seed), int(count))
+    choose = decode_loop.chooser(plan, decode_loop.read_temperature(temperature), rng)
     if plan["cached"]:
         text = decode_loop.with_cache(load(FOLDER / "step.onnx"), plan, order, choose)
     else:

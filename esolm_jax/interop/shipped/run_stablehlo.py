@@ -11,6 +11,7 @@ import jax.numpy as jnp
 FOLDER = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER))
 
+import decode_loop  # noqa: E402
 from plain_transformer import read_safetensors  # noqa: E402
 
 
@@ -31,12 +32,17 @@ def row_keys(seed, count):
     return jax.random.key_data(keys)
 
 
-def main(count="1", seed="0", temperature="1"):
+def main(count="1", seed="0", temperature=None):
+    plan = json.loads((FOLDER / "config.json").read_text(encoding="utf-8"))["sampling"]
+    temperature = plan["temperature"] if temperature is None else temperature
+    temperature = decode_loop.read_temperature(temperature)
     weights, sample = (
         load_weights(FOLDER / "weights.safetensors"),
         load(FOLDER / "sample.stablehlo"),
     )
-    text, *_ = sample(weights, row_keys(int(seed), int(count)), jnp.float32(float(temperature)))
+    order, num_diffusion = decode_loop.draw_orders(plan, int(seed), int(count))
+    keys = row_keys(int(seed), int(count))
+    text = sample(weights, keys, jnp.float32(temperature), order, num_diffusion)
     print("\n".join(json.dumps(row) for row in text.tolist()))
 
 
