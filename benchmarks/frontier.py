@@ -124,11 +124,32 @@ def table(report: dict) -> str:
     rows.append(["test windows", *"–––", f"{real['perplexity']:.1f}", f"{real['entropy']:.2f}"])
     head = "model", "passes", "NFE", "ms a text", "perplexity", "entropy, nats"
     return (
-        f"{write_up.table(head, rows)}\n"
+        f"{_summary(report)}\n{write_up.table(head, rows)}\n"
         f"{report['texts']} texts of {report['length']} tokens each, in one batch, temperature 1; "
         "perplexity under an AR model trained with another seed; compiling is left out. T = steps "
         f"of the diffusion phase; k: speculation. {report['device']}.\n"
     )
+
+
+def _summary(report: dict) -> str:
+    """What the table says of AR, first."""
+    text = "# Quality against seconds\n\nMade by `python -m benchmarks.frontier`.\n"
+    ar = report["models"].get("ar", {}).get("T = L")
+    others = [
+        (p["perplexity"], f"{model}, {name}", p["seconds_per_text"])
+        for model, points in report["models"].items()
+        for name, p in points.items()
+        if model != "ar"
+    ]
+    if ar and others:
+        perplexity, name, seconds = min(others)
+        ahead = perplexity > ar["perplexity"] and seconds > ar["seconds_per_text"]
+        text += "\nAt this toy scale AR is ahead: " if ahead else "\nAR against the best other: "
+        text += (
+            f"perplexity {ar['perplexity']:.1f} in {1e3 * ar['seconds_per_text']:.1f} ms a text. "
+            f"The best of the others ({name}) has {perplexity:.1f} in {1e3 * seconds:.1f} ms.\n"
+        )
+    return text
 
 
 def plot(report: dict, path: pathlib.Path) -> None:

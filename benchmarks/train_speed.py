@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from benchmarks import write_up
+from benchmarks import published_ratios, write_up
 from esolm_jax import assemble, sharding, train_step
 from esolm_jax import config as config_lib
 from esolm_jax.errors import UserError
@@ -397,6 +397,12 @@ def _range(figure: dict, form: str) -> str:
     return f"{figure['median']:{form}} ({low}–{high})"
 
 
+def _over_published(row: dict) -> str:
+    """The range over machines where there are two, else that over rounds."""
+    ratio, others = row["speed_relative_to_published"], published_ratios.TRAINING.get(row["name"])
+    return published_ratios.text(ratio["median"], others) if others else _range(ratio, ".2f")
+
+
 def table(report: dict) -> str:
     """The rows as Markdown: medians over the rounds, least and greatest in brackets."""
     rows = report["rows"]
@@ -423,7 +429,7 @@ def table(report: dict) -> str:
                 f"{theirs['seconds_per_step']['median']:.3f}",
                 _range(theirs["tokens_per_second"], ".0f"),
                 f"{relative['median']:.2f}" if relative else "–",
-                _range(row["speed_relative_to_published"], ".2f"),
+                _over_published(row),
             ]
         elif has_published:
             cells += ["–"] * 4
@@ -444,7 +450,9 @@ def _notes(report: dict) -> str:
     )
     if report["published"]:
         text += f"; published code: torch {report['published']['torch']}, as many threads"
+        text += f". {published_ratios.NOTE}"
     others = max(row["cores_busy_with_others"]["median"] for row in report["rows"])
+    text = text.removesuffix(".")
     text += (
         f". Other processes kept at most {others:.2f} cores busy (the worst objective's median)."
     )
