@@ -1,5 +1,7 @@
 """A model of 2.1 billion parameters (2176 x 28, 17 heads) at L = 1024, recipe of owt.py.
 
+    python -m esolm_jax.prepare --config=configs/2b.py:0.5 --workdir=/mnt/bucket/2b \\
+        --config.data.train='/mnt/bucket/text/*.jsonl'
     python -m esolm_jax.train --config=configs/2b.py:0.5 --workdir=/mnt/bucket/2b \\
         --config.data.train='/mnt/bucket/text/*.jsonl'
 

@@ -1,6 +1,8 @@
 """A Llama-style model of 7 billion parameters (4096 x 32; RMSNorm, SwiGLU, grouped-query
 attention, no adaLN) at L = 8192.
 
+    python -m esolm_jax.prepare --config=configs/7b.py:0.5 --workdir=/mnt/bucket/7b \\
+        --config.data.train='/mnt/bucket/text/*.jsonl'
     python -m esolm_jax.train --config=configs/7b.py:0.5 --workdir=/mnt/bucket/7b \\
         --config.data.train='/mnt/bucket/text/*.jsonl'
 

@@ -1,5 +1,7 @@
 """A medium model (1024 x 24) at L = 1024, with the data and recipe of owt.py.
 
+    python -m esolm_jax.prepare --config=configs/medium.py:0.5 --workdir=/mnt/bucket/medium \\
+        --config.data.train='/mnt/bucket/text/*.jsonl'
     python -m esolm_jax.train --config=configs/medium.py:0.5 --workdir=/mnt/bucket/medium \\
         --config.data.train='/mnt/bucket/text/*.jsonl'
 

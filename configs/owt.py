@@ -1,5 +1,7 @@
 """The published small model (768 x 12) at L = 1024, as trained on OpenWebText.
 
+    python -m esolm_jax.prepare --config=configs/owt.py:0.5 --workdir=/mnt/bucket/owt \\
+        --config.data.train='/mnt/bucket/text/*.jsonl'
     python -m esolm_jax.train --config=configs/owt.py:0.5 --workdir=/mnt/bucket/owt \\
         --config.data.train='/mnt/bucket/text/*.jsonl'
 
