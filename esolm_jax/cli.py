@@ -238,7 +238,8 @@ def run(
         code = _checked(end.code)
     except BaseException as error:
         interrupts.finish()
-        code = failures.report(error, _flag_value(sys.argv, "workdir"))
+        written = ((name, _flag_value(sys.argv, name)) for name in ("to", "workdir"))
+        code = failures.report(error, next((f"--{n}={v}" for n, v in written if v), None))
     interrupts.finish()
     sys.exit(code)
 

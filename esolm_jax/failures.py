@@ -34,10 +34,10 @@ class Failure:
     is_bug: bool = False
 
 
-def report(error: BaseException, workdir: str | os.PathLike | None = None) -> int:
+def report(error: BaseException, place: str | None = None) -> int:
     """Prints the failure on standard error; the exit code. ESOLM_TRACEBACK=1 shows a traceback for
     any kind of failure."""
-    failure = describe(error, workdir)
+    failure = describe(error, place)
     _close_progress_bars()
     print(f"error: {failure.line}", file=sys.stderr, flush=True)
     if failure.is_bug or wants_tracebacks():
@@ -56,15 +56,15 @@ def wants_tracebacks() -> bool:
     return os.environ.get("ESOLM_TRACEBACK") == "1"
 
 
-def describe(error: BaseException, workdir: str | os.PathLike | None = None) -> Failure:
-    """The failure that an exception is; `workdir` is named where the exception names no file."""
+def describe(error: BaseException, place: str | None = None) -> Failure:
+    """The failure that an exception is; `place` is named where the exception names no file."""
     interrupts = [one for one in _chain(error, context=True) if isinstance(one, KeyboardInterrupt)]
     if interrupts:  # whatever went wrong while the stack was left
         number = getattr(interrupts[0], "signum", signal.SIGINT)
         return Failure(interrupted(number), 128 + number)
     for one in _chain(error):
         for kind in (_user_error, _memory, _file, _platform, _environment, _package):
-            if (failure := kind(one, workdir)) is not None:
+            if (failure := kind(one, place)) is not None:
                 return failure
     return Failure(
         f"{type(error).__name__}: {_shortened(error)}; this is an error in esolm_jax: please "
@@ -92,7 +92,7 @@ def _shortened(error: BaseException, limit: int = 300) -> str:
     return " ".join(str(error).split())[:limit] or "no message"
 
 
-def _user_error(error, workdir) -> Failure | None:
+def _user_error(error, place) -> Failure | None:
     return Failure(str(error), BAD_INPUT) if isinstance(error, UserError) else None
 
 
@@ -104,7 +104,7 @@ def interrupted(signum: int) -> str:
 _OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|[Oo]ut of memory|OUT_OF_MEMORY|bad_alloc")
 
 
-def _memory(error, workdir) -> Failure | None:
+def _memory(error, place) -> Failure | None:
     told = _shortened(error)
     of_device = isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(told)
     if not (isinstance(error, MemoryError) or of_device) or _os_error(error):
@@ -146,7 +146,7 @@ def _os_error(error: BaseException) -> tuple[int, str] | None:
     return None
 
 
-def _file(error, workdir) -> Failure | None:
+def _file(error, place) -> Failure | None:
     if isinstance(error, OSError) and error.errno is not None:
         number, text = error.errno, error.strerror or os.strerror(error.errno)
         path = error.filename if isinstance(error.filename, str | bytes | os.PathLike) else None
@@ -156,12 +156,12 @@ def _file(error, workdir) -> Failure | None:
         path = path and path[1]
     else:
         return None
-    place = path or (workdir and f"--workdir={workdir}") or "a file"
+    where = path or place or "a file"
     advice = f"; {_ADVICE[number]}" if number in _ADVICE else ""
-    return Failure(f"{place}: {text}{advice}", NO_FILE)
+    return Failure(f"{where}: {text}{advice}", NO_FILE)
 
 
-def _platform(error, workdir) -> Failure | None:
+def _platform(error, place) -> Failure | None:
     """A platform that is not there (JAX_PLATFORMS), or that cannot start."""
     told, trace = _shortened(error), error.__traceback__
     while trace is not None and trace.tb_next is not None:
@@ -175,7 +175,7 @@ def _platform(error, workdir) -> Failure | None:
     return Failure(f"JAX_PLATFORMS={asked}: {told}", BAD_INPUT)
 
 
-def _environment(error, workdir) -> Failure | None:
+def _environment(error, place) -> Failure | None:
     """A value of JAX_… in the environment that JAX refuses, as soon as it is imported or used."""
     told = _shortened(error)
     if isinstance(error, ValueError) and re.search(r"JAX flag|environment '?JAX_", told):
@@ -190,7 +190,7 @@ def _environment(error, workdir) -> Failure | None:
 _EXTRAS = {"onnx": "export", "flatbuffers": "export", "tokenizers": "interop"}
 
 
-def _package(error, workdir) -> Failure | None:
+def _package(error, place) -> Failure | None:
     if not isinstance(error, ImportError) or (error.name or "esolm_jax").startswith("esolm_jax"):
         return None
     name = error.name.split(".")[0]
