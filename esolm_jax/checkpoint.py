@@ -185,6 +185,7 @@ class Checkpoints:
             )
             if int(state.step) != step.number:
                 raise Damaged(f"{step.folder}: holds the state of step {int(state.step)}")
+            _say_if_not_verified(step)
             return state, step.meta
 
         def items(meta: dict) -> list[str]:
@@ -239,6 +240,11 @@ def _restore(step: Step, item: str, like, gigabytes: float = 96):
             raise
         what = " ".join(str(error).split())[:200]
         raise Damaged(f"{folder}: cannot be read ({type(error).__name__}: {what})") from error
+
+
+def _say_if_not_verified(step: Step) -> None:
+    if not step.verified:
+        checkpoint_steps.say(f"{step.folder}: was written without digests: cannot be verified")
 
 
 def _check_meta_alone(meta: dict) -> list[str]:
@@ -344,10 +350,7 @@ def read_weights(
         # What is under way is in memory twice: one parameter at a time, or what is as large.
         item = weights_item(which, found.meta)
         weights = _restore(found, item, like, 1.01 * largest / 1e9)
-        if not found.verified:
-            checkpoint_steps.say(
-                f"{found.folder}: was written without digests, so it cannot be verified"
-            )
+        _say_if_not_verified(found)
         return weights, found
 
     return checkpoint_steps.read_intact(workdir, step, items, read)[0]

@@ -14,6 +14,7 @@ from test_checkpoint import META, assert_same, make_state, shapes, steps_in, wri
 from esolm_jax import checkpoint, checkpoint_digests, checkpoint_steps
 from esolm_jax.checkpoint_digests import FILE as DIGESTS
 from esolm_jax.errors import UserError
+from esolm_jax.interop import out_of_workdir
 
 STEPS = {2: 4.0, 4: 3.0, 6: 5.0}
 KEEP = {"keep_last": 3, "keep_best": 1}
@@ -193,7 +194,7 @@ def test_steps_without_digests_are_read_with_a_notice(workdir, capsys):
     assert step == 6
     assert_same(weights, make_state(6).ema)
     (line,) = capsys.readouterr().err.splitlines()
-    assert "written without digests, so it cannot be verified" in line
+    assert "written without digests: cannot be verified" in line
     truncate(workdir / checkpoint.FOLDER / "6" / "ema" / "_METADATA")
     assert read_ema(workdir)[1] == 4
 
@@ -417,6 +418,26 @@ def test_verify_of_a_workdir(run):
     shutil.rmtree(folder / "checkpoints" / "4")
     shutil.rmtree(folder / "checkpoints" / "2")
     assert command("verify")[0] == 2  # it needs no config
+
+
+def test_exports_are_of_the_named_step(run):
+    folder, _ = run
+    config = checkpoint.saved_config(folder)
+    for wanted, step in (("best", 4), ("2", 2)):
+        assert out_of_workdir.load(config, folder, "ema", wanted).step == step
+    with pytest.raises(UserError, match="there is no step 3"):
+        out_of_workdir.load(config, folder, "ema", "3")
+
+
+def test_a_config_of_another_step_than_the_weights_is_refused(run):
+    """The settings were changed when training was resumed, and then the newest step was damaged."""
+    folder, command = run
+    assert command("train", "--config.eval.num_samples=3")[0] == 0
+    assert command("evaluate") == (0, [])
+    flip(files_of(folder, 6, "ema")[-1])
+    code, said = command("evaluate")
+    assert code == 2 and "config.eval.num_samples=2, not 3" in said[-1] and "--step=N" in said[-1]
+    assert command("evaluate", "--step=4") == (0, [])
 
 
 def test_init_from_a_step(run, trained, tmp_path, capsys):
