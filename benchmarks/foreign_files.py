@@ -33,7 +33,7 @@ SWAPS = {
     "infinity": float("inf"),
     "nested": [[{"a": [None, [1]]}]],
 }
-MAY_MEAN = ("null",)  # a value that other programs give a meaning: another file, not a damaged one
+MAY_MEAN = ", another number"  # of the right type: the format cannot tell
 
 
 class Name(str):
@@ -195,7 +195,12 @@ def swapped(value: Any, rng: random.Random) -> tuple[Any, str]:
     """Another type in one place, and which."""
     path = rng.choice(list(paths_of(value)))
     name = rng.choice(list(SWAPS))
-    return with_value(value, path, SWAPS[name]), f"{'.'.join(map(str, path))} = {name}"
+    old = value
+    for key in path:
+        old = old[key]
+    is_number = isinstance(old, int | float) and not isinstance(old, bool)
+    other = MAY_MEAN if is_number and name in ("10**9", "2**70") else ""
+    return with_value(value, path, SWAPS[name]), f"{'.'.join(map(str, path))} = {name}{other}"
 
 
 # Malice. Each is a pickle of a few hundred bytes to a few hundred kilobytes.

@@ -196,8 +196,9 @@ def _program(inputs: Inputs, rng: random.Random, change: Callable) -> Case:
 def _hyper(inputs: Inputs, rng: random.Random) -> Case:
     hyper, what = files.swapped(published_toy.HYPER, rng)
     run = inputs.run | {"hyper_parameters": {"config": hyper}}
+    means = "null" in what or what.endswith(files.MAY_MEAN)
     path = files.write_torch(inputs.draft / "a.ckpt", run)
-    return Case(what, "torch", path, inputs.gpt2, strict="null" not in what)
+    return Case(what, "torch", path, inputs.gpt2, strict=not means)
 
 
 def _checkpoint(inputs: Inputs, rng: random.Random) -> Case:
@@ -245,7 +246,7 @@ def _json(inputs: Inputs, rng: random.Random, name: str, strict: bool) -> Case:
     content, what = files.swapped(json.loads((folder / name).read_text()), rng)
     (folder / name).write_text(json.dumps(content))
     # Null has a meaning; a boolean in place of a boolean is of the right type.
-    means = "null" in what or "true" in what or "eos_token" in what
+    means = "null" in what or "true" in what or what.endswith(files.MAY_MEAN)
     return Case(f"{family}: {what}", family, folder, strict=strict and not means)
 
 
