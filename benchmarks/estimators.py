@@ -32,12 +32,13 @@ Each row estimates one figure with {seeds} seeds on the same windows, {batch_siz
   draw leaves it unknown.
 - Differences: the independent differences between draws that one error is estimated from. A single
   error is uncertain by about 1/√(2 × differences).
-{parts}- eso_b is the quickstart's model at step {step}, trained at α₀ = 0.5. The other objectives are 64
+- eso_b is the quickstart's model at step {step}, trained at α₀ = 0.5. The other objectives are 64
   wide, of 2 blocks, and briefly trained: for the noise of their estimators, not for the perplexity.
 - The importance-weighted error is the jackknife's over orders. By the Efron-Stein inequality it is
   on average at least the spread with one order less: too large rather than too small.
-"""
-PARTS = """- The last row draws other windows, not other noise. Its error is `standard_error_of_split` in
+{parts}"""
+PARTS = """\
+- The last row draws other windows, not other noise. Its error is `standard_error_of_split` in
   `evaluate.json`.
 """
 ALPHA_0 = {"mdlm": 1.0, "bd3": 1.0, "eso_a": 0.5}
