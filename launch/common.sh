@@ -18,6 +18,10 @@ quote() { # the words on one line, as a shell reads them back; in single quotes 
   echo "${line# }"
 }
 
+# Temporary files lie in a folder of this user alone, with a name that nobody can know beforehand.
+# shellcheck disable=SC2016,SC2034 # expanded and used by the others
+TEMPORARY='mktemp -d "${TMPDIR:-/tmp}/esolm_jax.XXXXXXXXXX"'
+
 check_verb() { # VERB: one of the modules that are commands
   local verbs
   verbs=$(grep -l '^if __name__' esolm_jax/*.py | sed 's|.*/||; s|\.py$||' | paste -sd ' ' -)

@@ -7,7 +7,7 @@
 # --dry-run prints the commands and runs nothing. Environment:
 #   PYTHON  an interpreter that has the project installed (.venv, made if it is not there)
 #   PORT    where the processes find each other (a free one)
-#   LOGS    the folder of the logs (esolm_jax-$PORT where temporary files go)
+#   LOGS    the folder of the logs, of yours alone (a new one where temporary files go)
 #   GRACE   seconds that the others get to end by themselves after one failed (60)
 
 set -euo pipefail
@@ -34,7 +34,7 @@ grace="${GRACE:-60}" port="${PORT:-$(free_port)}"
 [[ $grace =~ ^[0-9]+$ ]] || fail "GRACE=$grace: must be a whole number of seconds"
 [[ $port =~ ^[1-9][0-9]{0,4}$ && $port -lt 65536 ]] || fail "PORT=$port: must be within 1 to 65535"
 check_verb "$verb"
-logs="${LOGS:-${TMPDIR:-/tmp}/esolm_jax-$port}"
+logs="${LOGS:-}"
 
 command_of() { # sets `command`: that of process $1, with the arguments behind it
   command=(env "JAX_COORDINATOR_ADDRESS=localhost:$port" "JAX_NUM_PROCESSES=$processes"
@@ -43,9 +43,12 @@ command_of() { # sets `command`: that of process $1, with the arguments behind i
 }
 
 if [ "$dry" ]; then
+  [ "$logs" ] || echo "logs=\$($TEMPORARY)"
   for ((i = processes - 1; i > 0; i--)); do
     command_of "$i" "$@"
-    echo "$(quote "${command[@]}") </dev/null >$(quote "$logs/$i.log") 2>&1 &"
+    log="\"\$logs/$i.log\""
+    [ -z "$logs" ] || log=$(quote "$logs/$i.log")
+    echo "$(quote "${command[@]}") </dev/null >$log 2>&1 &"
   done
   command_of 0 "$@"
   echo "$(quote "${command[@]}") </dev/null"
@@ -57,7 +60,9 @@ if [ -n "${PYTHON:-}" ]; then
 else
   source launch/install.sh ""
 fi
+[ "$logs" ] || logs=$(eval "$TEMPORARY") || fail "TMPDIR=${TMPDIR:-}: must be a folder that can be written to"
 mkdir -p "$logs" || fail "LOGS=$logs: must be a folder that can be written to"
+[ -O "$logs" ] || fail "LOGS=$logs: must be a folder of yours: others can put links into theirs"
 [ "$processes" = 1 ] || echo "logs of processes 1 to $((processes - 1)): $logs/I.log"
 
 pids=() first_code=0 deadline="" stopping=""
@@ -73,7 +78,8 @@ for ((i = 0; i < processes; i++)); do
   if [ "$i" = 0 ]; then
     "${command[@]}" </dev/null &
   else
-    "${command[@]}" </dev/null >"$logs/$i.log" 2>&1 &
+    rm -f -- "$logs/$i.log" # of an earlier run; -C: no link is followed that somebody put there
+    (set -C && exec "${command[@]}" </dev/null >"$logs/$i.log" 2>&1) &
   fi
   pids[i]=$!
 done

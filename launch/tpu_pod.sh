@@ -52,11 +52,10 @@ commit=$(git rev-parse --short HEAD 2>/dev/null) || fail "$PWD: must be a git ch
 git diff --quiet HEAD || echo "warning: what is not committed is not copied; HEAD is $commit" >&2
 [ "$dry" ] || command -v gcloud >/dev/null || fail "gcloud: not found; install the Google Cloud CLI"
 
-run() { # or prints
-  if [ "$dry" ]; then quote "$@"; else "$@"; fi
+run() { # or prints, with $folder to be expanded
+  if [ "$dry" ]; then quote "$@" | sed "s|'\([^']*\)\$folder/\([^']*\)'|\"\1\$folder/\2\"|"; else "$@"; fi
 }
 vm=(gcloud compute tpus tpu-vm)
-archive="${TMPDIR:-/tmp}/esolm_jax-$commit.tar.gz"
 
 # Many images have Python 3.10 alone; their Ubuntu has 3.11 too, where apt's lock may be held at first.
 install="set -e; python3 -c \"import sys; sys.exit(sys.version_info < (3, 11))\" || \
@@ -68,6 +67,16 @@ tar -xzf esolm_jax.tar.gz; cd esolm_jax; source launch/install.sh tpu"
 printf -v words '%q ' .venv/bin/python -m "esolm_jax.$verb" "$@"
 start="cd esolm_jax || exit; log=$verb.log; date >>\$log; nohup env ESOLM_CLUSTER=1 $words>>\$log 2>&1 </dev/null & \
 tail -n 1 -f --pid=\$! \$log; wait \$!"
+
+if [ "$dry" ]; then
+  # shellcheck disable=SC2016 # printed as it is
+  folder='$folder'
+  echo "folder=\$($TEMPORARY)"
+else
+  folder=$(eval "$TEMPORARY") || fail "TMPDIR=${TMPDIR:-}: must be a folder that can be written to"
+  trap 'rm -rf "$folder"' EXIT
+fi
+archive="$folder/esolm_jax-$commit.tar.gz"
 
 [ -z "$create" ] || run "${vm[@]}" create "$name" "${where[@]}" "--accelerator-type=$type" \
   "--version=$version" ${options[@]+"${options[@]}"}

@@ -34,6 +34,11 @@ TOOL = """
 import json, os, sys
 name = os.path.basename(sys.argv[0])
 call = [name, *sys.argv[1:]] + ([sys.stdin.read()] if name == "sbatch" else [])
+if "scp" in call:  # the file and its folder go when all is done
+    import shutil, stat
+    file = next(arg for arg in call if arg.endswith(".tar.gz") and os.path.isabs(arg))
+    assert stat.S_IMODE(os.stat(os.path.dirname(file)).st_mode) == 0o700
+    shutil.copy(file, os.path.join(os.environ["RECORDS"], "copied.tar.gz"))
 with open(os.path.join(os.environ["RECORDS"], "calls"), "a") as file:
     file.write(json.dumps(call) + "\\n")
 print("output of", name)
@@ -241,7 +246,9 @@ def same_as_dry_run(script, *args, env) -> list[list[str]]:
     assert real.returncode == 0, real.stderr
     made = calls(env)
     assert shell(dry.stdout, env, cwd=ROOT).returncode == 0
-    assert calls(env) == made
+    private = re.compile(rf"{env['TMPDIR']}/esolm_jax\.\w{{10}}/")
+    again = [[private.sub("PRIVATE/", arg) for arg in call] for call in calls(env)]
+    assert again == [[private.sub("PRIVATE/", arg) for arg in call] for call in made]
     return made
 
 
@@ -288,7 +295,8 @@ def test_tpu_pod_commands(env, tmp_path, git):
     kind = ["--accelerator-type=v5litepod-256", "--version=v2", "--spot"]
     assert create == [*vm, "create", "p", *where, *kind]
     assert scp == [*vm, "scp", scp[5], "p:esolm_jax.tar.gz", *where, "--worker=all"]
-    with tarfile.open(scp[5]) as archive:
+    assert not pathlib.Path(scp[5]).exists()
+    with tarfile.open(tmp_path / "copied.tar.gz") as archive:
         assert "esolm_jax/launch/install.sh" in archive.getnames()
     for call in install, start:
         assert call[:-1] == [*vm, "ssh", "p", *where, "--worker=all"]
@@ -378,6 +386,37 @@ def test_local(env, tmp_path):
             "JAX_NUM_CPU_DEVICES": "4",
             "JAX_PLATFORMS": "cpu",
         }
+
+
+def test_logs_go_into_a_private_folder(env, tmp_path):
+    """Links that somebody planted where logs or archives may come are not followed."""
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    env |= {"PORT": "12345"}
+    (tmp_path / "esolm_jax-12345").mkdir()
+    (tmp_path / "esolm_jax-12345" / "1.log").symlink_to(victim)
+    folders = []
+    for _ in range(2):
+        done = launch("local", "2", "1", "train", env=env)
+        assert done.returncode == 0, done.stderr
+        folder = re.search(r"^logs of processes 1 to 1: (.+)/I.log$", done.stdout, re.M)[1]
+        folder = pathlib.Path(folder)
+        assert folder.parent == tmp_path and folder.stat().st_mode & 0o777 == 0o700
+        assert (folder / "1.log").read_text() == "output of process 1\n"
+        folders.append(folder)
+    assert folders[0] != folders[1]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "1.log").symlink_to(victim)
+    mine = env | {"LOGS": f"{tmp_path}/mine"}
+    assert launch("local", "2", "1", "train", env=mine).returncode == 0
+    assert not (tmp_path / "mine" / "1.log").is_symlink()
+    done = launch("local", "2", "1", "train", env=env | {"LOGS": str(victim)})
+    assert done.returncode == 2 and f"error: LOGS={victim}: must be a folder" in done.stderr
+    assert victim.read_text() == "precious"
+    dry = launch("local", "--dry-run", "2", "1", "train", env=env).stdout
+    assert dry.startswith("logs=$(mktemp -d ") and '>"$logs/1.log"' in dry
+    assert shell(f"{dry} wait", env, cwd=ROOT).returncode == 0
+    assert len(list(tmp_path.glob("esolm_jax.*/1.log"))) == 3
 
 
 def test_local_dry_run(env, tmp_path):
