@@ -9,6 +9,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 
+from esolm_jax import workdir_lock
 from esolm_jax.errors import UserError
 
 
@@ -76,14 +77,19 @@ def check_new_folder(flag: str, folder: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def draft_beside(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """An empty folder beside `folder` to write in; what was not moved is deleted in the end."""
+    """An empty folder beside `folder` to write in; what was not moved is deleted in the end.
+
+    Raises:
+      UserError: another process has one.
+    """
     draft = folder.with_name(f".{folder.name}.writing")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    try:
-        yield draft
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+    with workdir_lock.hold(draft.parent, name=str(folder), file=f"{draft.name}.lock"):
+        shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed
+        draft.mkdir(parents=True)
+        try:
+            yield draft
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
 
 
 @contextlib.contextmanager

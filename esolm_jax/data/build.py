@@ -1,7 +1,6 @@
 """prepare(): documents -> tokenizer -> windows -> ArrayRecord shards and a manifest."""
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import shutil
@@ -13,6 +12,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from tqdm import tqdm
 
+from esolm_jax import workdir_lock
 from esolm_jax.data import document_parts, sources, windows
 from esolm_jax.data.manifest import (
     MANIFEST_FILE,
@@ -120,25 +120,15 @@ def _partial(directory: Path) -> Iterator[Path]:
     It is locked, so what a killed run left can be told from a run that is still writing.
     """
     partial = directory.with_name(f".{directory.name}.preparing")
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        handle = os.open(partial, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"config.data.dir: cannot write {partial}: {error}") from error
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(handle)
-        raise UserError(f"config.data.dir: another run is preparing {directory}") from error
-    try:
-        for left in partial.iterdir():
-            left.unlink()
-        yield partial
-    except BaseException:
+    name = f"config.data.dir={str(directory)!r}"
+    with workdir_lock.hold(partial.parent, name=name, file=f"{partial.name}.lock"):
         shutil.rmtree(partial, ignore_errors=True)
-        raise
-    finally:
-        os.close(handle)
+        partial.mkdir()
+        try:
+            yield partial
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
 
 
 def _write_split(

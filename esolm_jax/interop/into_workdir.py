@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import esolm_jax
-from esolm_jax import assemble, checkpoint, optimizer, prng, results, train_step
+from esolm_jax import assemble, checkpoint, optimizer, prng, results, train_step, workdir_lock
 from esolm_jax.data import tokenizer as tokenizer_lib
 from esolm_jax.data.manifest import tokenizer_entry
 from esolm_jax.data.render import num_ids
@@ -72,7 +72,7 @@ def convert(config, source: str, workdir: pathlib.Path, tokenizer: str, weights:
 def check_empty(workdir: pathlib.Path) -> None:
     """UserError unless there is nothing in the workdir, or prepared data alone."""
     there = [path.name for path in workdir.iterdir()] if workdir.exists() else []
-    if others := sorted(set(there) - {"data"}):
+    if others := sorted(set(there) - {"data"} - workdir_lock.files()):
         raise UserError(
             f"--workdir={workdir}: is not empty ({', '.join(others[:5])}); it must be new, or "
             "hold nothing but data/"
@@ -165,8 +165,10 @@ def write(
     """Config, tokenizer and checkpoint; beside the workdir first, so that one that was killed
     leaves no half of it. `save` gets the checkpoints, and a folder for files of its own that is
     deleted in the end."""
+    hold = workdir_lock.hold(workdir, name=f"--workdir={workdir}")
     workdir = workdir.resolve()
-    with results.draft_beside(workdir) as draft:
+    with hold, results.draft_beside(workdir) as draft:
+        check_empty(workdir)  # again: another run may have filled it while this one read
         (draft / "tokenizer").mkdir()
         tokenizer.save(draft / "tokenizer")
         results.write_json(draft / "config.json", meta["config"])

@@ -1,0 +1,340 @@
+"""One writer at a time in a folder: a lock that ends with its process, and a lease beside it.
+
+The lock (NAME) is a POSIX file lock. The kernel releases it when the process ends, however it ends,
+and child processes do not inherit it. On local disks, NFS, Lustre and the like all who see the file
+see the lock. Buckets mounted by FUSE and some other file systems lock within one host, or not at
+all. The lease (NAME.json) says who holds the lock: host, process, since when, command. Its holder
+rewrites it every few seconds; where the lock alone does not tell, a lease of another host that
+changes is held, and one that stands still for long enough is not. Only changes count, and never the
+clocks of two hosts.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import json
+import os
+import pathlib
+import re
+import shlex
+import signal
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+
+from esolm_jax.errors import UserError
+
+FILE = ".lock"  # in a workdir
+REFRESH = 10.0  # seconds between two versions of a lease
+STALE = 90.0  # seconds; some mounts show a file as it was up to a minute ago
+SETTLE = 3.0  # seconds until the other of two leases written at once can be seen
+PATIENCE = 1.0  # seconds until a lock that another process holds is taken for held
+DYING = 10.0  # seconds that the kernel may take to close the files of a killed process
+
+_SHARED_LOCKS = {  # file systems whose locks are seen by all who see the files
+    *("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "jfs", "reiserfs", "bcachefs"),
+    *("tmpfs", "ramfs", "overlay", "aufs", "apfs", "hfs", "ufs"),
+    *("nfs", "nfs4", "lustre", "gpfs", "ceph", "beegfs", "gfs2", "ocfs2", "wekafs", "panfs"),
+}
+_LOCAL_OPTIONS = {"nolock", "local_lock=all", "local_lock=posix", "localflock", "noflock"}
+
+_held: set[pathlib.Path] = set()  # by this process, which a POSIX lock does not keep out
+_guard = threading.Lock()
+
+
+@dataclasses.dataclass(frozen=True)
+class Lease:
+    """Who holds a lock.
+
+    Attributes:
+      token: of this holding. beat: number of the version. machine: the same for processes that see
+        each other's process ids. started: of the process, in the kernel's ticks since it booted.
+    """
+
+    token: str
+    host: str
+    machine: str
+    pid: int
+    started: str
+    since: str
+    command: str
+    beat: int = 0
+
+    @classmethod
+    def of_this_process(cls) -> "Lease":
+        return cls(
+            token=uuid.uuid4().hex,
+            host=socket.gethostname(),
+            machine=_machine(),
+            pid=os.getpid(),
+            started=_started(os.getpid()) or "",
+            since=time.strftime("%Y-%m-%d %H:%M:%S %z"),
+            command=shlex.join(getattr(sys, "orig_argv", sys.argv)),
+        )
+
+    def __str__(self) -> str:
+        shown = " ".join(self.command.split())
+        shown = f"{shown[:200]}…" if len(shown) > 200 else shown
+        return f"process {self.pid} on host {self.host} since {self.since}: {shown}"
+
+    def is_here(self) -> bool:
+        """Whether its process id means something to this process."""
+        return self.machine == _machine()
+
+    def is_alive(self) -> bool:
+        """Of a lease that is_here()."""
+        started = _started(self.pid)
+        return started is not None and started == self.started
+
+
+class Lock:
+    """Held by hold(). check() raises UserError once another process has taken the folder."""
+
+    def __init__(self, path: pathlib.Path, name: str):
+        self.path, self._name = path, name
+        self.lease = Lease.of_this_process()
+        self._lease_path = path.with_name(path.name + ".json")
+        self._handle: int | None = None  # of the locked file
+        self._lost = ""
+        self._released = threading.Event()
+        self._thread = threading.Thread(target=self._keep, daemon=True)
+
+    def check(self) -> None:
+        if self._lost:
+            raise UserError(f"{self._name}: {self._lost}; this run ends before it writes more")
+
+    def acquire(self) -> None:
+        """Raises UserError if another process holds it, OSError if the folder is not writable."""
+        try:
+            self._acquire()
+            self._write()
+            if not (self._handle is not None and _locks_are_shared(self.path)):
+                self._released.wait(SETTLE)
+                other = self._read()
+                if other is not None and other.token != self.lease.token:
+                    raise self._is_held(other)
+        except BaseException:
+            self._close()
+            raise
+        self._thread.start()
+
+    def release(self) -> None:
+        if self.lease.pid != os.getpid():  # a forked child
+            return
+        self._released.set()
+        self._thread.join(REFRESH)
+        with contextlib.suppress(OSError):
+            found = self._read()
+            if found is not None and found.token == self.lease.token:
+                self._lease_path.unlink(missing_ok=True)
+            if self._is_ours():
+                self.path.unlink()
+        self._close()
+
+    def _acquire(self) -> None:
+        begin = time.monotonic()
+        while True:
+            is_free = self._try_lock()
+            lease = self._read()
+            waited = time.monotonic() - begin
+            if is_free is False:
+                # Its holder may be dying, or may not have written its lease yet.
+                is_dying = lease is not None and lease.is_here() and not lease.is_alive()
+                if waited > (DYING if is_dying else PATIENCE):
+                    raise self._is_held(lease)
+                time.sleep(0.05)
+                continue
+            if lease is None:
+                return
+            if lease.is_here():
+                if lease.is_alive():
+                    raise self._is_held(lease)
+            elif not (is_free and _locks_are_shared(self.path)) and self._changes(lease):
+                raise self._is_held(lease)
+            print(f"{self._name}: taken over from a run that died ({lease})", flush=True)
+            return
+
+    def _try_lock(self) -> bool | None:
+        """Whether the lock is this process's now; None where the file system has no locks."""
+        self._close()
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        handle = os.open(self.path, flags, 0o644)
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(handle)
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                return False
+            if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
+                return None
+            raise
+        self._handle = handle
+        if not self._is_ours():  # its last holder deleted it meanwhile
+            return self._try_lock()
+        return True
+
+    def _is_ours(self) -> bool:
+        """Whether the file that was locked still has this name."""
+        if self._handle is None:
+            return False
+        try:
+            return os.path.samestat(os.fstat(self._handle), os.stat(self.path))
+        except FileNotFoundError:
+            return False
+
+    def _changes(self, lease: Lease) -> bool:
+        """Whether another host still refreshes its lease; False, too, if it is deleted."""
+        print(
+            f"{self._name}: in use by {lease}; waiting up to {STALE:.0f} s to see whether that run "
+            "is still alive",
+            flush=True,
+        )
+        end = time.monotonic() + STALE
+        while time.monotonic() < end:
+            time.sleep(min(1.0, STALE / 10))
+            now = self._read()
+            if now is None:
+                return False
+            if now != lease:
+                return True
+        return False
+
+    def _is_held(self, lease: Lease | None) -> UserError:
+        holder = lease or "a process that has not said who it is"
+        return UserError(
+            f"{self._name}: another run is writing here ({holder}); wait until it ends or end it, "
+            "or write somewhere else"
+        )
+
+    def _read(self) -> Lease | None:
+        for _ in range(3):
+            try:
+                value = json.loads(self._lease_path.read_text(encoding="utf-8"))
+                return Lease(**value)
+            except FileNotFoundError:
+                return None
+            except (ValueError, TypeError, OSError):  # half-written where renaming is not atomic
+                time.sleep(0.05)
+        return None
+
+    def _write(self) -> None:
+        draft = self._lease_path.with_name(f"{self._lease_path.name}.{self.lease.token[:8]}")
+        try:
+            draft.write_text(json.dumps(dataclasses.asdict(self.lease)) + "\n", encoding="utf-8")
+            os.replace(draft, self._lease_path)
+        finally:
+            draft.unlink(missing_ok=True)
+
+    def _keep(self) -> None:
+        """The thread that refreshes the lease, and notices that the lock is lost."""
+        while not self._released.wait(REFRESH):
+            try:
+                self._lost = self._lost or self._refresh()
+            except OSError:  # a full disk, a network that is down: the lock itself is not lost
+                continue
+
+    def _refresh(self) -> str:
+        """Writes the next version; returns why the lock is lost, or ""."""
+        found = self._read()
+        if found is not None and found.token != self.lease.token:
+            return f"taken over by another run ({found})"
+        if self._handle is not None and not self._is_ours() and not self._try_lock():
+            return f"{self.path.name} was deleted, and another run has locked it since"
+        self.lease = dataclasses.replace(self.lease, beat=self.lease.beat + 1)
+        self._write()
+        return ""
+
+    def _close(self) -> None:
+        if self._handle is not None:
+            os.close(self._handle)  # and unlocks
+            self._handle = None
+
+
+@contextlib.contextmanager
+def hold(folder: pathlib.Path, *, name: str, file: str = FILE) -> Iterator[Lock]:
+    """Keeps every other process out of `folder`, which is made if it is not there.
+
+    Args:
+      name: of the folder in messages, such as "--workdir=runs/a".
+      file: name of the lock file in it.
+
+    Raises:
+      UserError: another process holds it, and which.
+      OSError: the folder cannot be made or written.
+    """
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder.resolve() / file
+    lock = Lock(path, name)
+    with _guard:
+        if path in _held:
+            raise UserError(f"{name}: this process itself is writing here already")
+        _held.add(path)
+    try:
+        lock.acquire()
+        try:
+            yield lock
+        finally:
+            lock.release()
+    finally:
+        _held.discard(path)
+        if is_new:
+            with contextlib.suppress(OSError):  # something was written
+                folder.rmdir()
+
+
+def files(file: str = FILE) -> set[str]:
+    """Names of what a lock may leave in a folder."""
+    return {file, f"{file}.json"}
+
+
+def _read_text(path: str) -> str:
+    try:
+        return pathlib.Path(path).read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
+
+
+def _machine() -> str:
+    """The same for all processes that see each other's process ids, and for no others."""
+    boot = _read_text("/proc/sys/kernel/random/boot_id") or str(uuid.getnode())
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        namespace = ""
+    return f"{socket.gethostname()} {boot} {namespace}".strip()
+
+
+def _started(pid: int) -> str | None:
+    """When a process of this machine started, or None if it has ended or is being killed."""
+    if not os.path.isdir("/proc/self"):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return None
+        except PermissionError:  # another user's
+            pass
+        return ""
+    # After the command, which may have spaces and brackets in it: state, …, start time.
+    fields = _read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    pending = re.findall(r"^S\w+Pnd:\s*(\w+)", _read_text(f"/proc/{pid}/status"), re.M)
+    is_killed = any(int(mask, 16) >> (signal.SIGKILL - 1) & 1 for mask in pending)
+    return None if not fields or fields[0] in "ZX" or is_killed else fields[19]
+
+
+def _locks_are_shared(path: pathlib.Path, mounts: str | None = None) -> bool:
+    """Whether all hosts and containers that see this file see locks on it."""
+    mounts = _read_text("/proc/self/mountinfo") if mounts is None else mounts
+    best, kind, options = "", "", ""
+    for line in mounts.splitlines():
+        left, _, right = line.partition(" - ")
+        at, (name, *more) = left.split()[4], right.split()
+        at = at.encode().decode("unicode_escape") if "\\" in at else at
+        inside = path == pathlib.Path(at) or pathlib.Path(at) in path.parents
+        if inside and len(at) >= len(best):  # of two at one place, the later hides the earlier
+            best, kind, options = at, name, ",".join([left.split()[5], *more])
+    return kind in _SHARED_LOCKS and _LOCAL_OPTIONS.isdisjoint(options.split(","))
