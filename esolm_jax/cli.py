@@ -174,6 +174,7 @@ def run(
     *,
     reads_checkpoint: bool = False,
     one_process: bool = False,
+    others_wait: bool = False,
     stoppable: bool = False,
     needs_workdir: bool = True,
     define_flags: Callable[[], None] = lambda: None,
@@ -185,7 +186,8 @@ def run(
     --config may be left out in a workdir with checkpoints: it is the one saved there; with
     `reads_checkpoint` it is an error if there are none. `default_config`, given what the flags are,
     may name another. In one of several processes, main runs in all of them and only process 0
-    prints, unless it is a matter of `one_process`. `stoppable`: main uses distributed.StopSignal.
+    prints. A verb of `one_process` runs in process 0: if a launcher started others, they wait with
+    `others_wait`, and it is an error without. `stoppable`: main uses distributed.StopSignal.
     `define_flags`: of this verb only. Without `needs_workdir`, main gets None.
     """
 
@@ -221,12 +223,23 @@ def run(
         del argv
         config = flags.FLAGS.config
         config_lib.validate(config)
+        several = distributed.launched() if one_process else None
+        if several and not others_wait:
+            verb = pathlib.Path(sys.argv[0]).stem
+            raise UserError(
+                f"{verb} runs in one process, but {several} says that there are several: start it "
+                "without the launcher"
+            )
         with distributed.guard():
-            if not one_process:
+            if several or not one_process:
                 _join(config, stoppable=stoppable)
             with _only_process_0_prints():
                 workdir = flags.FLAGS.workdir
-                main(config, workdir and pathlib.Path(workdir).expanduser())
+                workdir = workdir and pathlib.Path(workdir).expanduser()
+                if one_process:
+                    distributed.on_main(lambda: main(config, workdir))
+                else:
+                    main(config, workdir)
                 if distributed.is_main() and (note := jax_settings.note()):
                     print(note, file=sys.stderr)
 

@@ -11,6 +11,7 @@ A run of one process goes through the same calls, which then do nothing. The ord
 import contextlib
 import errno
 import hashlib
+import ipaddress
 import itertools
 import json
 import os
@@ -18,33 +19,39 @@ import pathlib
 import re
 import signal
 import socket
-import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
+from absl import flags
 
 # JAX has no public barrier with a timeout, and no public process id without a backend.
+from jax._src import distributed as _jax_distributed
 from jax._src.distributed import global_state as _jax_state
 from jax.experimental import multihost_utils
 
-from esolm_jax import failures
+from esolm_jax import failures, peers
 from esolm_jax.errors import UserError
+from esolm_jax.relay import Relay
 
 TOLD_BY = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 CLUSTER = "ESOLM_CLUSTER"  # "1": JAX itself is to find out which cluster this is
-_FAILED = "esolm_jax/failed"  # key under which the first process to fail says why
-_FOREVER = 2**31 - 1  # milliseconds: 24 days
-_LINGER = 2  # seconds that a failed process waits for the others, where that makes sense
+_JAX_IS_SLOWER = 30  # seconds by which peers.py notices a dead process before JAX aborts this one
+_TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES", "MEGASCALE_NUM_SLICES")
 _LOST = re.compile(
     "Gloo .* failed|NCCL|coordination service|heartbeat|UNAVAILABLE:|Socket closed|by peer"
 )
 
+_GLOO_SETUP = "Gloo context initialization failed"
+_ORBAX_BARRIER = "experimental_orbax_use_distributed_barrier"
+
 _started = False  # as one of several processes, and connected to them
 _barrier_timeout = 300.0  # seconds, of start()
-_calls = itertools.count()  # of check_same: all processes make the same ones
+_calls = itertools.count()  # of gather() and others: all processes make the same ones
+_watch: peers.Watch | None = None
 
 
 def start(
@@ -58,14 +65,15 @@ def start(
 
     Args:
       init_timeout: seconds until all processes must be there.
-      heartbeat_timeout: seconds after which a silent process counts as dead; the others abort.
-      barrier_timeout: seconds that the first process to end waits for the others, in close().
+      heartbeat_timeout: seconds after which a silent process counts as dead; the others end.
+      barrier_timeout: seconds that the first process at a program's first run (together), or at
+        the end (close), waits for the others.
       stoppable: StopSignal will be used. SIGTERM then no longer ends the process by itself.
 
     Raises:
       UserError: the processes did not come together; the environment tells only a part.
     """
-    global _started, _barrier_timeout
+    global _started, _barrier_timeout, _watch
     if jax.config.jax_num_cpu_devices > 1:
         # Collectives block threads of the pool that a process's CPU devices share. With the usual
         # one for each device, devices that are at different collectives wait for ever.
@@ -79,16 +87,21 @@ def start(
             )
         return
     if told is not None and told["process_id"] == 0:
-        _check_port(told["coordinator_address"])
+        told |= _bind_address(told["coordinator_address"])
     jax.config.update("jax_enable_preemption_service", stoppable)
-    _connect(
+    relay = _connect(
         init_timeout,
         **(told or {}),
-        heartbeat_timeout_seconds=int(heartbeat_timeout),
+        heartbeat_timeout_seconds=int(heartbeat_timeout) + _JAX_IS_SLOWER,
         shutdown_timeout_seconds=int(barrier_timeout),
     )
+    if _ORBAX_BARRIER in flags.FLAGS:  # its other kind is a program, compiled and run unasked
+        flags.FLAGS[_ORBAX_BARRIER].value = True
     _started, _barrier_timeout = True, float(barrier_timeout)
-    _peer.start()
+    _watch = peers.Watch(
+        _jax_state.client, process_index(), process_count(), heartbeat_timeout, relay
+    )
+    _watch.start()
 
 
 def _told(environment: Mapping[str, str]) -> dict | None:
@@ -116,6 +129,18 @@ def _told(environment: Mapping[str, str]) -> dict | None:
     }
 
 
+def launched() -> str | None:
+    """The setting by which a launcher says that it started several processes; None for one.
+
+    The names of a TPU's hosts alone do not: they are in the environment of every process there.
+    """
+    told = _told(os.environ)
+    if told is not None:
+        return f"JAX_NUM_PROCESSES={told['num_processes']}" if told["num_processes"] > 1 else None
+    without_hosts = {k: v for k, v in os.environ.items() if k not in _TPU_HOSTS}
+    return "the environment of this process" if _in_cluster(without_hosts) else None
+
+
 def _in_cluster(environment: Mapping[str, str]) -> bool:
     """Whether jax.distributed.initialize() will find several processes without being told."""
 
@@ -124,47 +149,93 @@ def _in_cluster(environment: Mapping[str, str]) -> bool:
         return int(value) if value.isdecimal() else 1
 
     slurm = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
-    workers = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")
+    workers = environment.get(_TPU_HOSTS[0]) or environment.get(_TPU_HOSTS[1])
     return (
         environment.get(CLUSTER) == "1"
         or (all(name in environment for name in slurm) and number("SLURM_NTASKS") > 1)
         or ("OMPI_MCA_orte_hnp_uri" in environment and number("OMPI_COMM_WORLD_SIZE") > 1)
         or "," in (workers or "")
-        or number("MEGASCALE_NUM_SLICES") > 1
+        or number(_TPU_HOSTS[2]) > 1
     )
 
 
-def _check_port(address: str) -> None:
-    """The coordinator's port must be free: JAX's server would crash the process."""
+def _bind_address(address: str) -> dict[str, str]:
+    """Where the coordinator is to listen: at a loopback address, or at the IP address given.
+
+    Another name may mean other addresses on other hosts: then on all interfaces, as JAX does;
+    JAX_COORDINATOR_BIND_ADDRESS decides otherwise.
+
+    Raises:
+      UserError: the port is in use, which would crash JAX's server and with it this process.
+    """
+    host, port = address.rsplit(":", 1)
+    found = _addresses(host.strip("[]"), int(port))
+    if not found or os.environ.get("JAX_COORDINATOR_BIND_ADDRESS"):
+        family, at, bound = socket.AF_INET6, ("", int(port)), {}
+    else:
+        family, at = found
+        literal = f"[{at[0]}]" if family == socket.AF_INET6 else at[0]
+        bound = {"coordinator_bind_address": f"{literal}:{port}"}
     try:
-        with socket.socket(socket.AF_INET6) as test:
+        with socket.socket(family) as test:
             test.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            test.bind(("", int(address.rsplit(":", 1)[1])))
+            test.bind(at)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise UserError(
                 f"JAX_COORDINATOR_ADDRESS={address}: the port is in use on this host"
             ) from error
+        return {}  # not an address of this host, but of something in front of it
+    return bound
 
 
-def _connect(timeout: float, **arguments) -> None:
-    """jax.distributed.initialize, with a UserError when it takes longer than `timeout`."""
-    problems = []
+def _addresses(host: str, port: int) -> tuple[int, tuple] | None:
+    """Family and socket address of an IP address or of "localhost"; None for another name."""
+    try:
+        name = "127.0.0.1" if host == "localhost" else str(ipaddress.ip_address(host))
+        family, *_, at = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)[0]
+    except (OSError, ValueError):
+        return None
+    return family, at
+
+
+def _connect(timeout: float, **arguments) -> Relay | None:
+    """jax.distributed.initialize, through a Relay except in process 0.
+
+    Raises:
+      UserError: it takes longer than `timeout`, or fails.
+    """
+    problems, relays = [], []
+    make_client = _jax_distributed._jax.get_distributed_runtime_client
+
+    def make_client_through_relay(address, index, *args, **kwargs):
+        if index > 0:
+            relays.append(Relay(address, index))
+            address = relays[0].target
+        return make_client(address, index, *args, **kwargs)
 
     def connect():
         try:
+            _jax_distributed._jax.get_distributed_runtime_client = make_client_through_relay
             # JAX's own timeout aborts the process with a stack trace, so it has to come later.
             jax.distributed.initialize(initialization_timeout=int(timeout) + 60, **arguments)
         except Exception as error:  # to be raised by the thread that waits
             problems.append(error)
+        finally:
+            _jax_distributed._jax.get_distributed_runtime_client = make_client
 
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
     thread.join(timeout)
     if thread.is_alive():
+        for relay in relays:
+            relay.stop()
         raise UserError(_nobody(timeout))
     if problems:
         raise UserError(f"cannot join the other processes: {problems[0]}") from problems[0]
+    for relay in relays:
+        relay.joined()
+    return relays[0] if relays else None
 
 
 def _nobody(timeout: float) -> str:
@@ -265,6 +336,61 @@ def check_same(what: Mapping[str, str], *, timeout: float) -> None:
         raise UserError("; ".join(differences))
 
 
+def on_main(action: Callable[[], Any]) -> Any:
+    """Process 0 runs action() and returns its result; the others wait, and return None.
+
+    They wait however long it takes, as long as process 0 lives.
+
+    Raises:
+      UserError: action() raised one, or an OSError, with the same message in every process.
+    """
+    if not _started:
+        return action()
+    client, key = _jax_state.client, f"esolm_jax/on_main/{next(_calls)}"
+    if is_main():
+        try:
+            result = action()
+        except (UserError, OSError) as error:
+            client.key_value_set(key, json.dumps(failures.describe(error).line))
+            raise
+        client.key_value_set(key, json.dumps(None))
+        return result
+    while True:
+        try:
+            said = json.loads(client.blocking_key_value_get(key, 60_000))
+            break
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+    if said is not None:
+        raise UserError(said)
+    return None
+
+
+def together(jitted: Callable) -> Callable:
+    """A jitted function whose first run on arguments of new shapes begins in all processes at once.
+
+    The first collective of a program connects the processes that take part, and Gloo gives them
+    30 s. So each process compiles the program first, then waits for the others. Alone, it is
+    `jitted` itself. In many processes, all have to make the same calls.
+    """
+    if not _started:
+        return jitted
+    compiled: dict[tuple, Callable] = {}
+
+    def call(*args):
+        leaves, tree = jax.tree.flatten(args)
+        key = tree, *((getattr(a, "shape", ()), getattr(a, "dtype", type(a))) for a in leaves)
+        if key not in compiled:
+            program = jitted.lower(*args).compile()
+            name = getattr(jitted, "__name__", "a program")
+            barrier(f"first run of {name} ({next(_calls)})", timeout=_barrier_timeout)
+            compiled[key] = program
+        return compiled[key](*args)
+
+    return call
+
+
 def _processes(indices: list[int]) -> str:
     shown = ", ".join(map(str, indices[:8])) + (", …" if len(indices) > 8 else "")
     return f"process{'es' if len(indices) > 1 else ''} {shown}"
@@ -322,8 +448,8 @@ def guard():
     In many processes an exception becomes a message on stderr here, word to the others (which
     end too, saying why), and an exit without JAX's farewell, for which everybody would wait:
     code 2 for a UserError, 1 for a lost peer and for anything unforeseen. A process that was
-    killed can send no word. Then a collective fails in the others (CPU, at once), or JAX aborts
-    them after `heartbeat_timeout`, with its own message.
+    killed can send no word: then a collective fails in the others (CPU, at once), or they notice
+    that it is silent (peers.py).
     """
     try:
         yield
@@ -339,80 +465,61 @@ def guard():
 
 
 def _fail(error: BaseException):
-    _peer.leaving.set()
-    code, name = 1, f"process {process_index()}"
-    if isinstance(error, UserError):
-        code, said, word = 2, str(error), f"{name}: {error}"
+    if _watch:
+        _watch.leaving.set()
+    failure, name = failures.describe(error), f"process {process_index()}"
+    said, word, code = failure.line, peers.Word(f"{name}: {failure.line}"), failure.code
+    if isinstance(error, UserError):  # all may have it, and say the same
+        pass
+    elif isinstance(error, Exception) and _LOST.search(str(error)):
+        code, said = 1, _lost_a_peer(f"{name}: {type(error).__name__}: {error}")
+        word = peers.Word(said, is_echo=True)
     else:
-        failure = failures.describe(error)
-        said = word = f"{name}: {failure.line}"
-        if not _LOST.search(str(error)):
-            code = failure.code
-            if failure.is_bug or failures.wants_tracebacks():
-                traceback.print_exception(error)
-        elif _started and _peer.failed.wait(1):
-            said = f"{name} lost a peer: {_peer.word}"
-        else:
-            said = word = f"{name} lost a peer, which said nothing ({said})"
-    print(f"error: {said}", file=sys.stderr, flush=True)
-    if _started:
+        said = word.text
+        if failure.is_bug or failures.wants_tracebacks():
+            traceback.print_exception(error)
+    peers.say(said)
+    if _watch and not _watch.coordinator_is_lost:
         leave = threading.Thread(target=_leave, args=(word, code == 2), daemon=True)
         leave.start()
-        leave.join(_LINGER + 1)  # the coordinator itself may be lost
-    _exit(code)
+        leave.join(peers.LINGER + 1)  # the coordinator itself may be lost
+    peers.exit_now(code)
 
 
-def _leave(word: str, all_may_say_so: bool) -> None:
+def _lost_a_peer(error: str) -> str:
+    """What to say of an error that only shows that another process is gone."""
+    name, error = f"process {process_index()}", " ".join(error.split())[:300]
+    if _watch and _watch.failed.wait(1) and not _watch.word.is_echo:
+        return f"{name} lost a peer: {_watch.word.text}"
+    if _GLOO_SETUP in error:
+        return f"{name}: another process did not begin the same program within 30 s ({error})"
+    return f"{name} lost a peer, which was killed or crashed ({error})"
+
+
+def _leave(word: peers.Word, all_may_say_so: bool) -> None:
     """Sends word to the others; process 0, through which it goes, gives them time to hear it."""
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # somebody was faster
-        _jax_state.client.key_value_set(_FAILED, word)
+    _watch.tell(word)
     if all_may_say_so:
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            _jax_state.client.wait_at_barrier("esolm_jax/leave", 1000 * _LINGER)
+            _jax_state.client.wait_at_barrier("esolm_jax/leave", 1000 * peers.LINGER)
+            _watch.close()
             jax.distributed.shutdown()
     elif is_main():
-        time.sleep(_LINGER)
-
-
-class _Peer:
-    """A thread that waits for the word that some process failed, and then ends this one."""
-
-    def __init__(self):
-        self.failed, self.word = threading.Event(), ""
-        self.leaving = threading.Event()  # the main thread sees to it
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def join(self) -> None:
-        self._thread.join(5)  # one left in a call to JAX would crash the interpreter at its end
-
-    def _watch(self) -> None:
-        try:
-            self.word = _jax_state.client.blocking_key_value_get(_FAILED, _FOREVER)
-        except jax.errors.JaxRuntimeError:
-            return  # the run is over, or the coordinator is lost, which JAX deals with
-        self.failed.set()
-        # Time for the main thread to say it better; process 0 outlives the one that failed.
-        if not self.leaving.wait(1 + _LINGER if is_main() else 1):
-            print(f"error: process {process_index()} lost a peer: {self.word}", file=sys.stderr)
-            _exit(1)
-
-
-_peer = _Peer()
-
-
-def _exit(code: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+        time.sleep(peers.LINGER)
 
 
 def close() -> None:
     """Says goodbye to the other processes, when all of them have come to their end."""
-    global _started, _barrier_timeout
+    global _started
     if _started:
-        jax.distributed.shutdown()
-        _peer.join()
+        _watch.close()
+        try:
+            jax.distributed.shutdown()
+        except jax.errors.JaxRuntimeError:
+            peers.say_and_exit(
+                f"process {process_index()}: not all {process_count()} processes came to the end "
+                f"within {_barrier_timeout} s (config.distributed.barrier_timeout)",
+                1,
+            )
+        _watch.stop()
     _started = False

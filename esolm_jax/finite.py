@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from esolm_jax import distributed
 from esolm_jax.errors import UserError
 
 _PIECE = 2**20  # values of a NumPy array or of a file that are examined at a time
@@ -71,4 +72,4 @@ def _program(out_sharding):
     def all_finite(arrays):
         return jnp.stack([jnp.all(jnp.isfinite(array)) for array in arrays])
 
-    return jax.jit(all_finite, out_shardings=out_sharding)
+    return distributed.together(jax.jit(all_finite, out_shardings=out_sharding))

@@ -123,9 +123,15 @@ def _logsumexp(a_BO: np.ndarray) -> np.ndarray:
     return np.log(np.exp(a_BO - top).sum(axis=1)) + top[:, 0]
 
 
+@functools.cache
+def _count(mesh):
+    in_each_row = functools.partial(jnp.sum, axis=1)
+    return distributed.together(jax.jit(in_each_row, out_shardings=sharding.replicated(mesh)))
+
+
 def _batches(batches: Iterable[dict], mesh, progress: str | None, total: int | None):
     """Global batches with their number and the real tokens of each row, over all processes."""
-    count = jax.jit(functools.partial(jnp.sum, axis=1), out_shardings=sharding.replicated(mesh))
+    count = _count(mesh)
     shown = tqdm(
         batches,
         total=total,
@@ -165,10 +171,12 @@ def make_nelbo(config, built: Built):
     phases = objectives.phases(config, built.special, low_variance=False)
     exact = objectives.is_exact(config)
     placed = sharding.rows(built.mesh)
-    draw = jax.jit(
-        functools.partial(nelbo, built.apply, phases, built.head),
-        in_shardings=(None, None, placed, placed),
-        out_shardings=sharding.replicated(built.mesh),
+    draw = distributed.together(
+        jax.jit(
+            functools.partial(nelbo, built.apply, phases, built.head),
+            in_shardings=(None, None, placed, placed),
+            out_shardings=sharding.replicated(built.mesh),
+        )
     )
 
     def estimate(params, batches, *, num_samples: int, seed: int, progress=None, total=None):
@@ -201,10 +209,12 @@ def make_importance_weighted(config, built: Built):
     the bound with this K, not the distance to the likelihood, which lies below it."""
     label = functools.partial(objectives.any_order, alpha_0=config.alpha_0, special=built.special)
     placed = sharding.rows(built.mesh)
-    draw = jax.jit(
-        functools.partial(any_order_log_p, built.apply, label, built.head),
-        in_shardings=(None, None, placed, placed),
-        out_shardings=sharding.replicated(built.mesh),
+    draw = distributed.together(
+        jax.jit(
+            functools.partial(any_order_log_p, built.apply, label, built.head),
+            in_shardings=(None, None, placed, placed),
+            out_shardings=sharding.replicated(built.mesh),
+        )
     )
 
     def estimate(params, batches, *, num_orders: int, seed: int, progress=None, total=None):

@@ -24,6 +24,7 @@ from esolm_jax import (
     results,
     sharding,
     train_step,
+    workdir_lock,
 )
 from esolm_jax import config as config_lib
 from esolm_jax import metrics as metrics_lib
@@ -61,6 +62,7 @@ class Run:
 
     def __init__(self, config, workdir: pathlib.Path):
         self.config, self.workdir = config, workdir
+        self.lock: workdir_lock.Lock | None = None  # of process 0, which alone writes metrics
         self.manifest: Manifest = assemble.load_data(config, workdir)
         mesh = sharding.make_mesh(config.mesh)
         self.built = assemble.build(config, self.manifest.tokenizer, mesh)
@@ -208,6 +210,8 @@ def _train(run: Run, checkpoints, state: TrainState, cursor: int) -> int | None:
                     )
                 metrics.pause()
             stopped_by = stop.after(step)
+            if run.lock:
+                run.lock.check()
             if step % t.checkpoint_every == 0 or step == t.steps or stopped_by:
                 skipped = run.check_health(state, checkpoints, step)
                 meta = run.meta(reader.cursor, metrics.entries, skipped)
@@ -245,6 +249,14 @@ def main(config, workdir: pathlib.Path) -> None:
     memory_limit.check_training(config, run.built.model, run.built.mesh)
     workdir.mkdir(parents=True, exist_ok=True)
     results.check_can_write(workdir / metrics_lib.FILE)
+    hold = workdir_lock.hold(workdir, name=f"--workdir={workdir}")
+    with contextlib.ExitStack() as stack:
+        run.lock = distributed.on_main(lambda: stack.enter_context(hold))
+        _run(run)
+
+
+def _run(run: Run) -> None:
+    config, workdir = run.config, run.workdir
     checkpoints = checkpoint.Checkpoints(
         workdir, keep_last=config.train.keep_last, keep_best=config.train.keep_best
     )

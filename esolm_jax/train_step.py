@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import optax
 
 from esolm_jax import config as config_lib
+from esolm_jax import distributed, prng, sharding, trim
 from esolm_jax import health as health_lib
 from esolm_jax import model as model_lib
 from esolm_jax import optimizer as optimizer_lib
-from esolm_jax import prng, sharding, trim
 from esolm_jax.health import Health
 from esolm_jax.labels import Labelled
 from esolm_jax.loss import Head, weighted_nll
@@ -209,7 +209,7 @@ class Training:
         """A fresh state, born in its place on the mesh; with given parameters, which are donated,
         or random ones."""
         make = jax.jit(self._make_state, donate_argnums=0, out_shardings=self.shardings)
-        return make(params)
+        return distributed.together(make)(params)
 
     def begin(self, state: TrainState, *, skipped: int) -> TrainState:
         """A restored state, `skipped` of whose steps were skipped."""
@@ -288,15 +288,17 @@ class Training:
         return TrainState(new.step, params, ema, opt_state, new.key, health)
 
     def step_fn(self):
-        """step(state, batch) → (state, metrics), jitted; the state is donated.
+        """step(state, batch) → (state, metrics), jitted; the state is donated. All processes are
+        to call it, for the first time together.
 
         batch: {"x": int32 [B, L], "valid": bool [B, L]}, rows split over the mesh. metrics:
         float32 scalars loss (nats per token), one loss per phase, alpha_0 (if it is annealed),
         grad_norm, learning_rate.
         """
-        return jax.jit(
+        jitted = jax.jit(
             self.step,
             donate_argnums=0,
             in_shardings=(self.shardings, sharding.rows(self.built.mesh)),
             out_shardings=(self.shardings, sharding.replicated(self.built.mesh)),
         )
+        return distributed.together(jitted)

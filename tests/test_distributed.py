@@ -26,7 +26,7 @@ from esolm_jax import distributed
 from esolm_jax.errors import UserError
 
 def main(body, **settings):
-    settings = dict(init_timeout=30, heartbeat_timeout=10, barrier_timeout=10) | settings
+    settings = dict(init_timeout=120, heartbeat_timeout=60, barrier_timeout=60) | settings
     try:
         with distributed.guard():
             distributed.start(**settings)
@@ -61,8 +61,10 @@ def free_port():
 class Processes:
     """The script, run by as many processes as there are `indices`, told to be so many."""
 
-    def __init__(self, script, *, count=2, indices=None, port=None, **environment):
-        address = f"127.0.0.1:{port or free_port()}"
+    def __init__(
+        self, script, *, count=2, indices=None, host="127.0.0.1", port=None, **environment
+    ):
+        address = f"{host}:{port or free_port()}"
         hidden = ("XLA_FLAGS", *distributed.TOLD_BY)
         base = {k: v for k, v in os.environ.items() if k not in hidden}
         base |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": ROOT, "JAX_NUM_PROCESSES": str(count)}
@@ -83,7 +85,7 @@ class Processes:
     def wait(self):
         """[(exit code, stdout, stderr)] of all of them."""
         try:
-            texts = [process.communicate(timeout=60) for process in self.all]
+            texts = [process.communicate(timeout=150) for process in self.all]
         finally:
             for process in self.all:
                 process.kill()
@@ -132,7 +134,6 @@ def test_an_error_of_one_process_ends_the_others():
     (code_0, _, err_0), (code_1, _, err_1) = processes.wait()
     assert (code_1, err_1) == (2, "error: no such file\n")
     assert (code_0, err_0) == (1, "error: process 0 lost a peer: process 1: no such file\n")
-    assert time.time() - processes.begin < 20
 
 
 def test_barrier_that_not_all_reach():
@@ -154,6 +155,7 @@ def test_barrier_that_not_all_reach():
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_killed_peer_ends_the_others(victim):
+    """In a collective: at once."""
     script = f"""
     def body(index):
         def at_step(step):
@@ -161,21 +163,173 @@ def test_killed_peer_ends_the_others(victim):
                 print("killed at", time.time())
                 os.kill(os.getpid(), signal.SIGKILL)
         train(at_step=at_step)
-    main(body)
+    main(body, heartbeat_timeout=60)
     """
     processes = Processes(script)
     results = processes.wait()
     code, _, err = results[1 - victim]
     killed = float(re.search(r"killed at (\S+)", results[victim][1])[1])
+    assert time.time() - killed < 40
     assert results[victim][0] == -signal.SIGKILL
-    if victim == 0:  # JAX's own thread, which aborts when the coordinator is gone, may be faster
-        assert code in (1, -signal.SIGABRT)
-        assert "lost a peer" in err or "This most likely indicates that another task died" in err
-    else:
-        assert code == 1
-        (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
-        assert line.startswith("error: process 0 lost a peer, which said nothing (process 0: ")
-    assert time.time() - killed < 8
+    assert code == 1
+    (line,) = [line for line in err.splitlines() if not line.startswith("[Gloo]")]
+    reasons = "(, which was killed or crashed|: process 0 ended without a word)"
+    assert re.match(f"error: process {1 - victim} lost a peer{reasons}", line)
+
+
+@pytest.mark.parametrize(
+    "victim, how, said",
+    [
+        (0, "SIGKILL", "process 0 ended without a word: it was killed or crashed"),
+        (0, "SIGSTOP", "process 0 was silent for 4 s (config.distributed.heartbeat_timeout)"),
+        (2, "SIGKILL", "process 2 was silent for 4 s (config.distributed.heartbeat_timeout)"),
+        (1, "SIGSTOP", "process 1 was silent for 4 s (config.distributed.heartbeat_timeout)"),
+    ],
+)
+def test_a_silent_process_ends_the_others(victim, how, said):
+    """Whatever they do: one waits for the others, one computes without them."""
+    script = f"""
+    def body(index):
+        distributed.barrier("begin", timeout=30)
+        if index == {victim}:
+            os.kill(os.getpid(), signal.{how})
+        if index == {(victim + 1) % 3}:
+            distributed.barrier("never", timeout=60)
+        while True:
+            sum(range(1000))
+    main(body, heartbeat_timeout=4)
+    """
+    processes = Processes(script, count=3)
+    survivors = [process for index, process in enumerate(processes.all) if index != victim]
+    try:
+        for process in survivors:
+            process.wait(timeout=150)
+    finally:
+        for process in processes.all:
+            process.kill()
+    results = processes.wait()
+    for index, (code, out, err) in enumerate(results):
+        if index != victim:
+            assert (code, out) == (1, "")
+            (line,) = err.splitlines()
+            assert line.startswith(f"error: process {index} lost a peer: {said}")
+
+
+def test_programs_that_take_unlike_times_to_compile():
+    """None runs before all have compiled it; each shape is compiled once."""
+    script = """
+    def body(index):
+        import jax, jax.numpy as jnp, numpy as np
+        from jax._src import compiler
+        from jax.sharding import Mesh, NamedSharding, PartitionSpec
+        mesh = Mesh(np.array(jax.devices()), ("data",))
+        rows, whole = (NamedSharding(mesh, PartitionSpec(*s)) for s in (["data"], []))
+        compiled, compile = [], compiler.compile_or_get_cached
+        def slow(backend, module, *args, **kwargs):
+            if "f" in (name := module.operation.attributes["sym_name"].value.removeprefix("jit_")):
+                compiled.append(name)
+                time.sleep(index * 2)
+            return compile(backend, module, *args, **kwargs)
+        compiler.compile_or_get_cached = slow
+        def f(x, y):
+            return x.sum() + y
+        f = distributed.together(jax.jit(f, out_shardings=whole))
+        for size in (2, 4, 2, 2):
+            index_of = lambda where: np.ones(size // 2, np.float32)
+            x = jax.make_array_from_callback((size,), rows, index_of)
+            assert float(f(x, np.float32(1))) == size + 1
+        assert compiled == ["f", "f"], compiled
+    main(body, barrier_timeout={timeout})
+    """
+    for code, _, err in Processes(script.format(timeout=20)).wait():
+        assert code == 0, err
+    for code, _, err in Processes(script.format(timeout=1)).wait():
+        assert code in (1, 2)  # process 1 comes late to the barrier, if it is not told before
+        assert "not all 2 processes came to 'first run of f (0)' within 1.0 s" in err
+        assert len([line for line in err.splitlines() if "error" in line]) == 1
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_process_0_works_and_the_others_wait(fails):
+    script = f"""
+    def body(index):
+        def action():
+            assert index == 0
+            time.sleep(1)
+            if {fails}:
+                raise UserError("no such file")
+            return "done"
+        assert distributed.on_main(action) == ("done" if index == 0 else None)
+        print("went on")
+    main(body)
+    """
+    for code, out, err in Processes(script).wait():
+        assert (code, out, err) == (
+            (2, "", "error: no such file\n") if fails else (0, "went on\n", "")
+        )
+
+
+@pytest.mark.parametrize(
+    "host, listens",
+    [("127.0.0.1", ["127.0.0.1"]), ("localhost", ["127.0.0.1"]), ("[::1]", ["::1"])],
+)
+def test_the_coordinator_listens_where_it_is_told(host, listens):
+    if host == "[::1]" and not _has_ipv6():
+        pytest.skip("no IPv6 here")
+    script = """
+    def body(index):
+        if index == 0:
+            print(listening(int(os.environ["JAX_COORDINATOR_ADDRESS"].rsplit(":", 1)[1])))
+        distributed.barrier("seen", timeout=20)
+    main(body)
+    """
+    (code, out, err), (code_1, _, err_1) = Processes(LISTENING + script, host=host).wait()
+    assert (code, code_1) == (0, 0), err + err_1
+    assert out == f"{listens}\n"
+
+
+# Where a port is listened to, of all interfaces and addresses, by the kernel's tables.
+LISTENING = """
+    def listening(port):
+        import ipaddress, pathlib
+        found = set()
+        for table in ("tcp", "tcp6"):
+            for line in pathlib.Path("/proc/net", table).read_text().splitlines()[1:]:
+                address, number = line.split()[1].split(":")
+                if int(number, 16) == port and line.split()[3] == "0A":
+                    words = bytes.fromhex(address)
+                    raw = b"".join(words[i : i + 4][::-1] for i in range(0, len(words), 4))
+                    ip = ipaddress.ip_address(raw)
+                    found.add(str(getattr(ip, "ipv4_mapped", None) or ip))
+        return sorted(found)
+"""
+
+
+def _has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as test:
+            test.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    "host, bound",
+    [
+        ("127.0.0.1", "127.0.0.1"),
+        ("localhost", "127.0.0.1"),
+        ("192.0.2.1", None),  # not of this host, but of something in front of it
+        ("node-1", None),
+    ],
+)
+def test_where_the_coordinator_is_to_listen(host, bound, monkeypatch):
+    monkeypatch.delenv("JAX_COORDINATOR_BIND_ADDRESS", raising=False)
+    port = free_port()
+    wanted = {"coordinator_bind_address": f"{bound}:{port}"} if bound else {}
+    assert distributed._bind_address(f"{host}:{port}") == wanted
+    monkeypatch.setenv("JAX_COORDINATOR_BIND_ADDRESS", f"0.0.0.0:{port}")
+    assert distributed._bind_address(f"{host}:{port}") == {}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -199,8 +353,8 @@ def test_nobody_there():
     port = free_port()
     lonely = Processes(script, indices=[1], port=port)
     first = Processes(script, indices=[0])
-    with socket.socket(socket.AF_INET6) as taken:
-        taken.bind(("", 0))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
         taken.listen()
         busy = Processes(script, indices=[0], port=taken.getsockname()[1])
         ((code_2, _, err_2),) = busy.wait()
@@ -218,7 +372,6 @@ def test_nobody_there():
     assert err_2 == (
         f"error: JAX_COORDINATOR_ADDRESS={busy.address}: the port is in use on this host\n"
     )
-    assert time.time() - lonely.begin < 15
 
 
 def test_environment_of_a_launcher(monkeypatch):
