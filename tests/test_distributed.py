@@ -13,6 +13,7 @@ import time
 import jax
 import ml_collections
 import pytest
+import tiny_run
 
 from esolm_jax import distributed
 from esolm_jax.errors import UserError
@@ -461,3 +462,31 @@ def test_hashes():
     assert one != distributed.config_hash(make(a={"b": 1, "d": None}))
     assert re.fullmatch(r"[0-9a-f]{12}", distributed.code_hash())
     assert distributed.code_hash() == distributed.code_hash()
+
+
+@pytest.mark.parametrize(
+    "environment, said",
+    [
+        ({}, None),
+        (dict(zip(distributed.TOLD_BY, ("host:1", "1", "0"), strict=True)), None),
+        (dict(zip(distributed.TOLD_BY, ("host:1", "4", "3"), strict=True)), "JAX_NUM_PROCESSES=4"),
+        (SLURM, "the environment of this process"),
+        ({"ESOLM_CLUSTER": "1"}, "the environment of this process"),
+        ({"TPU_WORKER_HOSTNAMES": "t-0,t-1"}, None),  # of any process on such a host
+    ],
+)
+def test_whether_a_launcher_started_several(environment, said, monkeypatch):
+    for name in (*distributed.TOLD_BY, distributed.CLUSTER):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert distributed.launched() == said
+
+
+def test_a_verb_of_one_process_refuses_a_launcher(monkeypatch, capsys, tmp_path):
+    for name, value in zip(distributed.TOLD_BY, ("host:1", "4", "3"), strict=True):
+        monkeypatch.setenv(name, value)
+    path = pathlib.Path(tiny_run.FILE)
+    code = tiny_run.command("compile", f"--config={path}", "--topology=v5e:2x2")
+    assert code == 2
+    assert "compile runs in one process, but JAX_NUM_PROCESSES=4" in capsys.readouterr().err
