@@ -110,9 +110,7 @@ def plot_learning_curve(
     `baseline`: perplexity of a unigram model, drawn as a line. `training`: whether the training
     loss is a bound too (it is not with low_variance), and is to be drawn.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
+    os.environ["MPLBACKEND"] = "Agg"  # matplotlib refuses to be imported with an unknown one
     from matplotlib import pyplot, ticker
 
     entries = read(workdir)

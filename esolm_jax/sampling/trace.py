@@ -1,6 +1,7 @@
 """Traces: which pass generated each token, as a page to be played and as a picture. Host side."""
 
 import dataclasses
+import os
 import pathlib
 from collections.abc import Iterator
 
@@ -118,9 +119,7 @@ def _legend(figure, maps) -> None:
 
 def write_png(trace: Trace, path: pathlib.Path) -> None:
     """Draws for up to PICTURED texts which pass generated which position."""
-    import matplotlib
-
-    matplotlib.use("Agg")
+    os.environ["MPLBACKEND"] = "Agg"  # matplotlib refuses to be imported with an unknown one
     from matplotlib import pyplot, ticker
 
     rows = [trace.text(row) for row in range(min(PICTURED, len(trace.pieces)))]
