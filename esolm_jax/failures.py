@@ -182,6 +182,9 @@ def _environment(error, place) -> Failure | None:
         return Failure(f"environment: {told}", BAD_INPUT)
     if isinstance(error, FloatingPointError):
         return Failure(f"JAX_DEBUG_NANS or JAX_DEBUG_INFS: {told}", BUG)
+    if isinstance(error, Warning):
+        told = f"{type(error).__name__}: {told}"
+        return Failure(f"PYTHONWARNINGS: warnings must not be errors: {told}", BAD_INPUT)
     if "Disallowed" in told and "transfer" in told:
         return Failure(f"JAX_TRANSFER_GUARD: {told}", BAD_INPUT)
     return None

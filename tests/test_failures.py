@@ -48,6 +48,7 @@ KNOWN = {
         2,
         "environment: invalid truth value 'maybe'",
     ),
+    "warnings as errors": (DeprecationWarning("old"), 2, "must not be errors: DeprecationWarning"),
     "not installed": (
         ModuleNotFoundError("No module named 'onnx'", name="onnx"),
         2,
