@@ -15,8 +15,8 @@ import published_toy
 import pytest
 from tiny_run import command
 
-from benchmarks import foreign_files as files
-from benchmarks import reliability_foreign_cases as cases
+from benchmarks.reliability import foreign_cases as cases
+from benchmarks.reliability import foreign_files as files
 from esolm_jax.errors import UserError
 from esolm_jax.interop import (
     hub_config,

@@ -11,7 +11,7 @@ import pytest
 import tiny_run
 from tiny_run import quick
 
-from benchmarks import reliability_infilling as infilling
+from benchmarks.reliability import infilling
 from esolm_jax import sample
 from esolm_jax.config import default_config
 from esolm_jax.data import known_text

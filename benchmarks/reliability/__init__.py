@@ -7,7 +7,8 @@
     corruption   damaged files of every kind in a workdir
     sharing      several runs in one workdir; readers beside a writer
     settings     environment variables of JAX's users
-    hostile      config values, data files, foreign files, prompts, infilling
+    hostile      what hostile input does, in the same columns: configs, foreign (its cases and
+                 files), hostile_prompts, infilling
 
 Every section returns rows (see verbs.Row); `silent`, `traceback` and `hang` must be 0.
 """

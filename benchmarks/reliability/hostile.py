@@ -40,21 +40,21 @@ def prompts(folder: pathlib.Path, quick: bool) -> list[dict]:
 
 
 def configs(folder: pathlib.Path, quick: bool) -> list[dict]:
-    from benchmarks import reliability_config
+    from benchmarks.reliability import configs as configs_lib
 
-    return _rows(reliability_config.run())
+    return _rows(configs_lib.run())
 
 
 def foreign(folder: pathlib.Path, quick: bool) -> list[dict]:
-    from benchmarks import reliability_foreign
+    from benchmarks.reliability import foreign as foreign_lib
 
-    return _rows(reliability_foreign.run(120 if quick else 1200))
+    return _rows(foreign_lib.run(120 if quick else 1200))
 
 
 def infilling(folder: pathlib.Path, quick: bool) -> list[dict]:
-    from benchmarks import reliability_infilling
+    from benchmarks.reliability import infilling as infilling_lib
 
-    return _rows(reliability_infilling.run(50 if quick else 1000))
+    return _rows(infilling_lib.run(50 if quick else 1000))
 
 
 def settings(folder: pathlib.Path, quick: bool) -> list[dict]:

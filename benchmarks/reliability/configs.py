@@ -4,7 +4,7 @@
 and returns one row a kind: how many inputs ended with one clear line (clean), were taken and
 rightly so (accepted), were taken though they must not be (silent), ended in a traceback, or hung.
 
-    python -m benchmarks.reliability_config     prints the table; a minute on 2 cores
+    python -m benchmarks.reliability.configs     prints the table; a minute on 2 cores
 """
 
 import codecs
@@ -317,7 +317,7 @@ def _child() -> None:
 
 def run() -> list[dict]:
     """One row a kind: kind, inputs, and the counts of OUTCOMES."""
-    command = [sys.executable, "-m", "benchmarks.reliability_config", "--child"]
+    command = [sys.executable, "-m", "benchmarks.reliability.configs", "--child"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         command, env=environment, stdout=subprocess.PIPE, timeout=ALL_SECONDS, check=True

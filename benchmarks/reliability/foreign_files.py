@@ -1,6 +1,6 @@
 """Files of other programs, and what damage or malice makes of them.
 
-Inputs of `reliability_foreign` and of tests. Torch's files are written without torch: `Torch`
+Inputs of `reliability.foreign` and of tests. Torch's files are written without torch: `Torch`
 pickles a name as a name.
 """
 

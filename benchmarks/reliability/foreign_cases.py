@@ -1,4 +1,4 @@
-"""The inputs of `reliability_foreign`, by kind, and what `convert` makes of each."""
+"""The inputs of `reliability.foreign`, by kind, and what `convert` makes of each."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from benchmarks import foreign_files as files
+from benchmarks.reliability import foreign_files as files
 from esolm_jax import assemble
 from esolm_jax import config as config_lib
 from esolm_jax.interop import from_hub, hub_config, into_workdir, published_config

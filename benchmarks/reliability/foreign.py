@@ -1,4 +1,4 @@
-"""python -m benchmarks.reliability_foreign [--count=600] [--seed=0]: `convert` on hostile files.
+"""python -m benchmarks.reliability.foreign [--count=600] [--seed=0]: `convert` on hostile files.
 
 Files of other programs (.ckpt, .pt, safetensors, config.json, index, tokenizers), damaged, forged,
 of other types, in place of special files. How the readers took them:
@@ -34,7 +34,7 @@ SECONDS, MEMORY = 20, 2 * 2**30  # of one input; above what the process has befo
 
 def run(count: int = 600, seed: int = 0, kinds: tuple[str, ...] = ()) -> list[dict[str, Any]]:
     """One row for each kind: {"kind", "inputs", "ok", …, "examples": [what was not right]}."""
-    from benchmarks import reliability_foreign_cases as cases
+    from benchmarks.reliability import foreign_cases as cases
 
     kinds = kinds or tuple(cases.KINDS)
     per_kind = max(1, count // len(kinds))
@@ -54,7 +54,7 @@ def _results(kind: str, count: int, seed: int) -> list[dict]:
     while True:
         done = len(results)
         args = [kind, str(count), str(seed), str(done)]
-        command = [sys.executable, "-m", "benchmarks.reliability_foreign", "--worker", *args]
+        command = [sys.executable, "-m", "benchmarks.reliability.foreign", "--worker", *args]
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
         worker = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -107,7 +107,7 @@ def _alarm(*_):
 
 
 def _work(kind: str, count: int, seed: int, start: int) -> None:
-    from benchmarks import reliability_foreign_cases as cases
+    from benchmarks.reliability import foreign_cases as cases
 
     signal.signal(signal.SIGALRM, _alarm)
     with tempfile.TemporaryDirectory() as folder:
