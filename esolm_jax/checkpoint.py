@@ -3,8 +3,7 @@
 A checkpoint is WORKDIR/checkpoints/<step> with four items: `params` and `ema` (each restorable
 alone), `optimizer` (step, optimizer state, random key), and `meta` (JSON: the resolved config, the
 data cursor, the tokenizer's identity, the code version). One of a pretrained model has `params` and
-`meta` alone. checkpoint_digests.py says how damage is noticed, checkpoint_steps.py which step is
-read.
+`meta` alone. checkpoint_digests.py detects damage, checkpoint_steps.py selects the step to read.
 """
 
 import math
@@ -70,14 +69,14 @@ class Checkpoints:
 
     @property
     def latest_step(self) -> int | None:
-        """The newest finished step, intact or not; while saving, the one that was saved last."""
+        """The newest finished step, intact or not; during a save, the step being saved."""
         if self._manager is not None:
             return self._manager.latest_step()
         return max(checkpoint_steps.steps_in(self._workdir), default=None)
 
     def open(self, damaged: dict[int, str] | None = None) -> None:
-        """Makes ready to save; the steps in `damaged`, and those whose metrics cannot be read, are
-        moved aside first. UserError if nothing can be written there."""
+        """Prepares for saves. First moves the steps in `damaged` and those with unreadable metrics
+        to another folder. UserError if the folder is not writable."""
         if self._manager is not None:
             return
         damaged = dict(damaged or {})
@@ -100,7 +99,7 @@ class Checkpoints:
         """Saves under the state's step; `nelbo` (validation, nats per token) ranks it.
 
         Raises:
-          UserError: the save is refused, or the one before it failed.
+          UserError: Orbax refuses the save, or the previous save failed.
         """
         self.open()
         step = int(state.step)
@@ -143,7 +142,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
         except (OSError, ValueError, RuntimeError) as error:
             if isinstance(error, jax.errors.JaxRuntimeError):
-                raise  # of the other processes: see distributed.guard
+                raise  # an error of other processes: see distributed.guard
             what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             raise UserError(
                 f"{self._workdir / FOLDER}/{self._saving}: could not be saved: {what}"
@@ -154,11 +153,11 @@ class Checkpoints:
         return self._workdir / FOLDER / f"{self._saving}{atomicity_types.TMP_DIR_SUFFIX}"
 
     def _write_digests(self) -> None:
-        """Orbax calls it in process 0's saving thread, before the step gets its final name."""
+        """A callback in process 0's saving thread, before Orbax renames the step."""
         checkpoint_digests.write(self._unfinished())
 
     def _sync(self, *, key: str, timeout_ms: int) -> None:
-        """A barrier of Orbax; at the one behind all arrays, each process has hashed its own."""
+        """Orbax's barrier; before the one after all arrays, each process hashes its own files."""
         if "async_write_complete" in key:
             checkpoint_digests.write_part(self._unfinished(), distributed.process_index())
         ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
@@ -168,17 +167,17 @@ class Checkpoints:
     ) -> tuple[TrainState, dict]:
         """The latest intact state, placed as `like` (ShapeDtypeStructs with shardings), its meta.
 
-        Newer steps that are damaged are moved aside, to be trained again. `check` gets the meta
-        before anything is restored or moved.
+        Newer damaged steps are moved to another folder; they will be trained again. `check` gets
+        the meta before anything is restored or moved.
 
         Raises:
-          UserError: no step is intact; or as `check`.
+          UserError: no step is intact, or `check` raised it.
         """
         targets = {"params": like.params, "ema": like.ema, "optimizer": _optimizer_item(like)}
 
         def read(step: Step) -> tuple[TrainState, dict]:
             check(step.meta)
-            checkpoint_steps.nelbo(step.folder)  # or it could not be kept as one of the best
+            checkpoint_steps.nelbo(step.folder)  # raises Damaged: keep_best needs it
             restored = {item: _restore(step, item, target) for item, target in targets.items()}
             state = TrainState(
                 params=restored["params"], ema=restored["ema"], **restored["optimizer"]
@@ -216,11 +215,11 @@ def _optimizer_item(state: TrainState) -> dict:
 
 
 def _restore(step: Step, item: str, like, gigabytes: float = 96):
-    """One item of a step, placed as `like`; `gigabytes` may be under way at a time.
+    """One item of a step, placed as `like`, with at most `gigabytes` in flight.
 
     Raises:
-      Damaged: it cannot be read, and has no digests that say that it is intact.
-      UserError: they are weights of other sizes than `like`.
+      Damaged: it cannot be read, and no digest shows that it is intact.
+      UserError: the shapes of the weights differ from those of `like`.
     """
     folder = step.folder / item
     handler = ocp.StandardCheckpointHandler(restore_concurrent_gb=gigabytes)
@@ -233,8 +232,8 @@ def _restore(step: Step, item: str, like, gigabytes: float = 96):
                     raise ValueError("no metadata of arrays")
                 _check_shapes(folder, saved, like)
             return reader.restore(folder, args=ocp.args.StandardRestore(like))
-    except Exception as error:  # of many types, as Orbax and TensorStore raise them
-        # A step that is deleted meanwhile can look like one of another model.
+    except Exception as error:  # Orbax and TensorStore raise many types
+        # A step that is being deleted can look like one of another model.
         gone = checkpoint_digests.problem(step.folder, [item])
         if (step.verified or isinstance(error, UserError)) and not gone:
             raise
@@ -265,28 +264,28 @@ def saved_config(workdir, step: str = LATEST) -> ConfigDict:
     return config_lib.from_saved(read_meta(workdir, step)["config"])
 
 
-_config_read: dict[pathlib.Path, dict] = {}  # workdir: the saved config that this command runs with
+_config_read: dict[pathlib.Path, dict] = {}  # by workdir: the saved config of this command
 _OF_THE_RUN = ("train.", "optimizer.", "mesh.", "distributed.", "init_from", "data.workers")
 
 
 def begin_command() -> None:
-    """Forgets what an earlier command in this process has read and said."""
+    """Clears the state of an earlier command in this process."""
     _config_read.clear()
     checkpoint_steps.forget_what_was_said()
 
 
 def config_of_command(workdir, step: str) -> ConfigDict:
-    """The saved config that a command without --config runs with; see check_config_is_of."""
+    """The saved config for a command without --config; see check_config_is_of."""
     meta = read_meta(workdir, step)
     _config_read[pathlib.Path(workdir).resolve()] = meta["config"]
     return config_lib.from_saved(meta["config"])
 
 
 def check_config_is_of(workdir, meta: dict) -> None:
-    """UserError unless the command's saved config is that of the step whose weights are read.
+    """UserError unless the command's saved config equals that of the step of the weights.
 
-    They are of two steps if the first was deleted, or is damaged, and training was resumed with
-    other settings in between.
+    The two can come from different steps if the first step is deleted or damaged. Their settings
+    differ if training was resumed with other settings in between.
     """
     read = _config_read.get(pathlib.Path(workdir).resolve())
     if read is None or read == meta["config"]:
@@ -296,13 +295,13 @@ def check_config_is_of(workdir, meta: dict) -> None:
         if have.get(name) != want.get(name) and not name.startswith(_OF_THE_RUN):
             raise UserError(
                 f"--workdir={workdir}: the config was read from one checkpoint and the weights "
-                f"from another, which was trained with other settings (config.{name}="
+                f"from another with other settings (config.{name}="
                 f"{want.get(name)!r}, not {have.get(name)!r}); name one with --step=N"
             )
 
 
 def digest_of(workdir, step: int) -> str | None:
-    """A SHA-256 that follows from all files of a step; None if it was written without digests.
+    """The SHA-256 of the digests of all files of a step; None for a step without digests.
 
     Raises:
       UserError: there is no such step, or its digests are damaged.
@@ -328,16 +327,16 @@ def weights_item(which: str, meta: dict) -> str:
 def read_weights(
     workdir, which: str, like_of: Callable[[dict], dict], step: str = LATEST
 ) -> tuple[dict, Step]:
-    """Weights of a checkpoint, verified, and the step they are of.
+    """Verified weights of a checkpoint, and their step.
 
     Args:
       which: "ema" or "raw".
       like_of: from the checkpoint's meta to a pytree of ShapeDtypeStruct with shardings, of the
-        model's parameters; raises UserError if the checkpoint is not what is wanted.
+        model's parameters; raises UserError for an unsuitable checkpoint.
       step: "latest", "best" or a number.
 
     Raises:
-      UserError: there is no such step, none is intact, or it is of a model of other sizes.
+      UserError: there is no such step, no step is intact, or the shapes differ.
     """
 
     def items(meta: dict) -> list[str]:
@@ -347,7 +346,7 @@ def read_weights(
     def read(found: Step) -> tuple[dict, Step]:
         like = like_of(found.meta)
         largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
-        # What is under way is in memory twice: one parameter at a time, or what is as large.
+        # Parameters in flight are in memory twice, so at most as much as the largest one.
         item = weights_item(which, found.meta)
         weights = _restore(found, item, like, 1.01 * largest / 1e9)
         _say_if_not_verified(found)
@@ -357,7 +356,7 @@ def read_weights(
 
 
 def restore_weights(workdir, which: str, like, step: str = LATEST) -> tuple[dict, int]:
-    """Weights of a checkpoint and its step: read_weights for a model that is known."""
+    """Weights of a checkpoint and its step: read_weights for a known model."""
     weights, found = read_weights(workdir, which, lambda meta: like, step)
     return weights, found.number
 

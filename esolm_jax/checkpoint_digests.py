@@ -4,8 +4,8 @@ A step holds `_DIGESTS`, a JSON file with the size and the SHA-256 of every file
 written in the temporary folder, before Orbax renames the step to its final name: a finished step
 always has one. Steps of commit 947f88e and earlier have none and cannot be verified.
 
-In many processes each one hashes the files that it wrote itself (`write_part`), and process 0 the
-rest. On restore, too, the processes share the files (`problem`).
+In many processes each one hashes the files that it wrote (`write_part`), and process 0 the rest. On
+restore the processes share the files (`problem`).
 """
 
 import concurrent.futures
@@ -18,7 +18,7 @@ from collections.abc import Iterable
 
 FILE = "_DIGESTS"
 ALGORITHM = "sha256"
-_ORBAX_FILE = "_CHECKPOINT_METADATA"  # Orbax writes it once more after the digests
+_ORBAX_FILE = "_CHECKPOINT_METADATA"  # Orbax rewrites it after the digests
 _SMALL = 2**16  # bytes; every process verifies files up to this size itself
 _BUFFER = 2**18  # bytes: stays in a core's cache
 _THREADS = min(8, os.cpu_count() or 1)
@@ -26,7 +26,7 @@ _TMP = re.compile(r"\.orbax-checkpoint-tmp[^/]*")  # of a step or an item that i
 
 
 class Damaged(Exception):
-    """A file is not what was written. The message names the file and says why."""
+    """A file differs from what was written. The message names the file and the reason."""
 
 
 def hash_file(path: pathlib.Path) -> tuple[int, str]:
@@ -100,12 +100,12 @@ def read(folder: pathlib.Path) -> dict | None:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise Damaged(f"{path}: cannot be read ({_short(error)})") from error
     if not right:
-        raise Damaged(f"{path}: does not have the digest of its own content")
+        raise Damaged(f"{path}: differs from its own digest")
     return entry
 
 
 def _written_with(folder: pathlib.Path) -> str | None:
-    """The algorithm that Orbax's own file says the step was written with."""
+    """The digest algorithm recorded in Orbax's metadata file."""
     path = folder / _ORBAX_FILE
     try:
         return (json.loads(path.read_bytes()).get("custom_metadata") or {}).get("digests")
@@ -118,9 +118,9 @@ def _written_with(folder: pathlib.Path) -> str | None:
 def problem(
     folder: pathlib.Path, items: Iterable[str], *, process: int = 0, processes: int = 1
 ) -> str | None:
-    """What is wrong with the files of these items: a line that names one, or None.
+    """A line that names a damaged file of these items, or None.
 
-    Each of several processes hashes its share of the large files; together they see everything.
+    Each of several processes hashes its share of the large files; together they cover all files.
     """
     entry = read(folder)
     if entry is None:
@@ -147,7 +147,7 @@ def _file_problem(path: pathlib.Path, size: int, digest: str) -> str | None:
         if (now := path.stat().st_size) != size:
             return f"{path}: has {now:,} bytes, not {size:,}"
         if hash_file(path) != (size, digest):
-            return f"{path}: has another content than was written"
+            return f"{path}: content differs from what was written"
     except OSError as error:
         return f"{path}: cannot be read ({_short(error)})"
     return None

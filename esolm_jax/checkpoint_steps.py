@@ -1,7 +1,8 @@
-"""Which step of a workdir is read: N, the best, the latest; the next older one if it is damaged.
+"""Selects the step of a workdir to read: N, the best or the latest.
 
-A reader may run beside a `train` that deletes old steps, so a step that vanishes while it is read
-is no damage: the reader looks again.
+If the best or the latest is damaged, the next best or next older intact step is read instead. While
+a `train` runs, it deletes old steps. So a step that disappears while it is read is not damaged; the
+reader lists the steps again.
 """
 
 import dataclasses
@@ -22,20 +23,20 @@ from esolm_jax.errors import UserError
 T = TypeVar("T")
 
 FOLDER = "checkpoints"
-DAMAGED_FOLDER = "damaged_checkpoints"  # beside it: steps that a resumed run has passed over
+DAMAGED_FOLDER = "damaged_checkpoints"  # in the workdir: damaged steps that a resumed run moved
 METRIC = "nelbo"
 LATEST, BEST = "latest", "best"
-_ATTEMPTS = 100  # to read beside a writer that deletes steps
-_DELETION = 0.2  # seconds to wait for: a step is deleted file by file
+_ATTEMPTS = 100  # to read while a writer deletes steps
+_DELETION = 0.2  # seconds; a step is deleted file by file
 _MAX_META = 2**28  # bytes
-_SLOW = 6 * 3600  # seconds that reading may take on the slowest host; a dead one is noticed sooner
+_SLOW = 6 * 3600  # seconds to read on the slowest host; peers.py detects a dead one sooner
 _STEP = re.compile(r"0|[1-9][0-9]{0,17}")
 
 _said: set[str] = set()
 
 
 def say(line: str) -> None:
-    """Prints a line for a person on stderr, once; only process 0 does."""
+    """Prints a line on stderr, once and in process 0 only."""
     if line not in _said and distributed.is_main():
         print(line, file=sys.stderr, flush=True)
     _said.add(line)
@@ -46,7 +47,7 @@ def forget_what_was_said() -> None:
 
 
 def split_source(source: str) -> tuple[pathlib.Path, str]:
-    """DIR or DIR@STEP: the workdir and which of its steps is meant. UserError: a bad STEP."""
+    """Splits DIR or DIR@STEP into the workdir and the step. UserError: a bad STEP."""
     path = pathlib.Path(source).expanduser()
     folder, at, step = str(source).rpartition("@")
     if not at or path.is_dir() or "/" in step:
@@ -56,7 +57,7 @@ def split_source(source: str) -> tuple[pathlib.Path, str]:
 
 
 def check_selector(step: str, name: str) -> None:
-    """UserError unless `step` is a number, best or latest; `name` says where it was given."""
+    """UserError unless `step` is a number, best or latest; `name`: its flag or field."""
     if step not in (LATEST, BEST) and not _STEP.fullmatch(step):
         raise UserError(f"{name}: must be a step (a number), {BEST} or {LATEST}")
 
@@ -74,7 +75,7 @@ def steps_in(workdir) -> list[int]:
 
 
 def _agreed_steps(workdir) -> list[int]:
-    """What process 0 sees, in all processes."""
+    """The finished steps as process 0 lists them, in all processes."""
     return json.loads(distributed.from_main(json.dumps(steps_in(workdir))))
 
 
@@ -97,7 +98,7 @@ def read_meta_file(folder: pathlib.Path) -> dict:
     wanted = {"config": dict, "cursor": int, "tokenizer": dict, "version": str}
     for name, kind in wanted.items():
         if not isinstance(meta, dict) or not isinstance(meta.get(name), kind):
-            raise Damaged(f"{path}: is not the meta of a checkpoint of esolm_jax: no {name}")
+            raise Damaged(f"{path}: not the meta of an esolm_jax checkpoint: no {name}")
     return meta
 
 
@@ -133,7 +134,7 @@ class Step:
 
 
 def _by_preference(workdir, wanted: str, steps: list[int], refused: dict[int, str]) -> list[int]:
-    """The steps to try, in this order; adds to `refused` those that cannot be ranked."""
+    """The steps to try, in order; adds steps with damaged metrics to `refused`."""
     if wanted == LATEST:
         return [step for step in reversed(steps) if step not in refused]
     if wanted != BEST:
@@ -180,7 +181,7 @@ def _no_step(workdir, wanted: str, steps: list[int], refused: dict[int, str]) ->
 
 
 def _check(folder: pathlib.Path, items, number: int) -> str | None:
-    """What is wrong with these items, as all processes see it together."""
+    """The first problem with these items that any process finds."""
     try:
         line = checkpoint_digests.problem(
             folder,
@@ -194,13 +195,13 @@ def _check(folder: pathlib.Path, items, number: int) -> str | None:
 
 
 def _agreed(line: str | None) -> str | None:
-    """The first problem that any process has."""
+    """The first line that is not None, over all processes."""
     everybody = distributed.gather(line or "", timeout=_SLOW)
     return next((said for said in everybody if said), None)
 
 
 def _try(workdir, number: int, items: Callable[[dict], list[str]], read: Callable):
-    """(None, what `read` returns), or (what is wrong with the step, None)."""
+    """(None, the result of `read`), or (the damage to the step, None)."""
     folder = step_folder(workdir, number)
     if line := _check(folder, ["meta"], number):
         return line, None
@@ -229,15 +230,15 @@ def read_intact(
     items: Callable[[dict], list[str]],
     read: Callable[[Step], T],
 ) -> tuple[T, dict[int, str]]:
-    """What `read` returns of the wanted step, or of the next older intact one if it is damaged.
+    """The result of `read` for the wanted step, or for the next intact one if it is damaged.
 
     Args:
-      wanted: "latest", "best" or a number; a number is never replaced by another step.
-      items: from the step's meta to the items that `read` reads, which are verified first.
+      wanted: "latest", "best" or a number; another step never replaces a number.
+      items: from the step's meta to the items that `read` needs; they are verified first.
       read: may raise Damaged.
 
     Returns:
-      (the result, {step: what is wrong} of the damaged ones that were passed over).
+      (the result, {step: damage} of the skipped steps).
 
     Raises:
       UserError: there is no such step, or none is intact.
@@ -276,7 +277,7 @@ def read_intact(
 
 
 def _vanished(workdir, number: int, before: list[int]) -> bool:
-    """Whether a writer has deleted the step, or is about to, having finished a newer one."""
+    """Whether a writer has deleted the step, or finished a newer one and is about to."""
     now = _agreed_steps(workdir)
     if number in now and now[-1] == before[-1]:
         time.sleep(_DELETION)
@@ -291,7 +292,7 @@ def agree_on(damaged: dict[int, str]) -> dict[int, str]:
 
 
 def set_aside(workdir, damaged: dict[int, str]) -> None:
-    """Moves damaged steps out of the way of a run that writes these steps again."""
+    """Moves damaged steps to DAMAGED_FOLDER, so that a run can write these steps again."""
     workdir = pathlib.Path(workdir).resolve()
     for step in sorted(damaged):
         target = workdir / DAMAGED_FOLDER / str(step)
@@ -303,4 +304,4 @@ def set_aside(workdir, damaged: dict[int, str]) -> None:
             shutil.move(workdir / FOLDER / str(step), target)
         say(f"{workdir / FOLDER / str(step)}: moved to {target}")
     if damaged:
-        distributed.gather("")  # all go on when it is done
+        distributed.gather("")  # a barrier: all steps are moved

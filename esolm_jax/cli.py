@@ -1,7 +1,7 @@
 """The command line that all verbs share: --config=FILE --workdir=DIR --config.field=value …
 
-Exit codes: 0 done; 2 bad input; 71 out of memory; 74 files that cannot be read or written; 130 and
-143 interrupted and terminated; 1 anything else. See failures.py.
+Exit codes: 0 done; 2 bad input; 71 out of memory; 74 a file cannot be read or written; 130
+interrupted; 143 terminated; 1 anything else. See failures.py.
 """
 
 import contextlib
@@ -34,8 +34,8 @@ _SAVED = pathlib.Path(__file__).with_name("saved_config.py")
 
 
 def saved_config(workdir: str | pathlib.Path, step: str | None = None) -> str:
-    """What to give as --config for the config of a checkpoint in a workdir, by default the latest.
-    UserError: a bad step."""
+    """The value of --config that names the config of a checkpoint in a workdir, by default the
+    latest. UserError: a bad step."""
     if step is None:
         return f"{_SAVED}:{workdir}"
     checkpoint.check_selector(step, f"--step={step}")
@@ -43,12 +43,12 @@ def saved_config(workdir: str | pathlib.Path, step: str | None = None) -> str:
 
 
 def define_step_flag() -> None:
-    """--step, of the verbs that read a checkpoint."""
+    """Defines --step, for the verbs that read a checkpoint."""
     flags.DEFINE_string("step", checkpoint.LATEST, "Which checkpoint: a number, best or latest.")
 
 
 def step_flag() -> str:
-    """The checkpoint to read: of the command line, or "latest" where there is no such flag."""
+    """The value of --step; "latest" if the verb has no such flag."""
     return flags.FLAGS["step"].value if "step" in flags.FLAGS else checkpoint.LATEST
 
 
@@ -94,10 +94,10 @@ def _define_flags(argv: list[str], verb: str, needs_workdir: bool, find_config) 
 
 
 def command(verb: str, workdir: pathlib.Path, *flags_: str, keep: str = "") -> str:
-    """A command line that can be run from the folder where this one was.
+    """A command line to run from the current folder.
 
-    `keep`: a pattern; flags of this command whose names match it are repeated, except those that
-    `flags_` set.
+    `keep`: a pattern; flags of this command with matching names are repeated, except those in
+    `flags_`.
     """
     again = {"--workdir", *(flag.split("=")[0] for flag in flags_)}
     kept = [flag for flag in _given(keep) if flag.split("=")[0] not in again] if keep else []
@@ -106,7 +106,7 @@ def command(verb: str, workdir: pathlib.Path, *flags_: str, keep: str = "") -> s
 
 
 def next_command(verb: str, workdir: pathlib.Path, *flags_: str, keep: str = "") -> str:
-    """A command line to be printed; see `command`."""
+    """The line that a verb prints at its end; see `command`."""
     return f"next: {command(verb, workdir, *flags_, keep=keep)}"
 
 
@@ -115,9 +115,9 @@ PLACES = r"step|config\.(mesh\..+|data\.dir)"  # which checkpoint, data and devi
 
 
 def mesh_flags(config, mesh, *, sampling: bool = False) -> list[str]:
-    """Overrides under which one process can run the next verb: one device after a run of several
-    processes, as only their launcher knows how to start them; for sampling, whole texts on each
-    device and a multiple of the devices in texts."""
+    """Overrides with which one process can run the next verb: one device after a run of several
+    processes (only their launcher can start those again); for sampling, whole texts on each device
+    and a number of texts divisible by the devices."""
     m, changes = config.mesh, {}
     if distributed.process_count() > 1:
         default = config_lib.default_config().mesh
@@ -133,7 +133,7 @@ def mesh_flags(config, mesh, *, sampling: bool = False) -> list[str]:
 
 
 def _given(pattern: str) -> list[str]:
-    """The flags of this command whose names match, each as one word: --name=value, --noname."""
+    """The flags of this command with matching names, each as --name=value or --noname."""
     words, left = [], list(sys.argv[1:])
     while left:
         word = left.pop(0)
@@ -180,15 +180,20 @@ def run(
     define_flags: Callable[[], None] = lambda: None,
     default_config: Callable[[FlagValue], str | None] = lambda _: None,
 ):
-    """Runs `main(config, workdir)` with a validated config; then exits with a code of failures.py,
-    after one line if something failed.
+    """Runs `main(config, workdir)` with a validated config, then exits with a code of failures.py.
+    A failure prints one line.
 
-    --config may be left out in a workdir with checkpoints: it is the one saved there; with
-    `reads_checkpoint` it is an error if there are none. `default_config`, given what the flags are,
-    may name another. In one of several processes, main runs in all of them and only process 0
-    prints. A verb of `one_process` runs in process 0: if a launcher started others, they wait with
-    `others_wait`, and it is an error without. `stoppable`: main uses distributed.StopSignal.
-    `define_flags`: of this verb only. Without `needs_workdir`, main gets None.
+    With several processes, main runs in all of them and only process 0 prints.
+
+    Args:
+      reads_checkpoint: --config defaults to the config saved in the workdir; an error if it has no
+        checkpoints. (Other verbs use the saved config if there is one.)
+      one_process: main runs in process 0 only.
+      others_wait: with `one_process`, further processes wait; else they are an error.
+      stoppable: main uses distributed.StopSignal.
+      needs_workdir: False: --workdir is optional and may be None.
+      define_flags: defines the flags of this verb.
+      default_config: from the values of flags to another default for --config, or None.
     """
 
     def parse(argv):
@@ -227,8 +232,8 @@ def run(
         if several and not others_wait:
             verb = pathlib.Path(sys.argv[0]).stem
             raise UserError(
-                f"{verb} runs in one process, but {several} says that there are several: start it "
-                "without the launcher"
+                f"{verb} runs in one process, but {several} announces several; start it without "
+                "the launcher"
             )
         with distributed.guard():
             if several or not one_process:
@@ -258,8 +263,8 @@ def run(
 
 
 def _quiet_libraries() -> None:
-    """Orbax and Grain warn about their own defaults; what fails in their threads they log with
-    tracebacks, and raise it, too."""
+    """Hides the warnings of Orbax and Grain about their defaults, and their logs of exceptions that
+    they also raise."""
     show_all = failures.wants_tracebacks()
     logging.set_verbosity(logging.ERROR if show_all else logging.FATAL)
     for name in () if show_all else ("asyncio", "concurrent.futures"):
@@ -267,10 +272,10 @@ def _quiet_libraries() -> None:
 
 
 def _checked(code):
-    """The exit code, unless a thread or what was printed failed unnoticed."""
+    """The exit code; that of a failed thread or of failed standard output if it would be 0."""
     sys.stdout.flush()
     if code in (None, 0):
-        for error in startup.thread_errors:  # they are reported already
+        for error in startup.thread_errors:  # already reported
             return failures.describe(error).code
         for error in standard_streams.failures:
             error.filename = "standard output"

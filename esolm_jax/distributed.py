@@ -39,7 +39,7 @@ from esolm_jax.relay import Relay
 
 TOLD_BY = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 CLUSTER = "ESOLM_CLUSTER"  # "1": JAX itself is to find out which cluster this is
-_JAX_IS_SLOWER = 30  # seconds by which peers.py notices a dead process before JAX aborts this one
+_JAX_IS_SLOWER = 30  # seconds between peers.py's detection of a dead process and JAX's abort
 _TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES", "MEGASCALE_NUM_SLICES")
 _LOST = re.compile(
     "Gloo .* failed|NCCL|coordination service|heartbeat|UNAVAILABLE:|Socket closed|by peer"
@@ -95,7 +95,7 @@ def start(
         heartbeat_timeout_seconds=int(heartbeat_timeout) + _JAX_IS_SLOWER,
         shutdown_timeout_seconds=int(barrier_timeout),
     )
-    if _ORBAX_BARRIER in flags.FLAGS:  # its other kind is a program, compiled and run unasked
+    if _ORBAX_BARRIER in flags.FLAGS:  # the alternative compiles and runs a program
         flags.FLAGS[_ORBAX_BARRIER].value = True
     _started, _barrier_timeout = True, float(barrier_timeout)
     _watch = peers.Watch(
@@ -130,9 +130,9 @@ def _told(environment: Mapping[str, str]) -> dict | None:
 
 
 def launched() -> str | None:
-    """The setting by which a launcher says that it started several processes; None for one.
+    """The setting with which a launcher announces several processes; None for one process.
 
-    The names of a TPU's hosts alone do not: they are in the environment of every process there.
+    The names of a TPU's hosts do not count: every process on such a host has them.
     """
     told = _told(os.environ)
     if told is not None:
@@ -160,13 +160,13 @@ def _in_cluster(environment: Mapping[str, str]) -> bool:
 
 
 def _bind_address(address: str) -> dict[str, str]:
-    """Where the coordinator is to listen: at a loopback address, or at the IP address given.
+    """The address that the coordinator binds to: the loopback or IP address given.
 
-    Another name may mean other addresses on other hosts: then on all interfaces, as JAX does;
-    JAX_COORDINATOR_BIND_ADDRESS decides otherwise.
+    For any other name (hosts may resolve it differently) it binds to all interfaces, as JAX does.
+    JAX_COORDINATOR_BIND_ADDRESS overrides both.
 
     Raises:
-      UserError: the port is in use, which would crash JAX's server and with it this process.
+      UserError: the port is in use (JAX's server would crash this process).
     """
     host, port = address.rsplit(":", 1)
     found = _addresses(host.strip("[]"), int(port))
@@ -185,7 +185,7 @@ def _bind_address(address: str) -> dict[str, str]:
             raise UserError(
                 f"JAX_COORDINATOR_ADDRESS={address}: the port is in use on this host"
             ) from error
-        return {}  # not an address of this host, but of something in front of it
+        return {}  # an address of a proxy, not of this host
     return bound
 
 
@@ -294,7 +294,7 @@ def is_started() -> bool:
 
 
 def gather(value: str, *, timeout: float | None = None) -> list[str]:
-    """The values of all processes, in their order; all of them make the same calls.
+    """The values of all processes, in order of process; all must make the same calls.
 
     Args:
       timeout: seconds to wait for the others; by default the barrier_timeout of start().
@@ -339,10 +339,10 @@ def check_same(what: Mapping[str, str], *, timeout: float) -> None:
 def on_main(action: Callable[[], Any]) -> Any:
     """Process 0 runs action() and returns its result; the others wait, and return None.
 
-    They wait however long it takes, as long as process 0 lives.
+    They wait without a time limit while process 0 is alive.
 
     Raises:
-      UserError: action() raised one, or an OSError, with the same message in every process.
+      UserError: action() raised UserError or OSError; the message is the same in every process.
     """
     if not _started:
         return action()
@@ -371,8 +371,8 @@ def together(jitted: Callable) -> Callable:
     """A jitted function whose first run on arguments of new shapes begins in all processes at once.
 
     The first collective of a program connects the processes that take part, and Gloo gives them
-    30 s. So each process compiles the program first, then waits for the others. Alone, it is
-    `jitted` itself. In many processes, all have to make the same calls.
+    30 s. So each process compiles the program first, then waits for the others. In a single process
+    this returns `jitted` itself. In many processes, all must make the same calls.
     """
     if not _started:
         return jitted
@@ -443,13 +443,12 @@ class StopSignal:
 
 @contextlib.contextmanager
 def guard():
-    """Ends this process soundly when it, or another one, fails; alone, errors just pass through.
+    """Ends this process when it or another one fails. In a single process, errors pass through.
 
-    In many processes an exception becomes a message on stderr here, word to the others (which
-    end too, saying why), and an exit without JAX's farewell, for which everybody would wait:
-    code 2 for a UserError, 1 for a lost peer and for anything unforeseen. A process that was
-    killed can send no word: then a collective fails in the others (CPU, at once), or they notice
-    that it is silent (peers.py).
+    In many processes an exception prints a line on stderr and announces the failure to the other
+    processes, which then end with the same reason. This process exits without JAX's shutdown
+    barrier, with a code of failures.py; the code for a lost peer is 1. A killed process announces
+    nothing: a collective fails in the others (at once on CPUs), or peers.py detects the silence.
     """
     try:
         yield
@@ -469,7 +468,7 @@ def _fail(error: BaseException):
         _watch.leaving.set()
     failure, name = failures.describe(error), f"process {process_index()}"
     said, word, code = failure.line, peers.Word(f"{name}: {failure.line}"), failure.code
-    if isinstance(error, UserError):  # all may have it, and say the same
+    if isinstance(error, UserError):  # possibly the same in all processes
         pass
     elif isinstance(error, Exception) and _LOST.search(str(error)):
         code, said = 1, _lost_a_peer(f"{name}: {type(error).__name__}: {error}")
@@ -482,12 +481,12 @@ def _fail(error: BaseException):
     if _watch and not _watch.coordinator_is_lost:
         leave = threading.Thread(target=_leave, args=(word, code == 2), daemon=True)
         leave.start()
-        leave.join(peers.LINGER + 1)  # the coordinator itself may be lost
+        leave.join(peers.LINGER + 1)  # the coordinator may be lost
     peers.exit_now(code)
 
 
 def _lost_a_peer(error: str) -> str:
-    """What to say of an error that only shows that another process is gone."""
+    """The message for an error that only shows that another process is gone."""
     name, error = f"process {process_index()}", " ".join(error.split())[:300]
     if _watch and _watch.failed.wait(1) and not _watch.word.is_echo:
         return f"{name} lost a peer: {_watch.word.text}"
@@ -497,7 +496,7 @@ def _lost_a_peer(error: str) -> str:
 
 
 def _leave(word: peers.Word, all_may_say_so: bool) -> None:
-    """Sends word to the others; process 0, through which it goes, gives them time to hear it."""
+    """Announces the failure; process 0, which runs the service, waits until the others read it."""
     _watch.tell(word)
     if all_may_say_so:
         with contextlib.suppress(jax.errors.JaxRuntimeError):
@@ -509,7 +508,7 @@ def _leave(word: peers.Word, all_may_say_so: bool) -> None:
 
 
 def close() -> None:
-    """Says goodbye to the other processes, when all of them have come to their end."""
+    """Disconnects when all processes have reached this call."""
     global _started
     if _started:
         _watch.close()

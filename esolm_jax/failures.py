@@ -1,9 +1,10 @@
-"""What a person is told when a verb fails: one line and an exit code for each kind of failure.
+"""Failures of a verb: one line on stderr and an exit code for each kind.
 
-Exit codes of all verbs, as `sysexits.h` and shells have them:
+Exit codes of all verbs follow `sysexits.h` and shells:
 
-    0    done             2    bad input: config, flags, files, environment
-    1    an error in esolm_jax, with a traceback; a lost process; numbers that are not finite
+    0    done
+    1    an error in esolm_jax (with a traceback), a lost process, a NaN that JAX_DEBUG_NANS found
+    2    bad input (config, flags, files, environment), damaged files, training that diverged
     71   out of memory (host or device)
     74   a file or folder cannot be read or written (full disk, read-only, path too long)
     130  interrupted (SIGINT)               143  terminated (SIGTERM)
@@ -27,7 +28,7 @@ BUG, BAD_INPUT, NO_MEMORY, NO_FILE = 1, 2, 71, 74
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """One line for a person and an exit code; `is_bug`: the traceback is wanted, too."""
+    """One line for stderr and an exit code. `is_bug`: the traceback is printed, too."""
 
     line: str
     code: int
@@ -35,8 +36,8 @@ class Failure:
 
 
 def report(error: BaseException, place: str | None = None) -> int:
-    """Prints the failure on standard error; the exit code. ESOLM_TRACEBACK=1 shows a traceback for
-    any kind of failure."""
+    """Prints the failure on stderr and returns the exit code. With ESOLM_TRACEBACK=1 every kind
+    of failure has a traceback."""
     failure = describe(error, place)
     _close_progress_bars()
     print(f"error: {failure.line}", file=sys.stderr, flush=True)
@@ -46,7 +47,7 @@ def report(error: BaseException, place: str | None = None) -> int:
 
 
 def _close_progress_bars() -> None:
-    """The line of the failure starts at the left, not behind a bar."""
+    """Closes progress bars, so that the line starts at the left margin."""
     tqdm = sys.modules.get("tqdm")
     for bar in list(getattr(tqdm.tqdm, "_instances", ())) if tqdm else ():
         bar.close()
@@ -57,9 +58,9 @@ def wants_tracebacks() -> bool:
 
 
 def describe(error: BaseException, place: str | None = None) -> Failure:
-    """The failure that an exception is; `place` is named where the exception names no file."""
+    """Classifies an exception; `place` is named if the exception names no file."""
     interrupts = [one for one in _chain(error, context=True) if isinstance(one, KeyboardInterrupt)]
-    if interrupts:  # whatever went wrong while the stack was left
+    if interrupts:  # they take precedence over errors raised during unwinding
         number = getattr(interrupts[0], "signum", signal.SIGINT)
         return Failure(interrupted(number), 128 + number)
     for one in _chain(error):
@@ -75,8 +76,8 @@ def describe(error: BaseException, place: str | None = None) -> Failure:
 
 
 def _chain(error: BaseException, *, context: bool = False) -> Iterator[BaseException]:
-    """The exception, those inside a group, and what it was raised from; with `context`, also what
-    was being handled when it was raised."""
+    """The exception, the members of a group, and its causes; with `context`, also the exceptions
+    that were being handled when it was raised."""
     seen, left = set(), [error]
     while left:
         one = left.pop(0)
@@ -98,7 +99,7 @@ def _user_error(error, place) -> Failure | None:
 
 def interrupted(signum: int) -> str:
     word = "interrupted" if signum == signal.SIGINT else "terminated"
-    return f"{word} ({signal.Signals(signum).name}); results and checkpoints are whole or not there"
+    return f"{word} ({signal.Signals(signum).name}); results and checkpoints are complete"
 
 
 _OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|[Oo]ut of memory|OUT_OF_MEMORY|bad_alloc")
@@ -118,24 +119,24 @@ def _memory(error, place) -> Failure | None:
 
 
 _ADVICE = {
-    errno.ENOSPC: "free some room there and run the same command again",
-    errno.EDQUOT: "free some room there and run the same command again",
+    errno.ENOSPC: "free disk space there and run the same command again",
+    errno.EDQUOT: "free disk space there and run the same command again",
     errno.EFBIG: "raise the limit of file sizes (ulimit -f) and run the same command again",
-    errno.EROFS: "name a folder that can be written",
-    errno.EACCES: "name one that you may read and write",
-    errno.EPERM: "name one that you may read and write",
+    errno.EROFS: "choose a writable folder",
+    errno.EACCES: "choose a path with read and write permission",
+    errno.EPERM: "choose a path with read and write permission",
     errno.ENAMETOOLONG: "choose a shorter path",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.ENFILE: "raise the limit of open files",
 }
-# As tensorstore (below Orbax) writes it: "… No space left on device [os_error_code='28']".
+# TensorStore's (Orbax's backend) format: "… No space left on device [os_error_code='28']".
 _OS_ERROR = re.compile(r"os_error_code='(\d+)'|\[OS error (\d+):")
 _PLAIN = {os.strerror(number): number for number in _ADVICE}
 _QUOTED = re.compile(r"""["'](/[^"']+)["']""")
 
 
 def _os_error(error: BaseException) -> tuple[int, str] | None:
-    """(errno, its text) that an exception of C++ code speaks of."""
+    """(errno, its text) quoted in an exception of C++ code."""
     told = str(error)
     if match := _OS_ERROR.search(told):
         number = int(match[1] or match[2])
@@ -162,7 +163,7 @@ def _file(error, place) -> Failure | None:
 
 
 def _platform(error, place) -> Failure | None:
-    """A platform that is not there (JAX_PLATFORMS), or that cannot start."""
+    """A platform (JAX_PLATFORMS) that is missing or cannot start."""
     told, trace = _shortened(error), error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -176,7 +177,7 @@ def _platform(error, place) -> Failure | None:
 
 
 def _environment(error, place) -> Failure | None:
-    """A value of JAX_… in the environment that JAX refuses, as soon as it is imported or used."""
+    """A JAX_… environment variable with a value that JAX rejects on import or use."""
     told = _shortened(error)
     if isinstance(error, ValueError) and re.search(r"JAX flag|environment '?JAX_", told):
         return Failure(f"environment: {told}", BAD_INPUT)

@@ -1,4 +1,4 @@
-"""Refuses weights that are not finite: the one check that every reader of weights shares."""
+"""Refuses non-finite weights: the check of all readers of weights."""
 
 import functools
 
@@ -11,15 +11,14 @@ from esolm_jax import distributed
 from esolm_jax.errors import UserError
 
 _PIECE = 2**20  # values of a NumPy array or of a file that are examined at a time
-_ADVICE = "a model with such weights computes nothing; use weights from before they diverged"
+_ADVICE = "use weights that were saved before training diverged"
 
 
 def check_finite(tree, source: str, advice: str = _ADVICE) -> None:
     """UserError unless every floating-point value in a tree of arrays is finite.
 
-    Arrays of JAX are examined on their devices by one program, so that in many processes all of
-    them come to the same result; all of them must call this. NumPy arrays, also those on disk,
-    are examined in pieces.
+    One program examines JAX arrays on their devices, so all processes get the same result and all
+    must call this. NumPy arrays, also on disk, are examined in pieces.
 
     Args:
       tree: any pytree. source: what it was read from; the message begins with it.
@@ -59,7 +58,7 @@ def _is_finite(array: np.ndarray) -> bool:
 
 
 def _replicated(sharding) -> NamedSharding | None:
-    """On the devices of a sharding; None: as the compiler likes, on one device."""
+    """On the devices of a sharding; None: on one device."""
     if isinstance(sharding, NamedSharding):
         return NamedSharding(sharding.mesh, PartitionSpec())
     return None

@@ -1,8 +1,8 @@
-"""Training steps that are not finite: undone on the device, noticed by the host when it looks.
+"""Non-finite training steps: undone on the device, reported when the host polls.
 
-The device decides after each step whether it counts, so that no NaN ever reaches the state and the
-host need not wait for the device. With train.on_non_finite = "stop", no later step counts either:
-the state stays what it was before the first bad one until the host ends the run.
+The device decides after each step whether it counts, so no NaN reaches the state and the host does
+not wait for the device. With train.on_non_finite = "stop", later steps do not count either: the
+state stays as it was before the first non-finite step until the host ends the run.
 """
 
 import flax.struct
@@ -18,12 +18,12 @@ _ZERO = np.int32(0)
 
 @flax.struct.dataclass
 class Health:
-    """How steps went, up to now: int32 scalars.
+    """Counts of non-finite steps so far: int32 scalars.
 
     Attributes:
-      first_bad: the first step (from 1) of the current series of steps that were not finite; 0: the
-        last one was.
-      in_a_row: the length of that series. skipped: how many steps of the run were not finite.
+      first_bad: the first step (from 1) of the current series of non-finite steps; 0 if the last
+        step was finite.
+      in_a_row: the length of that series. skipped: the number of non-finite steps of the run.
     """
 
     first_bad: jax.Array = _ZERO
@@ -31,7 +31,7 @@ class Health:
     skipped: jax.Array = _ZERO
 
     def after(self, step, is_finite) -> "Health":
-        """After one more step, the step-th."""
+        """The counts after step `step`."""
         first_bad = jnp.where(self.in_a_row == 0, step, self.first_bad)
         return Health(
             first_bad=jnp.where(is_finite, 0, first_bad),
@@ -43,8 +43,8 @@ class Health:
 def is_finite(metrics: dict, params) -> jax.Array:
     """Whether loss, gradients (by their norm) and new parameters of a step are finite.
 
-    The average of the parameters is, then, too: it lies between them; and so are the moments of
-    Adam, which lie between gradients and their squares.
+    If so, the average of the parameters is finite (it lies between them), and Adam's moments are
+    (they are averages of gradients and their squares).
     """
     scalars = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
     parts = [jnp.all(jnp.abs(a) < LIMIT) for a in jax.tree.leaves(params)]
@@ -62,11 +62,9 @@ def fault(health: Health, config) -> str:
     first_bad, in_a_row = int(health.first_bad), int(health.in_a_row)
     advice = "lower config.optimizer.learning_rate or lengthen config.optimizer.warmup_steps"
     if t.on_non_finite == "stop" and first_bad:
-        advice += ", or go on without such steps: --config.train.on_non_finite=skip"
+        advice += ", or skip such steps: --config.train.on_non_finite=skip"
         return f"step {first_bad}: {_WHAT}; {advice}"
     if in_a_row >= min(MAX_IN_A_ROW, t.steps):
         last = first_bad + in_a_row - 1
-        return (
-            f"steps {first_bad} to {last}: {_WHAT} in each of them, so all were skipped; {advice}"
-        )
+        return f"steps {first_bad} to {last}: all skipped, because {_WHAT}; {advice}"
     return ""

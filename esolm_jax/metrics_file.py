@@ -1,7 +1,7 @@
-"""The lines of metrics.jsonl: each with a checksum, so that a damaged one is noticed.
+"""The lines of metrics.jsonl, each with a checksum.
 
-Only the last line may be torn, by a run that was killed while it wrote. Whatever else is damaged
-costs the damaged lines alone: the good ones are kept, and the file is kept beside, as it was.
+A killed run can leave the last line torn. Other damaged lines are dropped; intact lines are kept,
+and a copy of the damaged file is kept in the same folder.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ CHECKSUM = "crc32"  # of the line without it
 
 @dataclasses.dataclass(frozen=True)
 class Content:
-    """What a metrics file holds.
+    """The content of a metrics file.
 
     Attributes:
       entries: of the good lines, without checksums. lines: these, as they are in the file.
@@ -72,7 +72,7 @@ def parse(content: bytes) -> Content:
 
 
 def read(path: pathlib.Path) -> Content:
-    """What the file holds; nothing if there is none. UserError if it cannot be read."""
+    """The content of the file; empty if it is missing. UserError if it cannot be read."""
     try:
         return parse(path.read_bytes())
     except FileNotFoundError:
@@ -82,7 +82,7 @@ def read(path: pathlib.Path) -> Content:
 
 
 def _keep_beside(path: pathlib.Path) -> pathlib.Path:
-    """Where what is at `path` is kept, whole: PATH.damaged-1, or the next number that is free."""
+    """The path for the copy of a damaged file: PATH.damaged-1, or the next free number."""
     number = 1
     while (beside := path.with_name(f"{path.name}.damaged-{number}")).exists():
         number += 1
@@ -94,13 +94,13 @@ def _keep_beside(path: pathlib.Path) -> pathlib.Path:
 
 
 def keep_until(path: pathlib.Path, step: int, expected: int) -> tuple[int, str | None]:
-    """Drops what a killed run wrote after the checkpoint at `step`, which it writes again.
+    """Drops entries after the checkpoint at `step`: a resumed run writes them again.
 
     Args:
-      expected: how many entries the checkpoint says there are up to `step`; 0 if it does not say.
+      expected: the number of entries up to `step` recorded in the checkpoint; 0: not recorded.
 
     Returns:
-      (how many entries are left, a line that says what is damaged or missing or None).
+      (the number of entries left, a line on damaged or missing entries or None).
     """
     beside = None
     if path.exists() and not path.is_file():

@@ -1,11 +1,11 @@
-"""Notices that another process of the run failed or died, and ends this one with one line.
+"""Detects that another process of the run failed or died, and ends this one with one line.
 
-JAX aborts the survivors itself, but with a stack trace, and later. Three signs come before that:
+JAX aborts the survivors itself, but later and with a stack trace. Three signs come earlier:
 
-  word     a process that fails writes why into the coordination service, before it ends
-  silence  every process writes a counter there every few seconds; process 0 notices which one
-           stands still, and the others notice that process 0 answers no more
-  close    the connection to process 0 closed (relay.py)
+  word     a failing process writes its reason to the coordination service before it exits
+  silence  every process increments a counter there every few seconds; process 0 watches the
+           counters, and the other processes notice when process 0 stops answering
+  close    the connection to process 0 was closed (relay.py)
 """
 
 import contextlib
@@ -20,15 +20,15 @@ import jax
 
 from esolm_jax.relay import Relay
 
-LINGER = 2  # seconds that process 0, through which all word goes, outlives the news of a failure
-_FAILED = "esolm_jax/failed"  # key under which the first process to fail says why
+LINGER = 2  # seconds that process 0, which runs the service, stays up after a failure
+_FAILED = "esolm_jax/failed"  # key of the first failure and its reason
 _BEAT = "esolm_jax/beat"
 _FOREVER = 2**31 - 1  # milliseconds: 24 days
 
 
 @dataclasses.dataclass(frozen=True)
 class Word:
-    """Why a process ends. `is_echo`: only because it lost another one."""
+    """Why a process ends. `is_echo`: only because another process ended."""
 
     text: str
     is_echo: bool = False
@@ -38,9 +38,9 @@ class Watch:
     """Threads that watch the other processes from start() to stop().
 
     Attributes:
-      failed: set when the run has failed; `word` then says why.
+      failed: set when the run has failed, for the reason in `word`.
       leaving: set by the main thread when it ends the process itself.
-      coordinator_is_lost: nothing can be sent to the others any more.
+      coordinator_is_lost: messages to other processes are no longer possible.
     """
 
     def __init__(self, client, index: int, count: int, limit: float, relay: Relay | None):
@@ -52,7 +52,7 @@ class Watch:
         self.leaving = threading.Event()
         self.coordinator_is_lost = False
         self._closing, self._stopped = False, threading.Event()
-        self._answered = time.monotonic()  # when the coordinator last did
+        self._answered = time.monotonic()  # time of the coordinator's last answer
         self._beats = dict.fromkeys(range(count), ("", self._answered))
         self._lock = threading.Lock()
         loops = self._hear, self._beat, self._measure_silence
@@ -63,7 +63,7 @@ class Watch:
             thread.start()
 
     def close(self) -> None:
-        """The main thread is about to say goodbye to the others, which the coordinator follows."""
+        """Call before jax.distributed.shutdown, after which the coordinator may disconnect."""
         self._closing = True
         if self._relay:
             self._relay.close()
@@ -71,12 +71,12 @@ class Watch:
     def stop(self) -> None:
         self._stopped.set()
         for thread in self._threads:
-            thread.join(5)  # one left in a call to JAX would crash the interpreter at its end
+            thread.join(5)  # a thread inside a JAX call would crash the interpreter at exit
         if self._relay:
             self._relay.stop()
 
     def tell(self, word: Word) -> None:
-        """Sends word to the others, unless somebody was faster."""
+        """Announces a failure to the other processes, unless another one was announced first."""
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self._client.key_value_set(_FAILED, json.dumps(dataclasses.asdict(word)))
 
@@ -98,10 +98,10 @@ class Watch:
                 if self._index == 0:
                     self._compare(dict(self._client.key_value_dir_get(_BEAT)))
             except jax.errors.JaxRuntimeError:
-                continue  # how long the coordinator has been silent is measured elsewhere
+                continue  # _measure_silence() measures the coordinator's silence
 
     def _compare(self, beats: dict[str, str]) -> None:
-        """In process 0: tells all when a process's counter stands still."""
+        """In process 0: announces a process with a counter that stands still."""
         now = time.monotonic()
         for index in range(1, self._count):
             value = beats.get(f"{_BEAT}/{index}", "")
@@ -123,7 +123,7 @@ class Watch:
         while not self._stopped.is_set():
             is_closed = lost.wait(self._period / 2)
             now = time.monotonic()
-            if now - last > self._limit / 2:  # this process itself did not run
+            if now - last > self._limit / 2:  # this process was suspended
                 self._answered = now
                 self._beats = {index: (value, now) for index, (value, _) in self._beats.items()}
             last = now
@@ -133,12 +133,12 @@ class Watch:
             if self._closing and self._stopped.wait(5):
                 return
             self.coordinator_is_lost = True
-            why = self._silent() if silent else "ended without a word: it was killed or crashed"
+            why = self._silent() if silent else "ended without a message: it was killed or crashed"
             self._end(Word(f"process 0 {why}"))
             return
 
     def _end(self, word: Word) -> None:
-        """Ends this process, if the main thread does not do so itself within a second."""
+        """Ends this process, unless the main thread does so within a second."""
         with self._lock:
             if self.failed.is_set():
                 return
@@ -148,11 +148,11 @@ class Watch:
             say_and_exit(f"process {self._index} lost a peer: {word.text}", 1)
 
 
-_said = threading.Lock()  # taken for good by the one thread that has the last word
+_said = threading.Lock()  # never released: the first thread to take it ends the process
 
 
 def say(message: str) -> None:
-    """Prints one line on stderr; of several threads, only the first gets to."""
+    """Prints one line on stderr, in the first thread that calls it; others block."""
     if _said.acquire(blocking=False):
         print(f"error: {message}", file=sys.stderr, flush=True)
     else:
@@ -160,7 +160,7 @@ def say(message: str) -> None:
 
 
 def say_and_exit(message: str, code: int) -> None:
-    """Ends the process at once, without JAX's farewell, for which everybody would wait."""
+    """Ends the process at once, without JAX's shutdown barrier."""
     say(message)
     exit_now(code)
 

@@ -1,11 +1,11 @@
-"""The connection of a process to the coordinator, passed on by a process of its own.
+"""A relay process between a process and the coordinator.
 
-JAX's client aborts its process, with a stack trace, as soon as its connection closes: that is how
-the other processes learn that process 0 died. The client therefore connects to a relay, which keeps
-the client's end open when the coordinator's closes, and says so instead. The relay is a process,
-since C++ code waits for the coordinator while it holds Python's lock.
+JAX's client aborts its process, with a stack trace, as soon as its connection closes, for example
+because process 0 died. The client therefore connects to a relay. When the coordinator's end closes,
+the relay keeps the client's end open and reports it. The relay is a process, not a thread, because
+JAX's C++ code waits for the coordinator while it holds the GIL.
 
-The relay imports the standard library alone: it is started as a file.
+This module imports the standard library only, because the relay runs it as a script.
 """
 
 import contextlib
@@ -20,15 +20,15 @@ import threading
 import time
 
 _PATH_BYTES = 100  # a Unix socket's path may have 107
-_LAST_WORD = 10  # seconds that a process gets to end by itself when the coordinator is lost
+_LAST_WORD = 10  # seconds for a process to end by itself after the coordinator is lost
 
 
 class Relay:
-    """A relay process, as the process sees it whose connection it passes on.
+    """Starts and controls the relay of this process.
 
     Attributes:
-      target: what the client is to connect to, instead of the coordinator's host:port.
-      lost: set when the coordinator closed the connection after joined().
+      target: the address for the client, in place of the coordinator's host:port.
+      lost: set if the coordinator closes the connection after joined().
     """
 
     def __init__(self, address: str, index: int):
@@ -39,17 +39,17 @@ class Relay:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            start_new_session=True,  # what is sent to a terminal's processes is not for it
+            start_new_session=True,  # shields it from a terminal's signals
         )
         self.target = self._process.stdout.readline().strip()
         threading.Thread(target=self._listen, daemon=True).start()
 
     def joined(self) -> None:
-        """From now on the one connection that there is has to last."""
+        """Call when the process is connected: from now on a closed connection is a loss."""
         self._say("joined")
 
     def close(self) -> None:
-        """The run ends; the coordinator may close its connection."""
+        """Call at the end of the run: the coordinator may close its connection."""
         self._closing = True
         self._say("close")
 
@@ -62,25 +62,25 @@ class Relay:
         try:
             self._process.stdin.write(f"{word}\n")
             self._process.stdin.flush()
-        except OSError:  # it is gone; then so is the connection
+        except OSError:  # the relay has ended, and with it the connection
             pass
 
     def _listen(self) -> None:
-        self._process.stdout.readline()  # a word, or the relay's end
+        self._process.stdout.readline()  # a line, or end of file
         if not self._closing:
             self.lost.set()
 
 
 class _Passing:
-    """In the relay process: accepts the client's connection, and passes on what both ends say."""
+    """Runs in the relay process: accepts the client's connection and forwards both directions."""
 
     def __init__(self, address: str):
         host, port = address.rsplit(":", 1)
         self._address = host.strip("[]"), int(port)
         self.lost = threading.Event()
         self._joined = self._closing = False
-        self._open: list[socket.socket] = []  # the client's end may not close by being forgotten
-        self._folder = tempfile.mkdtemp(prefix="esolm_jax-")  # of this user alone
+        self._open: list[socket.socket] = []  # garbage collection would close them
+        self._folder = tempfile.mkdtemp(prefix="esolm_jax-")  # private to this user
         if len(os.fsencode(self._folder)) > _PATH_BYTES - 2:
             shutil.rmtree(self._folder)
             self._folder = tempfile.mkdtemp(prefix="esolm_jax-", dir="/tmp")
@@ -138,7 +138,7 @@ def _start(function, *args) -> None:
 
 
 def _pass_on(source: socket.socket, target: socket.socket) -> bool:
-    """Until the source closes; returns whether the target was still open then."""
+    """Forwards until the source closes; returns whether the target was still open."""
     while True:
         try:
             data = source.recv(1 << 16)
@@ -155,13 +155,13 @@ def _pass_on(source: socket.socket, target: socket.socket) -> bool:
 def _shut_down(one: socket.socket) -> None:
     try:
         one.shutdown(socket.SHUT_RDWR)
-    except OSError:  # it is closed already
+    except OSError:  # already closed
         pass
 
 
 def _main(address: str, index: str, parent: str) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # it ends with the process that it serves
+        signal.signal(number, signal.SIG_IGN)  # it ends with its parent
     passing = _Passing(address)
 
     def obey():
@@ -179,7 +179,7 @@ def _main(address: str, index: str, parent: str) -> None:
         elif said is not None:
             time.sleep(0.2)
             if time.monotonic() - said > _LAST_WORD and os.getppid() == int(parent):
-                words = "lost a peer: process 0 ended without a word: it was killed or crashed"
+                words = "lost a peer: process 0 ended without a message: it was killed or crashed"
                 print(f"error: process {index} {words}", file=sys.stderr, flush=True)
                 os.kill(int(parent), signal.SIGKILL)  # it cannot end itself
     passing.stop_listening()

@@ -1,4 +1,4 @@
-"""python -m esolm_jax.verify --workdir=DIR: is every file of a workdir what was written?
+"""python -m esolm_jax.verify --workdir=DIR: checks every file of a workdir for damage.
 
 Checks each checkpoint, the prepared data (every record), the tokenizer, config.json and
 metrics.jsonl, prints a table, and ends with code 2 if anything is damaged.
@@ -33,7 +33,7 @@ INTACT, DAMAGED, UNKNOWN = "intact", "DAMAGED", "unknown"
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One row of the table: a part of the workdir, its state, and why."""
+    """One row of the table: a part of the workdir, its state and the reason."""
 
     part: str
     state: str
@@ -41,7 +41,7 @@ class Finding:
 
 
 def get_config():
-    """The defaults: nothing of a config matters here, and that of the workdir may be damaged."""
+    """The defaults: the config is unused, and the config of the workdir may be damaged."""
     return config_lib.default_config()
 
 
@@ -94,7 +94,7 @@ def _config(workdir: pathlib.Path, meta: dict | None) -> Iterator[Finding]:
         config_lib.validate(config)
     except UserError as error:
         yield Finding(path.name, DAMAGED, str(error))
-    except Exception as error:  # of many types, as ConfigDict raises them
+    except Exception as error:  # ConfigDict raises many types
         yield Finding(path.name, DAMAGED, f"{path}: not a config ({type(error).__name__})")
     else:
         saved = config_lib.flat(ConfigDict(meta["config"])) if meta else {}
@@ -128,7 +128,7 @@ def _tokenizer(workdir: pathlib.Path, meta: dict | None) -> Finding:
     except UserError as error:
         return Finding(folder.name, DAMAGED, str(error))
     if meta is None:
-        return Finding(folder.name, UNKNOWN, "no checkpoint says which one it is")
+        return Finding(folder.name, UNKNOWN, "no checkpoint to compare it with")
     if tokenizer.fingerprint != meta["tokenizer"]["fingerprint"]:
         why = f"{folder}: not the tokenizer that the checkpoint was trained on"
         return Finding(folder.name, DAMAGED, why)
@@ -148,7 +148,7 @@ def _data(folder: pathlib.Path, *, needed: bool) -> Iterator[Finding]:
     except UserError as error:
         yield Finding("data", DAMAGED, str(error))
         return
-    kept = "digests" if manifest.files else "no digests, but what can be seen without"
+    kept = "digests" if manifest.files else "no digests, consistent"
     yield Finding("data", INTACT, f"{folder}: manifest, tokenizer and counts ({kept})")
     for split, entry in manifest.splits.items():
         problems = list(integrity.record_problems(manifest, [split]))

@@ -174,14 +174,14 @@ def test_killed_peer_ends_the_others(victim):
     assert results[victim][0] == -signal.SIGKILL
     assert code == 1
     (line,) = [line for line in err.splitlines() if not line.startswith("[Gloo]")]
-    reasons = "(, which was killed or crashed|: process 0 ended without a word)"
+    reasons = "(, which was killed or crashed|: process 0 ended without a message)"
     assert re.match(f"error: process {1 - victim} lost a peer{reasons}", line)
 
 
 @pytest.mark.parametrize(
     "victim, how, said",
     [
-        (0, "SIGKILL", "process 0 ended without a word: it was killed or crashed"),
+        (0, "SIGKILL", "process 0 ended without a message: it was killed or crashed"),
         (0, "SIGSTOP", "process 0 was silent for 4 s (config.distributed.heartbeat_timeout)"),
         (2, "SIGKILL", "process 2 was silent for 4 s (config.distributed.heartbeat_timeout)"),
         (1, "SIGSTOP", "process 1 was silent for 4 s (config.distributed.heartbeat_timeout)"),

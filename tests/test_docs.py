@@ -13,7 +13,7 @@ from esolm_jax import config as config_lib
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
-VERBS = ("prepare", "train", "evaluate", "sample", "convert", "export", "compile")
+VERBS = ("prepare", "train", "evaluate", "sample", "convert", "export", "verify", "compile")
 COMMON = {"workdir", "config"}
 
 

@@ -155,7 +155,7 @@ def _write_split(
             yield [tokenizer.eos_id]
 
     def padded() -> Iterator[list[int]]:
-        """The first tokens of each document, one more than a window at least if there are."""
+        """The first tokens of each document, more than a window if it has them."""
         length = config.data.seq_len
         for text in sources.documents(config, split):
             tokens: list[int] = []

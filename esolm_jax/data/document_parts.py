@@ -1,19 +1,19 @@
 """Long documents are tokenized in parts, so that memory does not grow with their length.
 
-A part ends before white space, where the tokens of the text around it are those of its two sides.
-That is tried at each cut, so the tokens are those of the whole document, whatever a tokenizer does
-with the space: it may belong to the word behind it, be dropped, or be put in front of every text.
-Only a word of more than MAX_WORD characters is cut anywhere.
+A part ends before white space, at a place where the tokens of the surrounding text equal those of
+its two sides. Each cut is tested, so the tokens are those of the whole document for every way to
+treat the space: attached to the next word, dropped, or added in front of every text. Only a word
+of more than MAX_WORD characters is cut inside.
 """
 
 import re
 from collections.abc import Iterator
 from typing import Any
 
-PART = 2**20  # characters; a document of no more is encoded at once
+PART = 2**20  # characters; shorter documents are encoded whole
 MAX_WORD = 2**22
-TRIED = 64  # places for a cut
-CONTEXT = 256  # characters before and behind it
+TRIED = 64  # candidate cuts
+CONTEXT = 256  # characters on each side of a cut
 _SPACE = re.compile(r"(?<=\S)\s")
 
 
@@ -31,7 +31,7 @@ def encode(tokenizer: Any, text: str) -> Iterator[list[int]]:
 
 
 def _cut(tokenizer: Any, text: str, start: int) -> tuple[int, int]:
-    """Where the part that begins at `start` ends, and the next one begins."""
+    """The end of the part that begins at `start`."""
     if tokenizer.kind == "bytes":
         return start + PART, start + PART
     found = _SPACE.finditer(text, start + PART, start + MAX_WORD)
@@ -48,5 +48,5 @@ def _cut(tokenizer: Any, text: str, start: int) -> tuple[int, int]:
 
 
 def num_bytes(text: str) -> int:
-    """Of UTF-8, without a copy of the whole."""
+    """The number of UTF-8 bytes, without a copy of the text."""
     return sum(len(text[i : i + PART].encode()) for i in range(0, len(text), PART))

@@ -1,4 +1,4 @@
-"""The files of a corpus: what config.data.train and the like name, and what of it is left out."""
+"""The files of a corpus that config.data.train etc. name, and the files that are left out."""
 
 import dataclasses
 import glob
@@ -14,16 +14,16 @@ MAX_MATCHES = 1_000_000  # of a glob
 
 @dataclasses.dataclass(frozen=True)
 class FileList:
-    """The files of a split, sorted, and what lies among them but is not read.
+    """The files of a split, sorted, and the paths among them that are left out.
 
-    left_out: what it is ("broken links", …) → paths.
+    left_out: reason ("broken links", …) → paths.
     """
 
     files: list[Path]
     left_out: dict[str, set[str]]
 
     def note(self, field: str) -> str:
-        """One line on what is left out, '' if nothing is."""
+        """One line on the paths left out, or ''."""
         parts = [
             f"{len(paths)} {reason} (such as {min(paths)})"
             for reason, paths in self.left_out.items()
@@ -32,15 +32,15 @@ class FileList:
 
 
 def is_text(path: str | Path) -> bool:
-    """Whether the name ends as that of a text file, in lower or upper case."""
+    """Whether the suffix is that of a text file, in lower or upper case."""
     return str(path).lower().endswith(SUFFIXES)
 
 
 def find(split: str, spec: str) -> FileList:
-    """The files of a comma-separated list of files, directories and globs. Links are followed, and
-    a file that is named twice is read once.
+    """The files of a comma-separated list of files, directories and globs. Links are followed; a
+    file with several names is read once.
 
-    Raises UserError naming config.data.<split> for whatever is missing, not text, or no file.
+    Raises UserError naming config.data.<split> for paths that are missing or not text files.
     """
     walk, names = _Walk(), set()
     field, endings = f"config.data.{split}={spec!r}", ", ".join(SUFFIXES)
@@ -48,14 +48,14 @@ def find(split: str, spec: str) -> FileList:
         part = os.path.abspath(os.path.expanduser(part))
         if os.path.isfile(part):
             if not is_text(part):
-                raise UserError(f"{field}: {part} does not end with any of {endings}")
+                raise UserError(f"{field}: {part}: must end with one of {endings}")
             matches = [part]
         elif os.path.isdir(part):
             matches = [part]
         elif glob.has_magic(part):
             matches = _matches(part, field)
         elif os.path.exists(part):
-            raise UserError(f"{field}: {part} is not a regular file, but a pipe or a device")
+            raise UserError(f"{field}: {part}: must be a regular file, not a pipe or a device")
         else:
             kind = "broken link" if os.path.islink(part) else "no such file or directory"
             raise UserError(f"{field}: {kind}: {part}")
@@ -69,12 +69,12 @@ def find(split: str, spec: str) -> FileList:
 
 
 def _matches(pattern: str, field: str) -> list[str]:
-    """The paths that match a glob. UserError: links in a circle make them endless."""
+    """The paths that match a glob. UserError: too many, for example because of circular links."""
     found = list(itertools.islice(glob.iglob(pattern, recursive=True), MAX_MATCHES + 1))
     if len(found) > MAX_MATCHES:
         raise UserError(
-            f"{field}: {pattern} matches more than {MAX_MATCHES:,} paths: name the folder, unless "
-            "links in it lead in a circle"
+            f"{field}: {pattern} matches more than {MAX_MATCHES:,} paths; name the folder, or "
+            "remove circular links"
         )
     return sorted(found)
 
@@ -86,11 +86,11 @@ class _Walk:
         self.left_out: dict[str, set[str]] = {}
 
     def files(self, paths: list[str]) -> list[str]:
-        """Each folder is looked into once."""
+        """Visits each folder once."""
         found, folders, links, seen = [], [], [], set()
         for path in paths:
             self._sort(path, found, folders, links)
-        # Links last, so that a file is called by the name that it has without them.
+        # Links last, so that a file is listed by its real name.
         while folders or links:
             path = folders.pop() if folders else links.pop(0)
             status = os.stat(path)
@@ -127,7 +127,7 @@ class _Walk:
 
 
 def _once(paths: list[Path], left_out: dict[str, set[str]]) -> list[Path]:
-    """Without further names of the same file."""
+    """One path for each file; further names go to left_out."""
     files: dict[str, Path] = {}
     for path in paths:
         if files.setdefault(os.path.realpath(path), path) != path:
@@ -136,7 +136,7 @@ def _once(paths: list[Path], left_out: dict[str, set[str]]) -> list[Path]:
 
 
 def shared(lists: dict[str, FileList]) -> list[str]:
-    """One line for each two splits that have files in common, for their figures mean little."""
+    """One line for each pair of splits that share files."""
     real = {s: {os.path.realpath(f) for f in found.files} for s, found in lists.items()}
     splits = list(lists)
     return [

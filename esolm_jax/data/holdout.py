@@ -1,9 +1,8 @@
-"""Splits that are not given are held out of train: by a hash of each document's text, so that the
-choice is stable, needs no memory, and puts equal documents in the same split.
+"""Holds unspecified splits out of train, by a hash of each document's text. So the choice is
+stable, needs no memory, and puts equal documents in the same split.
 
-Of a small corpus the hashes may leave a split without documents. Then, and only then, the
-documents whose hashes are nearest go there; and where there are few documents, they are cut into
-parts first.
+In a small corpus the hashes may leave a split without documents. Only then, the documents with the
+nearest hashes move to it; a corpus of few documents is first cut into parts.
 """
 
 import dataclasses
@@ -15,9 +14,9 @@ from collections.abc import Callable, Iterator
 
 from esolm_jax.errors import UserError
 
-MANY, MAX_PARTS = 10, 32  # parts, in all, of documents that are fewer than MANY
-SHORT = 16  # characters of a part on average; shorter ones only where there is no other way
-FEW = 4096  # hashes that are looked at: where a split has no document, it is one of the first
+MANY, MAX_PARTS = 10, 32  # total parts, for fewer than MANY documents
+SHORT = 16  # average characters of a part; shorter parts are the last resort
+FEW = 4096  # smallest hashes kept: enough to fill an empty split
 _SPACE = re.compile(r"\s")
 Read = Callable[[], Iterator[str]]  # the non-blank documents of train
 
@@ -27,7 +26,7 @@ class Holdout:
     """Which documents of train belong to which split.
 
     Attributes:
-      held: the splits that are held out, of "validation" and "test".
+      held: the held-out splits, of "validation" and "test".
       bounds: for each of them the hashes [low, high) of its documents, in [0, 1).
       parts: how many parts each document is cut into; 1 = none.
     """
@@ -44,21 +43,21 @@ class Holdout:
         return "train"
 
     def documents(self, read: Read) -> Iterator[str]:
-        """All documents of train, in order, cut where they must be."""
+        """All documents of train in order, cut into parts if needed."""
         return (part for text in read() for part in cut(text, self.parts))
 
 
 def place(text: str) -> float:
-    """In [0, 1), from the text alone."""
+    """A hash of the text in [0, 1)."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") / 2**64
 
 
 def find(held: tuple[str, ...], holdout: float, read: Read, field: str) -> Holdout:
-    """How `holdout` of the documents that `read()` yields are held out for each split of `held`.
+    """Plans to hold out a share `holdout` of the documents of `read()` for each split of `held`.
 
-    validation owns the hashes [0, h), test owns [h, 2h), if they are not given. UserError, of the
-    `field` that names them: they cannot be divided so that no split is empty.
+    validation owns the hashes [0, h) and test [h, 2h), unless they are given. UserError, with
+    `field`: no division leaves every split non-empty.
     """
     owns = {"validation": (0.0, holdout), "test": (holdout, 2 * holdout)}
     wanted = Holdout(held, tuple(owns[split] for split in held))
@@ -69,17 +68,17 @@ def find(held: tuple[str, ...], holdout: float, read: Read, field: str) -> Holdo
         if len(places) > len(held):
             return dataclasses.replace(tried, bounds=_repaired(tried, places))
     if not places:
-        return wanted  # there are no documents, of which sources.documents tells
+        return wanted  # no documents: sources.documents raises the error
     given = " and ".join(f"config.data.{split}" for split in held)
     raise UserError(
-        f"{field}: holds too little text, or the same text again and again, to be divided into "
+        f"{field}: holds too little distinct text to be divided into "
         f"{', '.join(('train', *held))}: give {given}, or more text"
     )
 
 
 def _finer(wanted: Holdout, holdout: float, read: Read) -> Iterator[Holdout]:
-    """Whole documents if they are many enough for one of them to be a small share, or too short to
-    be cut; then parts, then whole documents, then parts of any length."""
+    """The candidate divisions in order: whole documents if there are many or they are too short to
+    cut; then parts, whole documents, parts of any length."""
     sizes = [len(text) for text in itertools.islice(read(), MANY)]
     parts = min(max(round(1 / holdout), MANY), MAX_PARTS)
     cut_ = dataclasses.replace(wanted, parts=max(2, -(-parts // max(1, len(sizes)))))
@@ -90,7 +89,7 @@ def _finer(wanted: Holdout, holdout: float, read: Read) -> Iterator[Holdout]:
 
 
 def _fills_all(wanted: Holdout, read: Read) -> bool:
-    """Reads no further than it must."""
+    """Reads as few documents as possible."""
     empty = {"train", *wanted.held}
     for text in wanted.documents(read):
         empty.discard(wanted.split_of(text))
@@ -100,7 +99,7 @@ def _fills_all(wanted: Holdout, read: Read) -> bool:
 
 
 def _smallest(places: Iterator[float]) -> list[float]:
-    """The smallest FEW different ones, ascending, and the largest of all."""
+    """The FEW smallest distinct hashes, ascending, and the largest."""
     few: set[float] = set()
     largest = None
     for at in places:
@@ -112,8 +111,8 @@ def _smallest(places: Iterator[float]) -> list[float]:
 
 
 def _repaired(wanted: Holdout, places: list[float]) -> tuple[tuple[float, float], ...]:
-    """Bounds that give every split of `held`, and train, one of the ascending `places` at least;
-    places change their split only where they must."""
+    """Bounds that give every split of `held`, and train, at least one of the ascending `places`,
+    with as few changes of split as possible."""
     count = len(places)
     ranges = []  # [first, last) of the places, for each split
     for low, high in wanted.bounds:
@@ -122,7 +121,7 @@ def _repaired(wanted: Holdout, places: list[float]) -> tuple[tuple[float, float]
     for left, right in zip(ranges, ranges[1:], strict=False):  # room for the one before
         right[0] = max(right[0], left[1])
         right[1] = max(right[1], right[0] + 1)
-    most = count - (ranges[0][0] == 0)  # one is left to train: the last, unless there are earlier
+    most = count - (ranges[0][0] == 0)  # leave one place to train
     for i in reversed(range(len(ranges))):
         ranges[i][1] = min(ranges[i][1], most)
         ranges[i][0] = min(ranges[i][0], ranges[i][1] - 1)
@@ -132,8 +131,7 @@ def _repaired(wanted: Holdout, places: list[float]) -> tuple[tuple[float, float]
 
 
 def cut(text: str, parts: int) -> Iterator[str]:
-    """The text in so many parts of about the same length, cut before white space where there is
-    any; none of them is blank."""
+    """The text in `count` non-blank parts of about equal length, cut before white space if any."""
     start, step = 0, max(1, -(-len(text) // parts))
     stop = step
     while parts > 1 and stop < len(text):

@@ -1,9 +1,9 @@
-"""Whether prepared data are what was prepared: the manifest, the files beside it, the shards.
+"""Detects damage to prepared data: the manifest, its neighbouring files and the shards.
 
-The manifest has the SHA-256 of its own content, of the tokenizer's files and of the unigram counts:
+The manifest has the SHA-256 of its own content, of the tokenizer's files and of the unigram counts;
 these are verified whenever data are loaded. The shards' records are verified by `record_problems`
-(evaluate --verify) and, as they are read, by the checksums of ArrayRecord. Data prepared at commit
-947f88e have no digests beside the records': what can be seen without them is checked.
+(the verb verify) and, as they are read, by the checksums of ArrayRecord. Data prepared at commit
+947f88e have digests of the records only; their other files are checked for consistency.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ _PREPARE_AGAIN = "delete {} and prepare again"
 
 
 def digest(entries: dict[str, Any]) -> str:
-    """Of the entries of a manifest, in any order."""
+    """The digest of the entries of a manifest, in any order."""
     return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
@@ -34,7 +34,7 @@ def hash_files(directory: Path, names: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def check_files(directory: Path, files: dict[str, dict[str, Any]]) -> None:
-    """UserError unless the files beside the manifest are those that were prepared."""
+    """UserError unless the files of the manifest's entry `files` are intact."""
     for name, entry in files.items():
         path = directory / name
         try:
@@ -43,14 +43,14 @@ def check_files(directory: Path, files: dict[str, dict[str, Any]]) -> None:
             elif hash_file(path) == (entry["size_bytes"], entry["sha256"]):
                 continue
             else:
-                state = "has another content than was prepared"
+                state = "content differs from what was prepared"
         except OSError as error:
             state = f"cannot be read: {error.strerror}"
         raise UserError(f"{path}: is damaged: {state}; {_PREPARE_AGAIN.format(directory)}")
 
 
 def read_counts(path: Path, vocab_size: int, tokens: int) -> np.ndarray:
-    """Unigram counts: int64 [vocab_size]. UserError unless they are counts of so many tokens."""
+    """Unigram counts: int64 [vocab_size]. UserError unless they sum to `tokens`."""
     problem = None
     try:
         if not path.is_file():
@@ -61,7 +61,7 @@ def read_counts(path: Path, vocab_size: int, tokens: int) -> np.ndarray:
         problem = f"cannot be read ({type(error).__name__})"
     if problem is None:
         if not isinstance(counts, np.ndarray) or counts.dtype != np.int64:
-            problem = "does not hold whole numbers of 64 bits"
+            problem = "must hold 64-bit integers"
         elif counts.shape != (vocab_size,):
             problem = f"has shape {counts.shape}, not ({vocab_size},)"
         elif counts.min() < 0 or counts.sum() != tokens:
@@ -72,7 +72,7 @@ def read_counts(path: Path, vocab_size: int, tokens: int) -> np.ndarray:
 
 
 def structure_problem(entries: dict[str, Any]) -> str | None:
-    """What is wrong with a manifest's entries, as far as it can be seen without a digest."""
+    """A problem with a manifest's entries that shows without a digest, or None."""
     try:
         for name in ("source", "seq_len", "packing"):
             if entries["data"][name] != entries[name]:
@@ -99,7 +99,7 @@ def structure_problem(entries: dict[str, Any]) -> str | None:
 
 
 def record_problems(manifest, splits: list[str]) -> Iterator[str]:
-    """Reads every record of these splits; a line for each split that is not what was prepared."""
+    """Reads every record of these splits; yields a line for each damaged split."""
     for split in splits:
         entry, found, count = manifest.split(split), hashlib.sha256(), 0
         try:
@@ -108,8 +108,8 @@ def record_problems(manifest, splits: list[str]) -> Iterator[str]:
                 for record in source.__getitems__(range(start, min(start + 1024, len(source)))):
                     found.update(record)
                     count += 1
-        except Exception as error:  # of many types, as ArrayRecord raises them
+        except Exception as error:  # ArrayRecord raises many types
             yield f"{manifest.directory}: the {split} split cannot be read: {type(error).__name__}"
             continue
         if count != entry["windows"] or found.hexdigest() != entry["sha256"]:
-            yield f"{manifest.directory}: the {split} split has other records than were prepared"
+            yield f"{manifest.directory}: records of the {split} split differ from those prepared"

@@ -1,10 +1,10 @@
-"""Known text → token ids that decode to exactly this text, whatever stands around them.
+"""Known text → token ids that decode to exactly this text, independent of the surrounding tokens.
 
-A tokenizer's own encoding of a part of a text may differ from the part: a space is put in front,
-white space is joined, characters are normalised or unknown. Here a part is encoded behind an
-anchor, as within a text, and what its tokens add (surfaces.py) is compared with it. Where they
-differ, up to the end of the word, the fewest tokens are taken that spell it; where none do, the
-character is named.
+A tokenizer's own encoding of a part of a text may not decode to the part: it adds a leading space,
+joins white space, normalises characters or does not know them. Here a part is encoded after an
+anchor, as inside a text, and the surfaces of its tokens (surfaces.py) are compared with the part.
+From a difference to the end of the word, the fewest tokens that spell the text are taken. If no
+tokens spell a character, the error names it.
 """
 
 import dataclasses
@@ -14,11 +14,11 @@ from typing import Any
 
 from esolm_jax.data.surfaces import Surfaces
 
-# What a part is encoded behind, so that nothing is put in front of it, and nothing of it merges
-# with what is there: a character that no vocabulary knows, and some that do not occur in words.
-# "": as a text of its own, which is right for tokenizers that put nothing in front.
+# Anchors: a part is encoded after one of these, so that it gets no leading space and does not merge
+# with the anchor. A character that no vocabulary knows, and some that do not occur in words.
+# "": no anchor, for tokenizers that add no leading space.
 ANCHORS = ("", "\ue000", "\n", ".", "a", "0")
-# Characters that are encoded again behind a difference, and the most that are spelled at a time.
+# Characters to encode again after a difference, and the most to spell at a time.
 WINDOW, WORD = 128, 64
 _WORD = re.compile(rf"\s{{0,{WORD}}}\S{{0,{WORD}}}")
 
@@ -27,8 +27,8 @@ class NotKept(ValueError):
     """The tokenizer cannot spell a character of a text.
 
     Attributes:
-      at: its place in the text.
-      becomes: (a stretch of the text around it, what the tokenizer would make of this).
+      at: its index in the text.
+      becomes: (the text around it, the tokenizer's rendering of that text).
     """
 
     def __init__(self, at: int, becomes: tuple[str, str]):
@@ -52,7 +52,7 @@ class _Encoder:
         while True:
             more, count = self._matching(window, begins and not ids)
             ids, at = ids + more, at + count
-            if count < len(window):  # the word behind the last that is right
+            if count < len(window):  # the word after the last match
                 stop = _WORD.match(text, at).end()
                 ids, at = ids + self._spelled(text, at, stop, begins and not ids), stop
             if len(ids) > limit:
@@ -62,8 +62,8 @@ class _Encoder:
             window = _cut(text[at : at + WINDOW + 1])
 
     def _matching(self, text: str, begins: bool) -> tuple[list[int], int]:
-        """(tokens, how many characters they are) of the most of `text`, from its start, that the
-        tokenizer encodes so that it decodes alike."""
+        """(tokens, number of characters) of the longest prefix of `text` whose encoding decodes to
+        itself."""
         best, most = [], 0
         if not text:
             return best, most
@@ -83,8 +83,8 @@ class _Encoder:
                 yield ids[len(head) :]
 
     def _matched(self, ids: list[int], data: bytes, begins: bool) -> tuple[list[int], int]:
-        """The tokens of `ids` that add `data` from its start, and how many bytes these are; whole
-        characters alone."""
+        """The leading tokens of `ids` that spell a prefix of `data`, and its length in bytes; whole
+        characters only."""
         s, at, kept = self.surfaces, 0, (0, 0)
         for n, i in enumerate(ids):
             piece = (s.first if begins and n == 0 else s.inside)[i]
@@ -98,7 +98,7 @@ class _Encoder:
     def _spelled(self, text: str, start: int, stop: int, begins: bool) -> list[int]:
         """The fewest tokens that spell text[start:stop]."""
         data, s = text[start:stop].encode(), self.surfaces
-        # For each byte, (tokens to there, the last of them and where it begins).
+        # For each byte: (number of tokens so far, the last token, its start).
         best: list[tuple[int, int, int] | None] = [None] * (len(data) + 1)
         if begins:
             for piece, i in s.by_first_bytes.items():
@@ -138,14 +138,14 @@ def _cut(window: str) -> str:
 
 
 def encode(tokenizer: Any, text: str, *, begins: bool, limit: int) -> list[int]:
-    """Ids of a part of a text that decode to it: known text is kept exactly.
+    """Ids that decode to exactly this part of a text.
 
     Args:
-      begins: the text begins with it; else other tokens come before.
-      limit: how many tokens it may have.
+      begins: the part is the beginning of the text; else other tokens precede it.
+      limit: the maximum number of tokens.
 
     Raises:
-      NotKept: the tokenizer has no tokens that do.
+      NotKept: the tokenizer cannot spell it.
       TooLong: more than `limit` tokens.
     """
     if not text:
@@ -156,10 +156,10 @@ def encode(tokenizer: Any, text: str, *, begins: bool, limit: int) -> list[int]:
 
 
 def spans(tokenizer: Any, text: str, ids: list[int]) -> list[tuple[int, int]]:
-    """[start, stop) in characters of each of the ids that `encode` gave for a whole text: of those
-    that spell a part of a character, the whole character."""
+    """The characters [start, stop) of each id that `encode` returned for a whole text; an id for a
+    part of a character gets the whole character."""
     s, at, found = tokenizer.surfaces, 0, []
-    starts, chars = [], 0  # of each byte, the character that it is of
+    starts, chars = [], 0  # for each byte, the index of its character
     for character in text:
         starts += [chars] * len(character.encode())
         chars += 1

@@ -78,14 +78,14 @@ class Manifest:
 
 
 def open_tokenizer(directory: str | Path) -> Tokenizer:
-    """load_tokenizer; also what is damaged beyond what a tokenizer expects is a UserError."""
+    """load_tokenizer; any error of a damaged tokenizer becomes a UserError."""
     try:
         return load_tokenizer(directory)
     except UserError:
         raise
     except OSError as error:
         raise UserError(f"{directory}: the tokenizer cannot be read: {error.strerror}") from error
-    except Exception as error:  # of many types, as the libraries of tokenizers raise them
+    except Exception as error:  # the tokenizer libraries raise many types
         what = " ".join(str(error).split())[:200]
         raise UserError(
             f"{directory}: the tokenizer is damaged: {type(error).__name__}: {what}"
@@ -110,7 +110,7 @@ def content_fields(config: Any) -> dict[str, Any]:
 
 
 def write_manifest(manifest: Manifest) -> None:
-    """Writes manifest.json, with digests of all that lies beside it but the shards."""
+    """Writes manifest.json, with digests of all files in its folder except the shards."""
     entries = dataclasses.asdict(manifest)
     directory = entries.pop("directory")  # not written, so that prepared data can be moved
     shards = {shard["file"] for split in manifest.splits.values() for shard in split["shards"]}
@@ -121,7 +121,7 @@ def write_manifest(manifest: Manifest) -> None:
 
 
 def load_manifest(directory: str | Path) -> Manifest:
-    """Reads manifest.json; verifies it and the files beside it, but of shards the sizes alone.
+    """Reads and verifies manifest.json and its neighbouring files; of shards, only the sizes.
 
     Raises UserError if anything is missing, damaged, or of another version.
     """
@@ -161,13 +161,13 @@ def load_manifest(directory: str | Path) -> Manifest:
 
 
 def _check_entries(entries: dict[str, Any], path: Path) -> None:
-    """UserError unless they have the digest that is taken out of them, or, without one, agree."""
+    """UserError unless the entries match their digest (removed here), or are consistent."""
     recorded = entries.pop(integrity.DIGEST, None)
     if recorded is None and "files" not in entries:
         problem = integrity.structure_problem(entries)
     else:
         is_same = recorded == integrity.digest(entries)
-        problem = None if is_same else "does not have the digest of its own content"
+        problem = None if is_same else "differs from its own digest"
     if problem:
         raise UserError(f"{path}: corrupt: {problem}; delete {path.parent} and prepare again")
 

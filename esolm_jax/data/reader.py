@@ -70,9 +70,9 @@ def _die_with_parent(worker: int, workers: int) -> None:
 
 @contextlib.contextmanager
 def _signals_blocked():
-    """Threads and processes that start meanwhile get neither SIGINT nor SIGTERM, also where a
-    terminal or a scheduler sends them to all processes: the one that trains ends its workers."""
-    resource_tracker.ensure_running()  # it would unblock them when the first worker starts it
+    """Blocks SIGINT and SIGTERM in threads and processes that start within this context. A terminal
+    or a scheduler sends them to all processes, but the trainer has to end its workers itself."""
+    resource_tracker.ensure_running()  # else the first worker starts it and unblocks them
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
@@ -127,7 +127,7 @@ class TrainReader:
                 grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=PREFETCH),
                 worker_init_fn=_die_with_parent,
             )
-        # Grain starts workers in threads, with the first batch.
+        # Grain starts its workers with the first batch.
         self._starting = _signals_blocked if workers else contextlib.nullcontext
         with _reading(manifest, "train"), self._starting():
             self._iterator = iter(batches)

@@ -23,9 +23,9 @@ def render(
     but '[EOS]' and '[MASK]'. ValueError: id out of range.
 
     Args:
-      parts_of: (run, whether the text begins with it) → its parts. It does at the first id, or
-        behind a BOS that is the first.
-      bos_is_given: False: it does not behind a BOS.
+      parts_of: (run, whether the run begins the text) → its parts. A run begins the text at the
+        first id, and after a BOS at the first id.
+      bos_is_given: False: a run after a BOS does not begin the text.
     """
     shown = {  # in this order, because PAD and BOS may be EOS
         tokenizer.pad_id: "",
@@ -58,19 +58,19 @@ def pieces_of(run: list[int], text_of: Callable[[list[int]], str]) -> list[str]:
 
 
 class Decodes:
-    """Ids → text by `self.surfaces`; by `self._library_text(run)` where there are none, for the
-    library's decoding is no concatenation."""
+    """Ids → text by `self.surfaces`, or by `self._library_text(run)` if they are None (the
+    library's decoding is not a concatenation)."""
 
     surfaces: Surfaces | None
 
     def decode(self, ids: Iterable[int], *, bos_is_given: bool = True) -> str:
-        """Text of `ids`. `bos_is_given`: False if a BOS in front was generated, so that what
-        follows does not begin the text. ValueError: id out of range."""
+        """Text of `ids`. `bos_is_given`: False for a generated BOS: no text begins after it.
+        ValueError: id out of range."""
         return "".join(render(self, ids, lambda *run: [self._text(*run)], bos_is_given))
 
     def pieces(self, ids: Iterable[int], *, bos_is_given: bool = True) -> list[str]:
-        """The part of decode(ids) that each id stands for; of the ids that spell one character, the
-        last stands for it and the others for ''. ValueError: id out of range."""
+        """The part of decode(ids) for each id; of several ids that spell one character, the last
+        gets it and the others ''. ValueError: id out of range."""
         return render(self, ids, self._run_pieces, bos_is_given)
 
     def _text(self, run: list[int], begins: bool) -> str:

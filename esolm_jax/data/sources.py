@@ -55,7 +55,7 @@ def source_hash(config: Any) -> str:
 
 
 def file_states(config: Any) -> dict[str, tuple[int, int]]:
-    """Size and time of change of every file, to notice one that changes while it is read."""
+    """Size and modification time of every file, to detect changes during the read."""
     if config.data.source.startswith("tfds:"):
         return {}
     states = {str(path): path.stat() for path in _paths(config)}
@@ -63,7 +63,7 @@ def file_states(config: Any) -> dict[str, tuple[int, int]]:
 
 
 def notes(config: Any) -> list[str]:
-    """One line each on files that are left out, and on those that several splits have."""
+    """Lines on files that are left out and on files that splits share."""
     if config.data.source != "text":
         return []
     lists = _file_lists(config)

@@ -1,8 +1,8 @@
-"""What each token id adds to a text, as UTF-8 bytes: decoding is their concatenation.
+"""The surface of each token id: the UTF-8 bytes that it adds to a text.
 
-A text is then kept wherever its tokens stand: neither the tokens before it nor those behind it
-change what they add. Only the first token of a text may differ, for many tokenizers put a space in
-front of a text, and decoding drops it again.
+Decoding is the concatenation of surfaces, so the surface of a token is independent of the tokens
+around it. Only the first token of a text may differ: many tokenizers add a space in front of a
+text, and decoding drops it again.
 """
 
 import codecs
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Self
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_TRIES, _LENGTH = 64, 6  # random runs that concatenation is tried on, and their tokens
+_TRIES, _LENGTH = 64, 6  # random runs to test concatenation on, and their length
 
 
 def _each_bad_byte(error: UnicodeDecodeError) -> tuple[str, int]:
@@ -27,13 +27,13 @@ codecs.register_error("esolm_jax.each", _each_bad_byte)
 
 @dataclasses.dataclass(frozen=True)
 class Surfaces:
-    """What ids add to a text.
+    """The surfaces of ids.
 
     Attributes:
-      inside: by id, within a text. first: by id, at its beginning.
-      spells: by id, whether text may be spelled with it: no specials, and not the unknown token.
-      each_byte: a byte that is no UTF-8 becomes one U+FFFD, as SentencePiece and byte fallback have
-        it; else a cut character becomes one, as Unicode advises.
+      inside: by id, within a text. first: by id, at the beginning of a text.
+      spells: by id, whether text may be spelled with it: not specials, nor the unknown token.
+      each_byte: whether each invalid byte becomes one U+FFFD (SentencePiece, byte fallback), or
+        each incomplete character (the Unicode recommendation).
     """
 
     inside: list[bytes]
@@ -43,12 +43,12 @@ class Surfaces:
 
     @classmethod
     def of_bytes(cls, specials: int) -> Self:
-        """256 ids that are their bytes, and specials behind them."""
+        """256 ids that are their bytes, followed by the specials."""
         surfaces = [bytes([i]) for i in range(256)] + [b""] * specials
         return cls(surfaces, surfaces, [True] * 256 + [False] * specials, False)
 
     def data(self, run: Sequence[int], begins: bool) -> bytes:
-        """What a run of ids adds; `begins`: at the beginning of a text."""
+        """The surface of a run of ids; `begins`: at the beginning of a text."""
         inside = self.inside
         if begins and run:
             return self.first[run[0]] + b"".join([inside[i] for i in run[1:]])
@@ -69,7 +69,7 @@ class Surfaces:
         return out
 
     def _by_byte(self, data: bytes) -> list[str]:
-        """For each byte the character that it ends, or ''; U+FFFD where decoding would put it."""
+        """For each byte, the character that ends with it or ''; U+FFFD for invalid bytes."""
         out: list[str] = []
         while len(out) < len(data):
             rest = data[len(out) :]
@@ -87,13 +87,13 @@ class Surfaces:
 
     @functools.cached_property
     def by_bytes(self) -> dict[bytes, int]:
-        """Ids that spell, by what they add within a text; of several the last, for those that spell
-        bytes come first."""
+        """Ids that spell, by their surface within a text; the last of equal ones, because byte
+        tokens come first."""
         return {data: i for i, data in enumerate(self.inside) if data and self.spells[i]}
 
     @functools.cached_property
     def by_first_bytes(self) -> dict[bytes, int]:
-        """Likewise, at the beginning of a text; b'': the id of the space that is dropped there."""
+        """The same at the beginning of a text; b'': the id of the space that is dropped there."""
         return {
             data: i
             for i, data in enumerate(self.first)
@@ -102,12 +102,12 @@ class Surfaces:
 
     @functools.cached_property
     def longest(self) -> int:
-        """Bytes of the longest token that spells."""
+        """The length in bytes of the longest token that spells."""
         return max(map(len, [*self.by_bytes, *self.by_first_bytes]), default=1)
 
 
 def of_sentencepiece(model: Any) -> Surfaces | None:
-    """None if its decoding is no concatenation."""
+    """None if decoding is not a concatenation."""
     size = model.vocab_size()
     pieces = model.id_to_piece(list(range(size)))
     first = model.decode([[i] for i in range(size)])
@@ -133,8 +133,8 @@ def of_sentencepiece(model: Any) -> Surfaces | None:
 
 
 def of_tokenizers(tokenizer: Any, size: int, specials: Iterable[int]) -> Surfaces | None:
-    """Of one of the package `tokenizers`, for `size` ids; `specials` never spell. None if its
-    decoding is no concatenation."""
+    """The surfaces of a tokenizer of the package `tokenizers`, for `size` ids; `specials` never
+    spell. None if decoding is not a concatenation."""
     decode = functools.partial(tokenizer.decode, skip_special_tokens=False)
     decode_all = functools.partial(tokenizer.decode_batch, skip_special_tokens=False)
     alone = decode_all([[i] for i in range(size)])
@@ -171,7 +171,7 @@ def of_tokenizers(tokenizer: Any, size: int, specials: Iterable[int]) -> Surface
 
 
 def _decoders(tokenizer: Any) -> set[str]:
-    """The types of decoder that it has."""
+    """The types of its decoders."""
     if tokenizer.decoder is None:
         return set()
     found: set[str] = set()
@@ -184,7 +184,7 @@ def _decoders(tokenizer: Any) -> set[str]:
 
 
 def _bytes_of(token: str, decoders: set[str]) -> bytes | None:
-    """The bytes that a token spells, where decoders say so."""
+    """The bytes that a token spells according to the decoders."""
     if "ByteLevel" in decoders and all(c in _ALPHABET for c in token):
         return bytes(_ALPHABET[c] for c in token)
     if "ByteFallback" in decoders and (match := _BYTE.fullmatch(token)):
@@ -193,7 +193,7 @@ def _bytes_of(token: str, decoders: set[str]) -> bytes | None:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's: the character that stands for each byte in its tokens."""
+    """GPT-2's byte alphabet: the character for each byte in its tokens."""
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [b for b in range(256) if b not in shown]
     return {chr(b): b for b in shown} | {chr(256 + n): b for n, b in enumerate(hidden)}
@@ -218,7 +218,7 @@ def _unknown(tokenizer: Any) -> list[int]:
 def _concatenates(
     surfaces: Surfaces, anchor: int | None, ids: list[int], decode: Callable[[list[int]], str]
 ) -> bool:
-    """Whether the library decodes random runs behind the token `anchor` as `surfaces` says."""
+    """Whether the library decodes random runs after the token `anchor` as `surfaces` predicts."""
     if anchor is None:
         return False
     rng = random.Random(0)

@@ -20,9 +20,9 @@ MAX_DOCUMENT = 64 * 1024  # bytes; longer .txt files are cut into documents of a
 MIN_DOCUMENT = 2 * 1024
 PIECES = 400  # a small corpus is cut finer, into about so many, so that some can be held out
 MAX_LINE = 64 * 1024**2  # bytes of a line of .jsonl
-BOMB_BYTES, BOMB_RATIO = 16 * 1024**2, 200  # a .gz file that holds more of both is no text
+BOMB_BYTES, BOMB_RATIO = 16 * 1024**2, 200  # a .gz file beyond both is refused
 
-_OTHER_MARKS = {  # in this order, for that of UTF-32 begins as that of UTF-16
+_OTHER_MARKS = {  # UTF-32 first: its mark begins with that of UTF-16
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
     codecs.BOM_UTF16_LE: "UTF-16",
@@ -46,7 +46,7 @@ def documents(config: Any, split: str, spec: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[tuple[BinaryIO, int]]:
-    """(the text of a file behind its byte order mark, how many bytes that has)."""
+    """(the file after its byte order mark, the size of the mark)."""
     try:
         with contextlib.ExitStack() as stack:
             file = stack.enter_context(open_regular(path))
@@ -59,7 +59,7 @@ def _open(path: Path) -> Iterator[tuple[BinaryIO, int]]:
 
 
 class _Unzipped(io.RawIOBase):
-    """What a .gz file holds. UserError where it is a bomb: no text shrinks so much."""
+    """The content of a .gz file. UserError for a gzip bomb."""
 
     def __init__(self, path: Path, zipped: BinaryIO, unzipped: BinaryIO):
         self._path, self._zipped, self._unzipped, self._size = path, zipped, unzipped, 0
@@ -80,7 +80,7 @@ class _Unzipped(io.RawIOBase):
 
 
 def _skip_mark(path: Path, file: BinaryIO) -> int:
-    """Reads over a UTF-8 byte order mark, and returns its size. UserError: that of another one."""
+    """Skips a UTF-8 byte order mark and returns its size. UserError: a mark of UTF-16 or -32."""
     start = file.peek(4)[:4]
     for mark, encoding in _OTHER_MARKS.items():
         if start.startswith(mark):
@@ -117,8 +117,8 @@ def _json_lines(path: Path, file: BinaryIO, field: str, offset: int) -> Iterator
     for number, line in enumerate(lines, start=1):
         if len(line) > MAX_LINE:
             raise UserError(
-                f"{path}, line {number}: longer than {MAX_LINE:,} bytes, which is as much as a "
-                "document may have: cut it into several, or write it as .txt"
+                f"{path}, line {number}: must be at most {MAX_LINE:,} bytes, because a document "
+                "of .jsonl is read whole; split it, or store it as .txt"
             )
         text = _decode(path, line, offset)
         offset, where = offset + len(line), f"{path}, line {number}"
@@ -136,7 +136,7 @@ def _json_lines(path: Path, file: BinaryIO, field: str, offset: int) -> Iterator
 
 
 def _fields(record: Any) -> str:
-    """The names of a record's fields, some of them if they are many."""
+    """The names of a record's first fields."""
     if not isinstance(record, dict):
         return type(record).__name__
     names = [ascii(name)[1:-1][:40] for name in itertools.islice(record, 20)]

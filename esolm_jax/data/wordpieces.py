@@ -111,18 +111,18 @@ def read(path: str | Path) -> WordPieces:
 
 
 def _ids(vocab: Any) -> dict[str, int]:
-    """UserError unless it gives every token an id of its own."""
+    """UserError unless the ids are distinct."""
     if not isinstance(vocab, dict) or not all(
         type(i) is int and 0 <= i < _MAX_IDS for i in vocab.values()
     ):
-        raise UserError("damaged: its vocabulary is no object of tokens with their ids")
+        raise UserError("damaged: its vocabulary must be an object of tokens and ids")
     if len(set(vocab.values())) != len(vocab):
         raise UserError("damaged: two of its tokens have the same id")
     return vocab
 
 
 def _pairs(merges: Any) -> list[tuple[str, str]]:
-    """UserError unless each is of two tokens."""
+    """UserError unless each is a pair of tokens."""
     if not isinstance(merges, list) or not all(
         isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair)
         for pair in merges

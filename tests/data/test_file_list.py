@@ -93,7 +93,7 @@ def test_what_is_left_out_is_counted(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("make", "told"),
     [
-        (os.mkfifo, "not a regular file, but a pipe or a device"),
+        (os.mkfifo, "must be a regular file, not a pipe or a device"),
         (lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
         (lambda path: path.symlink_to("/no/such"), "broken link: "),
         (lambda path: path.symlink_to(path), "broken link: "),
@@ -183,7 +183,7 @@ def test_a_line_beyond_the_limit_is_told(tmp_path, monkeypatch, end):
     path.write_text(f"{fits}{end}")
     assert path.stat().st_size == limit and read(train=str(path))
     path.write_text(f'{{"text": "a"}}\n {fits}{end}')
-    with pytest.raises(UserError, match="a.jsonl, line 2: longer than 1,000 bytes.*: cut it"):
+    with pytest.raises(UserError, match="a.jsonl, line 2: must be at most 1,000 bytes.*; split it"):
         read(train=str(path))
 
 

@@ -149,7 +149,7 @@ def test_missing_and_empty_input(tmp_path):
         ("/no/such/thing", "no such file or directory"),
         (f"{tmp_path}/*.md", "holds no files ending with .txt"),
         (f"{tmp_path}/empty", "holds no files"),
-        (f"{tmp_path}/data.csv", "does not end with"),
+        (f"{tmp_path}/data.csv", "must end with one of"),
         (f"{tmp_path}/blank.txt", "config.data.train=.* no non-empty documents"),
         (f"{tmp_path}/cut.txt.gz", "cut.txt.gz: cannot be read"),
     ]:
