@@ -140,8 +140,8 @@ def check_same_tokenizer(manifest: Manifest, meta: dict) -> None:
 
 
 def load_tokenizer(workdir: pathlib.Path, meta: dict):
-    """The tokenizer in a workdir. UserError: damaged, or not the one that the model of the
-    checkpoint with this meta was trained on."""
+    """The tokenizer in a workdir. UserError: it is damaged, or differs from the tokenizer in the
+    checkpoint's meta."""
     folder = workdir / "tokenizer"
     tokenizer = open_tokenizer(folder)
     if tokenizer.fingerprint != meta["tokenizer"]["fingerprint"]:
@@ -165,10 +165,10 @@ def load_trained(
     """A checkpoint's `weights` ("ema" or "raw"), verified, split over the mesh.
 
     Args:
-      step: "latest", "best" or a number. Of the first two, the next one that is intact.
+      step: "latest", "best" or a number; see checkpoint_steps.
 
     Raises:
-      UserError: there is none, or `config` is of another objective or model.
+      UserError: no step is intact, or `config` is of another objective or model.
     """
     built: dict[str, Built] = {}
 

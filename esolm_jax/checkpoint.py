@@ -203,8 +203,8 @@ class Checkpoints:
 
 
 class OnDisk(np.memmap):
-    """A file that is an array. Orbax copies arrays before it writes them, lest they change
-    meanwhile; this one does not change."""
+    """A file that is an array. Orbax copies arrays before it writes them, because they may
+    change; this one does not change."""
 
     def __deepcopy__(self, memo) -> "OnDisk":
         return self

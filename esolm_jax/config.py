@@ -110,7 +110,7 @@ def default_config() -> ConfigDict:
     train.checkpoint_every = 5000
     train.keep_last = 2
     train.keep_best = 1  # by that NELBO
-    train.on_non_finite = "stop"  # a step with a loss, gradient or weight that is: stop | skip
+    train.on_non_finite = "stop"  # at a NaN or infinite loss, gradient or weight: stop | skip
 
     config.eval = evaluate = ConfigDict()
     evaluate.split = "test"  # train | validation | test
@@ -131,7 +131,7 @@ def default_config() -> ConfigDict:
     sample.speculate_adaptive = False  # speculate is then an upper bound
     sample.confident = 1  # schedule confidence: tokens a pass generates, at most
     sample.threshold = 0.0  # schedule confidence: those at least so probable; 0 = all of them
-    sample.stop_at_eos = False  # a text ends at its first EOS behind all that is known
+    sample.stop_at_eos = False  # a text ends at its first generated EOS after all known tokens
     sample.temperature = 1.0  # 0 = greedy
     sample.top_p = 1.0
     sample.top_k = 0  # 0 = off
@@ -152,10 +152,10 @@ MAX_INT = 2**31 - 1  # JAX counts in 32 bits
 MAX_LENGTH = 2**24  # tokens of a text, rows of a batch, ids of a vocabulary
 MAX_WIDTH = 2**20
 MAX_BLOCKS = 1024  # the blocks of a sampler are traced one by one
-MAX_UNROLL = 128  # each block more is compiled anew
+MAX_UNROLL = 128  # each unrolled block is compiled separately
 MAX_SECONDS = 10**6
 MAX_DRAWS = 10**6
-MAX_TEXTS = 2**20  # of a batch; the host makes the schedule of each
+MAX_TEXTS = 2**20  # per batch; the host computes a schedule for each
 MAX_WORKERS = 256  # each is a Python process of some 300 MB
 
 
@@ -282,8 +282,8 @@ _LEAST, _MOST = (float(x) for x in (np.finfo(np.float32).tiny, np.finfo(np.float
 
 
 def _as_32_bits(value):
-    """A number as the programs compute with it: a float rounded to float32; None if it is not
-    finite, or turns into infinity or zero."""
+    """A number as programs use it (floats rounded to float32); None if it is not finite, or
+    overflows or underflows."""
     if not isinstance(value, int | float):
         return value
     if value and not _LEAST <= abs(value) <= _MOST:  # NaN compares as False
@@ -297,8 +297,8 @@ def is_allowed(name: str, value) -> bool:
 
 
 def _wrong(name: str, value) -> str:
-    """What the field must be, if the value is not allowed, else ''. A float must be allowed as
-    given and as a float32: 0.999999999 is 1 in 32 bits."""
+    """The requirement on the field if the value breaks it, else ''. A float must be allowed as
+    given and as float32: 0.999999999 is 1 in 32 bits."""
     is_right, allowed = _CHECKS[name]
     number = _as_32_bits(value)
     if number is None:
@@ -310,12 +310,12 @@ def _wrong(name: str, value) -> str:
     return "" if is_right(number) else f"{allowed}, also when rounded to 32 bits ({number:g})"
 
 
-# Fields that older checkpoints do not have; with its default, each of them does what those did.
+# Fields that older checkpoints lack; each default reproduces their behaviour.
 _ADDED_LATER = ("train.on_non_finite",)
 
 
 def from_saved(saved: Mapping) -> ConfigDict:
-    """The config saved with a checkpoint, locked; fields that are newer have their default."""
+    """The config saved with a checkpoint, locked; newer fields get their defaults."""
     config = ConfigDict(saved)
     defaults = flat(default_config())
     for name in _ADDED_LATER:

@@ -9,15 +9,14 @@ class UserError(Exception):
 
 
 def brief(error: BaseException) -> str:
-    """The error of a library as a part of a message: its type and at most 200 characters of it, on
-    one line."""
+    """A library's error for a message: its type and at most 200 characters, on one line."""
     what = " ".join(ascii(str(error)[:1000])[1:-1].replace("\\n", " ").split())[:200]
     return f"{type(error).__name__}: {what}"
 
 
 def is_panic(error: BaseException) -> bool:
-    """Whether it is how a library written in Rust fails where it did not expect to: no
-    Exception, but none that ends the process either."""
+    """Whether it is a panic of a library written in Rust, which is a BaseException but does not
+    end the process."""
     return type(error).__name__ == "PanicException"
 
 

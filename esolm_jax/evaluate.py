@@ -43,13 +43,13 @@ def _finite(value: float) -> float | None:
 
 
 def _figures(bound: str, estimate: Estimate, split: dict, **settings) -> dict:
-    """An estimate in the units people compare: perplexity, bits per token and per byte.
+    """An estimate as perplexity, bits per token and bits per byte.
 
     `split`: the manifest's entry. Raises UserError if the estimate is not finite.
     """
     if not math.isfinite(estimate.nll):
         raise UserError(
-            f"{bound}: is {estimate.nll}, although all weights are finite: numbers in between "
+            f"{bound}: is {estimate.nll}, although all weights are finite: activations "
             "overflow; evaluate an earlier step (--step=N), or with --config.model.dtype=float32"
         )
     bits = estimate.nll / math.log(2)
@@ -75,7 +75,7 @@ def _figures(bound: str, estimate: Estimate, split: dict, **settings) -> dict:
 
 
 def _error_note(bound: str, estimate: Estimate) -> str:
-    """What `standard_error` is, or why there is none."""
+    """The meaning of `standard_error`, or why it is missing."""
     if bound == "exact":
         return "an exact likelihood"
     if math.isnan(estimate.standard_error):
@@ -146,7 +146,7 @@ def evaluate(config, workdir: pathlib.Path) -> dict:
 
 
 def _digest(workdir: pathlib.Path, step: int) -> str | None:
-    """Of the checkpoint; None if it has none, or was deleted by a `train` that goes on."""
+    """The checkpoint's digest; None if it has none, or a running `train` deleted it."""
     try:
         return checkpoint.digest_of(workdir, step)
     except UserError:
@@ -159,7 +159,7 @@ def _unigram(manifest: Manifest, meta: dict, e) -> dict:
 
 
 def _line(result: dict) -> str:
-    """A bound in one line. An error is of the noise alone, unless it says of what."""
+    """A bound in one line; an error without a remark is Monte Carlo noise."""
     text = f"{result['bound']}: perplexity {result['perplexity']:.2f}, "
     text += f"{result['nll_per_token']:.4f} nats per token"
     if result["standard_error"]:
@@ -190,7 +190,7 @@ def define_flags() -> None:
 
 
 def default_config(flag: cli.FlagValue) -> str | None:
-    """With --verify none that a damaged workdir could lack."""
+    """A config for --verify that does not depend on the workdir."""
     del flag
     asked = any(re.fullmatch("--?verify(=.*)?", arg) for arg in sys.argv)
     return verify.__file__ if asked else None
@@ -203,7 +203,7 @@ def main(config, workdir: pathlib.Path) -> None:
     path, history = workdir / FILE, workdir / HISTORY
     results.check_can_write(path, history)
     figures = evaluate(config, workdir)
-    if distributed.is_main():  # all processes have the same figures, and see the same folder
+    if distributed.is_main():  # all processes have the same figures
         results.write_json(path, figures)
         provenance.append_line(history, figures)
     for result in figures["results"]:

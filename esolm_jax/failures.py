@@ -119,8 +119,8 @@ def _memory(error, place) -> Failure | None:
 
 
 _ADVICE = {
-    errno.ENOSPC: "free disk space there and run the same command again",
-    errno.EDQUOT: "free disk space there and run the same command again",
+    errno.ENOSPC: "free some room there and run the same command again",
+    errno.EDQUOT: "free some room there and run the same command again",
     errno.EFBIG: "raise the limit of file sizes (ulimit -f) and run the same command again",
     errno.EROFS: "choose a writable folder",
     errno.EACCES: "choose a path with read and write permission",

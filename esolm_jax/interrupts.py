@@ -1,9 +1,9 @@
 """SIGINT and SIGTERM end a verb with one line, at once, also while JAX compiles.
 
-Python runs its handlers between two instructions of the main thread, so a signal that comes while
-XLA compiles would wait for minutes. Here a thread sees it meanwhile (signal.set_wakeup_fd). While
+Python runs signal handlers between two instructions of the main thread, so a signal during an XLA
+compilation would wait for minutes. Here a thread receives it (signal.set_wakeup_fd). During
 training, distributed.StopSignal handles both signals: the run ends after the step, with a
-checkpoint; the thread says so, and a second signal ends the process at once.
+checkpoint. The thread prints this, and a second signal ends the process at once.
 """
 
 import contextlib
@@ -15,10 +15,10 @@ import time
 
 from esolm_jax import failures
 
-_NOTICE = 1.0  # seconds that the main thread has to notice a signal
-_LEAVE = 10.0  # and then to leave what it does: somebody may have caught the exception
-_AGAIN = 0.05  # seconds until a signal is raised again that came where exceptions are dropped
-_SAME = 0.3  # seconds within which two signals are one: `timeout` sends each twice
+_NOTICE = 1.0  # seconds for the main thread to handle a signal
+_LEAVE = 10.0  # seconds to unwind; a library may catch the exception
+_AGAIN = 0.05  # seconds until a dropped signal is raised again
+_SAME = 0.3  # seconds; closer signals count as one, because `timeout` sends each twice
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _DROPS = ("__del__", "_xla_gc_callback")  # functions whose exceptions Python prints and drops
 _noticed, _finished = threading.Event(), threading.Event()
@@ -41,7 +41,7 @@ def _raise(signum, frame):
 
 
 def install() -> None:
-    """Call once, in the main thread of a process that is a verb."""
+    """Call once, in the main thread of a verb."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -52,7 +52,7 @@ def install() -> None:
 
 
 def finish() -> None:
-    """The verb is at its end: signals no longer disturb what is being closed."""
+    """Call at the end of the verb: signals no longer interrupt cleanup."""
     _finished.set()
     if threading.current_thread() is threading.main_thread():
         for number in _SIGNALS:
@@ -62,7 +62,7 @@ def finish() -> None:
 
 def _watch(reader: int) -> None:
     first = number = None
-    limits: list[float] = []  # times at which the main thread must have got further
+    limits: list[float] = []  # deadlines of the main thread
     while True:
         wait = max(0.0, limits[0] - time.monotonic()) if limits else None
         if not select.select([reader], [], [], wait)[0]:
@@ -91,6 +91,6 @@ def _end(signum: int) -> None:
 
 
 def _say(line: str) -> None:
-    """Writes to the descriptor: sys.stderr may be locked by the thread that was interrupted."""
+    """Writes to the descriptor: the interrupted thread may hold the lock of sys.stderr."""
     with contextlib.suppress(OSError):
         os.write(2, f"\n{line}\n".encode())

@@ -15,7 +15,7 @@ import jax
 from esolm_jax import prng
 from esolm_jax.errors import UserError
 
-# With other values the same config and seed would give other texts and weights, or an error.
+# Other values change the texts and weights of a config and seed, or fail.
 PINNED = {
     "jax_default_prng_impl": prng.IMPL,
     **prng.REQUIRED,
@@ -24,7 +24,7 @@ PINNED = {
     "jax_numpy_dtype_promotion": "standard",
     "jax_explicit_x64_dtypes": "warn",
 }
-# A person's choice, with JAX's default: results differ in their last digits.
+# The user's choice, with JAX's default: results differ in their last digits.
 RECORDED = {
     "jax_default_matmul_precision": None,
     "jax_debug_nans": False,
@@ -39,10 +39,10 @@ _NO_EFFECT = ("--xla_dump_", "--xla_force_host_platform_device_count", "--xla_hl
 
 @contextlib.contextmanager
 def pinned() -> Iterator[None]:
-    """JAX's settings are those of PINNED meanwhile, whatever the environment says.
+    """Within this context JAX has the settings of PINNED, independent of the environment.
 
     Raises:
-      UserError: JAX_DISABLE_JIT, under which masks that programs hold as constants are traced.
+      UserError: JAX_DISABLE_JIT is set (constant masks would be traced).
     """
     if jax.config.jax_disable_jit:
         raise UserError("JAX_DISABLE_JIT: must be off; to find NaNs, set JAX_DEBUG_NANS=1")
@@ -57,8 +57,8 @@ def pinned() -> Iterator[None]:
 
 
 def recorded() -> dict:
-    """The settings of RECORDED that are not JAX's defaults, and XLA_FLAGS that may change digits;
-    JSON-able, for a checkpoint's meta and for results."""
+    """The settings of RECORDED that differ from JAX's defaults, and XLA_FLAGS that may change the
+    last digits; JSON-able, for a checkpoint's meta and for results."""
     values = {name: getattr(jax.config, name, default) for name, default in RECORDED.items()}
     found = {name: value for name, value in values.items() if value != RECORDED[name]}
     flags = [f for f in _split(os.environ.get("XLA_FLAGS", "")) if not f.startswith(_NO_EFFECT)]

@@ -112,7 +112,7 @@ def log_mean_exp(log_p_BO: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if orders == 1:
         return total, np.full(len(log_p_BO), np.nan)
     falling = -np.sort(-log_p_BO, axis=1)
-    # Without the largest, the others are added up again: a difference would lose their digits.
+    # The sums without the largest term are recomputed: a difference would cancel.
     without_others = total[:, None] + np.log1p(-np.exp(falling[:, 1:] - total[:, None]))
     left_out = np.concatenate([_logsumexp(falling[:, 1:])[:, None], without_others], axis=1)
     return total - math.log(orders), left_out.var(axis=1) * orders

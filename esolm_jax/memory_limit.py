@@ -1,7 +1,7 @@
-"""What a run needs at the least, against the memory that there is, before anything is allocated.
+"""Compares lower bounds of a run's memory with the available memory, before any allocation.
 
-The estimates are lower bounds: what they refuse would not have fitted. They follow from the sizes
-in the config alone, in no time. Devices of a CPU share the memory of their host.
+A refused config would not have fitted. The bounds follow from the sizes in the config alone. CPU
+devices share the memory of their host.
 """
 
 import dataclasses
@@ -29,10 +29,10 @@ _NO_LIMIT = 2**60
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """Bytes that something takes, on every device or on the host.
+    """Bytes of one use of memory, per device or on the host.
 
     Attributes:
-      what: it is, for people. fields: of the config, by which it may be made smaller.
+      what: its name in messages. fields: config fields that reduce it.
     """
 
     what: str
@@ -42,7 +42,7 @@ class Need:
 
 
 def num_params(model: ModelConfig) -> int:
-    """How many numbers model.init makes."""
+    """The number of parameters of model.init."""
     width, heads, inner, cond = model.width, model.heads, model.inner, model.cond_width
     biased = model.style in ("dit", "gpt2")
     norm = 2 * width if model.style == "gpt2" else width
@@ -68,13 +68,13 @@ def _model_fields(model: ModelConfig) -> tuple[str, ...]:
 
 
 def _params(model: ModelConfig, mesh, copies: float, what: str) -> Need:
-    """Of all parameters, `copies` times; split as far as can be."""
+    """`copies` copies of all parameters, with the finest possible sharding."""
     shards = mesh.shape["fsdp"] * mesh.shape["tensor"]
     return Need(what, _model_fields(model), copies * FLOAT * num_params(model) / shards)
 
 
 def _forward(config, model: ModelConfig, mesh, field: str, rows: float, kept: int) -> list[Need]:
-    """Of one forward pass of `rows` in all, with the hidden states of `kept` layers."""
+    """One forward pass of `rows` rows, with the hidden states of `kept` layers."""
     length = config.data.seq_len
     tokens = rows * length / sharding.num_row_shards(mesh)
     fields = ("data.seq_len", field) if length > rows else (field, "data.seq_len")
@@ -99,7 +99,7 @@ def check_training(config, model: ModelConfig, mesh) -> None:
             f"{cores} cores, because each worker is a process"
         )
     state = _params(model, mesh, 5, "weights, their average, Adam's moments and gradients")
-    # Of each block its input is kept for the backward pass, whatever model.remat is.
+    # The backward pass keeps the input of each block, with any model.remat.
     step = _forward(
         config, model, mesh, "train.batch_size", t.batch_size / t.accumulation, model.blocks
     )
@@ -187,7 +187,7 @@ def device_memory(mesh) -> tuple[float, str]:
 
 
 def host_memory() -> tuple[float, str]:
-    """Bytes that this process may use at most, swap included, and what sets the limit."""
+    """The memory limit of this process in bytes, swap included, and its source."""
     limits = [
         (_physical(), "this machine has"),
         (_control_group(), "the control group of this process (a container, a job) has"),
@@ -215,8 +215,8 @@ def _physical() -> int:
 
 
 def _control_group(root: str = "/sys/fs/cgroup", of: str = "/proc/self/cgroup") -> int:
-    """The least limit of the process's control group (version 1 or 2) and of those around it, with
-    all swap; −1 if there is none."""
+    """The smallest limit of the process's control group (version 1 or 2) and its parents, with all
+    swap; −1 for none."""
     try:
         lines = pathlib.Path(of).read_text().splitlines()
     except OSError:

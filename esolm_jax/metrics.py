@@ -36,8 +36,8 @@ class Metrics:
         enabled: bool,
         entries: int = 0,
     ):
-        """`enabled`: False in the processes that write and show nothing. `entries`: how many the
-        checkpoint that is resumed says there are; fewer are reported."""
+        """`enabled`: False in processes without output. `entries`: the number in the resumed
+        checkpoint's meta; missing ones are reported."""
         self.entries = 0  # in the file
         if enabled:
             self.entries, damage = metrics_file.keep_until(workdir / FILE, step, entries)
@@ -98,7 +98,7 @@ class Metrics:
 
 
 def _can_be_drawn(nats: float | None) -> bool:
-    """Whether there is such a value, and its perplexity is a number."""
+    """Whether the value exists and its perplexity is finite."""
     return nats is not None and nats < 700 and math.isfinite(nats)
 
 

@@ -1,4 +1,4 @@
-"""Random keys: the one place that makes them, with the generator named.
+"""Random keys: the only module that makes them, with a fixed generator.
 
 JAX's default generator is a setting of the environment (JAX_DEFAULT_PRNG_IMPL). With `rbg`, which
 is common on TPUs, a draw depends on the batch that it is drawn in, so texts would depend on their

@@ -1,4 +1,4 @@
-"""What the figures of an evaluation are of: the data, the part of them, and what else they need."""
+"""The provenance of an evaluation's figures: data, evaluated windows, unigram baseline."""
 
 import os
 import pathlib
@@ -9,7 +9,7 @@ from esolm_jax.data.reader import unigram_perplexity
 
 
 def training_data(manifest: Manifest) -> dict:
-    """For a checkpoint's meta: what identifies the text that the model is trained on."""
+    """For a checkpoint's meta: identifies the training text."""
     return {
         "source": manifest.source,
         "source_hash": manifest.source_hash,
@@ -18,9 +18,8 @@ def training_data(manifest: Manifest) -> dict:
 
 
 def evaluated_data(manifest: Manifest, split: str, windows: int) -> dict:
-    """For evaluate.json: the source, its files as the config named them, hashes, and how much of
-    the split was evaluated. The hash of a source is of its files' content, that of a split of its
-    windows."""
+    """For evaluate.json: the source, its files as named in the config, hashes, and the evaluated
+    part of the split. A source's hash covers its files' content, a split's hash its windows."""
     entry = manifest.split(split)
     names = ("train", "validation", "test", "holdout", "text_field")
     return {
@@ -41,8 +40,8 @@ def evaluated_data(manifest: Manifest, split: str, windows: int) -> dict:
 
 
 def unigram(manifest: Manifest, meta: dict, split: str, max_windows: int) -> tuple:
-    """(perplexity of the model's own training text's unigram model, ""), or (None, why there is
-    none): counts of another text, such as the evaluated one, are no baseline for the model."""
+    """(perplexity under the unigram model of the training text, ""), or (None, the reason). Counts
+    of another text, such as the evaluated one, are not a baseline for the model."""
     reason = _not_the_models_text(manifest, meta)
     train = manifest.splits.get("train")
     if not reason and split != "train" and manifest.split(split)["sha256"] == train["sha256"]:
@@ -53,7 +52,7 @@ def unigram(manifest: Manifest, meta: dict, split: str, max_windows: int) -> tup
 
 
 def _not_the_models_text(manifest: Manifest, meta: dict) -> str:
-    """Why the train split is not known to be what the model was trained on, or ""."""
+    """Why the train split may differ from the model's training text, or ""."""
     if "train" not in manifest.splits:
         return "there is none"
     trained_on = meta.get("training_data")
@@ -63,15 +62,15 @@ def _not_the_models_text(manifest: Manifest, meta: dict) -> str:
         return "" if same else "not the text that the model was trained on"
     if meta.get("converted"):
         return "what the converted model was trained on is not known"
-    config = meta["config"]["data"]  # of a checkpoint that does not say: the same fields will do
+    config = meta["config"]["data"]  # an older checkpoint: compare the fields of config.data
     fields = ("source", "train", "validation", "test", "holdout")
     differs = [name for name in fields if manifest.data.get(name, config[name]) != config[name]]
     return f"prepared with another config.data.{differs[0]} than the model's" if differs else ""
 
 
 def append_line(path: pathlib.Path, value) -> None:
-    """Adds a line of strict JSON in one write, on the disk when this returns. A line that a killed
-    run left torn is ended first."""
+    """Appends a line of strict JSON in one write and syncs it to disk. First ends a torn last line
+    of a killed run."""
     line = results.dumps(value).encode() + b"\n"
     file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:

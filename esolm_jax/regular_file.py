@@ -1,8 +1,7 @@
-"""Files that others made, opened and read within bounds.
+"""Opens and reads untrusted files within bounds.
 
-A FIFO waits for a writer for ever, a device such as /dev/zero never ends, and a nested or
-repeated JSON document can exhaust the stack or hide one value behind another. Each is refused in
-one line.
+A FIFO blocks until a writer opens it, a device such as /dev/zero never ends, deeply nested JSON can
+exhaust the stack, and a repeated JSON key can hide a value. Each is refused with one line.
 """
 
 import errno
@@ -26,12 +25,12 @@ _KINDS = {
 
 
 def expand(path: str | Path) -> Path:
-    """`path` with ~ replaced; kept as it is where there is no such user."""
+    """`path` with ~ expanded, or unchanged if there is no such user."""
     return Path(os.path.expanduser(path))
 
 
 def open_regular(path: str | Path, where: str = "") -> BinaryIO:
-    """Opens a regular file, perhaps behind links, for reading.
+    """Opens a regular file, or a link to one, for reading.
 
     Args: where: names the file in errors; `path` by default.
 
@@ -41,7 +40,7 @@ def open_regular(path: str | Path, where: str = "") -> BinaryIO:
     where = where or str(path)
     try:
         _check_regular(os.stat(path).st_mode, where)
-        # Another file may have taken its place: O_NONBLOCK opens a FIFO without waiting.
+        # The path may have been replaced: O_NONBLOCK opens a FIFO without waiting.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             _check_regular(os.fstat(descriptor).st_mode, where)
@@ -59,12 +58,12 @@ def open_regular(path: str | Path, where: str = "") -> BinaryIO:
 
 def _check_regular(mode: int, where: str) -> None:
     if not stat.S_ISREG(mode):
-        kind = _KINDS.get(stat.S_IFMT(mode), "no regular file")
+        kind = _KINDS.get(stat.S_IFMT(mode), "not a regular file")
         raise UserError(f"{where}: is {kind}; must be a regular file")
 
 
 def is_there(path: str | Path) -> bool:
-    """Whether there is anything of this name: a special file is one that open_regular refuses."""
+    """Whether the path exists, also as a special file (open_regular refuses those)."""
     try:
         os.stat(path)
     except OSError as error:
@@ -99,7 +98,7 @@ def read_text(path: str | Path, limit: int, where: str = "") -> str:
 
 
 def read_json(path: str | Path, limit: int, where: str = "") -> Any:
-    """What parse_json makes of a file. UserError: see read_text and parse_json."""
+    """The value of a JSON file. UserError: see read_text and parse_json."""
     return parse_json(read_text(path, limit, where), where or str(path))
 
 
@@ -112,7 +111,7 @@ def parse_json(text: str, where: str) -> Any:
     try:
         value = json.loads(text, object_pairs_hook=_without_repeats)
     except RecursionError as error:
-        raise UserError(f"{where}: not JSON that is read: nested too deeply") from error
+        raise UserError(f"{where}: unsupported JSON: nested too deeply") from error
     except (ValueError, MemoryError) as error:
         what = ascii(str(error)[:200])[1:-1]
         raise UserError(f"{where}: not JSON: {what}") from error
@@ -120,9 +119,7 @@ def parse_json(text: str, where: str) -> Any:
     while level := [child for node in level for child in _children(node)]:
         depth += 1
         if depth > JSON_DEPTH:
-            raise UserError(
-                f"{where}: not JSON that is read: nested deeper than {JSON_DEPTH} levels"
-            )
+            raise UserError(f"{where}: unsupported JSON: nested deeper than {JSON_DEPTH} levels")
     return value
 
 

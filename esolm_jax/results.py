@@ -15,9 +15,9 @@ from esolm_jax.errors import UserError
 
 @contextlib.contextmanager
 def draft_of(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A path beside `path` to write to, renamed to `path` at the end; deleted if an error occurs.
+    """A draft in the folder of `path`, renamed to `path` at the end; deleted on an error.
 
-    Every call has its own: two processes that write the same file both write a whole one.
+    Each call has its own draft, so two processes that write one file never mix their content.
     """
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
@@ -77,14 +77,14 @@ def check_new_folder(flag: str, folder: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def draft_beside(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """An empty folder beside `folder` to write in; what was not moved is deleted in the end.
+    """An empty draft folder in the parent of `folder`; deleted at the end unless it was moved.
 
     Raises:
       UserError: another process has one.
     """
     draft = folder.with_name(f".{folder.name}.writing")
     with workdir_lock.hold(draft.parent, name=str(folder), file=f"{draft.name}.lock"):
-        shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed
+        shutil.rmtree(draft, ignore_errors=True)  # left by a killed process
         draft.mkdir(parents=True)
         try:
             yield draft

@@ -1,8 +1,8 @@
-"""Standard output and error that outlive their reader: a verb does not stop where it cannot print.
+"""Standard output and error that survive a closed pipe: a verb continues if it cannot print.
 
-Results are files; what is printed tells of them. So when the reader leaves (`sample | head -1`),
-the work goes on without a word and ends with exit code 0. When standard output is a file on a full
-disk, the results are still written, and then the verb ends with one line.
+Results are files. So if the reader closes the pipe (`sample | head -1`), the verb continues
+silently and ends with exit code 0. If standard output is a file on a full disk, the results are
+still written, and the verb then ends with one line of error.
 """
 
 import codecs
@@ -12,11 +12,11 @@ import io
 import os
 import sys
 
-failures: list[OSError] = []  # of standard output, other than a reader that left
+failures: list[OSError] = []  # of standard output, other than a closed pipe
 
 
 class _Descriptor(io.FileIO):
-    """A file descriptor that accepts everything; the first failure is kept."""
+    """A file descriptor whose writes never fail; the first error is recorded."""
 
     def write(self, data) -> int:
         try:
@@ -28,7 +28,7 @@ class _Descriptor(io.FileIO):
 
 
 def _encodable(error: UnicodeError):
-    """Bytes of a file's name that are no text come back as they were; else \\x and \\u escapes."""
+    """Undecodable bytes of a file name are written unchanged, other characters as \\x or \\u."""
     if isinstance(error, UnicodeEncodeError):
         with contextlib.suppress(UnicodeError):
             return codecs.lookup_error("surrogateescape")(error)
@@ -36,8 +36,8 @@ def _encodable(error: UnicodeError):
 
 
 def install() -> None:
-    """Puts such streams in place of sys.stdout and sys.stderr; call once, before anything opens
-    files: a closed descriptor 1 or 2 would be given to the next file, and logs be written to it."""
+    """Replaces sys.stdout and sys.stderr; call once, before any file is opened: the next file
+    would get a closed descriptor 1 or 2, and logs would be written to it."""
     for number in (0, 1, 2):
         try:
             os.fstat(number)

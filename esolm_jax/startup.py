@@ -1,7 +1,7 @@
-"""What happens before `python -m esolm_jax.VERB` imports anything large.
+"""Setup before `python -m esolm_jax.VERB` imports JAX.
 
-Importing JAX takes seconds, in which a person may interrupt, and fails for a bad value in the
-environment. So streams, signals and the hook for errors are set first; cli.run takes over later.
+The import of JAX takes seconds, can be interrupted, and fails for a bad environment variable. So
+streams, signal handlers and the exception hook are set first; cli.run takes over later.
 """
 
 import os
@@ -12,7 +12,7 @@ import threading
 from esolm_jax import failures, interrupts, standard_streams
 from esolm_jax.errors import UserError
 
-thread_errors: list[BaseException] = []  # of threads that nobody waits for
+thread_errors: list[BaseException] = []  # of threads that are not joined
 
 
 def is_verb() -> bool:
@@ -30,29 +30,29 @@ def begin() -> None:
 
 
 def end(code: int) -> None:
-    """Ends the process now: nothing that is left needs closing."""
+    """Ends the process at once; nothing is left to close."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def _of_thread(args) -> None:
-    """One line for a thread's failure when it happens; cli.run ends with an exit code for it."""
+    """Prints a thread's failure at once; cli.run then returns its exit code."""
     if args.exc_value is not None and not isinstance(args.exc_value, SystemExit):
         thread_errors.append(args.exc_value)
         failures.report(args.exc_value)
 
 
 def check_xla_flags() -> None:
-    """UserError for XLA_FLAGS that XLA does not accept: it would end the process without a word.
+    """UserError for XLA_FLAGS that XLA rejects.
 
-    XLA reads them once, and exits where it cannot; so a forked child reads them first.
+    XLA parses them once and aborts the process on an error, so a forked child parses them first.
     """
     given = os.environ.get("XLA_FLAGS", "")
     if not given.strip():
         return
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # as JAX sets it before it imports this
-    from jaxlib import xla_client  # all the work that this costs has to be done anyway
+    from jaxlib import xla_client  # imported by JAX in any case
 
     reader, writer = os.pipe()
     child = os.fork()

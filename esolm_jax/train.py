@@ -68,7 +68,7 @@ class Run:
         self.built = assemble.build(config, self.manifest.tokenizer, mesh)
         self.training = train_step.Training(config, self.built)
         config_lib.validate_evaluation(config, sharding.num_row_shards(mesh))
-        self.metrics_entries = 0  # that there were at the checkpoint which is resumed
+        self.metrics_entries = 0  # in the resumed checkpoint's meta
 
     def restore_or_init(self, checkpoints) -> tuple[TrainState, int]:
         """The latest checkpoint's state and data cursor, or a fresh state at cursor 0, perhaps
@@ -133,10 +133,10 @@ class Run:
         return weights
 
     def check_health(self, state: TrainState, checkpoints, step: int) -> int:
-        """How many steps were skipped up to `step`; waits for the device.
+        """The number of skipped steps up to `step`; waits for the device.
 
         Raises:
-          UserError: the run must end; says which checkpoint is the last good one.
+          UserError: the run must end; the message names the last good checkpoint.
         """
         fault = health.fault(state.health, self.config)
         if not fault:
@@ -147,7 +147,7 @@ class Run:
         raise UserError(f"{fault}. Training ended at step {step}; last good checkpoint: {found}")
 
     def skips(self, skipped: int) -> dict:
-        """The metric that says how many steps were skipped, if any may be."""
+        """The metric for skipped steps, if steps may be skipped."""
         return {"skipped_steps": skipped} if self.config.train.on_non_finite == "skip" else {}
 
     def meta(self, cursor: int, metrics_entries: int, skipped: int) -> dict:
@@ -221,7 +221,7 @@ def _train(run: Run, checkpoints, state: TrainState, cursor: int) -> int | None:
                 metrics.say(f"stopped at step {step}; run the same command again to go on")
                 return stopped_by
         if first < t.steps and skipped:
-            metrics.say(f"steps that were not finite and were skipped: {skipped:,}")
+            metrics.say(f"skipped steps (not finite): {skipped:,}")
     return None
 
 

@@ -212,7 +212,7 @@ class Training:
         return distributed.together(make)(params)
 
     def begin(self, state: TrainState, *, skipped: int) -> TrainState:
-        """A restored state, `skipped` of whose steps were skipped."""
+        """A restored state with `skipped` skipped steps."""
 
         def make():
             return Health(skipped=jnp.asarray(skipped, jnp.int32))
@@ -276,8 +276,8 @@ class Training:
 
     @jax.named_scope("finite")
     def _undo_if_not_finite(self, new: TrainState, old: TrainState, metrics: dict) -> TrainState:
-        """`new`, with the weights, their average and the optimizer's state of `old` if it is not
-        finite, or comes behind what ends the run."""
+        """`new`, with the weights, their average and the optimizer state of `old` if the step is not
+        finite, or follows a step that ends the run."""
         counts = is_finite = health_lib.is_finite(metrics, new.params)
         if self.config.train.on_non_finite == "stop":
             counts = is_finite & (old.health.first_bad == 0)
@@ -288,8 +288,8 @@ class Training:
         return TrainState(new.step, params, ema, opt_state, new.key, health)
 
     def step_fn(self):
-        """step(state, batch) → (state, metrics), jitted; the state is donated. All processes are
-        to call it, for the first time together.
+        """step(state, batch) → (state, metrics), jitted; the state is donated. All processes must
+        call it; the first call synchronizes them.
 
         batch: {"x": int32 [B, L], "valid": bool [B, L]}, rows split over the mesh. metrics:
         float32 scalars loss (nats per token), one loss per phase, alpha_0 (if it is annealed),

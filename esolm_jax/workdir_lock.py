@@ -1,12 +1,14 @@
-"""One writer at a time in a folder: a lock that ends with its process, and a lease beside it.
+"""One writer at a time in a folder: a file lock and a lease.
 
-The lock (NAME) is a POSIX file lock. The kernel releases it when the process ends, however it ends,
-and child processes do not inherit it. On local disks, NFS, Lustre and the like all who see the file
-see the lock. Buckets mounted by FUSE and some other file systems lock within one host, or not at
-all. The lease (NAME.json) says who holds the lock: host, process, since when, command. Its holder
-rewrites it every few seconds; where the lock alone does not tell, a lease of another host that
-changes is held, and one that stands still for long enough is not. Only changes count, and never the
-clocks of two hosts.
+The lock (NAME) is a POSIX file lock. The kernel releases it at any end of its process, and child
+processes do not inherit it. On local disks, NFS, Lustre and similar file systems the lock is
+visible on all hosts. Buckets mounted by FUSE and some other file systems lock within one host or
+not at all.
+
+The lease (NAME.json) names the holder: host, process, start time, command. The holder rewrites it
+every few seconds. Where locks are not visible on other hosts, a lease of another host is valid
+while it changes, and stale if it is unchanged for STALE seconds. Clocks of hosts are never
+compared.
 """
 
 import contextlib
@@ -30,29 +32,29 @@ from esolm_jax.errors import UserError
 
 FILE = ".lock"  # in a workdir
 REFRESH = 10.0  # seconds between two versions of a lease
-STALE = 90.0  # seconds; some mounts show a file as it was up to a minute ago
-SETTLE = 3.0  # seconds until the other of two leases written at once can be seen
-PATIENCE = 1.0  # seconds until a lock that another process holds is taken for held
+STALE = 90.0  # seconds; some mounts cache files for up to a minute
+SETTLE = 3.0  # seconds until a lease written at the same time is visible
+PATIENCE = 1.0  # seconds to retry a lock that another process holds
 DYING = 10.0  # seconds that the kernel may take to close the files of a killed process
 
-_SHARED_LOCKS = {  # file systems whose locks are seen by all who see the files
+_SHARED_LOCKS = {  # file systems with locks that all hosts see
     *("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "jfs", "reiserfs", "bcachefs"),
     *("tmpfs", "ramfs", "overlay", "aufs", "apfs", "hfs", "ufs"),
     *("nfs", "nfs4", "lustre", "gpfs", "ceph", "beegfs", "gfs2", "ocfs2", "wekafs", "panfs"),
 }
 _LOCAL_OPTIONS = {"nolock", "local_lock=all", "local_lock=posix", "localflock", "noflock"}
 
-_held: set[pathlib.Path] = set()  # by this process, which a POSIX lock does not keep out
+_held: set[pathlib.Path] = set()  # by this process: POSIX locks do not exclude their own process
 _guard = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
 class Lease:
-    """Who holds a lock.
+    """The holder of a lock.
 
     Attributes:
-      token: of this holding. beat: number of the version. machine: the same for processes that see
-        each other's process ids. started: of the process, in the kernel's ticks since it booted.
+      token: unique to this acquisition. beat: version number. machine: equal for processes that see
+        each other's process ids. started: start time of the process, in clock ticks since boot.
     """
 
     token: str
@@ -82,17 +84,17 @@ class Lease:
         return f"process {self.pid} on host {self.host} since {self.since}: {shown}"
 
     def is_here(self) -> bool:
-        """Whether its process id means something to this process."""
+        """Whether its process id is valid in this process's namespace."""
         return self.machine == _machine()
 
     def is_alive(self) -> bool:
-        """Of a lease that is_here()."""
+        """Whether the holder is running; for a lease that is_here()."""
         started = _started(self.pid)
         return started is not None and started == self.started
 
 
 class Lock:
-    """Held by hold(). check() raises UserError once another process has taken the folder."""
+    """Made by hold(). check() raises UserError once another process has taken the folder."""
 
     def __init__(self, path: pathlib.Path, name: str):
         self.path, self._name = path, name
@@ -105,7 +107,7 @@ class Lock:
 
     def check(self) -> None:
         if self._lost:
-            raise UserError(f"{self._name}: {self._lost}; this run ends before it writes more")
+            raise UserError(f"{self._name}: {self._lost}; this run ends without further writes")
 
     def acquire(self) -> None:
         """Raises UserError if another process holds it, OSError if the folder is not writable."""
@@ -159,7 +161,7 @@ class Lock:
             return
 
     def _try_lock(self) -> bool | None:
-        """Whether the lock is this process's now; None where the file system has no locks."""
+        """Whether this process now has the lock; None if the file system has no locks."""
         self._close()
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         handle = os.open(self.path, flags, 0o644)
@@ -173,12 +175,12 @@ class Lock:
                 return None
             raise
         self._handle = handle
-        if not self._is_ours():  # its last holder deleted it meanwhile
+        if not self._is_ours():  # the last holder deleted it
             return self._try_lock()
         return True
 
     def _is_ours(self) -> bool:
-        """Whether the file that was locked still has this name."""
+        """Whether the locked file still has this name."""
         if self._handle is None:
             return False
         try:
@@ -187,7 +189,7 @@ class Lock:
             return False
 
     def _changes(self, lease: Lease) -> bool:
-        """Whether another host still refreshes its lease; False, too, if it is deleted."""
+        """Whether another host still refreshes its lease; False if the lease is deleted."""
         print(
             f"{self._name}: in use by {lease}; waiting up to {STALE:.0f} s to see whether that run "
             "is still alive",
@@ -204,10 +206,10 @@ class Lock:
         return False
 
     def _is_held(self, lease: Lease | None) -> UserError:
-        holder = lease or "a process that has not said who it is"
+        holder = lease or "unknown process: no lease"
         return UserError(
-            f"{self._name}: another run is writing here ({holder}); wait until it ends or end it, "
-            "or write somewhere else"
+            f"{self._name}: another run is writing here ({holder}); wait until it ends, end it, "
+            "or choose another folder"
         )
 
     def _read(self) -> Lease | None:
@@ -230,15 +232,15 @@ class Lock:
             draft.unlink(missing_ok=True)
 
     def _keep(self) -> None:
-        """The thread that refreshes the lease, and notices that the lock is lost."""
+        """Refreshes the lease and detects a lost lock; runs in a thread."""
         while not self._released.wait(REFRESH):
             try:
                 self._lost = self._lost or self._refresh()
-            except OSError:  # a full disk, a network that is down: the lock itself is not lost
+            except OSError:  # a full disk or a network failure does not lose the lock
                 continue
 
     def _refresh(self) -> str:
-        """Writes the next version; returns why the lock is lost, or ""."""
+        """Writes the next version; returns the reason if the lock is lost, else ""."""
         found = self._read()
         if found is not None and found.token != self.lease.token:
             return f"taken over by another run ({found})"
@@ -256,15 +258,15 @@ class Lock:
 
 @contextlib.contextmanager
 def hold(folder: pathlib.Path, *, name: str, file: str = FILE) -> Iterator[Lock]:
-    """Keeps every other process out of `folder`, which is made if it is not there.
+    """Locks `folder` for this process; creates it if it does not exist.
 
     Args:
       name: of the folder in messages, such as "--workdir=runs/a".
       file: name of the lock file in it.
 
     Raises:
-      UserError: another process holds it, and which.
-      OSError: the folder cannot be made or written.
+      UserError: another process, which the message names, holds the lock.
+      OSError: the folder cannot be created or written.
     """
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
@@ -288,7 +290,7 @@ def hold(folder: pathlib.Path, *, name: str, file: str = FILE) -> Iterator[Lock]
 
 
 def files(file: str = FILE) -> set[str]:
-    """Names of what a lock may leave in a folder."""
+    """Names of the files of a lock."""
     return {file, f"{file}.json"}
 
 
@@ -300,7 +302,7 @@ def _read_text(path: str) -> str:
 
 
 def _machine() -> str:
-    """The same for all processes that see each other's process ids, and for no others."""
+    """An id that is equal exactly for processes that see each other's process ids."""
     boot = _read_text("/proc/sys/kernel/random/boot_id") or str(uuid.getnode())
     try:
         namespace = os.readlink("/proc/self/ns/pid")
@@ -319,7 +321,7 @@ def _started(pid: int) -> str | None:
         except PermissionError:  # another user's
             pass
         return ""
-    # After the command, which may have spaces and brackets in it: state, …, start time.
+    # Fields after the command, which may contain spaces and brackets: state, …, start time.
     fields = _read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()
     pending = re.findall(r"^S\w+Pnd:\s*(\w+)", _read_text(f"/proc/{pid}/status"), re.M)
     is_killed = any(int(mask, 16) >> (signal.SIGKILL - 1) & 1 for mask in pending)
@@ -327,7 +329,7 @@ def _started(pid: int) -> str | None:
 
 
 def _locks_are_shared(path: pathlib.Path, mounts: str | None = None) -> bool:
-    """Whether all hosts and containers that see this file see locks on it."""
+    """Whether locks on this file are visible to all hosts and containers that mount it."""
     mounts = _read_text("/proc/self/mountinfo") if mounts is None else mounts
     best, kind, options = "", "", ""
     for line in mounts.splitlines():
@@ -335,6 +337,6 @@ def _locks_are_shared(path: pathlib.Path, mounts: str | None = None) -> bool:
         at, (name, *more) = left.split()[4], right.split()
         at = at.encode().decode("unicode_escape") if "\\" in at else at
         inside = path == pathlib.Path(at) or pathlib.Path(at) in path.parents
-        if inside and len(at) >= len(best):  # of two at one place, the later hides the earlier
+        if inside and len(at) >= len(best):  # a later mount hides an earlier one
             best, kind, options = at, name, ",".join([left.split()[5], *more])
     return kind in _SHARED_LOCKS and _LOCAL_OPTIONS.isdisjoint(options.split(","))

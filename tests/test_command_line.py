@@ -441,7 +441,7 @@ def test_bad_sampling_is_refused(refused, eso_b, options, told):
     [
         ("", "holds no prompts"),
         ("{", "not JSON"),
-        ("[" * 100_000, "not JSON"),
+        ("[" * 100_000, "unsupported JSON"),
         ('["x"]', "must be an object"),
         ('{"prompt": "x", "text": "x"}', "must be an object"),
         ('{"prompt": "x", "rewrite": [[0, 1]]}', "must be an object"),

@@ -174,7 +174,7 @@ def test_a_run_that_diverges_ends_and_keeps_the_good_checkpoint(data, bad, tmp_p
     assert command("evaluate", f"--workdir={tmp_path}/run", *arguments({"mesh.devices": 1})) == 0
     # Skipping goes on, and counts over resumptions.
     assert train(tmp_path / "run", fields | SKIP) == 0
-    assert "steps that were not finite and were skipped: 1\n" in capsys.readouterr().out
+    assert "skipped steps (not finite): 1\n" in capsys.readouterr().out
     bad[7] = GRADIENT
     assert train(tmp_path / "run", fields | SKIP | {"train.steps": 8}) == 0
     found = {e["step"]: e["skipped_steps"] for e in entries(tmp_path / "run") if "loss" in e}

@@ -29,7 +29,7 @@ KNOWN = {
     "full disk, no name": (OSError(errno.ENOSPC, "full"), 74, "--workdir=runs/a: full; free some"),
     "tensorstore": (ValueError(TENSORSTORE), 74, "/runs/a/checkpoints/6.orbax-checkpoint-tmp/: No"),
     "quota": (OSError(errno.EDQUOT, "Disk quota exceeded", "/d/f"), 74, "/d/f: Disk quota"),
-    "read-only": (OSError(errno.EROFS, "Read-only file system", "/d"), 74, "can be written"),
+    "read-only": (OSError(errno.EROFS, "Read-only file system", "/d"), 74, "a writable folder"),
     "permission": (PermissionError(errno.EACCES, "Permission denied", b"/d/f"), 74, "/d/f: Perm"),
     "too long": (OSError(errno.ENAMETOOLONG, "File name too long", "/d"), 74, "a shorter path"),
     "memory": (MemoryError(), 71, "out of memory; lower config.train.batch_size"),
