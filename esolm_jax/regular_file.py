@@ -133,5 +133,5 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         keys: set[str] = set()
         repeated = next(key for key, _ in pairs if key in keys or keys.add(key))
-        raise ValueError(f"the key {repeated[:80]!r} is there twice")
+        raise ValueError(f"the key {repeated[:80]!r} is repeated")
     return found

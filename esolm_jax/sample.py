@@ -63,7 +63,7 @@ def _length(config) -> int:
 
 
 def _prompts(given: list[str], file: str | None, tokenizer, length: int):
-    """Of the command line, then of the file. UserError: see prompts_lib."""
+    """The prompts of the command line, then of the file. UserError: see prompts_lib."""
     common = {"tokenizer": tokenizer, "length": length}
     in_one_line = (ascii(text[:40])[1:-1] for text in given)
     named = zip(given, in_one_line, strict=True)
@@ -161,7 +161,7 @@ def _texts(config, generator: Generator, decoded, tokenizer, found) -> dict:
     for b, ids in enumerate(decoded.text):
         ids = ids[: min(length[b], decoded.text_end[b])].tolist()
         known, shown = generator.canvas.known[b], ids
-        # With one document a window, what follows EOS was never trained; but what is known is kept.
+        # With one document per window, tokens after EOS are untrained; known ones are kept.
         behind = int(np.flatnonzero(known).max(initial=-1)) + 1
         if config.data.packing == "pad" and tokenizer.eos_id in ids[behind:]:
             shown = ids[: ids.index(tokenizer.eos_id, behind)]

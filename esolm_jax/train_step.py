@@ -276,8 +276,8 @@ class Training:
 
     @jax.named_scope("finite")
     def _undo_if_not_finite(self, new: TrainState, old: TrainState, metrics: dict) -> TrainState:
-        """`new`, with the weights, their average and the optimizer state of `old` if the step is not
-        finite, or follows a step that ends the run."""
+        """`new`, but with the weights, their average and the optimizer state of `old` if the step
+        is not finite, or follows a step that ends the run."""
         counts = is_finite = health_lib.is_finite(metrics, new.params)
         if self.config.train.on_non_finite == "stop":
             counts = is_finite & (old.health.first_bad == 0)

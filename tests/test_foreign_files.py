@@ -124,7 +124,7 @@ def test_types_that_numpy_has_not_are_refused_by_name(tmp_path, refused_convert)
     array = files.Call((named("torch._utils _rebuild_tensor_v3"), (None,) * 6 + (
         named("torch float8_e4m3fn"),)))  # fmt: skip
     path = files.write_torch(tmp_path / "a.ckpt", run_with(state_dict=state_with(array)))
-    refused_convert(path, f"'{NAME}' is no tensor that is read, but torch.float8_e4m3fn")
+    refused_convert(path, f"'{NAME}' is torch.float8_e4m3fn: must be a tensor")
 
 
 @pytest.mark.parametrize("dtype", ["I64", "I32", "I8", "U8", "BOOL", "U32", "F8_E4M3", "C64"])
@@ -215,7 +215,7 @@ def test_small_storage_under_many_names_is_refused(tmp_path):
     one = (named("torch._utils _rebuild_tensor_v2"), (storage, 0, (250_000,), (1,), False, {}))
     state = {f"a{i}": files.Call(one) for i in range(1000)}
     path = files.write_torch(tmp_path / "a.pt", {"first": np.zeros(250_000, np.float32)} | state)
-    with refused("its tensors share their numbers"):
+    with refused("its tensors share their storage"):
         published_file.read(path)
     tied = {"a": state["a0"], "b": np.zeros(250_000, np.float32)}  # both name storage 0
     assert len(published_file.read(files.write_torch(tmp_path / "b.pt", tied)).raw) == 2
@@ -259,10 +259,10 @@ def test_what_is_needed_is_refused_by_name(tmp_path):
     thing = files.Call((named("my.enums Kind"), ("esolm",)))
     hyper = published_toy.HYPER | {"algo": published_toy.HYPER["algo"] | {"name": thing}}
     path = files.write_torch(tmp_path / "a.ckpt", run_with(hyper_parameters={"config": hyper}))
-    with refused("hyper-parameter algo.name is my.enums.Kind, which is not read"):
+    with refused("hyper-parameter algo.name is my.enums.Kind: must be a scalar"):
         published_config.get_config(str(path))
     path = files.write_torch(tmp_path / "a.ckpt", run_with(state_dict=state_with(thing)))
-    with refused(f"'{NAME}' is no tensor that is read, but my.enums.Kind (nothing was run)"):
+    with refused(f"'{NAME}' is my.enums.Kind: must be a tensor (nothing was executed)"):
         published_file.read(str(path))
     path = files.write_torch(tmp_path / "a.ckpt", run_with(state_dict=thing))
     with refused("its state_dict is my.enums.Kind"):
@@ -348,7 +348,7 @@ def test_json_that_says_two_things_or_nests_is_refused(tmp_path, refused_convert
     folder = pathlib.Path(shutil.copytree(HUB / "llama", tmp_path / "hub"))
     text = (folder / "config.json").read_text().rstrip()
     (folder / "config.json").write_text(text[:-1] + ', "hidden_size": 16}')
-    refused_convert(folder, "the key 'hidden_size' is there twice")
+    refused_convert(folder, "the key 'hidden_size' is repeated")
     (folder / "config.json").write_text(text[:-1] + ', "x": ' + "[" * 10**5 + "]" * 10**5 + "}")
     refused_convert(folder, "nested too deeply")
 
@@ -378,24 +378,24 @@ def entry(name, **fields):
         (lie(entry("b", data_offsets=[9, 17])), "a gap before"),
         (lie(entry("b", data_offsets=[8, 24])), "16 bytes for shape (2,) of F32"),
         (lie(entry("b", data_offsets=[16, 8])), "-8 bytes"),
-        (lie(entry("b", data_offsets=[-8, 0])), "not two counts"),
-        (lie(entry("b", data_offsets=[8])), "not two counts"),
-        (lie(entry("b", data_offsets="8")), "not two counts"),
-        (lie(entry("b", shape=[2.0])), "not made of counts"),
-        (lie(entry("b", shape=[True, 2])), "not made of counts"),
+        (lie(entry("b", data_offsets=[-8, 0])), "data_offsets must be two counts"),
+        (lie(entry("b", data_offsets=[8])), "data_offsets must be two counts"),
+        (lie(entry("b", data_offsets="8")), "data_offsets must be two counts"),
+        (lie(entry("b", shape=[2.0])), "shape must be a list of counts"),
+        (lie(entry("b", shape=[True, 2])), "shape must be a list of counts"),
         (lie(entry("b", shape=[2**61, 2**61, 0])), "8 bytes for shape"),
-        (lie(entry("b", shape=[-1, -2])), "not made of counts"),
-        (lie(entry("b", dtype="F33")), "type 'F33', which is unknown"),
+        (lie(entry("b", shape=[-1, -2])), "shape must be a list of counts"),
+        (lie(entry("b", dtype="F33")), "unknown type 'F33'"),
         (lie(entry("b", dtype=["F32"])), "type a list"),
         (lie(entry("b", dtype="F16")), "8 bytes for shape (2,) of F16"),
         (lie(lambda header: header.pop("b")), "end at byte"),
         (lie(lambda header: header.update(b=[])), "described by a list"),
         (lie(lambda header: header.update(__metadata__=[])), "must hold strings"),
         (lie(lambda header: header.update(__metadata__={"a": 1})), "must hold strings"),
-        (lie(lambda h: None).replace(b'"b"', b'"a"'), "'a' is there twice"),
+        (lie(lambda h: None).replace(b'"b"', b'"a"'), "'a' is repeated"),
         (struct.pack("<Q", 2**63) + b"{}", "a header of"),
         (struct.pack("<Q", 10) + b"{}", "a header of 10 bytes"),
-        (struct.pack("<Q", 2) + b"[]", "no object"),
+        (struct.pack("<Q", 2) + b"[]", "its header must be an object"),
         (struct.pack("<Q", 10**5) + b"[" * 10**5, "nested too deeply"),
         (b"", "a header of 0 bytes in a file of 0"),
     ],
@@ -430,7 +430,10 @@ FIRST, LAST = "model-00001-of-00003.safetensors", "model-00003-of-00003.safetens
     [
         (lambda f: shutil.copy(HUB / "gpt2/model.safetensors", f), "holds both"),
         (change_index(lambda m: m.update(dict.fromkeys(m, FIRST))), "names tensors that no shard"),
-        (change_index(lambda m: m.update({"model.norm.weight": FIRST})), "and elsewhere by"),
+        (
+            change_index(lambda m: m.update({"model.norm.weight": FIRST})),
+            "and also in another file",
+        ),
         (lambda f: shutil.copy(f / FIRST, f / LAST), "damaged"),
         (change_index(lambda m: m.update(a="/etc/passwd")), "refused: it names the file"),
         (change_index(lambda m: m.update(a="..")), ""),
@@ -468,7 +471,7 @@ def test_records_that_lie(tmp_path):
         path.write_bytes(content)
         return torch_archive.Archive(path)
 
-    with refused("lies upon another"):  # its numbers are those of the record before
+    with refused("overlaps another"):  # its numbers are those of the record before
         at = data.header_offset
         grown = struct.pack("<I", order.file_size + 80)
         spoilt((whole.index(b"archive/byteorder", directory) - 46 + 20, grown * 2))
@@ -484,7 +487,7 @@ def test_records_that_lie(tmp_path):
     with pytest.warns(UserWarning), zipfile.ZipFile(path, "a") as zipped:
         path.write_bytes(whole)
         zipped.writestr("archive/data/0", bytes(400))
-    with refused("is there twice"):
+    with refused("is duplicated"):
         torch_archive.Archive(path)
 
 

@@ -122,7 +122,7 @@ def test_stray_bytes_do_not_spoil_what_is_known():
         ("hub, Metaspace first", "a☃[MASK]", "character 1, '☃' (U+2603), must be kept"),
         ("SentencePiece, identity, no prefix", "[MASK]\n", "character 6, '\\n' (U+000A)"),
         ("bert, uncased", "to Be[MASK]", "of 'to Be' it would make 'to be'"),
-        ("bert, cased", "to be [MASK]", "leave it out, for the token in the place of [MASK]"),
+        ("bert, cased", "to be [MASK]", "leave it out: the token in place of [MASK]"),
     ],
 )
 def test_what_a_tokenizer_cannot_spell_is_named(kind, text, told):

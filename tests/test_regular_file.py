@@ -58,8 +58,8 @@ def test_a_link_is_followed_and_size_is_bounded(tmp_path):
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ('{"a": 1, "a": 2}', "'a' is there twice"),
-        ('[{"b": {"c": 1, "c": 1}}]', "'c' is there twice"),
+        ('{"a": 1, "a": 2}', "'a' is repeated"),
+        ('[{"b": {"c": 1, "c": 1}}]', "'c' is repeated"),
         ("[" * 100 + "]" * 100, "nested deeper"),
         ("[" * 100_000 + "]" * 100_000, "nested too deeply"),
         ('{"a":' * 100_000, "nested too deeply"),

@@ -1,24 +1,24 @@
-"""What a file may make its reader build: memory and time in proportion to the file's own size.
+"""Limits memory and time of a pickle reader in proportion to the size of the file.
 
-A few hundred bytes of a pickle can name one object many times, and each copy of it costs memory.
+A few hundred bytes of a pickle can reference one object many times, and each copy takes memory.
 """
 
 from esolm_jax.errors import UserError
 
 BASE = 16 * 2**20  # bytes
 PER_BYTE = 32  # bytes of objects per byte of a pickle; ordinary ones take 2 to 8
-MAX_STEPS = 5_000_000  # opcodes; those of a checkpoint are some 100,000
+MAX_STEPS = 5_000_000  # opcodes; a checkpoint has about 100,000
 MAX_PICKLE = 256 * 2**20  # bytes; tensors are not in the pickle
 
 
 class Budget:
-    """Counts what is built, and ends it."""
+    """Counts the bytes and steps of a reader."""
 
     def __init__(self, size: int, where: str):
         """Args: size: of the pickle, in bytes. where: names the file in errors."""
         if size > MAX_PICKLE:
             raise UserError(
-                f"{where}: refused: its pickle has {size:,} bytes; at most {MAX_PICKLE:,} are read"
+                f"{where}: refused: its pickle has {size:,} bytes; must have at most {MAX_PICKLE:,}"
             )
         self._size, self._where = size, where
         self._bytes, self._steps = BASE + PER_BYTE * size, MAX_STEPS

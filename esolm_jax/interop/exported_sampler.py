@@ -1,7 +1,7 @@
 """The two-phase sampler as one function of arrays, to be traced once for all runtimes of StableHLO.
 
-Its noise is that of choose.py, and its orders are an input, which decode_loop.py draws as `sample`
-does: of the same seed it draws what `sample` draws.
+It uses the noise of choose.py. Orders are an input; decode_loop.py draws them as `sample` does. So
+with the same seed it draws the same texts as `sample`.
 """
 
 import functools
@@ -49,7 +49,7 @@ def _pick(logits, position, *, row_keys, temperature, mask_id, top_k, top_p):
 
 
 def filtered(logits, temperature, *, top_k, top_p):
-    """As Choice of choose.py filters logits that exclude the mask; at temperature 0 as at 1."""
+    """Filters logits (without the mask) as choose.Choice does; temperature 0 as temperature 1."""
     drawn = choose.at_temperature(logits, jnp.where(temperature > 0, temperature, 1.0))
     drawn = choose.keep_top_k(drawn, top_k) if top_k else drawn
     return choose.nucleus(drawn, top_p) if top_p < 1 else drawn

@@ -8,7 +8,7 @@ from typing import Any
 from esolm_jax.errors import UserError
 
 _SHOWN = 8  # names of each kind
-_COMPARED, _LONGEST = 30, 80  # names that the nearest is sought among; their characters
+_COMPARED, _LONGEST = 30, 80  # candidates for the nearest name, and their maximum length
 
 
 def check(
@@ -43,7 +43,7 @@ def _listed(names: list[str], others: list[str], beside: str) -> str:
     groups, near = _by_pattern(names), _by_pattern(others)
     candidates = [members[0] for members in list(near.values())[:_COMPARED]]
     shown = []
-    for pattern, members in list(groups.items())[:_SHOWN]:  # to compare all could take for ever
+    for pattern, members in list(groups.items())[:_SHOWN]:  # all comparisons could take too long
         name = members[0]
         close = difflib.get_close_matches(name, candidates, n=1)
         count = f" (in {len(members)} blocks)" if len(members) > 1 else ""

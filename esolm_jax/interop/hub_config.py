@@ -38,13 +38,13 @@ _LLAMA = {
     "norm_eps": ("rms_norm_eps", 1e-6),
 }
 _QWEN = _LLAMA | {"kv_heads": ("num_key_value_heads", 32)}
-# Where null is not the same as nothing: as many key and value heads as heads, an MLP 4 x as wide.
+# Null does not mean "missing": it means as many key/value heads as heads, an MLP 4 x as wide.
 _NULL = {"num_key_value_heads": 0, "n_inner": 0}
 _TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 _SILU = ("silu", "swish")
 
 # model_type → (fields, what is fixed of ours, their field → (values that we have, default)).
-# Null is one of these values where `transformers` takes it for False, or for 1.
+# Null is allowed here if `transformers` treats it as False or as 1.
 _OFF = ((False, None), False)
 _ROPE = {
     "use_sliding_window": _OFF,
@@ -85,7 +85,7 @@ def is_folder(path: str) -> bool:
 
 
 def read(folder: pathlib.Path) -> dict[str, Any]:
-    """What config.json says. UserError: not there, not JSON, or of a family that is not here."""
+    """The content of config.json. UserError: missing, not JSON, or of an unsupported family."""
     path = folder / FILE
     if not regular_file.is_there(path):
         raise UserError(
@@ -96,18 +96,18 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
     kind = hub.get("model_type") if isinstance(hub, dict) else None
     if not isinstance(kind, str) or kind not in _FAMILIES:
         raise UserError(
-            f"{path}: model_type={shown(kind)}: an architecture that is not here; allowed are "
+            f"{path}: model_type={shown(kind)}: an unsupported architecture; must be one of "
             f"{', '.join(_FAMILIES)}"
         )
     return hub
 
 
 def is_tied(hub: dict[str, Any], where: str) -> bool:
-    """Whether the embedding is the head, too. UserError: config.json says neither yes nor no."""
+    """Whether embedding and head are tied. UserError: the field is not a boolean."""
     tied = hub.get("tie_word_embeddings", _TIED.get(hub["model_type"], False))
     if tied is not None and not isinstance(tied, bool):
         raise UserError(f"{where}: tie_word_embeddings={shown(tied)}: must be true or false")
-    return bool(tied)  # null is no, as in `transformers`
+    return bool(tied)  # null is False, as in `transformers`
 
 
 def special_ids(hub: dict[str, Any], where: str) -> dict[str, int]:
@@ -129,7 +129,7 @@ def get_config(path: str) -> ConfigDict:
     """ConfigDict of the model in a folder, as an autoregressive one of ours.
 
     Raises:
-      UserError: of an architecture that is not here; the message says in which parts.
+      UserError: of an unsupported architecture; the message says in which parts.
     """
     folder = regular_file.expand(path)
     hub = read(folder)
@@ -156,7 +156,7 @@ def get_config(path: str) -> ConfigDict:
 
 
 def _number(hub: dict, name: str, default, kind: type, where: str):
-    """A positive number. `default`: if it is missing or null; None if it must be there."""
+    """A positive number. `default`: for a missing or null field; None: the field is required."""
     default = _NULL.get(name, default) if name in hub else default
     value = hub.get(name)
     if value is None and default is None:
@@ -184,7 +184,7 @@ def _check(hub: dict, allowed: dict, where: str) -> None:
     if hub.get("quantization_config") is not None:
         wrong.append("quantization_config (allowed: none; take the weights before quantization)")
     if wrong:
-        raise UserError(f"{where}: an architecture that is not here: {'; '.join(wrong)}")
+        raise UserError(f"{where}: an unsupported architecture: {'; '.join(wrong)}")
 
 
 def _set_heads(model: ConfigDict, hub: dict, where: str) -> None:
@@ -195,9 +195,9 @@ def _set_heads(model: ConfigDict, hub: dict, where: str) -> None:
 
 
 def _set_rope(model: ConfigDict, hub: dict, where: str) -> None:
-    """RoPE as it is, or with the scaling of Llama 3.1; written in two ways, old and new."""
+    """Plain RoPE, or with the scaling of Llama 3.1; in the old or the new field."""
     rope = {"rope_theta": hub["rope_theta"]} if hub.get("rope_theta") is not None else {}
-    for name in ("rope_scaling", "rope_parameters"):  # the latter is newer
+    for name in ("rope_scaling", "rope_parameters"):  # the old and the new field
         rope |= _rope_fields(hub.get(name), f"{where}: {name}")
     model.rope_base = _number(rope, "rope_theta", 10_000.0, float, where)
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -206,7 +206,7 @@ def _set_rope(model: ConfigDict, hub: dict, where: str) -> None:
     fixed = [rope.get(name) for name in ("low_freq_factor", "high_freq_factor")]
     if kind != "llama3" or fixed != [1, 4] or bool in map(type, fixed):
         raise UserError(
-            f"{where}: an architecture that is not here: rope scaling {shown(kind)} with factors "
+            f"{where}: an unsupported architecture: rope scaling {shown(kind)} with factors "
             f"{shown(fixed[0])} and {shown(fixed[1])} "
             "(allowed: none, or llama3 with low_freq_factor 1 and high_freq_factor 4)"
         )
@@ -215,8 +215,8 @@ def _set_rope(model: ConfigDict, hub: dict, where: str) -> None:
 
 
 def _rope_fields(fields: Any, where: str) -> dict:
-    """What rope_parameters or rope_scaling say. UserError: it is no object of scalars (such as
-    one for each type of layer), or only a part of each head is rotated."""
+    """The content of rope_parameters or rope_scaling. UserError: not an object of scalars (for
+    example one object per type of layer), or partial rotation of heads."""
     if fields is None:
         return {}
     if not isinstance(fields, dict):
@@ -224,11 +224,11 @@ def _rope_fields(fields: Any, where: str) -> dict:
     for name, value in fields.items():
         if isinstance(value, dict | list):
             raise UserError(
-                f"{where}: an architecture that is not here: {shown(name)} is {shown(value)}"
+                f"{where}: an unsupported architecture: {shown(name)} is {shown(value)}"
             )
     if fields.get("partial_rotary_factor") not in (None, 1):
         value = shown(fields["partial_rotary_factor"])
         raise UserError(
-            f"{where}: an architecture that is not here: partial_rotary_factor={value} (allowed: 1)"
+            f"{where}: an unsupported architecture: partial_rotary_factor={value} (allowed: 1)"
         )
     return fields

@@ -55,8 +55,8 @@ def _of_shards(folder: pathlib.Path) -> dict[str, Tensor]:
         for key, tensor in safetensors_file.read(folder / name)[0].items():
             if key in found or files.get(key, name) != name:
                 raise UserError(
-                    f"{index}: damaged: {shown(key)} is in {shown(name)}, and elsewhere by the "
-                    "index or another shard"
+                    f"{index}: damaged: {shown(key)} is in {shown(name)}, and also in another file "
+                    "according to the index or another shard"
                 )
             found[key] = tensor
     if lost := sorted(files.keys() - found.keys()):
@@ -66,14 +66,11 @@ def _of_shards(folder: pathlib.Path) -> dict[str, Tensor]:
 
 
 def check_blocks(names: Iterable[str], blocks: int, where: str) -> None:
-    """UserError if config.json says that there are many more blocks than tensors are of; all
-    names of the model's tensors are listed afterwards, so that must not take for ever."""
+    """UserError if config.json has many more blocks than the tensors do. It bounds the time to list
+    the names of the model's tensors afterwards."""
     numbers = {match[1] for name in names if (match := _BLOCK.match(name))}
     if blocks > 2 * len(numbers) + 100:
-        raise UserError(
-            f"{where}: says that the model has {blocks:,} blocks; its files have tensors of "
-            f"{len(numbers)}"
-        )
+        raise UserError(f"{where}: has {blocks:,} blocks; its files have tensors of {len(numbers)}")
 
 
 def prefix_of(names: Iterable[str], style: str) -> str:

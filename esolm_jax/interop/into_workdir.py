@@ -109,8 +109,8 @@ def _check_vocabulary(published: published_file.Published, tokenizer) -> None:
 
 
 def _check_sizes(config, published: published_file.Published) -> None:
-    """Fields of config.model that the shapes contradict, before anything of such a size is made;
-    what is amiss otherwise shows later."""
+    """Checks config.model against the shapes before anything is allocated; other differences are
+    found later."""
     table = published.raw.get("vocab_embed.embedding")
     if table is None:
         raise UserError(f"{published.path}: missing tensors: vocab_embed.embedding")
@@ -168,7 +168,7 @@ def write(
     hold = workdir_lock.hold(workdir, name=f"--workdir={workdir}")
     workdir = workdir.resolve()
     with hold, results.draft_beside(workdir) as draft:
-        check_empty(workdir)  # again: another run may have filled it while this one read
+        check_empty(workdir)  # again: another run may have filled it
         (draft / "tokenizer").mkdir()
         tokenizer.save(draft / "tokenizer")
         results.write_json(draft / "config.json", meta["config"])

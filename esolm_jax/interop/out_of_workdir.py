@@ -27,7 +27,7 @@ def convert(
     Returns: the checkpoint's step and the number of parameters.
 
     Raises:
-      UserError: no checkpoint, a model that the published code does not have, or there is a file.
+      UserError: no checkpoint, a model that the published code lacks, or the file exists.
     """
     if target.suffix != ".safetensors":
         raise UserError(f"--to={target}: must end in .safetensors")
@@ -44,7 +44,7 @@ def convert(
 def load(
     config, workdir: pathlib.Path, weights: str, step: str = checkpoint.LATEST
 ) -> assemble.Trained:
-    """A checkpoint on one device, however many it was trained on.
+    """A checkpoint on one device, independent of the devices that trained it.
 
     Takes the memory of the model and of its largest tensor.
     """

@@ -147,7 +147,7 @@ class Greedy:
 
 
 def sampler_agrees(sample, texts: Texts) -> dict[str, bool]:
-    """Whether its texts are ours, of the same seed: greedy, and at temperature 1."""
+    """Whether its texts equal ours for the same seed: greedy, and at temperature 1."""
     temperatures = {"greedy_identical": 0.0, "sampled_identical": 1.0}
     agrees = dict.fromkeys(temperatures, True)
     for batch in BATCHES:

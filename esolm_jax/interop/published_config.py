@@ -43,7 +43,7 @@ _HUB = {  # config.json of the models on the Hugging Face hub → names of the p
     "dropout": "dropout",
 }
 _HIDDEN = ("objective", "alpha_0", "start_token", "model.heads")  # no shape tells them
-_NEEDED = ("data.seq_len", "model.")  # of another type they are refused
+_NEEDED = ("data.seq_len", "model.")  # another type is an error
 _TOKENIZERS = {"gpt2": "gpt2", "bert-base-uncased": "bert"}
 _ESO = {  # by the mode of attention in each phase
     "algo.diffusion_attn_mode": {"causal": "eso_b", "mixed2": "eso_a"},
@@ -70,7 +70,7 @@ def get_config(path: str) -> ConfigDict:
 
 
 def _own_config(published: published_file.Published) -> ConfigDict:
-    """The config in our own export, not yet validated. UserError: it is none."""
+    """The config in our own export, not yet validated. UserError: there is none."""
     try:
         return config_lib.from_saved(published.ours["config"])
     except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
@@ -138,12 +138,11 @@ def _with_sections(hyper: Any) -> Any:
 
 
 def _scalar(hyper: Any, path: str, where: str) -> Any:
-    """A number, a string or None. UserError: it is anything else, perhaps of a class that is kept
-    unopened."""
+    """A number, a string or None. UserError: another value, such as an inert Object."""
     value = find(hyper, path)
     if not is_scalar(value):
         raise UserError(
-            f"{where}: hyper-parameter {path} is {shown(value)}, which is not read; give --config"
+            f"{where}: hyper-parameter {path} is {shown(value)}: must be a scalar; give --config"
         )
     return value
 
@@ -161,23 +160,23 @@ def _check_architecture(hyper: Any, where: str) -> None:
         if (value := _scalar(hyper, path, where)) is not None and value not in values
     ]
     if wrong:
-        raise UserError(f"{where}: an architecture that is not here: {'; '.join(wrong)}")
+        raise UserError(f"{where}: an unsupported architecture: {'; '.join(wrong)}")
 
 
 def _is_number(value) -> bool:
-    """Whether it is one, which float() can hold."""
+    """Whether it is a number within the range of float()."""
     return type(value) is float or (type(value) is int and value.bit_length() < 64)
 
 
 def _take(config: ConfigDict, name: str, value: Any, where: str) -> None:
-    """Sets a field if the value is of its type and allowed. Else it stays what it is, unless the
-    model depends on it: then UserError."""
+    """Sets a field if the value is of its type and allowed; else the field keeps its value.
+    UserError: the value is wrong and the model depends on it."""
     kind = type(config_lib.flat(config)[name])
     is_right = _is_number(value) and math.isfinite(value) and kind(value) == value
     if is_right and config_lib.is_allowed(name, kind(value)):
         config.update_from_flattened_dict({name: kind(value)})
     elif value is not None and name.startswith(_NEEDED):
-        raise UserError(f"{where}={shown(value)}: must be a number that config.{name} may be")
+        raise UserError(f"{where}={shown(value)}: must be allowed for config.{name}")
 
 
 def _objective(hyper: Any, where: str) -> tuple[str, float]:
@@ -200,7 +199,7 @@ def _objective(hyper: Any, where: str) -> tuple[str, float]:
     if len(found) > 1 or None in found:
         said = ", ".join(f"{path}={shown(mode)}" for path, mode in modes.items())
         raise UserError(
-            f"{where}: an architecture that is not here: {said} (allowed: causal for Eso-LM (B); "
+            f"{where}: an unsupported architecture: {said} (allowed: causal for Eso-LM (B); "
             "mixed2 in the diffusion phase and mixed in the sequential phase for (A))"
         )
     return found.pop(), float(alpha_0)

@@ -22,7 +22,7 @@ _NO_WEIGHTS = re.compile(
 )
 _CONFIG = "config.json"  # beside safetensors, as on the Hugging Face hub
 _CONFIG_SIZE = 16 * regular_file.MB
-# Tensors may share their numbers, as tied embeddings do; one small storage under many names would
+# Tensors may share a storage, as tied embeddings do; but many names for one small storage would
 # fill the memory.
 _MOST_SHARED = 2
 
@@ -52,7 +52,7 @@ class Published:
         """The average by parameter name: the file has a list, in the order of the parameters.
 
         Raises:
-          UserError: it is no such list, or holds what are no weights.
+          UserError: not such a list, or not all of it are weights.
         """
         shadow, advice = self.shadow, "take the other weights: --weights=raw"
         if not isinstance(shadow, list) or len(shadow) != len(self.raw):
@@ -64,7 +64,7 @@ class Published:
         for name, tensor in average.items():
             where = f"{self.path}: the EMA of {name[:100]}"
             if not hasattr(tensor, "__array__"):
-                raise UserError(f"{where} is no tensor, but {shown(tensor)}; {advice}")
+                raise UserError(f"{where} is {shown(tensor)}: must be a tensor; {advice}")
             if tensor.shape != self.raw[name].shape:
                 raise UserError(
                     f"{where} has shape {tensor.shape}, the parameter {self.raw[name].shape}; "
@@ -119,7 +119,7 @@ def _torch(file: pathlib.Path) -> Published:
     ema, shadow = content.get("ema") if is_run else None, None
     if ema is not None:
         shadow = find(ema, "shadow_params")
-        shadow = ema if shadow is None else shadow  # no list: `ema` refuses it
+        shadow = ema if shadow is None else shadow  # `ema` refuses anything but a list
     return Published(
         path=file,
         raw=raw,
@@ -134,7 +134,7 @@ def _check_shared(file: pathlib.Path, tensors: Collection[Any]) -> None:
     size, most = sum(tensor.nbytes for tensor in tensors), _MOST_SHARED * file.stat().st_size
     if size > most:
         raise UserError(
-            f"{file}: refused: its tensors share their numbers: {size:,} bytes of weights in a "
+            f"{file}: refused: its tensors share their storage: {size:,} bytes of weights in a "
             f"file of {file.stat().st_size:,}"
         )
 
@@ -148,14 +148,14 @@ def _backbone(file: pathlib.Path, tensors: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, tensor in tensors.items():
         if not isinstance(name, str):
-            raise UserError(f"{file}: its state_dict has a key that is no name: {shown(name)}")
+            raise UserError(f"{file}: its state_dict has a key {shown(name)}: must be a string")
         bare = _PREFIX.sub("", name, count=1) if _PREFIX.match(name) else name
         if bare in reference.CONSTANTS or _NO_WEIGHTS.match(bare):
             continue
         if not hasattr(tensor, "__array__"):
             raise UserError(
-                f"{file}: {ascii(name[:100])} is no tensor that is read, but {shown(tensor)} "
-                "(nothing was run)"
+                f"{file}: {ascii(name[:100])} is {shown(tensor)}: must be a tensor "
+                "(nothing was executed)"
             )
         if bare in found:
             raise UserError(f"{file}: {ascii(bare[:100])} is there twice, under two prefixes")
@@ -180,7 +180,7 @@ def find(node: Any, path: str) -> Any:
 
 
 def inside(node: Any) -> Any:
-    """The dict or scalar that an Object stands for; the Object itself if it is neither."""
+    """The dict or scalar inside an Object; the Object itself if it has neither."""
     if not isinstance(node, Object):
         return node
     state = node.state if isinstance(node.state, dict) else {}

@@ -126,7 +126,7 @@ def to_params(
         names = [template.format(block=i) for i in range(config.blocks if stacked else 1)]
         arrays = [np.asarray(weights[name]) for name in names]
         bad += finite.non_finite(dict(zip(names, arrays, strict=True)))
-        if bad:  # these are not rounded to float32 any more
+        if bad:  # an error follows: skip the conversion
             continue
         arrays = [_from_published(path, a.T if transpose else a, config) for a in arrays]
         node = params

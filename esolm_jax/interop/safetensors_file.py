@@ -36,7 +36,7 @@ class Tensor:
 
     @property
     def type_name(self) -> str:
-        """As NumPy calls it, or as safetensors does."""
+        """The name in NumPy or, if it has none, in safetensors."""
         numpy_type = _NUMPY.get(self.entry.dtype)
         return self.entry.dtype if numpy_type is None else np.dtype(numpy_type).name
 

@@ -1,7 +1,7 @@
-"""The header of a safetensors file: where each tensor lies, all of it checked against the file.
+"""The header of a safetensors file: the offsets of all tensors, checked against the file.
 
-Eight bytes of length, JSON of that length, then the tensors one after the other: without a gap,
-without an overlap, up to the end of the file.
+The format: eight bytes of length, JSON of that length, then the tensors without gap or overlap up
+to the end of the file.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 from esolm_jax import regular_file
 from esolm_jax.interop.shown import shown
 
-MAX_HEADER = 32 * 2**20  # bytes: of some 300,000 tensors
+MAX_HEADER = 32 * 2**20  # bytes: for about 300,000 tensors
 _LENGTH = 8  # bytes of the header's length
 _MAX_RANK, _MAX_SIZE = 32, 2**62
 METADATA = "__metadata__"
@@ -25,7 +25,7 @@ BITS = {
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A tensor: dtype as safetensors calls it; start and stop are bytes within the file."""
+    """A tensor: dtype is the name in safetensors; start and stop are byte offsets in the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -39,17 +39,17 @@ def read(file: BinaryIO, size: int, where: str) -> tuple[dict[str, Entry], dict[
     Args: size: of the file in bytes. where: names it in errors.
 
     Raises:
-      ValueError: what is wrong, without the name of the file. UserError: the header is no JSON.
+      ValueError: a damaged header (the message lacks the file). UserError: not JSON.
     """
     length = int.from_bytes(file.read(_LENGTH), "little")
     if size < _LENGTH or length > size - _LENGTH:
         raise ValueError(f"a header of {length:,} bytes in a file of {size:,}")
     if length > MAX_HEADER:
-        raise ValueError(f"a header of {length:,} bytes; at most {MAX_HEADER:,} are read")
+        raise ValueError(f"a header of {length:,} bytes; must have at most {MAX_HEADER:,}")
     text = file.read(length).decode("utf-8")
     header = regular_file.parse_json(text, f"{where}: truncated, or not a safetensors file")
     if not isinstance(header, dict):
-        raise ValueError("its header is no object")
+        raise ValueError("its header must be an object")
     metadata = header.pop(METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise ValueError(f"{METADATA} must hold strings")
@@ -64,11 +64,11 @@ def _entry(name: str, value: Any, start: int) -> Entry:
         raise ValueError(f"tensor {what}: described by {shown(value)}")
     dtype, shape, offsets = (value.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in BITS:
-        raise ValueError(f"tensor {what}: type {shown(dtype)}, which is unknown")
+        raise ValueError(f"tensor {what}: unknown type {shown(dtype)}")
     if not _are_counts(shape) or len(shape) > _MAX_RANK or math.prod(shape) > _MAX_SIZE:
-        raise ValueError(f"tensor {what}: a shape that is not made of counts")
+        raise ValueError(f"tensor {what}: shape must be a list of counts")
     if not _are_counts(offsets) or len(offsets) != 2:
-        raise ValueError(f"tensor {what}: data_offsets that are not two counts")
+        raise ValueError(f"tensor {what}: data_offsets must be two counts")
     bits = math.prod(shape) * BITS[dtype]
     if bits != 8 * (offsets[1] - offsets[0]):
         raise ValueError(

@@ -25,9 +25,9 @@ class Plan:
         rank 0;
       order_block: blocks of the text are generated one after the other;
       cache: [blocks, G, K];
-      schedule, temperature, top_k, top_p: what tokens are drawn from, of config.sample, in every
-        runtime; schedule_note: how that differs from config.sample, or "";
-      passes: [tokens, count] of runs of passes alike;
+      schedule, temperature, top_k, top_p: of config.sample, used by every runtime;
+        schedule_note: the difference from config.sample's schedule, or "";
+      passes: [tokens, count] of runs of equal passes;
       order, num_diffusion: of the attributes above, order as a list.
     """
 

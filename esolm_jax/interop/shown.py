@@ -1,13 +1,13 @@
-"""Values of a foreign file in messages: scalars, cut short; of anything else only what it is.
+"""Formats values of foreign files for messages: scalars are shortened, others show their type.
 
-The repr of nested tuples that share their parts is exponential in the size of the file.
+The repr of nested tuples with shared parts is exponential in the size of the file.
 """
 
 from typing import Any
 
 from esolm_jax.interop.torch_pickle import Name, Object
 
-_BITS = 256  # of an integer that is written out
+_BITS = 256  # longer integers are not printed
 
 
 def shown(value: Any, width: int = 80) -> str:

@@ -48,8 +48,8 @@ def step(model: ModelConfig) -> Signature:
 
 
 def sample(length: int) -> Signature:
-    """A key a row, the temperature (0 = greedy), the position generated at each rank, and how many
-    of these are the diffusion phase's (decode_loop.draw_orders) → token ids in text order."""
+    """One key per row, the temperature (0 = greedy), the position generated at each rank, and the
+    number of diffusion ranks (decode_loop.draw_orders) → token ids in text order."""
     text, order = (Array(name, "int32", ("b", length)) for name in ("text", "order"))
     keys, temperature = Array("keys", "uint32", ("b", 2)), Array("temperature", "float32", ())
     return Signature((keys, temperature, order, Array("num_diffusion", "int32", ("b",))), (text,))

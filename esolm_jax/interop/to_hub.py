@@ -40,7 +40,7 @@ def convert(
         raise UserError(f"--to={target}: there is no folder {target.parent}")
     kind = _kind(config)
     trained = out_of_workdir.load(config, workdir, weights, step)
-    assemble.load_tokenizer(workdir, trained.meta)  # which is copied
+    assemble.load_tokenizer(workdir, trained.meta)  # verified before it is copied
     tokenizer = trained.meta["tokenizer"]
     if tokenizer["mask_id"] != tokenizer["vocab_size"]:
         raise UserError(

@@ -1,7 +1,7 @@
 """Files of torch.save (.ckpt, .pt, .bin): a zip of one pickle and one record for each storage.
 
-Tensors are read when they are asked for, from a memory map; the pickle is read by torch_pickle,
-which runs nothing. A tensor of a type that NumPy has not stays an inert Object.
+Tensors are read lazily from a memory map. torch_pickle reads the pickle and executes nothing. A
+tensor of a type that NumPy lacks stays an inert Object.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ DTYPES = {
     "ByteStorage": np.uint8,
     "BoolStorage": np.bool_,
 }
-_MAX_SIZE = 2**60  # elements of a tensor, were its empty axes 1
+_MAX_SIZE = 2**60  # elements of a tensor, counting empty axes as 1
 _LOCAL_HEADER = 30  # bytes, then the name and the extra field
 _SIGNATURE = b"PK\x03\x04"
 _ENCRYPTED, _UTF_8 = 0x1, 0x800  # flags of a record
@@ -51,7 +51,7 @@ class _Storage:
 
     @property
     def dtype(self) -> np.dtype | None:
-        """None: of a type that is not read."""
+        """None for an unsupported type."""
         found = DTYPES.get(self.kind.name) if self.kind.module == "torch" else None
         return None if found is None else np.dtype(found)
 
@@ -80,7 +80,7 @@ class Tensor:
         del copy
         flat = self.storage.archive.read(self.storage)[self.offset :]
         steps = [
-            step * self.dtype.itemsize if size > 1 else 0  # a stride that is not used may be any
+            step * self.dtype.itemsize if size > 1 else 0  # size 1: the stride is unused
             for step, size in zip(self.stride, self.shape, strict=True)
         ]
         view = np.lib.stride_tricks.as_strided(flat, self.shape, steps, writeable=False)
@@ -121,8 +121,8 @@ class Archive:
         )
 
     def _check_records(self, records: list[zipfile.ZipInfo]) -> dict[str, int]:
-        """Where the bytes of each record begin. UserError: records that torch does not write, or
-        that overlap, which makes much of a small file."""
+        """The offset of each record. UserError: records that torch does not write, or overlapping
+        records (a zip bomb)."""
         begins, end = {}, 0
         for info in sorted(records, key=lambda info: info.header_offset):
             name = info.filename
@@ -130,11 +130,11 @@ class Archive:
             if name.startswith("/") or ".." in name.split("/") or "\\" in name:
                 raise UserError(f"{self.where}: refused: it holds a record named {shown}")
             if name in begins:
-                raise UserError(f"{self.where}: refused: record {shown} is there twice")
+                raise UserError(f"{self.where}: refused: record {shown} is duplicated")
             if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
                 raise UserError(f"{self.where}: not a file of torch.save: a record is compressed")
             if info.flag_bits & _ENCRYPTED:
-                raise UserError(f"{self.where}: not a file of torch.save: record {shown} is locked")
+                raise UserError(f"{self.where}: refused: record {shown} is encrypted")
             header = self._bytes[info.header_offset : info.header_offset + _LOCAL_HEADER]
             if len(header) < _LOCAL_HEADER or not header.startswith(_SIGNATURE):
                 raise UserError(f"{self.where}: truncated: record {shown}")
@@ -145,7 +145,7 @@ class Archive:
             if raw != info.orig_filename.encode(encoding, "replace"):
                 raise UserError(f"{self.where}: damaged: the name of record {shown}")
             if info.header_offset < end:
-                raise UserError(f"{self.where}: refused: record {shown} lies upon another")
+                raise UserError(f"{self.where}: refused: record {shown} overlaps another")
             begins[name] = begin + name_size + extra_size
             end = begins[name] + info.file_size
             if end > len(self._bytes):
@@ -182,7 +182,7 @@ class Archive:
         }
 
     def _tensor_of_new_type(self, storage, offset, shape, stride, grad, hooks, dtype, *_) -> Object:
-        """Of a type without a storage of its own: 8-bit floats, unsigned integers."""
+        """A tensor of a type without its own storage class: 8-bit floats, unsigned integers."""
         del storage, offset, shape, stride, grad, hooks
         return Object(dtype if isinstance(dtype, Name) else Name("torch", "Tensor"))
 

@@ -1,9 +1,9 @@
-"""What `torch.save` pickled, read without unpickling it: nothing in the file is ever called.
+"""Reads the pickles of `torch.save` without unpickling: nothing in the file is ever called.
 
-A pickle is a program. Python's unpickler imports the names that the program gives and calls them;
-this reader runs the program on a stack of its own, where a name is but a pair of strings. Plain
-containers and tensors are built here. Every other object becomes an inert `Object`, which keeps
-what the file said about it: a checkpoint may hold what nobody needs. All of it within a budget.
+A pickle is a program. Python's unpickler imports the names in the program and calls them. This
+reader interprets the program on its own stack, where a name is only a pair of strings. It builds
+plain containers and tensors, within a budget (budget.py). Any other object becomes an inert
+`Object` that keeps its class, arguments and state, because checkpoints may hold unneeded objects.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ class Name:
 
 
 class Object:
-    """What the file says of an object that is not built: its class, arguments and state."""
+    """An object that is not built: its class, arguments and state in the file."""
 
     __slots__ = ("args", "entries", "items", "kind", "state")
 
@@ -42,7 +42,7 @@ class Object:
 
 Rebuild = Callable[..., Any]
 _KEY = Name("a dict", "key")
-_MOST_ARGS = 32  # of what is built
+_MOST_ARGS = 32  # of a call that builds a tensor
 _MOST_KEY_BITS = 60  # hashes of larger integers can be made to collide
 _DEFAULT_DICT = ("collections", "defaultdict")
 _DICTS = {("collections", "OrderedDict"), _DEFAULT_DICT}
@@ -54,12 +54,12 @@ def load(data: bytes, storage: Callable[..., Any], tensors: dict[str, Rebuild], 
     """The object that `data` describes.
 
     Args:
-      storage: called with what a persistent id holds; what it returns goes on the stack.
-      tensors: by name in torch._utils, what builds a tensor.
+      storage: from the content of a persistent id to the object for the stack.
+      tensors: functions that build a tensor, by name in torch._utils.
       where: names the file in errors.
 
     Raises:
-      UserError: the pickle is damaged, or takes more memory or time than its size explains.
+      UserError: the pickle is damaged, or exceeds the budget.
     """
     built = {("torch._utils", name): make for name, make in tensors.items()}
     machine = _Machine(storage, built, where, Budget(len(data), where))
@@ -126,7 +126,7 @@ class _Machine:
             self.stack.append(self._made(kind, args))
 
     def _made(self, kind: Name, args: tuple):
-        """A tensor or a plain container; an Object if it is neither, or made in another way."""
+        """A tensor, a plain container, or an Object for any other call."""
         name = kind.module, kind.name
         if name in self.built:
             if len(args) > _MOST_ARGS:
@@ -145,7 +145,7 @@ class _Machine:
         return set() if name in _SETS and not args else Object(kind, args)
 
     def _key(self, value):
-        """A key that is cheap to hash and to compare; what is not is no key that we look for."""
+        """A key that is cheap to hash and to compare; other keys become an Object (not looked up)."""
         if isinstance(value, str | bytes):
             self.charge(len(value))
             return value
@@ -167,7 +167,7 @@ class _Machine:
         state, target = self.stack.pop(), self.stack[-1]
         if isinstance(target, Object):
             target.state = state
-        elif not isinstance(target, dict | list | set):  # attributes of these do not matter
+        elif not isinstance(target, dict | list | set):  # their attributes are ignored
             raise ValueError(f"a {type(target).__name__} gets a state")
 
     def persistent_id(self, _) -> None:
@@ -270,7 +270,7 @@ _CONSTANTS = {
     "EMPTY_TUPLE": tuple,
     "EMPTY_SET": set,
 }
-_COST, _COPY = 40, 80  # bytes of an opcode's result, and of an item that is copied
+_COST, _COPY = 40, 80  # bytes of an opcode's result and of a copied item
 _COSTS = {"EMPTY_SET": 220, "FROZENSET": 220, "EMPTY_DICT": 64, "DICT": 64, "MARK": 64}
 _COSTS |= {"REDUCE": 160, "NEWOBJ": 160, "NEWOBJ_EX": 160, "GLOBAL": 160, "STACK_GLOBAL": 160}
 _COSTS |= dict.fromkeys(("BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE", "SETITEM", "SETITEMS"), 120)

@@ -1,7 +1,7 @@
-"""Which types of numbers weights may have: floating point that NumPy and ml_dtypes have.
+"""The allowed types of weights: floating-point types of NumPy and ml_dtypes.
 
-Integers in place of weights are quantized, or no weights at all; taken as they are they would make
-a model of garbage without an error.
+Integer tensors are quantized weights or not weights at all; used directly they would make a broken
+model without an error.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 def name_of(tensor: Any) -> str:
-    """The type of a tensor of any of our readers: as NumPy calls it, or as the file does."""
+    """The type of a tensor of any reader: its name in NumPy or in the file."""
     return getattr(tensor, "type_name", None) or tensor.dtype.name
 
 

@@ -106,8 +106,8 @@ def log_uniform(keys_BP):
 
 
 def argmax(x_BPV, mask_id: int):
-    """int32 [B, P]: the first place of the maximum that is not the mask; jnp.argmax is slow on a
-    CPU. Of numbers that are not finite, too, it is never the mask."""
+    """int32 [B, P]: the first index of the maximum, excluding the mask also among non-finite
+    numbers; jnp.argmax is slow on CPUs."""
     top, last = x_BPV.max(axis=-1, keepdims=True), x_BPV.shape[-1] - 1
     place = jax.lax.broadcasted_iota(jnp.int32, x_BPV.shape, x_BPV.ndim - 1)
     is_top = (x_BPV == top) & (place != mask_id)
@@ -115,16 +115,16 @@ def argmax(x_BPV, mask_id: int):
 
 
 def at_temperature(logits_BPV, temperature):
-    """logits / temperature, for a temperature above 0 however large or small: float32 divides by
-    numbers within BOUNDS alone, and below SMALL it is the distances from the largest logit that
-    are divided, for the others overflow. What is −∞ stays so."""
+    """logits / temperature, for any temperature above 0. Temperatures are clipped to BOUNDS; below
+    SMALL the differences from the largest logit are divided, because the logits would overflow.
+    −∞ stays −∞."""
     low, high = BOUNDS
     if isinstance(temperature, int | float):
         temperature = min(max(temperature, low), high)
         if temperature >= SMALL:
             return logits_BPV / temperature
         is_small = True
-    else:  # known when the program runs
+    else:  # a traced temperature
         temperature = jnp.clip(temperature, low, high)
         is_small = temperature < SMALL
     top = logits_BPV.max(axis=-1, keepdims=True)

@@ -174,7 +174,7 @@ def _reveal(state: State, passes, i, slot, keep, chosen, logits, eos_id) -> Stat
 
 
 def last_given(passes: Passes):
-    """int32 [B, 1]: the last position that is given, −1 without; an EOS before it ends no text."""
+    """int32 [B, 1]: the last given position, −1 for none; an EOS before it does not end a text."""
     is_given = jnp.arange(passes.order.shape[1])[None] < passes.given[:, None]
     return jnp.where(is_given, passes.order, -1).max(axis=1, keepdims=True)
 
@@ -233,8 +233,8 @@ def decode(
       choice: Choice, or any hashable callable of the same form.
       keys: one for each row, of row_keys.
       mesh: None = one device. B must divide by its row shards.
-      eos_id: if given, a text ends at the first of these that is generated behind all that is
-        given, once all before it is known, and the loop when all texts have.
+      eos_id: if not None, a text ends at its first generated EOS after all given tokens, once
+        all tokens before it are known; the loop ends with the last text.
       with_logits: also return the logits each token was drawn from (mask token not excluded).
       dry_run: compile, but run no pass.
     """

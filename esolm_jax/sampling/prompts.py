@@ -4,12 +4,12 @@
     once [MASK:3] a time[MASK]   three tokens and one are filled in, and nothing is added
 
 A line of a .jsonl file is an object with `prompt` as above, or `text` and `rewrite`: spans
-[start, stop) of its characters that are to be written anew, in as many tokens as they have now.
-`seed` is optional: a row's own, in place of the run's. Any other file is one prompt.
+[start, stop) of its characters that are generated again, with the same number of tokens.
+`seed` is optional and replaces the run's seed for this row. Any other file is one prompt.
 
-Known characters are kept exactly: the tokens of each known part decode to it, whatever is generated
-around it. A tokenizer that has no such tokens is an error (see data/known_text.py). So is what has
-no room in the canvas, before anything of its size is made.
+Known characters are kept exactly: the tokens of each known part decode to it, independent of the
+generated tokens. It is an error if the tokenizer has no such tokens (see data/known_text.py), or if
+a prompt exceeds the canvas (checked before the canvas is allocated).
 """
 
 import dataclasses
@@ -69,8 +69,8 @@ def of_text(
 
 
 def _masks(text: str) -> Iterator[tuple[int, int, str]]:
-    """(start, stop, what stands behind the colon) of each [MASK] and [MASK:n], in one pass over the
-    text: a pattern would look for each ] from every [MASK: again."""
+    """(start, stop, text after the colon) of each [MASK] and [MASK:n], in one pass over the text; a
+    regular expression would be quadratic in the number of [MASK:."""
     at = 0
     while (start := text.find(_OPEN, at)) >= 0:
         at = start + len(_OPEN)
@@ -99,12 +99,12 @@ def _check_unicode(text: str, name: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:  # half of a surrogate pair
         raise UserError(
-            f"{name}: is no Unicode text: half of a surrogate pair, character {error.start}"
+            f"{name}: must be Unicode, but character {error.start} is a lone surrogate"
         ) from error
 
 
 class _Draft:
-    """A prompt that is being made, of known parts and masks from left to right."""
+    """Builds a prompt from known parts and masks, left to right."""
 
     def __init__(self, text: str, tokenizer, name: str, length: int):
         self.text, self.tokenizer, self.name, self.length = (
@@ -116,7 +116,7 @@ class _Draft:
         self.tokens: list[int] = []
 
     def check(self, more: int) -> None:
-        """UserError unless the canvas has room for so many tokens behind those that are there."""
+        """UserError unless the canvas has room for so many more tokens."""
         if len(self.tokens) + more > self.length:
             raise UserError(_too_long(self.name, self.length))
 
@@ -139,7 +139,7 @@ class _Draft:
         at, (around, becomes) = start + error.at, error.becomes
         character, advice = self.text[at], "write what it can spell"
         if character.isspace() and self.text[at + 1 :].lstrip().startswith("[MASK"):
-            advice = "leave it out, for the token in the place of [MASK] brings its own"
+            advice = "leave it out: the token in place of [MASK] can add a space itself"
         return (
             f"character {at}, {character!r} (U+{ord(character):04X}), must be kept as it is, but "
             f"the tokenizer ({self.tokenizer.kind}) has no tokens for it there: of {around!r} it "
@@ -157,8 +157,8 @@ def _too_long(name: str, length: int) -> str:
 def of_rewrite(
     text: str, spans, tokenizer, *, seed=None, name="prompt", length: int = MAX_TOKENS
 ) -> Prompt:
-    """All of a text but these spans of its characters, which are to be generated anew; for a
-    canvas of `length`."""
+    """The text with these spans of characters masked, to be generated again; for a canvas of
+    `length`."""
     _check_unicode(text, name)
     if len(spans) > length:
         raise UserError(_too_long(name, length))
@@ -174,7 +174,7 @@ def of_rewrite(
 
 
 def _tokens_now(text: str, spans, tokenizer, length: int) -> list[int]:
-    """How many tokens of the text each span is in, or has where it cannot be encoded exactly."""
+    """The number of tokens for each span; spans without exact encoding count their own tokens."""
     if not spans:
         return []
     try:
@@ -211,8 +211,8 @@ def of_file(path: pathlib.Path, tokenizer, *, length: int = MAX_TOKENS) -> list[
     """The prompts of a .jsonl file, or the one of any other file, for a canvas of `length`.
 
     Raises:
-      UserError: it cannot be read, is no regular file or too large, holds nothing, or a line is not
-        as above.
+      UserError: the file cannot be read, is not regular, too large or empty, or a line is
+        invalid.
     """
     where = f"--prompts={path}"
     text = regular_file.read_text(regular_file.expand(path), MAX_BYTES, where)
@@ -224,12 +224,12 @@ def of_file(path: pathlib.Path, tokenizer, *, length: int = MAX_TOKENS) -> list[
     if path.suffix != ".jsonl":
         return [of_text(text, tokenizer, name=str(path), length=length)]
     if len(lines) > MAX_PROMPTS:
-        raise UserError(f"{where}: holds {len(lines):,} prompts; at most {MAX_PROMPTS:,} in a file")
+        raise UserError(f"{where}: holds {len(lines):,} prompts; must be at most {MAX_PROMPTS:,}")
     return bounded(_of_line(line, tokenizer, f"{path}:{n}", length) for n, line in lines)
 
 
 def bounded(prompts: Iterable[Prompt]) -> list[Prompt]:
-    """The prompts. UserError as soon as they have more than MAX_TOKENS."""
+    """The prompts as a list. UserError as soon as they have more than MAX_TOKENS tokens."""
     found, total = [], 0
     for prompt in prompts:
         found.append(prompt)

@@ -147,7 +147,7 @@ def _then_left_to_right(positions: np.ndarray, sizes: np.ndarray) -> Row:
 
 @functools.lru_cache(maxsize=64)
 def _sizes_of_batch(batch, number: int, length: int, alpha_0: float, num_steps: int) -> np.ndarray:
-    """Drawn once for the rows that share them: a million steps take seconds."""
+    """Drawn once for the rows that share it, because a million steps take seconds."""
     rng = Seed(batch, 0).of_sizes(number)
     sizes = ancestral_sizes(rng, length, alpha_0, num_steps)
     sizes.flags.writeable = False

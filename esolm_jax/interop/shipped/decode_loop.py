@@ -1,16 +1,16 @@
-"""Two-phase generation around any artefact, as `plan` says. Needs numpy alone.
+"""Two-phase generation with any artefact, following `plan`. Needs only numpy.
 
 `plan` is the `sampling` section of config.json. Slot j of a row holds the token of rank j in the
-order of generation; with shift = 1 (AR) the start token lies before them.
+order of generation; with shift = 1 (AR) the start token precedes them.
 """
 
 import numpy as np
 
 
 def draw_orders(plan, seed, batch):
-    """(order int32 [B, L], the position generated at each rank; how many of them are of the
-    diffusion phase, int32 [B]): those come in random order, the rest left to right. Drawn as
-    `python -m esolm_jax.sample` draws them of this seed."""
+    """(order int32 [B, L], the position generated at each rank; int32 [B], the number of ranks in
+    the diffusion phase). Diffusion positions come in random order, the rest left to right. Same
+    draws as `python -m esolm_jax.sample` with this seed."""
     length, block = plan["length"], plan["order_block"]
     if plan["order"] is not None:
         order = np.tile(np.array(plan["order"], np.int32), (batch, 1))
@@ -30,11 +30,11 @@ def draw_orders(plan, seed, batch):
 
 
 def filtered(plan, logits, temperature):
-    """float64 [..., V]: logits of the distribution that tokens are drawn from, −∞ where nothing is:
-    at the mask, below the top_k likeliest, outside the smallest set that reaches top_p."""
+    """float64 [..., V]: logits of the sampling distribution; −∞ at the mask, below the top_k
+    likeliest tokens, and outside the smallest set that reaches top_p."""
     logits = np.array(logits, np.float64)
     logits[..., plan["mask_id"]] = -np.inf
-    logits = logits - logits.max(axis=-1, keepdims=True)  # so that no temperature overflows it
+    logits = logits - logits.max(axis=-1, keepdims=True)  # small temperatures do not overflow
     if temperature == 0:
         return logits
     logits = logits / temperature
@@ -52,8 +52,8 @@ def filtered(plan, logits, temperature):
 
 
 def read_temperature(text):
-    """The number, 0 = greedy; others as `sample` takes them, in [1e-30, 1e30]. SystemExit: it is
-    negative or not finite."""
+    """A temperature: 0 (greedy), or clipped to [1e-30, 1e30] as in `sample`. SystemExit: negative
+    or not finite."""
     temperature = float(text)
     if not 0 <= temperature < np.inf:
         raise SystemExit(f"error: TEMPERATURE={text}: must be at least 0, and finite")
@@ -82,8 +82,8 @@ def passes(plan):
 
 
 def with_cache(step, plan, order, choose):
-    """int32 [B, L] in text order. A pass runs the tokens of the last one and the masks of this one
-    (AR: the token of the last one, which predicts the next).
+    """int32 [B, L] in text order. A pass runs the tokens of the previous pass and the masks of this
+    one (AR: the previous token, which predicts the next).
 
     Args:
       step: (token, position, rank, in_context, keys, values, filled) → (logits, keys, values).
