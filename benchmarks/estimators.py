@@ -1,10 +1,10 @@
-"""python -m benchmarks.estimators --workdir=DIR: the spread of every estimator against its error.
+"""python -m benchmarks.estimators --workdir=DIR: each estimator's spread against its error.
 
-Each bound is estimated with --seeds seeds on the same windows of the test split, in programs that
-are compiled once. The spread over seeds is what the printed standard error has to be. DIR holds an
-Eso-LM (B) on Shakespeare such as the quickstart's, which gives the rows of eso_b, also at values of
-α₀ that it was not trained at. The other objectives are trained for --other_steps steps, 64 wide, of
-2 blocks, in --others, unless they are there. Writes --out (.json and .md).
+Estimates each bound with --seeds seeds on the same windows of the test split. The printed standard
+error should equal the spread over seeds. DIR holds an Eso-LM (B) on Shakespeare, such as the
+quickstart's, for the rows of eso_b (also at values of α₀ other than the trained one). Models of the
+other objectives (width 64, 2 blocks) are trained for --other_steps steps in --others, unless they
+exist. Writes --out (.json and .md).
 """
 
 import argparse
@@ -120,7 +120,7 @@ def train_briefly(objective: str, data: str, workdir: pathlib.Path, steps: int) 
 
 
 def summary(estimates: list) -> dict:
-    """Of estimates with other seeds: their spread, and what the errors say of it."""
+    """Compares the spread of estimates over seeds with their errors."""
     values = np.array([e.nll for e in estimates])
     errors = np.array([e.standard_error for e in estimates])
     spread = float(values.std(ddof=1))
@@ -146,8 +146,8 @@ def summary(estimates: list) -> dict:
 
 
 def parts_of_a_split(whole, windows: int, parts: int) -> dict:
-    """Of random parts of a split: Estimate.error_for against the spread over parts. What was
-    drawn for each window stays."""
+    """Compares Estimate.error_for with the spread over random parts of a split, with fixed draws
+    for each window."""
     rng, estimates, total = np.random.default_rng(0), [], len(whole.window_nll)
     for _ in range(parts):
         chosen = rng.choice(total, windows, replace=False)
@@ -185,7 +185,7 @@ def measure(workdir: pathlib.Path, others: pathlib.Path, steps: int, seeds: int,
 
 
 def commit() -> str:
-    """Of this checkout, or "unknown"."""
+    """The commit of this checkout, or "unknown"."""
     command = ["git", "-C", str(pathlib.Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"

@@ -132,7 +132,7 @@ def table(report: dict) -> str:
 
 
 def _summary(report: dict) -> str:
-    """What the table says of AR, first."""
+    """The page's title and AR against the other models."""
     text = "# Quality against seconds\n\nMade by `python -m benchmarks.frontier`.\n"
     ar = report["models"].get("ar", {}).get("T = L")
     others = [

@@ -1,7 +1,7 @@
 """Ratios to the published code's speed, as a range over machines and hours.
 
-One run interleaves ours with the published code's, but a ratio still depends on the machine and the
-hour. Every figure that was measured is listed here, and a range is quoted with its least first.
+A run interleaves our code with the published code, but a ratio still depends on the machine and the
+hour. This file lists the ratios of a second machine; ranges begin with the smallest ratio.
 """
 
 # Measured with the same commands on another, quiet machine of the same kind, after the tables.

@@ -121,7 +121,7 @@ def table(report: dict) -> str:
 
 
 def _summary(report: dict) -> str:
-    """What the tables say, first."""
+    """The summary above the tables."""
     missed = [t for t in report["targets"] if not t["met"]]
     text = "# Speed of sampling\n\nMade by `python -m benchmarks.sampling`.\n\n"
     text += f"- {len(report['targets']) - len(missed)} of {len(report['targets'])} targets are met"
@@ -139,7 +139,7 @@ def _summary(report: dict) -> str:
 
 
 def _bd3_against_eso_b(rows: dict) -> tuple[int, int]:
-    """Settings at T = L/4 that both were measured in, and those where BD3-LM, L′ = 4 is faster."""
+    """Settings at T = L/4 measured for both models, and those where BD3-LM (L′ = 4) is faster."""
     speed = {
         (r["family"], r["batch"], r["length"]): r["tokens_per_second"]
         for r in rows.values()

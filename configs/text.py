@@ -5,8 +5,8 @@
     python -m esolm_jax.train --config=configs/text.py --workdir=runs/mine
 
 Without --config.data.validation and --config.data.test, 5 % of the documents are held out for
-each; one of them at the least, or a part of one. Hardware: any laptop. Expected: depends on the
-text; `evaluate` prints the perplexity beside that of a unigram model.
+each; at least one of them, or a part of one. Hardware: any laptop. Expected: depends on the text;
+`evaluate` prints the perplexity and that of a unigram model.
 """
 
 from configs import shakespeare

@@ -18,7 +18,7 @@ quote() { # the words on one line, as a shell reads them back; in single quotes 
   echo "${line# }"
 }
 
-# Temporary files lie in a folder of this user alone, with a name that nobody can know beforehand.
+# Temporary files go to a private folder with an unpredictable name.
 # shellcheck disable=SC2016,SC2034 # expanded and used by the others
 TEMPORARY='mktemp -d "${TMPDIR:-/tmp}/esolm_jax.XXXXXXXXXX"'
 

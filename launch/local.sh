@@ -7,7 +7,7 @@
 # --dry-run prints the commands and runs nothing. Environment:
 #   PYTHON  an interpreter that has the project installed (.venv, made if it is not there)
 #   PORT    where the processes find each other (a free one)
-#   LOGS    the folder of the logs, of yours alone (a new one where temporary files go)
+#   LOGS    the folder of the logs, owned by you (a new private one in $TMPDIR)
 #   GRACE   seconds that the others get to end by themselves after one failed (60)
 
 set -euo pipefail
@@ -62,7 +62,7 @@ else
 fi
 [ "$logs" ] || logs=$(eval "$TEMPORARY") || fail "TMPDIR=${TMPDIR:-}: must be a folder that can be written to"
 mkdir -p "$logs" || fail "LOGS=$logs: must be a folder that can be written to"
-[ -O "$logs" ] || fail "LOGS=$logs: must be a folder of yours: others can put links into theirs"
+[ -O "$logs" ] || fail "LOGS=$logs: must be owned by you, because its owner can plant links"
 [ "$processes" = 1 ] || echo "logs of processes 1 to $((processes - 1)): $logs/I.log"
 
 pids=() first_code=0 deadline="" stopping=""
@@ -78,7 +78,7 @@ for ((i = 0; i < processes; i++)); do
   if [ "$i" = 0 ]; then
     "${command[@]}" </dev/null &
   else
-    rm -f -- "$logs/$i.log" # of an earlier run; -C: no link is followed that somebody put there
+    rm -f -- "$logs/$i.log" # of an earlier run; -C: follow no planted link
     (set -C && exec "${command[@]}" </dev/null >"$logs/$i.log" 2>&1) &
   fi
   pids[i]=$!

@@ -52,7 +52,7 @@ commit=$(git rev-parse --short HEAD 2>/dev/null) || fail "$PWD: must be a git ch
 git diff --quiet HEAD || echo "warning: what is not committed is not copied; HEAD is $commit" >&2
 [ "$dry" ] || command -v gcloud >/dev/null || fail "gcloud: not found; install the Google Cloud CLI"
 
-run() { # or prints, with $folder to be expanded
+run() { # or print; $folder stays for the shell to expand
   if [ "$dry" ]; then quote "$@" | sed "s|'\([^']*\)\$folder/\([^']*\)'|\"\1\$folder/\2\"|"; else "$@"; fi
 }
 vm=(gcloud compute tpus tpu-vm)

@@ -1,8 +1,8 @@
 """python -m benchmarks.reliability [--quick] [--only=kills,corruption] [--out=docs/reliability].
 
-Kills, corruptions, concurrent starts, readers beside a writer and hostile input, counted by how the
-verbs took them. Under an hour on 2 cores; --quick is a few minutes. Exit code 1 if anything was
-silent, ended in a traceback or hung. Writes --out (.json) and the tables (.md).
+Counts the outcomes of kills, corruptions, concurrent starts, readers during a writer and hostile
+input. Under an hour on 2 cores; --quick takes a few minutes. Exit code 1 for any silent error,
+traceback or hang. Writes --out (.json) and the tables (.md).
 """
 
 import argparse
@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 from benchmarks.reliability import hostile
 
-# Before JAX is imported, here and in the children: one cache of compiled programs, a CPU.
+# Set before JAX is imported, here and in the children: a shared compilation cache, CPU only.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 

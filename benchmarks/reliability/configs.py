@@ -1,8 +1,8 @@
 """Hostile values of config fields and hostile data files, each tried in bounded time and memory.
 
-`run()` starts a child process with a memory limit, which tries all of them in turn under an alarm,
-and returns one row a kind: how many inputs ended with one clear line (clean), were taken and
-rightly so (accepted), were taken though they must not be (silent), ended in a traceback, or hung.
+`run()` starts a child process with a memory limit and tries all inputs, each with a time limit. It
+returns one row per kind with the numbers of inputs that ended with one line (clean), were rightly
+accepted (accepted), were wrongly accepted (silent), ended in a traceback, or hung.
 
     python -m benchmarks.reliability.configs     prints the table; a minute on 2 cores
 """
@@ -44,7 +44,7 @@ def _config(**fields):
 
 
 def numbers() -> Iterator[Case]:
-    """Every numeric field with what is not finite, does not fit 32 bits, or is of another type."""
+    """Every numeric field with non-finite values, values beyond 32 bits, and other types."""
     from esolm_jax import config as config_lib
 
     refused = [float("nan"), float("inf"), -float("inf"), 1e39, -1e39, 1e-60, -(2**31) - 1, -2, "3"]
@@ -66,7 +66,7 @@ def _validate(fields: dict) -> None:
 
 
 def sizes() -> Iterator[Case]:
-    """The largest that each field may be, where no machine has the memory; and usual ones."""
+    """The largest allowed values, which exceed any machine's memory, and usual values."""
     from esolm_jax import config as config_lib
 
     large = [
@@ -189,7 +189,7 @@ def files(folder: pathlib.Path) -> Iterator[Case]:
         for damaged in (zipped[:at], zipped[:at] + bytes([zipped[at] ^ 1]) + zipped[at + 1 :]):
             path = _new(folder, "a.txt.gz")
             path.write_bytes(damaged)
-            # A flip in the header's time or system changes nothing.
+            # A flip in the header's time or system field has no effect.
             yield f"damaged archive at {at}", lambda p=path: _prepare(p, folder), None
     for name in ("a.txt.gz", "a.jsonl.gz"):
         path = _new(folder, name)

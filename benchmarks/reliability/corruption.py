@@ -1,4 +1,4 @@
-"""Damage to the files of a workdir: is it noticed, and does the run fall back?
+"""Damages files of a workdir: is it detected, and does the run fall back?
 
 Each attempt copies a workdir with three checkpoints and prepared data, damages one file, runs
 evaluate, sample or train, and compares the result with those of the undamaged workdir.
@@ -14,7 +14,7 @@ from benchmarks.reliability import tiny, verbs
 from benchmarks.reliability.kills import expect_success
 from benchmarks.reliability.verbs import Ended, Row
 
-STEPS, MORE = 12, 16  # steps of the workdir, and after `train` goes on
+STEPS, MORE = 12, 16  # steps of the workdir, and after `train` resumes
 SAID = re.compile("damaged|cannot be read|falling back|fall back|missing|kept beside", re.I)
 NOT_READ = ("tensorboard", "learning_curve.png", "evaluate.json", "evaluations.jsonl", "samples.")
 
@@ -71,7 +71,7 @@ DAMAGES = {
 
 
 def kind_of(path: pathlib.Path) -> str:
-    """A file's kind: its place in a workdir without numbers and hashes."""
+    """A file's kind: its path in a workdir without numbers and hashes."""
     parts = ["<step>" if part.isdigit() else part for part in path.parts]
     name = re.sub(r"[0-9a-f]{16,}", "<hash>", parts[-1])
     name = re.sub(r"\d+", "<n>", name)
@@ -79,7 +79,7 @@ def kind_of(path: pathlib.Path) -> str:
 
 
 def run(folder: pathlib.Path, attempts: int, seed: int = 0) -> list[dict]:
-    """Rows by place: checkpoint items, prepared data, what lies beside."""
+    """Rows by place: checkpoint items, prepared data, other files of the workdir."""
     args = [arg for arg in tiny.write_text(folder / "text") if "data.dir" not in arg]
     args += [f"--config.train.steps={STEPS}"]
     original = folder / "original"
@@ -119,7 +119,7 @@ def _place(kind: str) -> str:
 
 
 class _Tries:
-    """Runs verbs on damaged copies, and knows the right results of each step."""
+    """Runs verbs on damaged copies and compares with the right results of each step."""
 
     def __init__(self, folder: pathlib.Path, original: pathlib.Path, args: list[str]):
         self._original, self._args, self._copy = original, args, folder / "copy"
@@ -160,7 +160,7 @@ class _Tries:
         """(outcome, why) of a verb after damage to one file."""
         self._fresh_copy()
         before = (self._copy / inside).read_bytes()
-        while True:  # some damage changes nothing: an empty file emptied
+        while True:  # some damage has no effect, such as truncating an empty file
             DAMAGES[damage](rng, self._copy / inside)
             path = self._copy / inside
             if not path.is_file() or path.read_bytes() != before:

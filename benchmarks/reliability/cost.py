@@ -1,4 +1,4 @@
-"""What trust costs: the check of every step for finite numbers, and the digests of a checkpoint."""
+"""The cost of reliability: the finite check of each step, and the digests of checkpoints."""
 
 import pathlib
 
@@ -6,7 +6,7 @@ COLUMNS = ("what", "without, s", "with, s", "added", "goal")
 
 
 def run(folder: pathlib.Path, quick: bool) -> list[dict]:
-    """Rows with COLUMNS as keys, and the figures that they are made of."""
+    """Rows with COLUMNS as keys, and the underlying figures."""
     from benchmarks.reliability import digest_cost, step_cost
 
     rounds = 3 if quick else 20

@@ -1,8 +1,8 @@
-"""What digests cost: seconds that they add to a save and to a restore.
+"""The cost of digests: seconds added to a save and to a restore.
 
 python -m benchmarks.reliability.digest_cost [--megabytes=200] [--rounds=5]
 
-Saves and restores with and without digests take turns in one process; of each, the median counts.
+Saves and restores with and without digests are interleaved in one process; medians are reported.
 """
 
 import argparse
@@ -27,7 +27,7 @@ _META = {"config": {}, "cursor": 0, "tokenizer": {}, "version": ""}
 
 
 def _state(megabytes: int) -> TrainState:
-    """Of a model in training: weights, their average and AdamW's two moments, random numbers."""
+    """A random training state: weights, their average and AdamW's two moments."""
     rows = megabytes * 10**6 // 4 // 4 // 1024 // 8
     keys = jax.random.split(jax.random.key(0), 8)
     params = {f"kernel_{i}": jax.random.normal(key, (rows, 1024)) for i, key in enumerate(keys)}
@@ -51,7 +51,7 @@ def _without_digests() -> Iterator[None]:
 
 
 def _save(state: TrainState, folder: pathlib.Path) -> dict[str, float]:
-    """Seconds that the training loop is blocked, that the whole save takes, and of CPU time."""
+    """Seconds of a save: blocking the training loop, in total, and of CPU time."""
     checkpoints = checkpoint.Checkpoints(folder, keep_last=1, keep_best=0)
     checkpoints.open()
     begin, begin_cpu = time.perf_counter(), time.process_time()
@@ -88,7 +88,7 @@ def digest_cost(megabytes: int = 200, rounds: int = 5) -> dict:
             for kind in ("with", "without") if turn % 2 else ("without", "with"):
                 workdir = pathlib.Path(folder) / "run"
                 shutil.rmtree(workdir, ignore_errors=True)
-                # Without them nothing is verified, either.
+                # Without digests, verification is off, too.
                 verify = contextlib.nullcontext() if kind == "with" else _without_verification()
                 digests = contextlib.nullcontext() if kind == "with" else _without_digests()
                 with digests, verify:

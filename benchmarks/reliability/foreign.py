@@ -1,17 +1,17 @@
 """python -m benchmarks.reliability.foreign [--count=600] [--seed=0]: `convert` on hostile files.
 
-Files of other programs (.ckpt, .pt, safetensors, config.json, index, tokenizers), damaged, forged,
-of other types, in place of special files. How the readers took them:
+Files of other programs (.ckpt, .pt, safetensors, config.json, index, tokenizers): damaged, forged,
+of other types, or replaced by special files. Outcomes:
 
-  ok          the weights and the config of the undamaged file; or those of another valid file,
-              where the format cannot tell: a bit within the numbers of safetensors, which have no
-              checksum, a pickle with a new checksum, a config.json field set to null
+  ok          the weights and the config of the undamaged file; or those of another valid file, if
+              the format cannot show damage: a bit flip in safetensors' weights (no checksum), a
+              pickle with a new checksum, a config.json field set to null
   clean       one line of error
   silent      other weights or another config than the file's
-  traceback   any other exception, or the end of the process
-  hang        20 seconds
+  traceback   any other exception, or a crash of the process
+  hang        no result within 20 seconds
 
-Each kind runs in a process of its own, whose memory is bounded.
+Each kind runs in its own process with a memory limit.
 """
 
 import argparse
@@ -29,11 +29,11 @@ from typing import Any
 
 COUNTS = ("ok", "clean", "silent", "traceback", "hang")
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-SECONDS, MEMORY = 20, 2 * 2**30  # of one input; above what the process has before
+SECONDS, MEMORY = 20, 2 * 2**30  # per input: time, and memory beyond that of the idle process
 
 
 def run(count: int = 600, seed: int = 0, kinds: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-    """One row for each kind: {"kind", "inputs", "ok", …, "examples": [what was not right]}."""
+    """One row for each kind: {"kind", "inputs", "ok", …, "examples": [failures]}."""
     from benchmarks.reliability import foreign_cases as cases
 
     kinds = kinds or tuple(cases.KINDS)
@@ -49,7 +49,7 @@ def _row(kind: str, results: list[dict]) -> dict[str, Any]:
 
 
 def _results(kind: str, count: int, seed: int) -> list[dict]:
-    """Starts the worker, and again behind an input that ended it."""
+    """Starts the worker, and restarts it after an input that ended it."""
     results: list[dict] = []
     while True:
         done = len(results)
@@ -69,7 +69,7 @@ def _results(kind: str, count: int, seed: int) -> list[dict]:
 
 
 def _follow(worker: subprocess.Popen, results: list[dict]) -> tuple[str, str] | None:
-    """Collects what a worker prints; (how, why) if it did not come to its end."""
+    """Collects a worker's results; (outcome, reason) if it did not finish."""
     lines: queue.Queue = queue.Queue()
 
     def read() -> None:

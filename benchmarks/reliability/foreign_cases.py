@@ -1,4 +1,4 @@
-"""The inputs of `reliability.foreign`, by kind, and what `convert` makes of each."""
+"""The inputs of `reliability.foreign`, by kind, and the outcome of `convert` for each."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ ST_TYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """An input: what `convert` is given; strict: its result must be the undamaged file's."""
+    """An input of `convert`; strict: its result must equal that of the undamaged file."""
 
     what: str
     base: str
@@ -45,12 +45,12 @@ class Case:
 
 
 def number(kind: str, count: int) -> int:
-    """How many inputs of a kind: all of a list, or `count` random ones."""
+    """The number of inputs of a kind: a whole list, or `count` random ones."""
     return len(KINDS[kind]) if isinstance(KINDS[kind], list) else count
 
 
 class Inputs:
-    """Undamaged files, what is made of them, and what `convert` makes of either."""
+    """Undamaged files, inputs made from them, and the results of `convert` for both."""
 
     def __init__(self, folder: pathlib.Path, seed: int):
         self.folder, self.seed = folder, seed
@@ -122,7 +122,7 @@ class Inputs:
         return caught, {name: fields[name] for name in names}
 
     def difference(self, case: Case, result: tuple[dict, dict]) -> str:
-        """What is other than in the undamaged file, or ""."""
+        """A difference from the undamaged file, or ""."""
         arrays, fields = result
         wanted, wanted_fields = self.bases[case.base]
         for name, array in arrays.items():
@@ -320,7 +320,7 @@ def _not_finite(value: float, dtype: str) -> Callable[[Inputs], Case]:
 
 
 def make_special(kind: str, path: pathlib.Path) -> None:
-    """Something else in place of a file."""
+    """A special file in place of a file."""
     path.unlink(missing_ok=True)
     if kind == "FIFO":
         os.mkfifo(path)
@@ -358,7 +358,7 @@ def _special(kind: str, name: str) -> Callable[[Inputs], Case]:
 
 
 def harmless() -> dict[str, Any]:
-    """Objects that a checkpoint may hold beside its weights, as pickle sees them."""
+    """Objects that a checkpoint may hold in addition to its weights, in pickle's terms."""
     array = files.Call(
         (files.Name("numpy.core.multiarray _reconstruct"), (files.Name("numpy ndarray"), (0,), "b"))
     )

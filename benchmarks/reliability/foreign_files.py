@@ -1,4 +1,4 @@
-"""Files of other programs, and what damage or malice makes of them.
+"""Files of other programs, and damaged or malicious versions of them.
 
 Inputs of `reliability.foreign` and of tests. Torch's files are written without torch: `Torch`
 pickles a name as a name.
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-# What takes the place of a value in JSON or in hyper-parameters.
+# Replacements for a value in JSON or in hyper-parameters.
 SWAPS = {
     "null": None,
     "true": True,
@@ -33,7 +33,7 @@ SWAPS = {
     "infinity": float("inf"),
     "nested": [[{"a": [None, [1]]}]],
 }
-MAY_MEAN = ", another number"  # of the right type: the format cannot tell
+MAY_MEAN = ", another number"  # of the right type: the format cannot show damage
 
 
 class Name(str):
@@ -126,7 +126,7 @@ def safetensors_of(header: dict, numbers: bytes) -> bytes:
 
 
 def flipped(content: bytes, rng: random.Random, start=0, stop=None) -> bytes:
-    """One bit is another."""
+    """Flips one bit."""
     stop = len(content) if stop is None else stop
     position, found = rng.randrange(start, stop), bytearray(content)
     found[position] ^= 1 << rng.randrange(8)
@@ -134,7 +134,7 @@ def flipped(content: bytes, rng: random.Random, start=0, stop=None) -> bytes:
 
 
 def mangled(content: bytes, rng: random.Random) -> bytes:
-    """A few bytes are others, gone, twice, or new, or the end is missing."""
+    """Changes, deletes, repeats or inserts a few bytes, or truncates."""
     found = bytearray(content)
     for _ in range(rng.choice([1, 1, 1, 2, 5])):
         at = rng.randrange(len(found) + 1)
@@ -157,7 +157,7 @@ _OPCODES += b"\x8c\x8d\x8e\x8f\x90\x91\x92\x93\x94\x95\x96"
 
 
 def other_opcodes(program: bytes, rng: random.Random) -> bytes:
-    """Opcodes of a pickle are others, or there are more of them."""
+    """Changes or inserts opcodes of a pickle."""
     import pickletools
 
     starts = [position for _, _, position in pickletools.genops(program)]
@@ -192,7 +192,7 @@ def with_value(value: Any, path: tuple, new: Any) -> Any:
 
 
 def swapped(value: Any, rng: random.Random) -> tuple[Any, str]:
-    """Another type in one place, and which."""
+    """Another type in one place, and its description."""
     path = rng.choice(list(paths_of(value)))
     name = rng.choice(list(SWAPS))
     old = value

@@ -1,4 +1,4 @@
-"""Rows of the sections that try hostile input, in the columns that all sections share."""
+"""Rows of the sections on hostile input, in the columns of all sections."""
 
 import collections
 import pathlib
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from benchmarks.reliability.verbs import Row
 
-# Their own words for an outcome -> ours (verbs.OUTCOMES).
+# Outcome names of these sections -> verbs.OUTCOMES.
 _WORDS = {
     "accepted": "identical",
     "ok": "identical",
@@ -62,7 +62,7 @@ def settings(folder: pathlib.Path, quick: bool) -> list[dict]:
     from benchmarks.reliability import settings as settings_lib
 
     found = settings_lib.run(folder, "PRNG_IMPL" if quick else "")
-    row = Row("settings of a person's environment", collections.Counter())
+    row = Row("settings of a user's environment", collections.Counter())
     for each in found:
         outcome = _WORDS.get(each["outcome"], each["outcome"])
         row.add(outcome, f"{each['setting']}: {each['said']}")

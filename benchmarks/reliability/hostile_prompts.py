@@ -1,6 +1,6 @@
 """Hostile prompts and prompt files: each is read, or refused in one line.
 
-Thousands of random ones in a few processes with limited memory; an alarm ends one that hangs.
+Thousands of random prompts in a few processes with a memory limit and a time limit per prompt.
 """
 
 import json

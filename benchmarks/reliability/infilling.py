@@ -1,8 +1,8 @@
 """Infilling keeps the known text: random texts with random spans, for each kind of tokenizer.
 
-`run()` fills the spans with random ids, specials included, and compares what is decoded around them
-with the text that was given. A text is `exact`, `refused` (the tokenizer cannot spell a character;
-the error names it) or `changed`, which is a fault. No model is needed.
+`run()` fills the spans with random ids, including specials, and compares the decoded text around
+them with the given text. A text is `exact`, `refused` (the tokenizer cannot spell a character; the
+error names it) or `changed`, which is a fault. No model is needed.
 """
 
 import collections
@@ -56,7 +56,7 @@ def lower(rng: random.Random) -> str:
 
 
 def wild(rng: random.Random) -> str:
-    """White space of all kinds, characters that are normalised or rare, specials, signs."""
+    """White space of all kinds, normalised or rare characters, specials, symbols."""
     parts = []
     for _ in range(rng.randint(1, 10)):
         kind = rng.random()
@@ -71,7 +71,7 @@ def wild(rng: random.Random) -> str:
     return "".join(parts)
 
 
-TEXTS = (plain, lower, wild)  # by turns
+TEXTS = (plain, lower, wild)  # in rotation
 
 
 def _sentencepiece(**options) -> tokenizer_lib.SentencePiece:
@@ -239,7 +239,7 @@ def _request(rng: random.Random, text: str, tokenizer):
 
 
 def kept(tokens, known: list[str], tokenizer, rng: random.Random) -> bool:
-    """Whether the known parts stand in the text, whatever the masked tokens become."""
+    """Whether the text keeps the known parts for random values of the masked tokens."""
     specials = [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id]
     ids = [specials, range(tokenizer.vocab_size), range(tokenizer.vocab_size)]
     filled = [rng.choice(rng.choice(ids)) if i == MASK else i for i in tokens]
@@ -253,7 +253,7 @@ def kept(tokens, known: list[str], tokenizer, rng: random.Random) -> bool:
 
 
 def check(name: str, texts: int = 1000, seed: int = 0) -> dict:
-    """One kind: counts, and what was refused how often."""
+    """One kind: counts, and counts of refusals by reason."""
     rng, tokenizer = random.Random(seed), KINDS[name]()
     counts, reasons = collections.Counter(), collections.Counter()
     for n in range(texts):

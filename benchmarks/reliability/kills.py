@@ -1,8 +1,8 @@
-"""SIGKILL at random moments: does the same command go on to the same numbers?
+"""SIGKILL at random moments: does the same command resume to the same numbers?
 
-A run is killed again and again: after a random time, while a checkpoint is being written (its
-temporary folder is there), or after a number of logged steps. Then it may finish, and its state
-and metrics are compared bit for bit with those of a run that was left alone.
+A run is killed repeatedly: after a random time, while a checkpoint is being written (its temporary
+folder exists), or after a number of logged steps. Then it finishes, and its state and metrics are
+compared bit for bit with those of an undisturbed run.
 """
 
 import pathlib

@@ -12,13 +12,13 @@ from benchmarks.reliability.verbs import OUTCOMES
 FAULTS = ("silent", "traceback", "hang")
 HEAD = """# Reliability
 
-What happens when things go wrong, counted by `python -m benchmarks.reliability`.
+Outcomes of kills, damage and hostile input, counted by `python -m benchmarks.reliability`.
 
 - *identical*: the result is bit for bit that of an undisturbed run.
-- *clean error*: one line that says what is wrong, and a non-zero exit code.
-- *fell back*: an older intact checkpoint was used, and a line says so.
-- *accepted*, *exact*: hostile input that is valid after all, read as it should be.
-- *differs, said*: a setting that people change on purpose changes numbers, and a line says so.
+- *clean error*: one line with the reason, and a non-zero exit code.
+- *fell back*: another intact checkpoint was used, with a line on stderr.
+- *accepted*, *exact*: valid input, read correctly.
+- *differs, said*: a setting that users change on purpose changes numbers, with a line on stderr.
 - *silent*, *traceback*, *hang*: faults; all must be 0.
 
 """
@@ -27,7 +27,7 @@ TITLES = {
     "kills_of_two": "SIGKILL of one of two processes",
     "corruption": "Damaged files in a workdir",
     "starts": "Several runs in one workdir",
-    "readers": "Readers beside a writer",
+    "readers": "Readers during a writer",
     "foreign": "Foreign files given to convert",
     "configs": "Values of config fields, and data files",
     "prompts": "Prompts and prompt files",
@@ -53,7 +53,7 @@ def write(out: pathlib.Path, sections: dict[str, dict]) -> int:
         text += f"## {TITLES[name]}\n\n"
         if name == "cost":
             text += write_up.table(cost.COLUMNS, [[row[c] for c in cost.COLUMNS] for row in rows])
-            text += "\nMedians; with and without take turns in one run.\n\n"
+            text += "\nMedians; runs with and without are interleaved.\n\n"
             continue
         faults += sum(row[fault] for row in rows for fault in FAULTS)
         columns = ["what", "attempts", *OUTCOMES]

@@ -1,4 +1,4 @@
-"""Settings in a person's environment: the same numbers, or one clear line?
+"""Settings in a user's environment: the same numbers, or one clear line?
 
 Each case is a process with other environment variables. It resumes a tiny run, evaluates it and
 samples from it, and its results are compared, bit for bit, with those of the plain environment.

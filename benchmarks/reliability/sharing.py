@@ -1,4 +1,4 @@
-"""Several runs in one workdir: concurrent starts of a writer, and readers beside a writer."""
+"""Several runs in one workdir: concurrent starts of a writer, and readers during a writer."""
 
 import functools
 import json
@@ -13,7 +13,7 @@ AT_ONCE = 3  # runs that start together
 
 
 def concurrent_starts(folder: pathlib.Path, starts: int) -> list[dict]:
-    """Groups of AT_ONCE `train` in one workdir: one trains, the others say who does."""
+    """Groups of AT_ONCE `train` in one workdir: one trains, the others name it and end."""
     args = tiny.write_text(folder)
     expect_success(verbs.run("prepare", [*args, f"--workdir={folder}"]))
     expect_success(verbs.run("train", [*args, f"--workdir={folder / 'alone'}"]))
@@ -38,7 +38,7 @@ def concurrent_starts(folder: pathlib.Path, starts: int) -> list[dict]:
 
 
 def readers(folder: pathlib.Path, reads: int) -> list[dict]:
-    """Evaluations and samples beside a `train` that saves, and deletes, at every step."""
+    """Evaluations and samples during a `train` that saves and deletes at every step."""
     args = tiny.write_text(folder) + ["--config.train.steps=1000000", "--config.train.keep_last=1"]
     args += ["--config.train.eval_every=1", "--config.train.checkpoint_every=1"]
     args += ["--config.eval.split=validation", "--config.eval.num_samples=1"]
@@ -50,7 +50,7 @@ def readers(folder: pathlib.Path, reads: int) -> list[dict]:
         count = max(1, round(share * reads))
         reader = Child(functools.partial(function, str(workdir), count))
         ended = reader.wait(verbs.TIMEOUT + 20 * count)
-        row = Row(f"{what} beside a train that deletes steps")
+        row = Row(f"{what} during a train that deletes steps")
         if ended.code != 0:
             row.add(ended.fault or "traceback", ended.err[-2000:], times=count)
         for outcome, why in ended.value or []:
@@ -64,7 +64,7 @@ def readers(folder: pathlib.Path, reads: int) -> list[dict]:
 
 
 def _evaluate(workdir: str, count: int) -> list[tuple[str, str]]:
-    """(outcome, why) of `count` evaluations; each must give what `train` logged at its step."""
+    """(outcome, reason) of `count` evaluations; each must equal the value logged at its step."""
     from esolm_jax import evaluate
 
     def read(config, folder):

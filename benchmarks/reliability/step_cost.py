@@ -1,4 +1,4 @@
-"""What reliability costs, measured: the check of a training step for numbers that are not finite.
+"""The cost of reliability: the check of a training step for non-finite numbers.
 
 python -m benchmarks.reliability.step_cost
 """
@@ -14,7 +14,7 @@ from esolm_jax import assemble, sharding, train_step
 
 
 class _Unchecked(train_step.Training):
-    """Steps as they were before there was a check."""
+    """Training steps without the check."""
 
     def _undo_if_not_finite(self, new, old, metrics):
         return new
@@ -23,8 +23,8 @@ class _Unchecked(train_step.Training):
 def finite_check_cost(*, rounds: int = 20, width: int = 0, blocks: int = 0) -> dict:
     """Seconds of a training step of configs/shakespeare.py with and without the check.
 
-    The two take turns, from equal states and on the same batches, so that what slows the machine
-    for a while slows both.
+    Both are interleaved, from equal states and on the same batches, so that a slow period of the
+    machine affects both.
 
     Args:
       rounds: steps of each. width, blocks: of the model; 0 = the config's.

@@ -1,4 +1,4 @@
-"""The run that everything is tried on: a model of one block on a few hundred short texts.
+"""The test run of all sections: a model of one block on a few hundred short texts.
 
 This file is a config file: --config=benchmarks/reliability/tiny.py.
 """

@@ -1,7 +1,7 @@
 """Runs a verb, or a function, in a forked process with its own files and a time limit.
 
-The parent has imported the package but asked JAX for no device, so a verb starts at once; what
-the child runs is what `python -m esolm_jax.VERB` runs.
+The parent has imported the package but initialized no JAX device, so a verb starts at once. The
+child runs the code of `python -m esolm_jax.VERB`.
 """
 
 import collections
@@ -24,12 +24,12 @@ TRACEBACK = "Traceback (most recent call last)"
 
 @dataclasses.dataclass
 class Row:
-    """How often each of OUTCOMES was seen in the attempts of one kind.
+    """Counts of OUTCOMES over the attempts of one kind.
 
     Attributes:
       what: the kind of attempt.
-      counts: outcome -> how often.
-      examples: of outcomes that must not be, at most 20.
+      counts: outcome -> number of attempts.
+      examples: of faults, at most 20.
     """
 
     what: str
@@ -49,8 +49,8 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
-    """How a process ended: its exit code (negative: a signal; None: the time limit), what it
-    printed, and the JSON-able value of a function."""
+    """The end of a process: its exit code (negative: a signal; None: the time limit), its output,
+    and the JSON-able value of a function."""
 
     code: int | None
     out: str
@@ -108,7 +108,7 @@ class Child:
                 break
             time.sleep(0.01)
         try:
-            os.killpg(self.pid, signal.SIGKILL)  # workers that outlived it
+            os.killpg(self.pid, signal.SIGKILL)  # workers that outlive it
         except ProcessLookupError:
             pass
         out, err = (
@@ -170,6 +170,6 @@ def call(function: Callable, *args, timeout: float = TIMEOUT):
 
 
 def import_verbs() -> None:
-    """Imports what the verbs import, so that children need not; asks JAX for no device."""
+    """Imports the modules of the verbs for all children; initializes no JAX device."""
     for verb in ("prepare", "train", "evaluate", "sample"):
         importlib.import_module(f"esolm_jax.{verb}")
