@@ -145,7 +145,7 @@ class _Machine:
         return set() if name in _SETS and not args else Object(kind, args)
 
     def _key(self, value):
-        """A key that is cheap to hash and to compare; other keys become an Object (not looked up)."""
+        """A key that is cheap to hash and to compare; other keys (never used) become an Object."""
         if isinstance(value, str | bytes):
             self.charge(len(value))
             return value
