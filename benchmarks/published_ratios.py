@@ -13,8 +13,8 @@ SAMPLING = {
 }
 TRAINING = {"eso_b:0.5": [1.15], "mdlm": [0.84]}
 NOTE = (
-    "Ours / published: a range is over two machines of the same kind, least first. A single figure "
-    "was measured on one machine in one hour, and may be as far off as the ranges are wide."
+    "Ours / published: ranges are over two machines of the same kind, smallest ratio first. Single "
+    "ratios were measured once, on one machine; their uncertainty is similar."
 )
 
 
