@@ -188,7 +188,7 @@ def test_killed_peer_ends_the_others(victim):
     ],
 )
 def test_a_silent_process_ends_the_others(victim, how, said):
-    """Whatever they do: one waits for the others, one computes without them."""
+    """In any state: one process waits for the others, one computes alone."""
     script = f"""
     def body(index):
         distributed.barrier("begin", timeout=30)

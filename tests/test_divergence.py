@@ -1,4 +1,4 @@
-"""Training that diverges: no step that is not finite counts, is saved, or is read."""
+"""Training that diverges: non-finite steps are not counted, saved or read."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What README and the configs tell a reader to type exists, and comes in an order that works."""
+"""The commands in README and configs exist and are in a working order."""
 
 import importlib
 import pathlib
@@ -62,7 +62,7 @@ def test_commands_exist(path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_prepare_comes_before_train(path):
-    """Of the same config and workdir, and of no other data."""
+    """With the same config, workdir and data."""
     prepared = []
     for verb, *rest in commands(path.read_text(encoding="utf-8")):
         if verb == "esolm_jax.prepare":

@@ -49,7 +49,7 @@ def bounded(seconds=30):
 
 @contextlib.contextmanager
 def little_memory(size=2**30):
-    """At most so many bytes above what there is; nothing of JAX may run meanwhile."""
+    """Limits additional memory; JAX must not run in this context."""
     pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + size, hard))
@@ -236,7 +236,7 @@ def test_tensors_with_odd_strides(tmp_path):
             read(shape, stride)
 
 
-# Objects that nobody needs.
+# Unneeded objects.
 
 
 @pytest.mark.parametrize("protocol", [2, 4])
@@ -353,7 +353,7 @@ def test_json_that_says_two_things_or_nests_is_refused(tmp_path, refused_convert
     refused_convert(folder, "nested too deeply")
 
 
-# Safetensors, shards and zips that lie.
+# Inconsistent safetensors, shards and zips.
 
 
 def lie(change):

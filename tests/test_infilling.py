@@ -1,4 +1,4 @@
-"""Known text is kept exactly, whatever the tokenizer and whatever is generated around it."""
+"""Known text is kept exactly, independent of the tokenizer and of the generated text."""
 
 import functools
 import json

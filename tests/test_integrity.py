@@ -1,4 +1,4 @@
-"""Damaged checkpoints are noticed; the next older intact one is used, and that is said."""
+"""Damaged checkpoints are detected; the next intact one is used, with a line on stderr."""
 
 import json
 import pathlib

@@ -1,4 +1,4 @@
-"""Settings of JAX in a person's environment: the same numbers, or one clear line."""
+"""Settings of JAX in a user's environment: the same numbers, or one clear line."""
 
 import json
 import shutil

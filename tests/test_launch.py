@@ -389,7 +389,7 @@ def test_local(env, tmp_path):
 
 
 def test_logs_go_into_a_private_folder(env, tmp_path):
-    """Links that somebody planted where logs or archives may come are not followed."""
+    """Planted links at the paths of logs or archives are not followed."""
     victim = tmp_path / "victim"
     victim.write_text("precious")
     env |= {"PORT": "12345"}

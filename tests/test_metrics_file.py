@@ -1,4 +1,4 @@
-"""metrics.jsonl: damaged lines cost themselves alone, and are noticed and kept."""
+"""metrics.jsonl: only damaged lines are dropped, with a message and a copy of the file."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Files of results are whole, whoever else writes the same ones at the same time."""
+"""Result files are complete, also if several processes write the same file."""
 
 import threading
 

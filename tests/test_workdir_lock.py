@@ -1,4 +1,4 @@
-"""One writer at a time: who holds a workdir is said, and a lock ends with its process."""
+"""One writer at a time: messages name the holder, and a lock ends with its process."""
 
 import contextlib
 import json
@@ -150,7 +150,7 @@ def test_a_process_id_that_was_given_to_another(tmp_path, capsys):
 
 @pytest.mark.parametrize("filesystem", ["quick", "no_locks"])
 def test_a_lease_of_another_host(tmp_path, capsys, filesystem, request):
-    """Held as long as it changes, whatever the clocks say; stale once it stands still."""
+    """A lease is valid while it changes, independent of clocks; else it becomes stale."""
     request.getfixturevalue(filesystem)
     lease = write_lease(tmp_path, since="2999-01-01 00:00:00 +0000")
     done = threading.Event()

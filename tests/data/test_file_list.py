@@ -106,7 +106,7 @@ def test_special_files_by_name_are_refused(tmp_path, make, told):
 
 
 def test_a_file_that_became_a_pipe_is_refused(tmp_path, monkeypatch):
-    """Between finding and opening it; open() would wait for ever."""
+    """Replaced between listing and opening; open() would block."""
     path = tmp_path / "x.txt"
     os.mkfifo(path)
     monkeypatch.setattr(file_list, "find", lambda *_: file_list.FileList([path], {}))

@@ -66,7 +66,7 @@ def by_hash_alone(texts, share: float) -> dict[str, list[str]]:
 
 @pytest.mark.parametrize("share", [0.05, 0.2, 0.45])
 def test_splits_that_have_documents_are_not_changed(tmp_path, share):
-    """Whatever the hashes put in a split stays there; only an empty split gets one more."""
+    """Documents stay in the split of their hash; only an empty split receives another one."""
     path, rng, changed = tmp_path / "a.jsonl", random.Random(0), 0
     for _ in range(80):
         texts = [random_text(rng, 30) for _ in range(rng.choice([5, 10, 15]))]
