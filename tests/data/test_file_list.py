@@ -94,7 +94,7 @@ def test_what_is_left_out_is_counted(tmp_path, capsys):
     ("make", "told"),
     [
         (os.mkfifo, "must be a regular file, not a pipe or a device"),
-        (lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
+        (lambda path: path.symlink_to("/dev/zero"), "must be a regular file"),
         (lambda path: path.symlink_to("/no/such"), "broken link: "),
         (lambda path: path.symlink_to(path), "broken link: "),
     ],
