@@ -6,6 +6,8 @@ traceback or hang. Writes --out (.json) and the tables (.md).
 """
 
 import argparse
+import concurrent.futures
+import functools
 import json
 import os
 import pathlib
@@ -57,18 +59,20 @@ def _cost(folder: pathlib.Path, quick: bool) -> list[dict]:
     return cost.run(folder, quick)
 
 
-SECTIONS: dict[str, Callable[[pathlib.Path, bool], list[dict]]] = {
+SECTIONS: dict[str, Callable[[pathlib.Path, bool], list[dict]]] = {  # the longest first
+    "corruption": _corruption,
     "kills": _kills,
     "kills_of_two": _kills_of_two,
-    "corruption": _corruption,
-    "starts": _starts,
     "readers": _readers,
+    "settings": hostile.settings,
+    "starts": _starts,
     "foreign": hostile.foreign,
     "configs": hostile.configs,
     "prompts": hostile.prompts,
     "infilling": hostile.infilling,
-    "settings": hostile.settings,
+    "cost": _cost,
 }
+TIMED = ("cost",)
 
 
 def _run_section(name: str, quick: bool, out: pathlib.Path) -> None:
@@ -80,24 +84,34 @@ def _run_section(name: str, quick: bool, out: pathlib.Path) -> None:
     out.write_text(json.dumps(rows))
 
 
-def _all_sections(names: list[str], quick: bool) -> dict[str, dict]:
-    """Each section in a process of its own: {name: {"rows": …, "seconds": …}}."""
-    found = {}
+def _in_own_process(name: str, quick: bool, folder: pathlib.Path) -> dict:
+    """{"rows": …, "seconds": …} of one section; its output is printed when it has ended."""
+    begin, out = time.monotonic(), folder / f"{name}.json"
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    command = [sys.executable, "-m", "benchmarks.reliability", f"--section={name}"]
+    command += [f"--out={out}", *(["--quick"] if quick else [])]
+    with open(folder / f"{name}.log", "w+") as log:
+        code = subprocess.run(command, env=os.environ | cache, stdout=log, stderr=log).returncode
+        log.seek(0)
+        seconds = time.monotonic() - begin
+        print(f"== {name}: {seconds:.0f} s\n{log.read()}", flush=True)
+    if code:
+        raise RuntimeError(f"section {name} ended with exit code {code}")
+    return {"rows": json.loads(out.read_text()), "seconds": seconds}
+
+
+def _all_sections(names: list[str], quick: bool, jobs: int) -> dict[str, dict]:
+    """Each section in a process of its own, `jobs` at a time; what is timed, alone at the end."""
     with tempfile.TemporaryDirectory(prefix="reliability-") as folder:
-        cache = {
-            "JAX_COMPILATION_CACHE_DIR": f"{folder}/compiled",
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
-        for name in names:
-            begin, out = time.monotonic(), pathlib.Path(folder) / f"{name}.json"
-            print(f"== {name}", flush=True)
-            command = [sys.executable, "-m", "benchmarks.reliability", f"--section={name}"]
-            command += [f"--out={out}", *(["--quick"] if quick else [])]
-            subprocess.run(command, check=True, env=os.environ | cache)
-            seconds = time.monotonic() - begin
-            found[name] = {"rows": json.loads(out.read_text()), "seconds": seconds}
-            print(f"== {name}: {seconds:.0f} s", flush=True)
-    return found
+        run = functools.partial(_in_own_process, quick=quick, folder=pathlib.Path(folder))
+        counted = [name for name in names if name not in TIMED]
+        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+            found = dict(zip(counted, pool.map(run, counted), strict=True))
+        found |= {name: run(name) for name in names if name in TIMED}
+    return {name: found[name] for name in names}
 
 
 def main() -> None:
@@ -106,6 +120,7 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="a few attempts of each, for CI")
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, comma-separated")
+    parser.add_argument("--jobs", type=int, default=2, help="sections at a time")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("docs/reliability"))
     parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -117,7 +132,7 @@ def main() -> None:
     names = args.only.split(",")
     if unknown := set(names) - SECTIONS.keys():
         parser.error(f"--only={args.only}: {', '.join(unknown)}: must be of {', '.join(SECTIONS)}")
-    sections = _all_sections(names, args.quick)
+    sections = _all_sections(names, args.quick, args.jobs)
     faults = report.write(args.out, sections)
     sys.exit(1 if faults else 0)
 
