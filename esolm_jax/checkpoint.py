@@ -74,6 +74,10 @@ class Checkpoints:
             return self._manager.latest_step()
         return max(checkpoint_steps.steps_in(self._workdir), default=None)
 
+    def has_steps(self) -> bool:
+        """Whether there is a finished step, as process 0 sees it."""
+        return bool(checkpoint_steps.agreed_steps(self._workdir))
+
     def open(self, damaged: dict[int, str] | None = None) -> None:
         """Prepares for saves. First moves the steps in `damaged` and those with unreadable metrics
         to another folder. UserError if the folder is not writable."""
@@ -235,7 +239,8 @@ def _restore(step: Step, item: str, like, gigabytes: float = 96):
     except Exception as error:  # Orbax and TensorStore raise many types
         # A step that is being deleted can look like one of another model.
         gone = checkpoint_digests.problem(step.folder, [item])
-        if (step.verified or isinstance(error, UserError)) and not gone:
+        no_memory = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+        if no_memory or ((step.verified or isinstance(error, UserError)) and not gone):
             raise
         what = " ".join(str(error).split())[:200]
         raise Damaged(f"{folder}: cannot be read ({type(error).__name__}: {what})") from error

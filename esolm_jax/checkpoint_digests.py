@@ -9,6 +9,7 @@ restore the processes share the files (`problem`).
 """
 
 import concurrent.futures
+import errno
 import hashlib
 import json
 import os
@@ -16,9 +17,15 @@ import pathlib
 import re
 from collections.abc import Iterable
 
+from esolm_jax import regular_file
+from esolm_jax.errors import UserError
+
 FILE = "_DIGESTS"
 ALGORITHM = "sha256"
 _ORBAX_FILE = "_CHECKPOINT_METADATA"  # Orbax rewrites it after the digests
+_MAX_BYTES = 2**30  # of the digests of a step
+# The file may be intact: this process, or the connection to the disk, is short of something.
+_TRANSIENT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT)
 _SMALL = 2**16  # bytes; every process verifies files up to this size itself
 _BUFFER = 2**18  # bytes: stays in a core's cache
 _THREADS = min(8, os.cpu_count() or 1)
@@ -95,9 +102,11 @@ def read(folder: pathlib.Path) -> dict | None:
             raise Damaged(f"{path}: is missing")
         return None
     try:
-        entry = json.loads(path.read_bytes())
+        entry = json.loads(regular_file.read_bytes(path, _MAX_BYTES))
         right = entry["algorithm"] == ALGORITHM and entry["digest"] == _summary(entry["files"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except UserError as error:
+        raise Damaged(str(error)) from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise Damaged(f"{path}: cannot be read ({_short(error)})") from error
     if not right:
         raise Damaged(f"{path}: differs from its own digest")
@@ -107,11 +116,14 @@ def read(folder: pathlib.Path) -> dict | None:
 def _written_with(folder: pathlib.Path) -> str | None:
     """The digest algorithm recorded in Orbax's metadata file."""
     path = folder / _ORBAX_FILE
+    if not regular_file.is_there(path):
+        raise Damaged(f"{path}: is missing, so this is not a checkpoint of esolm_jax")
     try:
-        return (json.loads(path.read_bytes()).get("custom_metadata") or {}).get("digests")
-    except FileNotFoundError as error:
-        raise Damaged(f"{path}: is missing, so this is not a checkpoint of esolm_jax") from error
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        content = json.loads(regular_file.read_bytes(path, _MAX_BYTES))
+        return (content.get("custom_metadata") or {}).get("digests")
+    except UserError as error:
+        raise Damaged(str(error)) from error
+    except (ValueError, AttributeError, RecursionError) as error:
         raise Damaged(f"{path}: cannot be read ({_short(error)})") from error
 
 
@@ -149,6 +161,8 @@ def _file_problem(path: pathlib.Path, size: int, digest: str) -> str | None:
         if hash_file(path) != (size, digest):
             return f"{path}: content differs from what was written"
     except OSError as error:
+        if error.errno in _TRANSIENT:
+            raise UserError(f"{path}: cannot be read now ({_short(error)}); try again") from error
         return f"{path}: cannot be read ({_short(error)})"
     return None
 

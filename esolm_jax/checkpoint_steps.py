@@ -74,7 +74,7 @@ def steps_in(workdir) -> list[int]:
     return sorted(int(name) for name in names if _STEP.fullmatch(name))
 
 
-def _agreed_steps(workdir) -> list[int]:
+def agreed_steps(workdir) -> list[int]:
     """The finished steps as process 0 lists them, in all processes."""
     return json.loads(distributed.from_main(json.dumps(steps_in(workdir))))
 
@@ -224,6 +224,16 @@ def _try(workdir, number: int, items: Callable[[dict], list[str]], read: Callabl
     return None, result
 
 
+def _agreed_order(
+    workdir, wanted: str, steps: list[int], refused: dict[int, str]
+) -> tuple[list[int], dict[int, str]]:
+    """The steps to try and the refused ones, as process 0 sees them, in all processes."""
+    refused = dict(refused)
+    order = _by_preference(workdir, wanted, steps, refused) if distributed.is_main() else []
+    order, named = json.loads(distributed.from_main(json.dumps([order, list(refused.items())])))
+    return [step for step in order if step not in dict(named)], dict(map(tuple, named))
+
+
 def read_intact(
     workdir,
     wanted: str,
@@ -245,24 +255,23 @@ def read_intact(
     """
     refused: dict[int, str] = {}
     is_number = wanted not in (LATEST, BEST)
-    for _ in range(_ATTEMPTS):
-        steps = _agreed_steps(workdir)
+    attempts = _ATTEMPTS
+    while attempts:
+        steps = agreed_steps(workdir)
         refused = {step: line for step, line in refused.items() if step in steps}
-        candidates = json.loads(
-            distributed.from_main(json.dumps(_by_preference(workdir, wanted, steps, refused)))
-        )
-        candidates = [step for step in candidates if step not in refused]
+        candidates, refused = _agreed_order(workdir, wanted, steps, refused)
         if not candidates:
             raise _no_step(workdir, wanted, steps, refused)
         number = candidates[0]
         line, result = _try(workdir, number, items, read)
         if line is None:
-            still_there = _agreed_steps(workdir) if refused else []
+            still_there = agreed_steps(workdir) if refused else []
             refused = {step: line for step, line in refused.items() if step in still_there}
             for step, damage in sorted(refused.items(), reverse=True):
                 say(f"{damage}: step {step} is damaged; using step {number} instead")
             return result, refused
         if _vanished(workdir, number, steps):
+            attempts -= 1
             continue
         if is_number:
             raise UserError(
@@ -278,10 +287,10 @@ def read_intact(
 
 def _vanished(workdir, number: int, before: list[int]) -> bool:
     """Whether a writer has deleted the step, or finished a newer one and is about to."""
-    now = _agreed_steps(workdir)
+    now = agreed_steps(workdir)
     if number in now and now[-1] == before[-1]:
         time.sleep(_DELETION)
-        now = _agreed_steps(workdir)
+        now = agreed_steps(workdir)
     return number not in now or now[-1] > before[-1]
 
 

@@ -198,7 +198,7 @@ def default_config(flag: cli.FlagValue) -> str | None:
 
 def main(config, workdir: pathlib.Path) -> None:
     if "verify" in flags.FLAGS and flags.FLAGS["verify"].value:
-        verify.main(config, workdir)
+        distributed.on_main(lambda: verify.main(config, workdir))
         return
     path, history = workdir / FILE, workdir / HISTORY
     results.check_can_write(path, history)

@@ -10,10 +10,10 @@ import pathlib
 import shutil
 import zlib
 
-from esolm_jax import results
-from esolm_jax.errors import UserError
+from esolm_jax import regular_file, results
 
 CHECKSUM = "crc32"  # of the line without it
+_MAX_BYTES = 2**33
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +73,9 @@ def parse(content: bytes) -> Content:
 
 def read(path: pathlib.Path) -> Content:
     """The content of the file; empty if it is missing. UserError if it cannot be read."""
-    try:
-        return parse(path.read_bytes())
-    except FileNotFoundError:
+    if not regular_file.is_there(path):
         return Content([], [], [])
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    return parse(regular_file.read_bytes(path, _MAX_BYTES))
 
 
 def _keep_beside(path: pathlib.Path) -> pathlib.Path:

@@ -28,7 +28,7 @@ from esolm_jax import (
 )
 from esolm_jax import config as config_lib
 from esolm_jax import metrics as metrics_lib
-from esolm_jax.data.manifest import Manifest
+from esolm_jax.data.manifest import Manifest, open_tokenizer
 from esolm_jax.data.reader import TrainReader, unigram_perplexity
 from esolm_jax.errors import UserError
 from esolm_jax.train_step import TrainState
@@ -73,7 +73,7 @@ class Run:
     def restore_or_init(self, checkpoints) -> tuple[TrainState, int]:
         """The latest checkpoint's state and data cursor, or a fresh state at cursor 0, perhaps
         with the weights of config.init_from; born in its place on the mesh."""
-        if checkpoints.latest_step is None:
+        if not checkpoints.has_steps():
             return self.training.init(self._given_weights()), 0
         state, meta = checkpoints.restore(
             self.training.abstract_state(), self._check_can_be_resumed
@@ -141,7 +141,10 @@ class Run:
         fault = health.fault(state.health, self.config)
         if not fault:
             return int(state.health.skipped)
-        checkpoints.close()
+        try:
+            checkpoints.close()
+        except UserError as error:
+            fault = f"{fault}; {error}"
         good = checkpoints.latest_step
         found = "none" if good is None else f"{self.workdir / checkpoint.FOLDER}/{good}"
         raise UserError(f"{fault}. Training ended at step {step}; last good checkpoint: {found}")
@@ -234,13 +237,22 @@ def _validate(run: Run, estimate, state: TrainState) -> float:
     return estimate(state.ema, batches, num_samples=1, seed=config.seed, progress="validation").nll
 
 
+def _holds_tokenizer(folder: pathlib.Path, fingerprint: str) -> bool:
+    """Whether the folder holds an intact tokenizer with this fingerprint."""
+    try:
+        return open_tokenizer(folder).fingerprint == fingerprint
+    except UserError:
+        return False
+
+
 def _write_what_it_is(run: Run) -> None:
     """The tokenizer and the config beside the checkpoints."""
     folder = run.workdir / "tokenizer"
-    with results.draft_beside(folder) as draft:  # on a full disk, the old one stays
-        run.manifest.load_tokenizer().save(draft)
-        shutil.rmtree(folder, ignore_errors=True)
-        draft.rename(folder)
+    if not _holds_tokenizer(folder, run.manifest.tokenizer["fingerprint"]):
+        with results.draft_beside(folder) as draft:  # on a full disk, the old one stays
+            run.manifest.load_tokenizer().save(draft)
+            shutil.rmtree(folder, ignore_errors=True)
+            draft.rename(folder)
     results.write_json(run.workdir / "config.json", run.config.to_dict())
 
 

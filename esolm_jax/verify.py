@@ -16,7 +16,6 @@ from esolm_jax import (
     checkpoint_digests,
     checkpoint_steps,
     cli,
-    distributed,
     metrics_file,
     regular_file,
 )
@@ -158,8 +157,6 @@ def _data(folder: pathlib.Path, *, needed: bool) -> Iterator[Finding]:
 
 def main(config, workdir: pathlib.Path) -> None:
     del config
-    if not distributed.is_main():
-        return
     damaged = count = 0
     for finding in verify(workdir):
         print(f"{finding.part:<20} {finding.state:<8} {finding.why}", flush=True)

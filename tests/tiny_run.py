@@ -177,7 +177,7 @@ def to_host(tree):
 
 def fresh_state(run) -> train_step.TrainState:
     """The state that a run begins with."""
-    return run.restore_or_init(types.SimpleNamespace(latest_step=None))[0]
+    return run.restore_or_init(types.SimpleNamespace(has_steps=lambda: False))[0]
 
 
 def last_checkpoint(config, workdir: pathlib.Path):

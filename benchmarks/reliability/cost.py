@@ -14,6 +14,7 @@ def run(folder: pathlib.Path, quick: bool) -> list[dict]:
     for width, blocks in ((0, 0), (512, 4)):
         found = step_cost.finite_check_cost(rounds=rounds, width=width, blocks=blocks)
         what = f"finite check, a step of {found['parameters']:,} parameters"
+        what += f" ({found['more_memory']:,} bytes more memory)"
         seconds = found["seconds_without"][1], found["seconds_with"][1]
         rows.append(_row(what, *seconds, found["ratio"], "1 %") | {"figures": found})
     found = digest_cost.digest_cost(rounds=3 if quick else 7)

@@ -16,7 +16,8 @@ from benchmarks.reliability import tiny, verbs
 from benchmarks.reliability.verbs import Child, Ended, Row
 
 PER_RUN = 6  # kills before a run may finish
-_HEARTBEAT = 10  # seconds
+_HEARTBEAT = 10  # seconds of silence after which a process counts as dead
+_MEETING = 20  # seconds for both to meet; a peer that dies before is missed only then
 
 
 def one_process(folder: pathlib.Path, kills: int, seed: int = 0) -> list[dict]:
@@ -45,6 +46,7 @@ def one_process(folder: pathlib.Path, kills: int, seed: int = 0) -> list[dict]:
 def two_processes(folder: pathlib.Path, kills: int, seed: int = 0) -> list[dict]:
     """Each kill ends one process, 0 or 1 in turn; the other must end with one line."""
     args = tiny.write_text(folder) + [f"--config.distributed.heartbeat_timeout={_HEARTBEAT}"]
+    args += [f"--config.distributed.init_timeout={_MEETING}"]
     expect_success(verbs.run("prepare", [*args, f"--workdir={folder}"]))
     workdir = folder / "alone"
     for ended in [
@@ -65,7 +67,7 @@ def two_processes(folder: pathlib.Path, kills: int, seed: int = 0) -> list[dict]
             pair[victim].signal(signal.SIGKILL)
             pair[victim].wait(30)
             begin = time.monotonic()
-            ended = pair[1 - victim].wait(_HEARTBEAT + 30)
+            ended = pair[1 - victim].wait(_MEETING + 60)
             seconds = time.monotonic() - begin
             survivors.add(*_survivor(ended, victim, seconds))
             killed += 1
@@ -83,7 +85,7 @@ def _survivor(ended: Ended, victim: int, seconds: float) -> tuple[str, str]:
     example = f"process {victim} killed, {seconds:.0f} s, code {ended.code}: {ended.err[-400:]}"
     if ended.fault:
         return ended.fault, example
-    if seconds > _HEARTBEAT + 10:
+    if seconds > (_MEETING if "init_timeout" in ended.err else _HEARTBEAT) + 10:
         return "hang", example
     return ("clean error" if ended.is_clean_error else "silent"), example
 

@@ -25,6 +25,8 @@ def concurrent_starts(folder: pathlib.Path, starts: int) -> list[dict]:
         ends = [child.wait(verbs.TIMEOUT) for child in children]
         same = any(ended.code == 0 for ended in ends)
         same = same and verbs.call(tiny.final_state, str(workdir)) == reference
+        if not any(ended.code == 0 for ended in ends):
+            row.add("silent", f"nobody trained: {ends[0].err[-500:]}")
         for ended in ends:
             if ended.fault or (ended.code and not ended.is_clean_error):
                 row.add(ended.fault or "traceback", ended.err[-1500:])
@@ -82,9 +84,13 @@ def _evaluate(workdir: str, count: int) -> list[tuple[str, str]]:
 def _sample(workdir: str, count: int) -> list[tuple[str, str]]:
     from esolm_jax import sample
 
+    seen: dict[int, list] = {}  # step -> its texts: two reads of a step must agree
+
     def read(config, folder):
-        texts, _ = sample.sample(config, folder)
-        return "identical", str(len(texts))
+        figures, _ = sample.sample(config, folder)
+        texts = [row["token_ids"] for row in figures["samples"]]
+        same = seen.setdefault(figures["step"], texts) == texts
+        return ("identical" if same else "silent"), f"step {figures['step']}"
 
     return _read_often(workdir, count, read)
 
