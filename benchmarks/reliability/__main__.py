@@ -26,19 +26,19 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 def _kills(folder: pathlib.Path, quick: bool) -> list[dict]:
     from benchmarks.reliability import kills
 
-    return kills.one_process(folder, 6 if quick else 66)
+    return kills.one_process(folder, 3 if quick else 60)
 
 
 def _kills_of_two(folder: pathlib.Path, quick: bool) -> list[dict]:
     from benchmarks.reliability import kills
 
-    return kills.two_processes(folder, 2 if quick else 24)
+    return kills.two_processes(folder, 2 if quick else 20)
 
 
 def _corruption(folder: pathlib.Path, quick: bool) -> list[dict]:
     from benchmarks.reliability import corruption
 
-    return corruption.run(folder, 30 if quick else 330)
+    return corruption.run(folder, 8 if quick else 304)
 
 
 def _starts(folder: pathlib.Path, quick: bool) -> list[dict]:
@@ -50,7 +50,7 @@ def _starts(folder: pathlib.Path, quick: bool) -> list[dict]:
 def _readers(folder: pathlib.Path, quick: bool) -> list[dict]:
     from benchmarks.reliability import sharing
 
-    return sharing.readers(folder, 10 if quick else 320)
+    return sharing.readers(folder, 5 if quick else 300)
 
 
 def _cost(folder: pathlib.Path, quick: bool) -> list[dict]:

@@ -1,5 +1,6 @@
 """The tables of docs/reliability.md, from the rows of all sections."""
 
+import json
 import os
 import pathlib
 import platform
@@ -33,6 +34,7 @@ TITLES = {
     "prompts": "Prompts and prompt files",
     "infilling": "Infilling: is the known text kept?",
     "settings": "Environment variables of JAX's users",
+    "cost": "What the checks cost",
 }
 # Columns that have another name in some tables.
 _ACCEPTED = {"identical": "accepted"}
@@ -46,22 +48,31 @@ RENAMED = {
 
 
 def write(out: pathlib.Path, sections: dict[str, dict]) -> int:
-    """Writes `out`.json and .md; returns the number of faults."""
+    """Writes `out`.json and .md; returns the number of faults.
+
+    Sections that an earlier run left in `out`.json are kept, unless they were run again.
+    """
+    machine = _machine()
+    for section in sections.values():
+        section["commit"] = machine["commit"]
+    path = out.with_suffix(".json")
+    before = json.loads(path.read_text())["sections"] if path.exists() else {}
+    sections = {name: (before | sections)[name] for name in TITLES if name in before | sections}
     text, faults = HEAD, 0
     for name, section in sections.items():
         rows = section["rows"]
+        measured = f"{section['seconds']:.0f} s, commit {section['commit']}.\n\n"
         text += f"## {TITLES[name]}\n\n"
         if name == "cost":
             text += write_up.table(cost.COLUMNS, [[row[c] for c in cost.COLUMNS] for row in rows])
-            text += "\nMedians; runs with and without are interleaved.\n\n"
+            text += f"\nMedians; runs with and without are interleaved. {measured}"
             continue
         faults += sum(row[fault] for row in rows for fault in FAULTS)
         columns = ["what", "attempts", *OUTCOMES]
         names = [RENAMED.get(name, {}).get(column, column) for column in columns]
         text += write_up.table(names, [[row[c] for c in columns] for row in _with_sum(rows)])
-        text += f"\n{section['seconds']:.0f} s.\n\n"
-    machine = _machine()
-    text += f"Measured on {machine['cpu']}, {machine['cores']} cores, commit {machine['commit']}.\n"
+        text += f"\n{measured}"
+    text += f"Measured on {machine['cpu']}, {machine['cores']} cores, two sections at a time.\n"
     write_up.write(out, {"machine": machine, "sections": sections}, text)
     return faults
 
