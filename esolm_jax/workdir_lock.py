@@ -265,11 +265,15 @@ def hold(folder: pathlib.Path, *, name: str, file: str = FILE) -> Iterator[Lock]
       file: name of the lock file in it.
 
     Raises:
-      UserError: another process, which the message names, holds the lock.
+      UserError: another process, which the message names, holds the lock; or there is a file in
+        place of the folder.
       OSError: the folder cannot be created or written.
     """
     is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"{name}: {folder} cannot be a folder: {error.strerror}") from error
     path = folder.resolve() / file
     lock = Lock(path, name)
     with _guard:

@@ -178,14 +178,14 @@ def test_killed_run_is_cleaned_up(corpus, tmp_path):
     command = [sys.executable, "-c", script, config.to_json(), str(tmp_path / "data")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     assert subprocess.run(command, env=environment).returncode == -9
-    assert sorted(os.listdir(tmp_path)) == [".data.preparing", "corpus.jsonl"]
+    assert (tmp_path / ".data.preparing").is_dir() and not (tmp_path / "data").exists()
     prepare(config, tmp_path / "data")
     assert sorted(os.listdir(tmp_path)) == ["corpus.jsonl", "data"]
 
 
 def test_two_runs_at_once_are_refused(corpus, tmp_path):
     with build._partial(tmp_path / "data"):
-        with pytest.raises(UserError, match="another run is preparing"):
+        with pytest.raises(UserError, match="config.data.dir=.* is writing here already"):
             prepare(make_config(corpus), tmp_path / "data")
 
 

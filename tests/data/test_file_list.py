@@ -70,7 +70,7 @@ def test_a_glob_without_an_end_is_told(tmp_path, monkeypatch):
         find(tmp_path / "*.txt")
 
 
-def test_what_is_left_out_is_counted(tmp_path, capsys):
+def test_what_is_left_out_is_counted(tmp_path, tmp_path_factory, capsys):
     (tmp_path / "a.txt").write_text("one two three four five six seven eight nine ten\n" * 9)
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "b.csv").write_text("x")
@@ -79,7 +79,7 @@ def test_what_is_left_out_is_counted(tmp_path, capsys):
     os.mkfifo(tmp_path / "pipe.txt")
     (tmp_path / "zero.txt").symlink_to("/dev/zero")
     wanted = config(tmp_path, test=str(tmp_path / "a.txt"))
-    build.prepare(wanted, tmp_path / "data")
+    build.prepare(wanted, tmp_path_factory.mktemp("prepared") / "data")
     left_out, same = (
         line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")
     )
