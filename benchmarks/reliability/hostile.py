@@ -48,7 +48,7 @@ def configs(folder: pathlib.Path, quick: bool) -> list[dict]:
 def foreign(folder: pathlib.Path, quick: bool) -> list[dict]:
     from benchmarks.reliability import foreign as foreign_lib
 
-    return _rows(foreign_lib.run(120 if quick else 1200))
+    return _rows(foreign_lib.run(120 if quick else 400))
 
 
 def infilling(folder: pathlib.Path, quick: bool) -> list[dict]:
