@@ -272,7 +272,7 @@ def hold(folder: pathlib.Path, *, name: str, file: str = FILE) -> Iterator[Lock]
     is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
+    except FileExistsError as error:
         raise UserError(f"{name}: {folder} cannot be a folder: {error.strerror}") from error
     path = folder.resolve() / file
     lock = Lock(path, name)

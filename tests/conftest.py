@@ -12,7 +12,9 @@ os.environ.setdefault("PJRT_NPROC", "64")  # for why, see distributed.start
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from absl import logging  # noqa: E402
 
+logging.set_verbosity(logging.ERROR)  # as in cli.run
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "standard")
 

@@ -22,6 +22,8 @@ def launch(args, *, path: str = "", env=(), **kwargs) -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": f"{path}{os.pathsep}{ROOT}"} | dict(env)
     environment.pop("XLA_FLAGS", None) if "XLA_FLAGS" not in dict(env) else None
     kwargs = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | kwargs
+    # A background job of a shell, as this may be, ignores SIGINT.
+    kwargs.setdefault("preexec_fn", lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     return subprocess.Popen([sys.executable, *args], env=environment, cwd=ROOT, **kwargs)
 
 
