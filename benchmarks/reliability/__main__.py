@@ -87,7 +87,9 @@ def _run_section(name: str, quick: bool, out: pathlib.Path) -> None:
 def _in_own_process(name: str, quick: bool, folder: pathlib.Path) -> dict:
     """{"rows": …, "seconds": …} of one section; its output is printed when it has ended."""
     begin, out = time.monotonic(), folder / f"{name}.json"
+    root = pathlib.Path(__file__).parents[2]
     cache = {
+        "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")]),  # published_toy
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
