@@ -180,7 +180,7 @@ def _no_step(workdir, wanted: str, steps: list[int], refused: dict[int, str]) ->
     return UserError(f"{folder}: there is no step {wanted}; steps there: {_listed(steps)}")
 
 
-def _check(folder: pathlib.Path, items, number: int) -> str | None:
+def _check(folder: pathlib.Path, items) -> str | None:
     """The first problem with these items that any process finds."""
     try:
         line = checkpoint_digests.problem(
@@ -203,7 +203,7 @@ def _agreed(line: str | None) -> str | None:
 def _try(workdir, number: int, items: Callable[[dict], list[str]], read: Callable):
     """(None, the result of `read`), or (the damage to the step, None)."""
     folder = step_folder(workdir, number)
-    if line := _check(folder, ["meta"], number):
+    if line := _check(folder, ["meta"]):
         return line, None
     meta = error = result = None
     try:
@@ -212,7 +212,7 @@ def _try(workdir, number: int, items: Callable[[dict], list[str]], read: Callabl
         error = str(damage)
     if line := _agreed(error):
         return line, None
-    if line := _check(folder, items(meta), number):
+    if line := _check(folder, items(meta)):
         return line, None
     step = Step(number, folder, meta, (folder / checkpoint_digests.FILE).exists())
     try:
