@@ -14,9 +14,14 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 from absl import logging  # noqa: E402
 
-logging.set_verbosity(logging.ERROR)  # as in cli.run
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "standard")
+
+
+@pytest.fixture(autouse=True)
+def _quiet_libraries():
+    """Warnings of Orbax are hidden, as in `cli.run`; tests of flags reset absl's verbosity."""
+    logging.set_verbosity(logging.ERROR)
 
 
 @pytest.fixture(autouse=True, scope="module")
