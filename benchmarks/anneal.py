@@ -17,10 +17,12 @@ from absl import app, flags, logging
 from benchmarks import write_up
 from configs import shakespeare
 from esolm_jax import config as config_lib
-from esolm_jax import evaluate, metrics, prepare, train
+from esolm_jax import evaluate, prepare, train
 from esolm_jax.data.manifest import load_manifest
 from esolm_jax.data.reader import unigram_perplexity
-from esolm_jax.interop import from_hub, hub_config, to_hub
+from esolm_jax.interop.hub import config as hub_config
+from esolm_jax.interop.hub import from_hub, to_hub
+from esolm_jax.training import metrics
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/anneal", "Where the runs lie.")
 _OUT = flags.DEFINE_string("out", "docs", "Where the table and the plot go.")

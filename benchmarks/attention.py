@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import turns, write_up
-from esolm_jax import attention
-from esolm_jax.labels import Layout, Tokens
+from esolm_jax.attention import attend as attention
+from esolm_jax.family.labels import Layout, Tokens
 
 
 def passes(length: int) -> dict[str, Tokens]:

@@ -16,8 +16,13 @@ import subprocess
 import numpy as np
 
 from benchmarks import train_speed, write_up
-from esolm_jax import assemble, checkpoint, likelihood, sharding, train
 from esolm_jax import config as config_lib
+from esolm_jax import train
+from esolm_jax.data.manifest import load_data
+from esolm_jax.evaluation import likelihood
+from esolm_jax.evaluation.batches import eval_batches
+from esolm_jax.parallel import sharding
+from esolm_jax.training import checkpoint, restore
 
 NOTES = """# The spread of every estimator against its printed error
 
@@ -70,7 +75,7 @@ CASES += [Case("eso_b", 0.0, "nelbo", 1, 8)]
 @dataclasses.dataclass(frozen=True)
 class Model:
     config: object
-    trained: assemble.Trained
+    trained: restore.TrainedModel
 
     @classmethod
     def load(cls, workdir: pathlib.Path) -> "Model":
@@ -79,12 +84,12 @@ class Model:
             config.eval.batch_size = BATCH
             config.data.dir = config.data.dir or str(workdir / "data")
         mesh = sharding.make_mesh(config.mesh)
-        return cls(config, assemble.load_trained(config, workdir, "ema", mesh))
+        return cls(config, restore.load_trained(config, workdir, "ema", mesh))
 
     def batches(self, split: str, windows: int) -> list[dict]:
-        manifest = assemble.load_data(self.config, pathlib.Path(self.config.data.dir).parent)
+        manifest = load_data(self.config, pathlib.Path(self.config.data.dir).parent)
         mesh = self.trained.built.mesh
-        return list(assemble.eval_batches(self.config, manifest, split, windows, mesh))
+        return list(eval_batches(self.config, manifest, split, windows, mesh))
 
     def estimator(self, case: Case):
         """estimate(seed) → Estimate."""

@@ -17,11 +17,15 @@ import numpy as np
 from absl import app, flags, logging
 
 from benchmarks import family, write_up
-from esolm_jax import assemble, likelihood, prepare, sharding
+from esolm_jax import prepare
 from esolm_jax.data.manifest import load_manifest
-from esolm_jax.sampling.canvas import Canvas
+from esolm_jax.evaluation import likelihood
+from esolm_jax.evaluation.batches import eval_batches
+from esolm_jax.parallel import sharding
+from esolm_jax.sampling.engine.network import fold
 from esolm_jax.sampling.generate import Generator, passes_run
-from esolm_jax.sampling.network import fold
+from esolm_jax.sampling.plan.canvas import Canvas
+from esolm_jax.training import restore
 
 _ONLY = flags.DEFINE_list("only", [], "Only these models, such as eso_b_0.5; none = all.")
 _TEXTS = flags.DEFINE_integer("texts", 64, "How many each point is of, in one batch.")
@@ -37,13 +41,13 @@ class Judge:
     """An AR model, which gives texts their exact likelihood."""
 
     config: object
-    trained: assemble.Trained
+    trained: restore.TrainedModel
 
     @classmethod
     def of(cls, workdir: pathlib.Path) -> "Judge":
         config, folder = family.trained("ar", 0.0, workdir, seed=JUDGE_SEED)
         mesh = sharding.make_mesh(config.mesh)
-        return cls(config, assemble.load_trained(config, folder, "ema", mesh))
+        return cls(config, restore.load_trained(config, folder, "ema", mesh))
 
     def perplexity(self, text_BL: np.ndarray) -> float:
         """Of whole texts, per token."""
@@ -85,7 +89,7 @@ def frontier(objective: str, alpha_0: float, judge: Judge, workdir: pathlib.Path
     """All points of one model, by name of the point."""
     config, folder = family.trained(objective, alpha_0, workdir)
     mesh = sharding.make_mesh(config.mesh)
-    trained = assemble.load_trained(config, folder, "ema", mesh)
+    trained = restore.load_trained(config, folder, "ema", mesh)
     network = fold(trained.built.model, trained.params, mesh)
     ways = [{"steps": n} for n in (STEPS if objective != "ar" else (0,))]
     if objective == "eso_b":
@@ -105,9 +109,7 @@ def frontier(objective: str, alpha_0: float, judge: Judge, workdir: pathlib.Path
 def held_out(judge: Judge) -> dict:
     """The same figures of as many windows of the test split."""
     manifest = load_manifest(judge.config.data.dir)
-    batches = assemble.eval_batches(
-        judge.config, manifest, "test", _TEXTS.value, judge.trained.built.mesh
-    )
+    batches = eval_batches(judge.config, manifest, "test", _TEXTS.value, judge.trained.built.mesh)
     rows = [(np.asarray(batch["x"]), np.asarray(batch["valid"])) for batch in batches]
     text, valid = (np.concatenate(part) for part in zip(*rows, strict=True))
     text = text[valid.all(axis=1)]

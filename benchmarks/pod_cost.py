@@ -21,9 +21,9 @@ import jax.numpy as jnp
 from benchmarks import write_up
 from esolm_jax import compile as compile_lib
 from esolm_jax import results
-from esolm_jax.loss import token_nll
-from esolm_jax.pod import topology
-from esolm_jax.train_step import Objective
+from esolm_jax.aot import topology
+from esolm_jax.model.lm_head import token_nll
+from esolm_jax.training.train_step import Objective
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "pod_cost"
@@ -171,7 +171,7 @@ def table(found: dict) -> str:
     text += "memory, FLOPs and bytes are facts of the compiled programs, times are rooflines, not "
     text += "measurements. FLOPs are matrix products; of an attention kernel those of the blocks "
     text += "it computes; the head with half a chunk for rounding. Their ratio is to the "
-    text += "necessary ones (esolm_jax/pod/necessary.py: attention at the visible pairs, three "
+    text += "necessary ones (esolm_jax/aot/necessary.py: attention at the visible pairs, three "
     text += "times forward, no recomputation). Bytes sent are those of ring algorithms beside "
     text += "the ideal of the sharding.\n"
     parts = {

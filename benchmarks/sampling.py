@@ -28,7 +28,7 @@ from benchmarks.sampling_cases import AR_CONFIG, CONFIG, MASK, Case, Ours
 from benchmarks.train_speed import Load, machine, num_threads, spread
 from esolm_jax import results
 from esolm_jax.errors import UserError
-from esolm_jax.sampling import network
+from esolm_jax.sampling.engine import network
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHORT = 10  # seconds: of generations that take longer there is one run

@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import sampling_limits
-from esolm_jax import model
-from esolm_jax.labels import Tokens
-from esolm_jax.sampling import decode, network, passes, schedule
-from esolm_jax.sampling.canvas import Canvas
-from esolm_jax.sampling.choose import Choice
+from esolm_jax.family.labels import Tokens
+from esolm_jax.model import transformer as model
+from esolm_jax.sampling.engine import network
+from esolm_jax.sampling.engine.choose import Choice
+from esolm_jax.sampling.loops import decode
+from esolm_jax.sampling.plan import passes, schedule
+from esolm_jax.sampling.plan.canvas import Canvas
 
 FAMILIES = "eso_b ar mdlm bd3:4 bd3:16".split()
 LENGTHS = 256, 512, 1024, 2048, 4096, 8192

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.train_speed import Load, matmul_ceiling, num_threads
-from esolm_jax.model import ModelConfig
-from esolm_jax.sampling.passes import Passes
+from esolm_jax.model.transformer import ModelConfig
+from esolm_jax.sampling.plan.passes import Passes
 
 # Bytes: about the weights of the benchmark's network, with the cache of half of 8192 tokens, and
 # with that of eight such texts.

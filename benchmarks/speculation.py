@@ -17,10 +17,11 @@ import jax
 import numpy as np
 
 from benchmarks import turns, write_up
-from esolm_jax import assemble, checkpoint, sharding
-from esolm_jax.sampling.canvas import Canvas
+from esolm_jax.parallel import sharding
+from esolm_jax.sampling.engine.network import fold
 from esolm_jax.sampling.generate import Generator, passes_run
-from esolm_jax.sampling.network import fold
+from esolm_jax.sampling.plan.canvas import Canvas
+from esolm_jax.training import checkpoint, restore
 
 ALPHAS = (0.0, 0.125, 0.5, 1.0)
 WAYS = [("plain", 0, False)]
@@ -53,7 +54,7 @@ def measure(workdir: pathlib.Path, num: int, repeats: int) -> dict:
     with config.unlocked():
         config.sample.num, config.sample.top_p = num, 1.0
     mesh = sharding.make_mesh(config.mesh)
-    trained = assemble.load_trained(config, workdir, "ema", mesh)
+    trained = restore.load_trained(config, workdir, "ema", mesh)
     network = fold(trained.built.model, trained.params, mesh)
     rows = []
     for alpha_0 in ALPHAS:

@@ -27,10 +27,12 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks import published_ratios, write_up
-from esolm_jax import assemble, sharding, train_step
 from esolm_jax import config as config_lib
+from esolm_jax.aot import necessary
 from esolm_jax.errors import UserError
-from esolm_jax.pod import necessary
+from esolm_jax.model import build
+from esolm_jax.parallel import sharding
+from esolm_jax.training import train_step
 
 OBJECTIVES = "ar mdlm bd3 eso_a:0.5 eso_b:1 eso_b:0.5 eso_b:0.125 eso_b:0".split()
 ALPHA_0 = {"ar": 0.0, "mdlm": 1.0, "bd3": 1.0}  # of the objectives that fix it
@@ -122,7 +124,7 @@ class Ours:
         size = preset.vocab_size
         tokenizer = {"vocab_size": size, "mask_id": size, "bos_id": 0}
         mesh = sharding.make_mesh(self.config.mesh)
-        self.built = assemble.build(self.config, tokenizer, mesh)
+        self.built = build.build_model(self.config, tokenizer, mesh)
         self.training = train_step.Training(self.config, self.built)
         begin = time.perf_counter()
         abstract = self.training.abstract_state(), self.training.abstract_batch()

@@ -13,8 +13,8 @@ Hardware: parameters, their average, the optimizer's state and gradients are 20 
 model of 1 billion fits on one chip of 40 GB; 7 billion want 8 of them.
 """
 
-from esolm_jax import checkpoint
 from esolm_jax.errors import UserError
+from esolm_jax.training import checkpoint
 
 
 def get_config(workdir: str = ""):

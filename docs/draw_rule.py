@@ -8,8 +8,8 @@ import pathlib
 import matplotlib
 import numpy as np
 
-from esolm_jax import objectives
-from esolm_jax.attention import dense_mask
+from esolm_jax.family import objectives
+from esolm_jax.family.rule import dense_mask
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402

@@ -12,7 +12,7 @@ Legend of shape suffixes, used everywhere:
     S slots of the KV cache   N blocks (layers)   W window of one decoding pass   O orders
 """
 
-from esolm_jax import startup
+from esolm_jax.process import startup
 
 __version__ = "0.1.0"
 

@@ -17,17 +17,11 @@ from collections.abc import Callable
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from esolm_jax import (
-    checkpoint,
-    distributed,
-    failures,
-    interrupts,
-    jax_settings,
-    standard_streams,
-    startup,
-)
 from esolm_jax import config as config_lib
 from esolm_jax.errors import UserError, nearest
+from esolm_jax.parallel import distributed
+from esolm_jax.process import failures, interrupts, jax_settings, standard_streams, startup
+from esolm_jax.training import checkpoint
 
 FlagValue = Callable[[str], str | None]  # the value of --name, before flags are parsed
 _SAVED = pathlib.Path(__file__).with_name("saved_config.py")

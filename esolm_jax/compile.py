@@ -16,13 +16,16 @@ import jax
 from absl import flags
 from tqdm import tqdm
 
-from esolm_jax import assemble, cli, results, sharding
+from esolm_jax import cli, results
 from esolm_jax import config as config_lib
+from esolm_jax.aot import programs, topology
+from esolm_jax.aot import report as report_lib
+from esolm_jax.data.manifest import planned_tokenizer
 from esolm_jax.errors import UserError
-from esolm_jax.model import REMAT
-from esolm_jax.pod import programs, topology
-from esolm_jax.pod import report as report_lib
-from esolm_jax.train_step import Training
+from esolm_jax.model import build
+from esolm_jax.model.transformer import REMAT
+from esolm_jax.parallel import sharding
+from esolm_jax.training.train_step import Training
 
 GIB = 2.0**30
 
@@ -43,7 +46,7 @@ def make_training(config, name: str, num_slices: int = 1) -> Training:
     """
     devices = topology.devices(name, num_slices)
     mesh = sharding.make_mesh(config.mesh, devices)
-    return Training(config, assemble.build(config, assemble.planned_tokenizer(config), mesh))
+    return Training(config, build.build_model(config, planned_tokenizer(config), mesh))
 
 
 def compile_step(training: Training):

@@ -15,16 +15,13 @@ import shlex
 
 from absl import flags
 
-from esolm_jax import checkpoint, cli
+from esolm_jax import cli
 from esolm_jax.errors import UserError
-from esolm_jax.interop import (
-    from_hub,
-    hub_config,
-    into_workdir,
-    out_of_workdir,
-    published_config,
-    to_hub,
-)
+from esolm_jax.interop.hub import config as hub_config
+from esolm_jax.interop.hub import from_hub, to_hub
+from esolm_jax.interop.published import config as published_config
+from esolm_jax.interop.published import into_workdir, out_of_workdir
+from esolm_jax.training import checkpoint
 
 
 def define_flags() -> None:

@@ -15,25 +15,19 @@ import sys
 from absl import flags
 
 import esolm_jax
-from esolm_jax import (
-    assemble,
-    checkpoint,
-    cli,
-    distributed,
-    jax_settings,
-    likelihood,
-    memory_limit,
-    objectives,
-    provenance,
-    results,
-    sharding,
-    verify,
-)
+from esolm_jax import cli, memory_limit, results, verify
 from esolm_jax import config as config_lib
-from esolm_jax.data.manifest import Manifest
+from esolm_jax.data.manifest import Manifest, load_data
 from esolm_jax.data.reader import num_windows
 from esolm_jax.errors import UserError
-from esolm_jax.likelihood import Estimate
+from esolm_jax.evaluation import likelihood, provenance
+from esolm_jax.evaluation.batches import eval_batches
+from esolm_jax.evaluation.likelihood import Estimate
+from esolm_jax.family import objectives
+from esolm_jax.model import build
+from esolm_jax.parallel import distributed, sharding
+from esolm_jax.process import jax_settings
+from esolm_jax.training import checkpoint, restore
 
 FILE, HISTORY = "evaluate.json", "evaluations.jsonl"
 
@@ -93,17 +87,17 @@ def evaluate(config, workdir: pathlib.Path) -> dict:
     e = config.eval
     mesh = sharding.make_mesh(config.mesh)
     config_lib.validate_evaluation(config, sharding.num_row_shards(mesh))
-    manifest = assemble.load_data(config, workdir)
-    model = assemble.model_config(config, manifest.tokenizer, sharding.platform(mesh))
+    manifest = load_data(config, workdir)
+    model = build.model_config(config, manifest.tokenizer, sharding.platform(mesh))
     memory_limit.check_evaluation(config, model, mesh)
-    trained = assemble.load_trained(config, workdir, e.weights, mesh, cli.step_flag())
+    trained = restore.load_trained(config, workdir, e.weights, mesh, cli.step_flag())
     digest = _digest(workdir, trained.step)
-    assemble.check_same_tokenizer(manifest, trained.meta)
+    restore.check_same_tokenizer(manifest, trained.meta)
     split = manifest.split(e.split)
     windows = num_windows(manifest, e.split, e.max_windows)
 
     def batches():
-        return assemble.eval_batches(config, manifest, e.split, e.max_windows, mesh)
+        return eval_batches(config, manifest, e.split, e.max_windows, mesh)
 
     common = {"seed": config.seed, "total": math.ceil(windows / e.batch_size)}
     estimate = likelihood.make_nelbo(config, trained.built)(

@@ -15,8 +15,10 @@ from absl import flags
 
 from esolm_jax import cli
 from esolm_jax.errors import UserError
-from esolm_jax.interop import export_folder, out_of_workdir, parity
-from esolm_jax.interop.export_folder import Wanted
+from esolm_jax.interop.export import folder as export_folder
+from esolm_jax.interop.export import parity
+from esolm_jax.interop.export.folder import Wanted
+from esolm_jax.interop.published import out_of_workdir
 
 
 def define_flags() -> None:

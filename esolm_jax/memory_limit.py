@@ -12,10 +12,10 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
-from esolm_jax import sharding
 from esolm_jax.data.reader import PREFETCH
 from esolm_jax.errors import UserError
-from esolm_jax.model import TIME_FREQUENCIES, ModelConfig
+from esolm_jax.model.transformer import TIME_FREQUENCIES, ModelConfig
+from esolm_jax.parallel import sharding
 
 GB = 1e9
 FLOAT = 4

@@ -2,13 +2,14 @@
 
 import pathlib
 
-from esolm_jax import assemble, cli
+from esolm_jax import cli
 from esolm_jax.data import build
+from esolm_jax.data.manifest import data_dir
 from esolm_jax.data.reader import unigram_perplexity
 
 
 def main(config, workdir: pathlib.Path) -> None:
-    directory = assemble.data_dir(config, workdir)
+    directory = data_dir(config, workdir)
     manifest = build.prepare(config, directory)
     for name, split in manifest.splits.items():
         print(

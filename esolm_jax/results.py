@@ -9,8 +9,8 @@ import shutil
 import uuid
 from collections.abc import Iterator
 
-from esolm_jax import workdir_lock
 from esolm_jax.errors import UserError
+from esolm_jax.files import workdir_lock
 
 
 @contextlib.contextmanager

@@ -12,15 +12,19 @@ import jax
 import numpy as np
 from absl import flags
 
-from esolm_jax import assemble, cli, jax_settings, memory_limit, results, sharding
+from esolm_jax import cli, memory_limit, results
 from esolm_jax.data.manifest import open_tokenizer, tokenizer_entry
 from esolm_jax.errors import UserError
-from esolm_jax.sampling import prompts as prompts_lib
+from esolm_jax.model import build
+from esolm_jax.parallel import sharding
+from esolm_jax.process import jax_settings
 from esolm_jax.sampling import trace
-from esolm_jax.sampling.canvas import Canvas, Seed
-from esolm_jax.sampling.decode import NEVER
+from esolm_jax.sampling.engine.network import fold
 from esolm_jax.sampling.generate import Generator, check, passes_run
-from esolm_jax.sampling.network import fold
+from esolm_jax.sampling.loops.decode import NEVER
+from esolm_jax.sampling.plan import prompts as prompts_lib
+from esolm_jax.sampling.plan.canvas import Canvas, Seed
+from esolm_jax.training import restore
 
 
 def define_flags() -> None:
@@ -51,7 +55,7 @@ def _check_mesh(rows: int, mesh) -> None:
 
 
 def _check_memory(config, tokenizer, found: list[prompts_lib.Prompt], mesh) -> None:
-    model = assemble.model_config(config, tokenizer_entry(tokenizer), sharding.platform(mesh))
+    model = build.model_config(config, tokenizer_entry(tokenizer), sharding.platform(mesh))
     length = _length(config)
     lengths = [len(prompt.tokens) if prompt.is_whole else length for prompt in found]
     rows, longest = config.sample.num * max(1, len(found)), max(lengths, default=length)
@@ -106,7 +110,7 @@ def sample(
     found = _prompts(prompt, prompts, tokenizer, _length(config))
     _check_mesh(config.sample.num * max(1, len(found)), mesh)
     _check_memory(config, tokenizer, found, mesh)
-    trained = assemble.load_trained(config, workdir, config.sample.weights, mesh, cli.step_flag())
+    trained = restore.load_trained(config, workdir, config.sample.weights, mesh, cli.step_flag())
     if tokenizer.fingerprint != trained.meta["tokenizer"]["fingerprint"]:
         raise UserError(
             f"{workdir}/tokenizer: not the tokenizer that the checkpoint was trained on"

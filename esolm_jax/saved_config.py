@@ -5,7 +5,7 @@ This is what `evaluate` and `sample` run with when --config is left out, so over
 its checkpoints: a number, best or latest.
 """
 
-from esolm_jax import checkpoint
+from esolm_jax.training import checkpoint
 
 
 def get_config(workdir: str):

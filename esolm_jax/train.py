@@ -9,29 +9,20 @@ import sys
 import jax
 
 import esolm_jax
-from esolm_jax import (
-    assemble,
-    checkpoint,
-    cli,
-    distributed,
-    finite,
-    health,
-    jax_settings,
-    likelihood,
-    memory_limit,
-    prng,
-    provenance,
-    results,
-    sharding,
-    train_step,
-    workdir_lock,
-)
+from esolm_jax import cli, memory_limit, results
 from esolm_jax import config as config_lib
-from esolm_jax import metrics as metrics_lib
-from esolm_jax.data.manifest import Manifest, open_tokenizer
+from esolm_jax.data.manifest import Manifest, load_data, open_tokenizer
 from esolm_jax.data.reader import TrainReader, unigram_perplexity
 from esolm_jax.errors import UserError
-from esolm_jax.train_step import TrainState
+from esolm_jax.evaluation import likelihood, provenance
+from esolm_jax.evaluation.batches import eval_batches
+from esolm_jax.files import workdir_lock
+from esolm_jax.model import build, finite
+from esolm_jax.parallel import distributed, sharding
+from esolm_jax.process import jax_settings, prng
+from esolm_jax.training import checkpoint, health, restore, train_step
+from esolm_jax.training import metrics as metrics_lib
+from esolm_jax.training.train_step import TrainState
 
 # What may change between a run and its resumption.
 _FREE = (
@@ -63,9 +54,9 @@ class Run:
     def __init__(self, config, workdir: pathlib.Path):
         self.config, self.workdir = config, workdir
         self.lock: workdir_lock.Lock | None = None  # of process 0, which alone writes metrics
-        self.manifest: Manifest = assemble.load_data(config, workdir)
+        self.manifest: Manifest = load_data(config, workdir)
         mesh = sharding.make_mesh(config.mesh)
-        self.built = assemble.build(config, self.manifest.tokenizer, mesh)
+        self.built = build.build_model(config, self.manifest.tokenizer, mesh)
         self.training = train_step.Training(config, self.built)
         config_lib.validate_evaluation(config, sharding.num_row_shards(mesh))
         self.metrics_entries = 0  # in the resumed checkpoint's meta
@@ -97,12 +88,12 @@ class Run:
             )
         # Weights that `convert` brought were trained elsewhere: only the model is given.
         free = meta.get("converted", False)
-        assemble.check_same_fields(
+        restore.check_same_fields(
             self.config,
             meta,
-            lambda name: name in assemble.MODEL_FIELDS if free else not name.startswith(_FREE),
+            lambda name: name in restore.MODEL_FIELDS if free else not name.startswith(_FREE),
         )
-        assemble.check_same_tokenizer(self.manifest, meta)
+        restore.check_same_tokenizer(self.manifest, meta)
         prng.check_recorded(meta, f"--workdir={self.workdir}")
 
     def _given_weights(self) -> dict | None:
@@ -113,13 +104,13 @@ class Run:
         like = self.training.abstract_state().ema
 
         def like_of(meta: dict) -> dict:
-            assemble.check_same_fields(
+            restore.check_same_fields(
                 self.config,
                 meta,
-                lambda name: name in assemble.MODEL_FIELDS and name.startswith("model."),
+                lambda name: name in restore.MODEL_FIELDS and name.startswith("model."),
                 f"another config.init_from than {source!r}",
             )
-            assemble.check_same_tokenizer(self.manifest, meta)
+            restore.check_same_tokenizer(self.manifest, meta)
             return like
 
         workdir, step = checkpoint.split_source(source)
@@ -231,7 +222,7 @@ def _train(run: Run, checkpoints, state: TrainState, cursor: int) -> int | None:
 def _validate(run: Run, estimate, state: TrainState) -> float:
     """NELBO of a part of the validation split under the EMA weights, nats per token."""
     config = run.config
-    batches = assemble.eval_batches(
+    batches = eval_batches(
         config, run.manifest, "validation", config.train.eval_windows, run.built.mesh
     )
     return estimate(state.ema, batches, num_samples=1, seed=config.seed, progress="validation").nll

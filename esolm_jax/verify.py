@@ -11,20 +11,15 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
-from esolm_jax import (
-    checkpoint,
-    checkpoint_digests,
-    checkpoint_steps,
-    cli,
-    metrics_file,
-    regular_file,
-)
+from esolm_jax import cli
 from esolm_jax import config as config_lib
-from esolm_jax import metrics as metrics_lib
-from esolm_jax.checkpoint_digests import Damaged
 from esolm_jax.data import integrity
 from esolm_jax.data.manifest import load_manifest, open_tokenizer
 from esolm_jax.errors import UserError
+from esolm_jax.files import regular_file
+from esolm_jax.training import checkpoint, checkpoint_digests, checkpoint_steps, metrics_file
+from esolm_jax.training import metrics as metrics_lib
+from esolm_jax.training.checkpoint_digests import Damaged
 
 _MAX_CONFIG = 2**24  # bytes
 INTACT, DAMAGED, UNKNOWN = "intact", "DAMAGED", "unknown"

@@ -89,7 +89,7 @@ def _in_own_process(name: str, quick: bool, folder: pathlib.Path) -> dict:
     begin, out = time.monotonic(), folder / f"{name}.json"
     root = pathlib.Path(__file__).parents[2]
     cache = {
-        "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")]),  # published_toy
+        "PYTHONPATH": str(root),
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }

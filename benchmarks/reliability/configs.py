@@ -101,13 +101,16 @@ def sizes() -> Iterator[Case]:
 
 
 def _estimate(verb: str, fields: dict) -> None:
-    from esolm_jax import assemble, memory_limit, sharding
     from esolm_jax import config as config_lib
+    from esolm_jax import memory_limit
+    from esolm_jax.data.manifest import planned_tokenizer
+    from esolm_jax.model import build
+    from esolm_jax.parallel import sharding
 
     config = _config(**fields)
     config_lib.validate(config)
     mesh = sharding.make_mesh(config.mesh)
-    model = assemble.model_config(config, assemble.planned_tokenizer(config), "cpu")
+    model = build.model_config(config, planned_tokenizer(config), "cpu")
     if verb == "sample":
         rows, length = config.sample.num, config.sample.length or config.data.seq_len
         memory_limit.check_sampling(config, model, mesh, rows, length, prompted=False)

@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from esolm_jax import checkpoint, checkpoint_digests
-from esolm_jax.train_step import TrainState
+from esolm_jax.training import checkpoint, checkpoint_digests
+from esolm_jax.training.train_step import TrainState
 
 _META = {"config": {}, "cursor": 0, "tokenizer": {}, "version": ""}
 

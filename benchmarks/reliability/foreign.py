@@ -28,7 +28,7 @@ import threading
 from typing import Any
 
 COUNTS = ("ok", "clean", "silent", "traceback", "hang")
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 SECONDS, MEMORY = 20, 2 * 2**30  # per input: time, and memory beyond that of the idle process
 
 

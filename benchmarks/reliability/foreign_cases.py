@@ -16,12 +16,15 @@ import ml_dtypes
 import numpy as np
 
 from benchmarks.reliability import foreign_files as files
-from esolm_jax import assemble
 from esolm_jax import config as config_lib
-from esolm_jax.interop import from_hub, hub_config, into_workdir, published_config
+from esolm_jax.interop.hub import config as hub_config
+from esolm_jax.interop.hub import from_hub
+from esolm_jax.interop.published import config as published_config
+from esolm_jax.interop.published import into_workdir
+from esolm_jax.training import restore
 
-TESTS = pathlib.Path(__file__).resolve().parents[1] / "tests"
-sys.path.insert(0, str(TESTS))
+TESTS = pathlib.Path(__file__).resolve().parents[2] / "tests"
+sys.path.insert(0, str(TESTS / "support"))
 import published_toy  # noqa: E402
 
 FAMILIES = ("gpt2", "llama", "llama3", "qwen2", "qwen3")
@@ -70,8 +73,8 @@ class Inputs:
     def base(self, name: str) -> pathlib.Path:
         """An undamaged file or folder."""
         if name in FAMILIES:
-            return TESTS / "data" / "hf" / name
-        return TESTS / "data" / "esolm.ckpt" if name == "lightning" else self.torch
+            return TESTS / "fixtures" / "hf" / name
+        return TESTS / "fixtures" / "esolm.ckpt" if name == "lightning" else self.torch
 
     def warm_up(self, kind: str) -> None:
         names = ("lightning", "torch") if kind in PUBLISHED else ()
@@ -118,7 +121,7 @@ class Inputs:
         finally:
             into_workdir.write = kept
         fields = config_lib.flat(config)
-        names = (*assemble.MODEL_FIELDS, "alpha_0", "block_length")
+        names = (*restore.MODEL_FIELDS, "alpha_0", "block_length")
         return caught, {name: fields[name] for name in names}
 
     def difference(self, case: Case, result: tuple[dict, dict]) -> str:

@@ -116,7 +116,7 @@ def _random_text(rng: random.Random) -> str:
 
 
 def _texts(rng: random.Random, folder: pathlib.Path, count: int, tokenizer):
-    from esolm_jax.sampling import prompts
+    from esolm_jax.sampling.plan import prompts
 
     def attempt(text, length):
         prompt = prompts.of_text(text, tokenizer, length=length)
@@ -129,7 +129,7 @@ def _texts(rng: random.Random, folder: pathlib.Path, count: int, tokenizer):
 
 
 def _lines(rng: random.Random, folder: pathlib.Path, count: int, tokenizer):
-    from esolm_jax.sampling import prompts
+    from esolm_jax.sampling.plan import prompts
 
     path = folder / "prompts.jsonl"
     for _ in range(count):
@@ -152,7 +152,7 @@ def _lines(rng: random.Random, folder: pathlib.Path, count: int, tokenizer):
 
 
 def _files(rng: random.Random, folder: pathlib.Path, count: int, tokenizer):
-    from esolm_jax.sampling import prompts
+    from esolm_jax.sampling.plan import prompts
 
     os.mkfifo(folder / "fifo")
     (folder / "link").symlink_to("/dev/zero")

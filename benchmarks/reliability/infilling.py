@@ -20,8 +20,8 @@ from esolm_jax.data import tokenizer as tokenizer_lib
 from esolm_jax.data.hub_tokenizer import HubTokenizer
 from esolm_jax.data.wordpieces import WordPieces
 from esolm_jax.errors import UserError
-from esolm_jax.sampling import prompts
-from esolm_jax.sampling.canvas import MASK
+from esolm_jax.sampling.plan import prompts
+from esolm_jax.sampling.plan.canvas import MASK
 
 CORPUS = [
     "To be, or not to be, that is the question: whether 'tis nobler in the mind to suffer",

@@ -102,7 +102,7 @@ def _start(case: dict[str, str], workdir: pathlib.Path, cache: pathlib.Path, *ar
 
 def _verbs(workdir: pathlib.Path, args: list[str]) -> list[dict]:
     """In the process of a case: the verbs until one fails, as JSON-able dicts."""
-    from esolm_jax import startup
+    from esolm_jax.process import startup
 
     startup.begin()
     from benchmarks.reliability import verbs

@@ -98,8 +98,8 @@ def _sample(workdir: str, count: int) -> list[tuple[str, str]]:
 def _read_often(workdir: str, count: int, read) -> list[tuple[str, str]]:
     import traceback
 
-    from esolm_jax import checkpoint
     from esolm_jax.errors import UserError
+    from esolm_jax.training import checkpoint
 
     folder, found = pathlib.Path(workdir), []
     _await_checkpoint(folder)

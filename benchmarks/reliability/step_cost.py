@@ -10,7 +10,10 @@ import jax
 import numpy as np
 
 from configs import shakespeare
-from esolm_jax import assemble, sharding, train_step
+from esolm_jax.data.manifest import planned_tokenizer
+from esolm_jax.model import build
+from esolm_jax.parallel import sharding
+from esolm_jax.training import train_step
 
 
 class _Unchecked(train_step.Training):
@@ -40,7 +43,7 @@ def finite_check_cost(*, rounds: int = 20, width: int = 0, blocks: int = 0) -> d
             blocks or config.model.blocks,
         )
     mesh = sharding.make_mesh(config.mesh)
-    built = assemble.build(config, assemble.planned_tokenizer(config), mesh)
+    built = build.build_model(config, planned_tokenizer(config), mesh)
     programs, states = [], []
     for kind in (train_step.Training, _Unchecked):
         training = kind(config, built)

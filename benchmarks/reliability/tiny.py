@@ -57,7 +57,8 @@ def write_text(folder: pathlib.Path) -> list[str]:
 
 def final_state(workdir: str) -> dict:
     """SHA-256 of the latest state's arrays, its step, and the logged values, in this process."""
-    from esolm_jax import checkpoint, metrics, train
+    from esolm_jax import train
+    from esolm_jax.training import checkpoint, metrics
 
     run = train.Run(checkpoint.saved_config(workdir), pathlib.Path(workdir))
     checkpoints = checkpoint.Checkpoints(pathlib.Path(workdir), keep_last=99, keep_best=0)

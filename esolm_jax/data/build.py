@@ -12,7 +12,6 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from tqdm import tqdm
 
-from esolm_jax import workdir_lock
 from esolm_jax.data import document_parts, sources, windows
 from esolm_jax.data.manifest import (
     MANIFEST_FILE,
@@ -27,6 +26,7 @@ from esolm_jax.data.manifest import (
 from esolm_jax.data.render import num_ids
 from esolm_jax.data.tokenizer import KINDS, Tokenizer, from_config
 from esolm_jax.errors import UserError, nearest
+from esolm_jax.files import workdir_lock
 
 SHARD_WINDOWS = 65536
 

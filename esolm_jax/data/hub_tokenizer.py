@@ -8,9 +8,9 @@ import hashlib
 import json
 from pathlib import Path
 
-from esolm_jax import regular_file
 from esolm_jax.data.render import ByTokenizers
 from esolm_jax.errors import UserError, brief, is_panic
+from esolm_jax.files import regular_file
 
 KIND = "tokenizers"
 FILE, IDS_FILE = "tokenizer.json", "ids.json"

@@ -15,8 +15,8 @@ from typing import Any
 import grain
 import numpy as np
 
-from esolm_jax.checkpoint_digests import hash_file
 from esolm_jax.errors import UserError
+from esolm_jax.files.hashing import hash_file
 
 DIGEST = "sha256"  # of the manifest without this entry
 _PREPARE_AGAIN = "delete {} and prepare again"

@@ -9,7 +9,7 @@ import numpy as np
 
 from esolm_jax import results
 from esolm_jax.data import integrity
-from esolm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from esolm_jax.data.tokenizer import Bytes, Tokenizer, load_tokenizer
 from esolm_jax.errors import UserError, nearest
 
 VERSION = 1
@@ -188,3 +188,24 @@ def compare(manifest: Manifest, wanted: dict[str, Any]) -> None:
                 f"{manifest.directory} was prepared with config.data.{name}={prepared!r}, but "
                 f"{value!r} is wanted: choose another config.data.dir, or delete that one"
             )
+
+
+def data_dir(config, workdir: Path) -> Path:
+    """Where the prepared data of a run lie."""
+    return Path(config.data.dir).expanduser() if config.data.dir else workdir / "data"
+
+
+def load_data(config, workdir: Path) -> Manifest:
+    """The run's manifest; UserError if the data are missing or not what config.data says."""
+    manifest = load_manifest(data_dir(config, workdir))
+    check(manifest, config)
+    return manifest
+
+
+def planned_tokenizer(config) -> dict:
+    """What `prepare` would write of the tokenizer that config.data asks for, as far as a model
+    needs to know; of a SentencePiece file, its size is taken to be data.vocab_size."""
+    published = {"bert": (30522, 103, 101), "gpt2": (50257, 50257, 50256)}
+    size = Bytes.vocab_size if config.data.tokenizer == "bytes" else config.data.vocab_size
+    entry = published.get(config.data.tokenizer, (size, size, 0))
+    return dict(zip(("vocab_size", "mask_id", "bos_id"), entry, strict=True))

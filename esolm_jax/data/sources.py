@@ -14,7 +14,7 @@ from typing import Any
 from esolm_jax.data import file_list, shakespeare, text_files, tfds_source
 from esolm_jax.data import holdout as holdout_lib
 from esolm_jax.errors import UserError, nearest
-from esolm_jax.regular_file import open_regular
+from esolm_jax.files.regular_file import open_regular
 
 SPLITS = ("train", "validation", "test")
 

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from esolm_jax.data import file_list
 from esolm_jax.errors import UserError
-from esolm_jax.regular_file import open_regular
+from esolm_jax.files.regular_file import open_regular
 
 MAX_DOCUMENT = 64 * 1024  # bytes; longer .txt files are cut into documents of at most this
 MIN_DOCUMENT = 2 * 1024

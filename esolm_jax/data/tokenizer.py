@@ -17,13 +17,13 @@ from typing import Any
 
 import sentencepiece
 
-from esolm_jax import regular_file
 from esolm_jax.data import hub_tokenizer, surfaces, wordpieces
 from esolm_jax.data.hub_tokenizer import HubTokenizer
 from esolm_jax.data.render import Decodes
 from esolm_jax.data.surfaces import Surfaces
 from esolm_jax.data.wordpieces import WordPieces
 from esolm_jax.errors import UserError, brief, nearest
+from esolm_jax.files import regular_file
 
 KINDS = ("sentencepiece", "bytes", *wordpieces.KINDS, hub_tokenizer.KIND)
 MODEL_FILE = "tokenizer.model"

@@ -11,9 +11,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from esolm_jax import regular_file
 from esolm_jax.data.render import ByTokenizers
 from esolm_jax.errors import UserError, brief, is_panic
+from esolm_jax.files import regular_file
 
 KINDS = ("gpt2", "bert")
 FILE = "tokenizer.json"

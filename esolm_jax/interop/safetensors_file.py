@@ -11,8 +11,9 @@ from typing import BinaryIO
 import ml_dtypes
 import numpy as np
 
-from esolm_jax import regular_file, results
+from esolm_jax import results
 from esolm_jax.errors import UserError
+from esolm_jax.files import regular_file
 from esolm_jax.interop import safetensors_header
 from esolm_jax.interop.safetensors_header import Entry
 

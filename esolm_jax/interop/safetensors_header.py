@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
-from esolm_jax import regular_file
+from esolm_jax.files import regular_file
 from esolm_jax.interop.shown import shown
 
 MAX_HEADER = 32 * 2**20  # bytes: for about 300,000 tensors

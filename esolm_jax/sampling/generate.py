@@ -6,14 +6,15 @@ import jax
 import numpy as np
 
 from esolm_jax.errors import UserError
-from esolm_jax.objectives import Special
-from esolm_jax.sampling import decode, passes, schedule
-from esolm_jax.sampling.canvas import Canvas
-from esolm_jax.sampling.choose import Choice
-from esolm_jax.sampling.confident import confident
-from esolm_jax.sampling.decode import Decoded
-from esolm_jax.sampling.network import Network
-from esolm_jax.sampling.speculate import speculate
+from esolm_jax.family.objectives import Special
+from esolm_jax.sampling.engine.choose import Choice
+from esolm_jax.sampling.engine.network import Network
+from esolm_jax.sampling.loops import decode
+from esolm_jax.sampling.loops.confident import confident
+from esolm_jax.sampling.loops.decode import Decoded
+from esolm_jax.sampling.loops.speculate import speculate
+from esolm_jax.sampling.plan import passes, schedule
+from esolm_jax.sampling.plan.canvas import Canvas
 
 
 def check(config) -> None:

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import tiny_run
 
-from esolm_jax import assemble
 from esolm_jax.data import integrity
-from esolm_jax.data.manifest import MANIFEST_FILE, UNIGRAM_FILE, load_manifest
+from esolm_jax.data.manifest import MANIFEST_FILE, UNIGRAM_FILE, load_data, load_manifest
 from esolm_jax.data.reader import TrainReader, eval_batches, unigram_perplexity
 from esolm_jax.errors import UserError
 
@@ -100,7 +99,7 @@ def test_damaged_small_files_are_noticed_when_data_are_loaded(
     config.update(prepared[1])
     config.data.dir = str(data)
     with pytest.raises(UserError) as error:
-        assemble.load_data(config, data)
+        load_data(config, data)
     assert str(data) in one_line(error)
 
 

@@ -6,9 +6,10 @@ import ml_collections
 import published_toy
 import pytest
 
-from esolm_jax import assemble
 from esolm_jax.data import build, manifest, tokenizer, wordpieces
+from esolm_jax.data.manifest import planned_tokenizer
 from esolm_jax.errors import UserError
+from esolm_jax.model.build import num_ids
 
 MERGES = [("t", "h"), ("th", "e"), ("Ġ", "the")]
 
@@ -27,7 +28,7 @@ def test_gpt2_is_lossless_and_its_mask_is_one_past_the_last_id(gpt2):
     t = wordpieces.read(gpt2)
     assert (t.kind, t.vocab_size, t.mask_id) == ("gpt2", 260, 260)
     assert t.bos_id == t.eos_id == t.pad_id == 259
-    assert assemble.num_ids(manifest.tokenizer_entry(t)) == 261
+    assert num_ids(manifest.tokenizer_entry(t)) == 261
     vocab = json.loads((gpt2 / "vocab.json").read_text())
     assert t.encode("the the") == [vocab["the"], vocab["Ġthe"]]
     for text in ("", " the\n\t ", "é 中文 😀 \x00", f"{published_toy.EOS} [MASK]"):
@@ -42,7 +43,7 @@ def test_bert_has_a_mask_of_its_own(bert):
     t = wordpieces.read(bert)
     assert (t.kind, t.vocab_size, t.mask_id) == ("bert", 67, 4)
     assert (t.pad_id, t.bos_id, t.eos_id) == (0, 2, 3)
-    assert assemble.num_ids(manifest.tokenizer_entry(t)) == 67
+    assert num_ids(manifest.tokenizer_entry(t)) == 67
     ids = t.encode("Ab, [MASK] é")
     assert t.decode(ids) == "ab [UNK] [UNK] mask [UNK] e" and t.mask_id not in ids
     assert t.decode([t.bos_id, *t.encode("a"), t.mask_id, t.eos_id, t.pad_id]) == "a[MASK][EOS]"
@@ -143,5 +144,5 @@ def test_config_names_the_files(gpt2, bert):
 def test_sizes_planned_are_those_published():
     for kind, sizes in (("gpt2", (50257, 50257, 50258)), ("bert", (30522, 103, 30522))):
         config = ml_collections.ConfigDict({"data": dict(tokenizer=kind, vocab_size=1024)})
-        entry = assemble.planned_tokenizer(config)
-        assert (entry["vocab_size"], entry["mask_id"], assemble.num_ids(entry)) == sizes
+        entry = planned_tokenizer(config)
+        assert (entry["vocab_size"], entry["mask_id"], num_ids(entry)) == sizes

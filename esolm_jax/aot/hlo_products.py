@@ -1,0 +1,115 @@
+"""Floating-point operations of one matrix product in HLO text: a dot, a convolution, or a reduce.
+
+The TPU compiler turns every dot into a convolution: contracted dimensions become input features,
+batch dimensions become spatial ones with strides, padding and dilation so arranged that each output
+meets only its own inputs. Taps that fall on padding or between dilated inputs are no work.
+"""
+
+import dataclasses
+import math
+import re
+
+from esolm_jax.aot.hlo_parse import Computation, Instruction, Shape
+
+
+def product_flops(instruction: Instruction, computation: Computation) -> int:
+    """Multiplications and additions of a matrix product; 0 for any other instruction.
+
+    [M, K] x [K, N] is 2 M K N. Counted as the chip computes it: what a compiler does twice is
+    counted twice, and zeros that are stored (causal masks, padded batches) are multiplied.
+    """
+    opcode = instruction.opcode
+    if opcode == "reduce":
+        return _reduced_product(instruction, computation)
+    if opcode not in ("dot", "convolution"):
+        return 0
+    left, right = (_shape(name, computation) for name in instruction.operands[:2])
+    output = instruction.shapes[0]
+    if opcode == "dot":
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
+        sizes = [left.sizes[int(d)] for d in contracted[1].split(",") if d] if contracted else []
+        return 2 * output.elements * math.prod(sizes)
+    return _convolution(instruction, left, right, output)
+
+
+def _shape(name: str, computation: Computation) -> Shape:
+    return computation.instructions[name].shapes[0]
+
+
+def _reduced_product(instruction: Instruction, computation: Computation) -> int:
+    """A matrix times a vector may become multiply and reduce, which keep the dot's op_name."""
+    if not instruction.op_name.endswith("dot_general"):
+        return 0
+    source = computation.instructions[instruction.operands[0]]
+    while source.opcode in ("convert", "copy", "bitcast"):
+        source = computation.instructions[source.operands[0]]
+    return 2 * source.shapes[0].elements if source.opcode == "multiply" else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """One spatial dimension of a convolution."""
+
+    size: int
+    stride: int = 1
+    low: int = 0
+    lhs_dilate: int = 1
+    rhs_dilate: int = 1
+
+
+def _convolution(instruction: Instruction, left: Shape, right: Shape, output: Shape) -> int:
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    lhs, rhs, out = labels[1], labels[2], labels[3]
+    # right "i" is already the share of one feature group; batch groups shrink the output's batch.
+    flops = 2 * output.sizes[out.index("b")] * output.sizes[out.index("f")]
+    flops *= right.sizes[rhs.index("i")]
+    for d, window in enumerate(_windows(instruction.attributes)):
+        label = str(d)
+        flops *= _taps(left.sizes[lhs.index(label)], output.sizes[out.index(label)], window)
+    return flops
+
+
+def _windows(attributes: str) -> list[Window]:
+    found = re.search(r"window=\{([^}]*)\}", attributes)
+    if not found:
+        return []
+    said = dict(part.split("=") for part in found[1].split())
+    fields = {name: text.split("x") for name, text in said.items()}
+    of = {
+        "size": "size",
+        "stride": "stride",
+        "lhs_dilate": "lhs_dilate",
+        "rhs_dilate": "rhs_dilate",
+    }
+    windows = []
+    for d in range(len(fields["size"])):
+        values = {key: int(fields[name][d]) for key, name in of.items() if name in fields}
+        low = int(fields["pad"][d].split("_")[0]) if "pad" in fields else 0
+        windows.append(Window(low=low, **values))
+    return windows
+
+
+def _taps(inputs: int, outputs: int, window: Window) -> int:
+    """Pairs (output, kernel element) of one dimension that meet an input element."""
+    places = range(0, inputs * window.lhs_dilate, window.lhs_dilate)
+    total = 0
+    for k in range(window.size):
+        first = k * window.rhs_dilate - window.low
+        seen = range(first, first + outputs * window.stride, window.stride)
+        total += _common(seen, places)
+    return total
+
+
+def _common(a: range, b: range) -> int:
+    """How many numbers two ascending ranges share."""
+    if not a or not b:
+        return 0
+    divisor = math.gcd(a.step, b.step)
+    if (b[0] - a[0]) % divisor:
+        return 0
+    period = a.step * b.step // divisor
+    inverse = pow(a.step // divisor, -1, b.step // divisor)
+    meet = a[0] + a.step * ((b[0] - a[0]) // divisor * inverse % (b.step // divisor))
+    low = max(a[0], b[0])
+    first = meet + max(0, -(-(low - meet) // period)) * period
+    return max(0, (min(a[-1], b[-1]) - first) // period + 1)

@@ -1,0 +1,215 @@
+"""What a compiled step costs one chip, beside what it must cost."""
+
+import math
+import re
+
+import jax
+
+from esolm_jax.aot import hlo, necessary
+from esolm_jax.aot.topology import Chip
+from esolm_jax.attention.splash import tiling
+from esolm_jax.family import objectives, trim
+from esolm_jax.family.labels import Layout
+from esolm_jax.parallel import sharding
+from esolm_jax.training.train_step import Training
+
+KINDS = {"head|predicted_chunks|logits": "head", "splash|attend": "attention", "while": "blocks"}
+USUAL = {"conditional": 1}  # of train_step: the trimmed pass; see full_branch_probability
+# Products of a block of scores in each kernel: scores and values; then, backward, scores again,
+# the gradient of the probabilities and that of q, or of k and v.
+_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
+
+
+def local_bytes(tree) -> float:
+    """Bytes of one chip's part of ShapeDtypeStructs with shardings."""
+    return float(
+        sum(
+            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves(tree)
+        )
+    )
+
+
+def kernel_flops(training: Training, text: str) -> dict[str, float]:
+    """FLOPs of one execution of every splash kernel in a program, by its name.
+
+    Counted are the blocks that the kernel computes: those of its layout with anything visible.
+    """
+    model, parts = training.built.model, training.built.mesh.shape["sequence"]
+    by_size = {}
+    for layout in _layouts(training):
+        tiles = tiling(layout, parts)
+        by_size.setdefault(tiles.num_k, tiles)
+    flops = {}
+    for kernel in hlo.analyse(text, trip_counts={"": 1}, branches=USUAL).kernels:
+        shapes = [s.sizes for s in kernel.operands if len(s.sizes) == 4]
+        tiles = by_size.get(max((shape[2] for shape in shapes), default=0))
+        products = next((n for name, n in _PRODUCTS.items() if name in kernel.name), None)
+        if tiles is None or products is None:
+            continue
+        if tiles.fused and "dkv" in kernel.name:
+            products += 1  # and the gradient of q
+        rows, heads = shapes[0][:2]
+        pairs = rows * heads * tiles.blocks * tiles.block_q * tiles.block_k / parts
+        flops[kernel.name] = products * 2 * pairs * model.head_width
+    return flops
+
+
+def _layouts(training: Training) -> list[Layout]:
+    """The layouts of all passes of a training step, trimmed or not."""
+    length, block = training.config.data.seq_len, training.config.block_length
+    found = []
+    for phase, queries in zip(training.phases, training.objective.queries, strict=True):
+        if training.config.objective == "mdlm":
+            found.append(Layout(length, block=length))
+        elif training.config.objective == "bd3":
+            found.append(Layout(length, length, block))
+        elif phase.droppable:
+            found += [Layout(length, queries or length), Layout(length, length)]
+        else:
+            found.append(Layout(length))
+    return found
+
+
+def _padded(training: Training) -> float:
+    """Chunks of the head that run in a step on one chip, on average: half of the last is empty."""
+    work = necessary.step(training.config, training.phases)
+    mesh = training.built.mesh
+    local = work.predicted / (sharding.num_row_shards(mesh) * mesh.shape["sequence"])
+    per_step = local / training.config.train.accumulation
+    return per_step / training.config.model.loss_chunk + 0.5
+
+
+def _activations(text: str, blocks: int, params: list[tuple[int, ...]]) -> float:
+    """Bytes that the forward scan over blocks keeps for the backward pass: what a loop carries
+    with one entry a block, and is no parameter; of the loop that carries most."""
+    most = 0.0
+    for match in re.finditer(r"= \((.*?)\) while\(", text):
+        total = 0.0
+        for dtype, dims in re.findall(r"([a-z]+\d+)\[([\d,]+)\]", match[1]):
+            shape = tuple(int(n) for n in dims.split(","))
+            if shape[0] == blocks and shape not in params and math.prod(shape) > 1e5:
+                total += hlo.Shape(dtype, shape).bytes
+        most = max(most, total)
+    return most
+
+
+def memory(training: Training, compiled, chip: Chip) -> dict:
+    """HBM of one chip, in bytes, by what it holds."""
+    stats = compiled.memory_analysis()
+    state = training.abstract_state()
+    shapes = [leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(state.params)]
+    activations = _activations(compiled.as_text(), training.built.model.blocks, shapes)
+    activations = min(activations, stats.temp_size_in_bytes)
+    arguments = stats.argument_size_in_bytes
+    output = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    total = arguments + stats.temp_size_in_bytes + output + stats.generated_code_size_in_bytes
+    return {
+        "parameters": local_bytes(state.params),
+        "ema": local_bytes(state.ema),
+        "optimizer": local_bytes(state.opt_state),
+        "activations": activations,
+        "temporaries": stats.temp_size_in_bytes - activations,
+        "code_and_output": output + stats.generated_code_size_in_bytes,
+        "total": total,
+        "available": chip.hbm_bytes,
+        "fits": total <= chip.hbm_bytes,
+    }
+
+
+def cost(training: Training, text: str) -> hlo.Cost:
+    """The cost of a compiled training step; the usual branch is the trimmed one."""
+    return hlo.analyse(
+        text,
+        trip_counts={"predicted_chunks": _padded(training)},
+        kernel_flops=kernel_flops(training, text),
+        branches=USUAL,
+        kinds=KINDS,
+    )
+
+
+def stray_gathers(training: Training, found: hlo.Cost) -> list[str]:
+    """Messages outside a loop that bring together a stacked parameter, all blocks of it."""
+    blocks = training.built.model.blocks
+    wholes = {
+        leaf.shape
+        for path, leaf in jax.tree.leaves_with_path(training.abstract_state().params)
+        if path[0].key == "blocks" and math.prod(leaf.shape) > 1e6
+    }
+    sizes = {math.prod(shape) for shape in wholes}
+    return [
+        f"{m.kind} {m.dtype}{list(m.shape)} {m.op_name}"
+        for m in found.messages
+        if blocks in m.shape and math.prod(m.shape) in sizes
+    ]
+
+
+def report(training: Training, compiled, chip: Chip) -> dict:
+    """All figures of a compiled training step, as JSON-able numbers per chip and step."""
+    config, built = training.config, training.built
+    text = compiled.as_text()
+    found = cost(training, text)
+    work = necessary.step(config, training.phases)
+    params = training.abstract_state().params
+    chips = built.mesh.size
+    needed = {k: v / chips for k, v in necessary.flops(built.model, work).items()}
+    ideal = necessary.collective_bytes(config, built.model, work, built.mesh, params)
+    sent, best = sum(found.collectives.values()), sum(ideal.values())
+    flops = {"compiled": found.flops, "necessary": sum(needed.values())}
+    hbm = memory(training, compiled, chip)
+    return {
+        "hbm": hbm,
+        "flops": flops
+        | {
+            "ratio": found.flops / flops["necessary"],
+            "by_kind": dict(found.flops_by_kind),
+            "necessary_by_kind": needed,
+            "uncounted_kernels": sorted({k.name for k in found.uncounted_kernels}),
+        },
+        "collectives": {
+            "sent": dict(found.collectives),
+            "ideal": ideal,
+            "ratio": sent / best if best else 1.0,
+            "stray_gathers": stray_gathers(training, found),
+        },
+        "roofline": roofline(found.flops, flops["necessary"], sent, hbm, chip),
+        "tokens_per_step": config.train.batch_size * config.data.seq_len,
+        "full_branch_probability": _full_branch(training),
+    }
+
+
+def _full_branch(training: Training) -> float:
+    """Probability that a micro-batch of a step does not fit the trimmed pass."""
+    rows = training.config.train.batch_size // training.config.train.accumulation
+    length = training.config.data.seq_len
+    misses = [
+        trim.exceeded(length, phase.predicts, round(phase.fraction * rows), queries)
+        for phase, queries in zip(training.phases, training.objective.queries, strict=True)
+        if queries
+    ]
+    return max(misses, default=0.0)
+
+
+def roofline(flops: float, needed: float, sent: float, hbm: dict, chip: Chip) -> dict:
+    """Seconds of a step if nothing but its slowest resource counted, and the MFU of that.
+
+    Memory traffic is at least: the state read and written, what is kept written and read.
+    """
+    state = hbm["parameters"] + hbm["ema"] + hbm["optimizer"]
+    compute = flops / chip.flops
+    memory_seconds = 2 * (state + hbm["activations"]) / chip.hbm_bandwidth
+    network = sent / chip.ici_bandwidth
+    seconds = max(compute, memory_seconds, network)
+    return {
+        "compute_seconds": compute,
+        "memory_seconds": memory_seconds,
+        "network_seconds": network,
+        "step_seconds": seconds,
+        "mfu": needed / chip.flops / seconds,
+    }
+
+
+def objective_name(config) -> str:
+    """Such as "eso_b, alpha_0 = 0.5"."""
+    exact = objectives.is_exact(config) or config.objective in ("mdlm", "bd3")
+    return config.objective if exact else f"{config.objective}, alpha_0 = {config.alpha_0}"

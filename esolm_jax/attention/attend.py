@@ -1,0 +1,109 @@
+"""Attention under the rule of labels: every implementation behind one signature.
+
+dense holds the scores of all pairs: the plain reference. lean is XLA in linear memory, for any
+labels on any device. flash are block-sparse GPU kernels for any labels; splash is a block-sparse
+TPU kernel for labels that follow from a layout.
+"""
+
+import functools
+
+import jax
+from jax.sharding import Mesh
+
+from esolm_jax.attention.dense import dense
+from esolm_jax.family.labels import Tokens
+from esolm_jax.family.rule import dense_mask
+from esolm_jax.parallel import sharding
+
+ON = {"flash": "gpu", "splash": "tpu"}  # the platform that a kernel is for
+# The last two: the kernels in Python, on any device, for tests.
+KINDS = ("dense", "lean", "flash", "splash", "flash_interpret", "splash_interpret")
+SHORT = 128  # L up to which lean computes fewer pairs than splash's least blocks
+
+
+def resolve(kind: str, platform: str, length: int) -> str:
+    """The kind that "auto" stands for, for texts of L = `length` on a platform ("cpu", "gpu",
+    "tpu"); others as they are. flash is never chosen: it was not timed on a GPU yet."""
+    if kind != "auto":
+        return kind
+    return "splash" if platform == "tpu" and length > SHORT else "lean"
+
+
+def attend(
+    q_BHTK,
+    k_BGSK,
+    v_BGSK,
+    queries: Tokens,
+    keys: Tokens,
+    *,
+    kind: str = "dense",
+    mesh: Mesh | None = None,
+):
+    """Softmax attention by the rule of labels, scale 1/√K, everything of the softmax in float32.
+
+    What is invisible has probability exactly zero: it cannot reach the result even in the last
+    bit. Query head h reads key/value head h // (H // G).
+
+    Args:
+      q_BHTK, k_BGSK, v_BGSK: queries, keys, values; G divides H.
+      queries, keys: the labels of the T queries and S keys. All kinds but dense are
+        self-attention: `keys` are `queries`.
+      kind: one of KINDS. splash needs `queries.layout`, and is lean without one.
+      mesh: if given, q, k, v are split over it as sharding.RULES say: rows, heads and tokens;
+        keys and values are gathered over `sequence` inside.
+
+    Returns:
+      [B, H, T, K] in the dtype of v. What padding reads is up to the kind (splash: padding alone;
+      others: no more than its place in the layout allows), as nobody else reads padding.
+
+    Raises:
+      ValueError: an unknown kind; for splash, tokens that are not as many as the layout's.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"attention kind {kind!r}: must be one of {', '.join(KINDS)}")
+    if kind == "dense":
+        return dense(q_BHTK, k_BGSK, v_BGSK, dense_mask(queries, keys))
+    across = None if mesh is None or mesh.shape["sequence"] == 1 else "sequence"
+    # A part of the queries does not follow the layout by its own indices.
+    layout = None if across else queries.layout
+    # Kernels are imported when they are used: importing Pallas takes a second.
+    if kind.startswith("flash"):
+        from esolm_jax.attention.flash import flash
+
+        interpret = kind == "flash_interpret"
+        attention = functools.partial(flash, layout=layout, interpret=interpret)
+    elif kind == "lean" or queries.layout is None:
+        from esolm_jax.attention.lean import lean
+
+        attention = functools.partial(lean, layout=layout, platform=sharding.platform(mesh))
+    else:
+        from esolm_jax.attention.splash import splash
+
+        attention = functools.partial(
+            splash, layout=queries.layout, across=across, interpret=kind == "splash_interpret"
+        )
+    if mesh is not None:
+        attention = _on_mesh(attention, mesh, across)
+    labels = queries.rank, queries.in_context, keys.rank, keys.in_context
+    with jax.named_scope("attend"):  # aot/report.py finds its products by this name
+        return attention(q_BHTK, k_BGSK, v_BGSK, *labels)
+
+
+def _on_mesh(attention, mesh: Mesh, across: str | None):
+    """`attention` on every device's rows, heads and queries, over all keys of the row."""
+
+    def local(q_BHTK, k_BGSK, v_BGSK, *labels):
+        if across:  # the transpose of gathering keys is the reduce-scatter of their gradients
+            gather = functools.partial(jax.lax.all_gather, axis_name=across, axis=2, tiled=True)
+            k_BGSK, v_BGSK = gather(k_BGSK), gather(v_BGSK)
+        return attention(q_BHTK, k_BGSK, v_BGSK, *labels)
+
+    split = sharding.spec("rows", "heads", "tokens", None)
+    of_queries, of_keys = sharding.spec("rows", "tokens"), sharding.spec("rows", None)
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(split, split, split, of_queries, of_queries, of_keys, of_keys),
+        out_specs=split,
+        check_vma=False,  # a Pallas kernel says nothing of how its result varies
+    )

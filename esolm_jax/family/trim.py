@@ -1,0 +1,62 @@
+"""Query copies that reach no loss are left out: half the tokens or more of a sequential phase.
+
+A query copy is read by no token of another rank, so one without a weight is of no use (the context
+copy of a clean token equals it). How many are masked is random and shapes are static: each row
+keeps a fixed number of its last query copies, and a batch in which any row needs more is run whole.
+"""
+
+import functools
+import math
+
+import jax.numpy as jnp
+from scipy import stats
+
+from esolm_jax.family.labels import Labelled, Layout
+
+
+@functools.cache
+def num_queries(length: int, predicts: float, rows: int, multiple: int = 8) -> int:
+    """How many query copies a row keeps: M, a multiple of `multiple`, or L.
+
+    The M of the fewest tokens in expectation, L + M or, if any of `rows` rows has more than M of
+    Binomial(L, predicts) tokens to predict, 2L.
+    """
+    bounds = list(range(multiple, length, multiple))
+
+    def tokens(bound: int) -> float:
+        return bound + (length - bound) * exceeded(length, predicts, rows, bound)
+
+    return min([length, *bounds], key=tokens)  # of equals, all: nothing to decide at run time
+
+
+def exceeded(length: int, predicts: float, rows: int, bound: int) -> float:
+    """Probability that some row has more than `bound` tokens to predict."""
+    one = stats.binom.sf(bound, length, predicts)
+    return 1.0 if one == 1 else -math.expm1(rows * math.log1p(-one))
+
+
+def fits(labelled: Labelled, queries: int):
+    """bool scalar: whether trimming to `queries` query copies leaves every prediction in place."""
+    dropped = labelled.weight[:, : labelled.weight.shape[1] - queries]
+    return ~jnp.any(dropped != 0)
+
+
+def trim(labelled: Labelled, queries: int) -> Labelled:
+    """The batch with the last `queries` query copies of each row, in front of the whole context."""
+    length = labelled.target.shape[1]
+    drop = length - queries
+    tokens = labelled.tokens
+    layout = tokens.layout and Layout(tokens.layout.length, queries, tokens.layout.block)
+    tokens = type(tokens)(
+        token=tokens.token[:, drop:],
+        position=tokens.position[:, drop:],
+        rank=tokens.rank[:, drop:],
+        in_context=tokens.in_context[:, drop:],
+        layout=layout,
+    )
+    return Labelled(
+        tokens=tokens,
+        target=labelled.target[:, drop:],
+        weight=labelled.weight[:, drop:],
+        num_tokens=labelled.num_tokens,
+    )

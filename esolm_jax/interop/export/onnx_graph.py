@@ -1,0 +1,223 @@
+"""The plain transformer as an ONNX graph, node by node as in shipped/plain_transformer.py.
+
+Its weights are the safetensors file beside it, as external data: a tensor is a place in that file.
+"""
+
+import math
+import pathlib
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from esolm_jax.interop import safetensors_file
+from esolm_jax.interop.export.shipped.plain_transformer import MASKED, NOBODY, PARTS
+from esolm_jax.interop.export.signatures import Array, Signature
+
+OPSET = 20
+IR_VERSION = 10  # what the oldest runtime with that opset reads
+
+
+class Graph:
+    """Nodes so far. Arrays are known by name."""
+
+    def __init__(self, weights: pathlib.Path):
+        self.file = weights.name
+        self.places = safetensors_file.places(weights)
+        self.unused = set(self.places)
+        self.nodes: list = []
+        self.initializers: dict = {}
+
+    def __call__(self, op: str, *inputs, **attributes) -> str:
+        """A node of one output. Inputs are names, or numpy arrays: constants."""
+        name = f"{op.lower()}_{len(self.nodes)}"
+        inputs = [i if isinstance(i, str) else self.constant(i) for i in inputs]
+        self.nodes.append(helper.make_node(op, inputs, [name], **attributes))
+        return name
+
+    def constant(self, array) -> str:
+        array = np.asarray(array)
+        name = f"constant_{array.dtype}_{array.shape}_{array.tolist()}".replace(" ", "")
+        self.initializers[name] = numpy_helper.from_array(array, name)
+        return name
+
+    def weight(self, name: str) -> str | None:
+        """A kernel [D, …] as a matrix [D, _], a bias as a vector, the rest as it is; None =
+        it is not there."""
+        if name not in self.places:
+            return None
+        offset, shape = self.places[name]
+        size = math.prod(shape)
+        dims = (
+            (size,) if len(shape) == 1 or name.endswith("_bias") else (shape[0], size // shape[0])
+        )
+        initializer = f"weights.{name}"
+        tensor = TensorProto(name=initializer, dims=dims, data_type=TensorProto.FLOAT)
+        tensor.data_location = TensorProto.EXTERNAL
+        about = {"location": self.file, "offset": offset, "length": 4 * size}
+        for key, value in about.items():
+            tensor.external_data.add(key=key, value=str(value))
+        self.initializers[initializer] = tensor
+        self.unused.discard(name)
+        return initializer
+
+    def linear(self, name: str, h: str) -> str:
+        y, bias = self("MatMul", h, self.weight(name)), self.weight(f"{name}_bias")
+        return self("Add", y, bias) if bias else y
+
+    def reshape(self, x: str, *shape: int) -> str:
+        """0 = as it is in x."""
+        return self("Reshape", x, np.array(shape, np.int64))
+
+    def unsqueeze(self, x: str, *axes: int) -> str:
+        return self("Unsqueeze", x, np.array(axes, np.int64))
+
+    def part(self, x: str, axis: int, start: int, end: int) -> str:
+        return self("Slice", x, *(np.array([n], np.int64) for n in (start, end, axis)))
+
+    def count(self, x: str, axis: int) -> str:
+        """int64 [n]: 0, 1, … along an axis of x."""
+        size = self("Gather", self("Shape", x), np.int64(axis))
+        return self("Range", np.int64(0), size, np.int64(1))
+
+    def int64(self, x: str) -> str:
+        return self("Cast", x, to=TensorProto.INT64)
+
+
+def build(weights: pathlib.Path, network: dict, signature: Signature) -> onnx.ModelProto:
+    """score, or step if the signature has a cache.
+
+    Args:
+      weights: the safetensors file under plain names; the model is to be saved beside it.
+      network: of plain.description.
+    """
+    g = Graph(weights)
+    cached = "filled" in {array.name for array in signature.inputs}
+    place, mask = _places_and_mask(g, cached)
+    h, all_keys, all_values = g("Gather", g.weight("embedding"), "token"), [], []
+    angles = None
+    if positions := g.weight("positions"):
+        h = g("Add", h, g("Gather", positions, "position"))
+    else:
+        angle = g("Cast", g.unsqueeze("position", 2, 3, 4), to=TensorProto.FLOAT)
+        angle = g("Mul", angle, g.weight("rope"))
+        angles = g("Cos", angle), g("Sin", angle)
+    for i in range(network["blocks"]):
+        h, keys, values = _block(g, i, network, h, angles, place, mask)
+        all_keys.append(g.unsqueeze(keys, 0))
+        all_values.append(g.unsqueeze(values, 0))
+    results = [g.linear("logits", _normed(g, network, h))]
+    if cached:
+        results += [g("Concat", *all_keys, axis=0), g("Concat", *all_values, axis=0)]
+    names = [array.name if not cached or array.name == "logits" else f"{array.name}_out"
+             for array in signature.outputs]  # fmt: skip
+    for result, name in zip(results, names, strict=True):
+        g.nodes.append(helper.make_node("Identity", [result], [name]))
+    assert not g.unused, f"weights that the graph has no part for: {g.unused}"
+    graph = helper.make_graph(
+        g.nodes,
+        "step" if cached else "score",
+        [_info(array, array.name) for array in signature.inputs],
+        [_info(array, name) for array, name in zip(signature.outputs, names, strict=True)],
+        list(g.initializers.values()),
+    )
+    opset = [helper.make_opsetid("", OPSET)]
+    return helper.make_model(graph, opset_imports=opset, ir_version=IR_VERSION)
+
+
+def _info(array: Array, name: str):
+    dtype = helper.np_dtype_to_tensor_dtype(np.dtype(array.dtype))
+    return helper.make_tensor_value_info(name, dtype, array.shape)
+
+
+def _places_and_mask(g: Graph, cached: bool):
+    """(where in the cache the tokens go, int64 [b, w, 2]; who reads whom, bool [b, 1, 1, w, s])."""
+    rank, in_context = g.int64("rank"), "in_context"
+    k_rank, k_in_context, place = rank, in_context, None
+    if cached:
+        filled = g.unsqueeze(g.int64("filled"), 1)
+        slots = g("Add", filled, g.unsqueeze(g.count("token", 1), 0))
+        rows = g("Expand", g.unsqueeze(g.count("token", 0), 1), g("Shape", slots))
+        place = g("Concat", g.unsqueeze(rows, 2), g.unsqueeze(slots, 2), axis=2)
+        before = g("Less", g.unsqueeze(g.count("keys", 2), 0), filled)
+        k_rank = g("Where", before, np.int64(-1), np.int64(NOBODY))
+        ones = g("Where", before, np.int64(1), np.int64(1))
+        k_rank = g("ScatterND", k_rank, place, rank)
+        k_in_context = g("ScatterND", ones, place, g.int64(in_context))
+        k_in_context = g("Equal", k_in_context, np.int64(1))
+    q_rank, q_in_context = g.unsqueeze(rank, 2), g.unsqueeze(in_context, 2)
+    k_rank, k_in_context = g.unsqueeze(k_rank, 1), g.unsqueeze(k_in_context, 1)
+    is_copy = g("Not", q_in_context)
+    reads_context = g("LessOrEqual", k_rank, g("Sub", q_rank, g.int64(is_copy)))
+    reads_copy = g("And", is_copy, g("Equal", k_rank, q_rank))
+    mask = g(
+        "Or",
+        g("And", k_in_context, reads_context),
+        g("And", g("Not", k_in_context), reads_copy),
+    )
+    return place, g.unsqueeze(mask, 1, 2)
+
+
+def _normed(g: Graph, network: dict, h: str) -> str:
+    if network["norm"] == "layer":
+        h = g("Sub", h, g("ReduceMean", h, np.array([-1], np.int64)))
+    return _rms_normed(g, network, h)
+
+
+def _rms_normed(g: Graph, network: dict, x: str) -> str:
+    square = g("ReduceMean", g("Mul", x, x), np.array([-1], np.int64))
+    return g("Div", x, g("Sqrt", g("Add", square, np.float32(network["epsilon"]))))
+
+
+def _rotate(g: Graph, x: str, half: int, cos: str, sin: str) -> str:
+    """x [b, t, …, K]."""
+    a, b = g.part(x, -1, 0, half), g.part(x, -1, half, 2 * half)
+    first = g("Sub", g("Mul", a, cos), g("Mul", b, sin))
+    return g("Concat", first, g("Add", g("Mul", b, cos), g("Mul", a, sin)), axis=-1)
+
+
+def _block(g: Graph, i: int, network, h: str, angles, place, mask):
+    """h behind block i, and keys and values [b, s, G, K]."""
+    name = {part: f"blocks.{i}.{part}" for part in PARTS}
+    _, (_, groups, of_group, width) = g.places[name["qkv"]]
+    per_group = of_group - 2
+    qkv = g.linear(name["qkv"], _normed(g, network, h))
+    qkv = g.reshape(qkv, 0, 0, groups, of_group, width)
+    qk, v = g.part(qkv, 3, 0, per_group + 1), g.part(qkv, 3, per_group + 1, of_group)
+    if scale := g.weight(name["qk_norm_scale"]):
+        qk = g("Mul", _rms_normed(g, network, qk), scale)
+    qk = _rotate(g, qk, width // 2, *angles) if angles else qk
+    q, k = g.part(qk, 3, 0, per_group), g.part(qk, 3, per_group, per_group + 1)
+    k, v = (g("Squeeze", x, np.array([3], np.int64)) for x in (k, v))
+    if place is not None:
+        k = g("ScatterND", g("Gather", "keys", np.int64(i)), place, k)
+        v = g("ScatterND", g("Gather", "values", np.int64(i)), place, v)
+    flat = g.reshape(_attend(g, q, k, v, mask), 0, 0, groups * per_group * width)
+    h = g("Add", h, g.linear(name["attention_out"], flat))
+    inner = g.linear(name["mlp_in"], _normed(g, network, h))
+    h = g("Add", h, g.linear(name["mlp_out"], _activate(g, network, inner, name["mlp_in"])))
+    return h, k, v
+
+
+def _attend(g: Graph, q: str, k: str, v: str, mask: str) -> str:
+    """q [b, t, G, R, K]; k, v [b, s, G, K] → [b, t, G, R, K]."""
+    q = g("Transpose", q, perm=[0, 2, 3, 1, 4])
+    k = g.unsqueeze(g("Transpose", k, perm=[0, 2, 3, 1]), 2)
+    v = g.unsqueeze(g("Transpose", v, perm=[0, 2, 1, 3]), 2)
+    scores = g("Where", mask, g("MatMul", q, k), np.float32(MASKED))
+    out = g("MatMul", g("Softmax", scores, axis=-1), v)
+    return g("Transpose", out, perm=[0, 3, 1, 2, 4])
+
+
+def _activate(g: Graph, network, x: str, kernel: str) -> str:
+    if network["activation"] == "swiglu":
+        _, (_, _, inner) = g.places[kernel]
+        a, b = g.part(x, -1, 0, inner), g.part(x, -1, inner, 2 * inner)
+        return g("Mul", g("Mul", a, g("Sigmoid", a)), b)
+    return g("Gelu", x, approximate="tanh")
+
+
+def save(model: onnx.ModelProto, path: pathlib.Path) -> None:
+    """Beside its weights. The checker sees to it that graph, types and external data are sound."""
+    onnx.save(model, path)
+    onnx.checker.check_model(path, full_check=True)

@@ -1,0 +1,124 @@
+"""How a family generates, as data that a program in any runtime can follow."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+
+from esolm_jax.errors import UserError
+from esolm_jax.sampling import generate
+from esolm_jax.sampling.plan.canvas import Canvas
+from esolm_jax.training.restore import TrainedModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Attributes:
+    sizes: tokens that each pass generates; they sum to the length.
+    order: int32 [L], the position generated at each rank; None = drawn for each row, two-phase.
+    num_diffusion: how many of a fixed order are the diffusion phase's.
+    about: JSON-able, the `sampling` section of config.json:
+      objective, alpha_0, length, mask_id, start_token;
+      cached: passes run new tokens alone; else the whole text;
+      shift: 1 = a token's slot predicts the next (AR);
+      rank_block: slots of one rank; prefix_of_one_rank: diffusion tokens that are known have
+        rank 0;
+      order_block: blocks of the text are generated one after the other;
+      cache: [blocks, G, K];
+      schedule, temperature, top_k, top_p: of config.sample, used by every runtime;
+        schedule_note: the difference from config.sample's schedule, or "";
+      passes: [tokens, count] of runs of equal passes;
+      order, num_diffusion: of the attributes above, order as a list.
+    """
+
+    sizes: tuple[int, ...]
+    order: np.ndarray | None
+    num_diffusion: int | None
+    about: dict
+
+
+def _family(config, length: int) -> dict:
+    whole = {"cached": False, "shift": 0, "rank_block": 1, "prefix_of_one_rank": False}
+    whole |= {"order_block": length}
+    block = config.block_length
+    return {
+        "ar": whole | {"cached": True, "shift": 1},
+        "eso_b": whole | {"cached": True},
+        "eso_a": whole | {"prefix_of_one_rank": True},
+        "mdlm": whole | {"rank_block": length},
+        "bd3": whole | {"rank_block": block, "order_block": block},
+    }[config.objective]
+
+
+def step_note(config) -> str:
+    """What a caller of the cached step has to know of this family, or ""."""
+    return {
+        "eso_a": "the cache is exact in the sequential phase only, after one step over all tokens "
+        "of the diffusion phase with rank 0: while these are generated, they read each other",
+        "bd3": "tokens of a block read each other: they may stay in the cache once the block is "
+        "complete, and was run as it is then",
+    }.get(config.objective, "")
+
+
+def no_step(config) -> str:
+    """Why there is no cached step, or ""."""
+    if config.objective == "mdlm":
+        return "objective mdlm has no cached step: known tokens read those generated later"
+    return ""
+
+
+def no_sampler(config) -> str:
+    """Why config.sample can't be exported as one program, or ""."""
+    s = config.sample
+    try:
+        generate.check(config)
+    except UserError as error:
+        return str(error)
+    length = s.length or config.data.seq_len
+    fine = s.schedule == "left_to_right"
+    fine |= s.schedule == "strided"
+    fine |= s.schedule == "ancestral" and s.steps == 0 and length <= config.data.seq_len
+    if not fine or s.speculate or s.stop_at_eos:
+        return (
+            f"config.sample.schedule={s.schedule!r} with sample.steps={s.steps}, speculate="
+            f"{s.speculate}, stop_at_eos={s.stop_at_eos}, {length} tokens: the exported sampler is "
+            "left_to_right, strided, or ancestral with steps=0 (one token a pass) up to "
+            f"data.seq_len={config.data.seq_len}, without speculate and stop_at_eos"
+        )
+    return ""
+
+
+def make(config, trained: TrainedModel, *, with_schedule: bool) -> Plan:
+    """The plan of config.sample; without its schedule, of one token a pass."""
+    model, special = trained.built.model, trained.built.special
+    length = (config.sample.length if with_schedule else 0) or config.data.seq_len
+    s = config.sample
+    schedule = s.schedule if with_schedule else "ancestral"
+    note = (
+        ""
+        if with_schedule
+        else f"one token a pass instead of config.sample's: {no_sampler(config)}"
+    )
+    about = {
+        "objective": config.objective,
+        "alpha_0": 0.0 if schedule == "left_to_right" else config.alpha_0,
+        "length": length,
+        "mask_id": special.mask,
+        "start_token": special.start,
+        **_family(config, length),
+        "cache": [model.blocks, model.groups, model.head_width],
+        "schedule": schedule,
+        "schedule_note": note,
+        "temperature": s.temperature,
+        "top_k": s.top_k,
+        "top_p": s.top_p,
+    }
+    sizes, order, num_diffusion = (1,) * length, None, None
+    if schedule == "strided":
+        drawn = generate.make_schedule(config, Canvas.empty(1, length, 0))
+        sizes = tuple(drawn.sizes[:, 0].tolist())
+        order, num_diffusion = drawn.order[0], int(drawn.num_diffusion[0])
+    about["passes"] = [[size, len(list(run))] for size, run in itertools.groupby(sizes)]
+    about["order"] = None if order is None else order.tolist()
+    about["num_diffusion"] = num_diffusion
+    return Plan(sizes, order, num_diffusion, about)

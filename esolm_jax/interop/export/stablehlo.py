@@ -1,0 +1,48 @@
+"""Functions of plain arrays → StableHLO for CPU, CUDA and TPU in one file, through jax.export."""
+
+import jax
+import jax.export
+import jax.numpy as jnp
+
+from esolm_jax.interop.export.shipped import plain_transformer
+from esolm_jax.interop.export.signatures import Signature
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def functions(network: dict) -> dict:
+    """score and step of plain_transformer.py: (weights, …) → arrays. `network`: of
+    plain.description."""
+
+    def bind(function):
+        return lambda weights, *args: function(weights, network, *args, xp=jnp)
+
+    return {
+        "score": bind(plain_transformer.score),
+        "step": bind(plain_transformer.step),
+    }
+
+
+def serialize(function, signature: Signature, weights: dict[str, tuple[int, ...]]) -> bytes:
+    """The artefact: jax.export.deserialize(it).call(weights, …). Weights are its first argument, a
+    dict by name, so that they lie on disk once; open dimensions stay open.
+
+    Args:
+      weights: shapes by name.
+    """
+    names = [dim for array in signature.inputs for dim in array.shape if isinstance(dim, str)]
+    names = sorted(set(names))
+    known = ["s >= w"] if "s" in names else []
+    dims = dict(
+        zip(names, jax.export.symbolic_shape(",".join(names), constraints=known), strict=True)
+    )
+
+    def struct(shape, dtype):
+        return jax.ShapeDtypeStruct([dims.get(dim, dim) for dim in shape], jnp.dtype(dtype))
+
+    specs = [struct(array.shape, array.dtype) for array in signature.inputs]
+    of_weights = {name: struct(shape, "float32") for name, shape in weights.items()}
+    # Products in float32 also where the hardware's default is less: the parity is to hold there.
+    with jax.default_matmul_precision("highest"):
+        export = jax.export.export(jax.jit(function), platforms=PLATFORMS)
+        return bytes(export(of_weights, *specs).serialize())

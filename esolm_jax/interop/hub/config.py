@@ -1,0 +1,234 @@
+"""config.json of a GPT-2, Llama or Qwen of the Hugging Face hub, as a config file:
+interop/hub/config.py:FOLDER.
+
+This is what `convert` runs with when --config is left out: an autoregressive model of ours.
+"""
+
+import os
+import pathlib
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from esolm_jax import config as config_lib
+from esolm_jax.errors import UserError
+from esolm_jax.files import regular_file
+from esolm_jax.interop.shown import shown
+
+FILE = "config.json"
+_SIZE = 16 * regular_file.MB
+_LENGTH = 1024  # data.seq_len, unless the model was made for less
+_MOST, _MOST_FLOAT = 2**31 - 1, 3e38  # numbers fit 32 bits
+
+# ours → theirs, and what `transformers` takes if config.json has it not (None = it must).
+_GPT2 = {
+    "width": ("n_embd", None),
+    "blocks": ("n_layer", None),
+    "heads": ("n_head", None),
+    "mlp_width": ("n_inner", 0),
+    "positions": ("n_positions", None),
+    "norm_eps": ("layer_norm_epsilon", 1e-5),
+}
+_LLAMA = {
+    "width": ("hidden_size", None),
+    "blocks": ("num_hidden_layers", None),
+    "heads": ("num_attention_heads", None),
+    "kv_heads": ("num_key_value_heads", 0),
+    "mlp_width": ("intermediate_size", None),
+    "norm_eps": ("rms_norm_eps", 1e-6),
+}
+_QWEN = _LLAMA | {"kv_heads": ("num_key_value_heads", 32)}
+# Null does not mean "missing": it means as many key/value heads as heads, an MLP 4 x as wide.
+_NULL = {"num_key_value_heads": 0, "n_inner": 0}
+_TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
+_SILU = ("silu", "swish")
+
+# model_type → (fields, what is fixed of ours, their field → (values that we have, default)).
+# Null is allowed here if `transformers` treats it as False or as 1.
+_OFF = ((False, None), False)
+_ROPE = {
+    "use_sliding_window": _OFF,
+    "hidden_act": (_SILU, "silu"),
+    "partial_rotary_factor": ((1, None), 1),
+}
+_FAMILIES: dict[str, tuple[dict, dict, dict]] = {
+    "gpt2": (
+        _GPT2,
+        {"style": "gpt2", "qkv_bias": True},
+        {
+            "activation_function": (_TANH, "gelu_new"),
+            "scale_attn_weights": ((True,), True),
+            "scale_attn_by_inverse_layer_idx": _OFF,
+            "add_cross_attention": _OFF,
+        },
+    ),
+    "llama": (
+        _LLAMA,
+        {"style": "llama"},
+        _ROPE | {"attention_bias": _OFF, "mlp_bias": _OFF},
+    ),
+    "qwen2": (_QWEN, {"style": "llama", "qkv_bias": True}, _ROPE),
+    "qwen3": (
+        _QWEN,
+        {"style": "llama", "qk_norm": True},
+        _ROPE | {"attention_bias": _OFF},
+    ),
+}
+_TIED = {"gpt2": True}  # tie_word_embeddings by default
+_HEAD_WIDTH = {"qwen3": 128}  # head_dim by default; of the others hidden_size / heads
+_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def is_folder(path: str) -> bool:
+    """Whether `path` is a folder, as the hub's models are; published checkpoints are files."""
+    return os.path.isdir(regular_file.expand(path))
+
+
+def read(folder: pathlib.Path) -> dict[str, Any]:
+    """The content of config.json. UserError: missing, not JSON, or of an unsupported family."""
+    path = folder / FILE
+    if not regular_file.is_there(path):
+        raise UserError(
+            f"--from={folder}: is a folder without {FILE}; give a folder of the Hugging Face hub "
+            "(config.json, *.safetensors, tokenizer.json) or a file of published weights"
+        )
+    hub = regular_file.read_json(path, _SIZE)
+    kind = hub.get("model_type") if isinstance(hub, dict) else None
+    if not isinstance(kind, str) or kind not in _FAMILIES:
+        raise UserError(
+            f"{path}: model_type={shown(kind)}: an unsupported architecture; must be one of "
+            f"{', '.join(_FAMILIES)}"
+        )
+    return hub
+
+
+def is_tied(hub: dict[str, Any], where: str) -> bool:
+    """Whether embedding and head are tied. UserError: the field is not a boolean."""
+    tied = hub.get("tie_word_embeddings", _TIED.get(hub["model_type"], False))
+    if tied is not None and not isinstance(tied, bool):
+        raise UserError(f"{where}: tie_word_embeddings={shown(tied)}: must be true or false")
+    return bool(tied)  # null is False, as in `transformers`
+
+
+def special_ids(hub: dict[str, Any], where: str) -> dict[str, int]:
+    """Ids of BOS, EOS and PAD; one that is missing is another: an AR text may begin with EOS, and
+    PAD is only filler. UserError: there is no EOS, or an id is no number."""
+    found = {}
+    for name in _SPECIAL:
+        value = hub.get(name)
+        value = value[0] if isinstance(value, list) and value else value
+        if value is not None and (type(value) is not int or not -1 <= value <= _MOST):
+            raise UserError(f"{where}: {name}={shown(value)}: must be a token id")
+        found[name.removesuffix("_token_id")] = None if value == -1 else value
+    if found["eos"] is None:
+        raise UserError(f"{where}: eos_token_id is missing: documents are joined by that token")
+    return {name: found["eos"] if i is None else i for name, i in found.items()}
+
+
+def get_config(path: str) -> ConfigDict:
+    """ConfigDict of the model in a folder, as an autoregressive one of ours.
+
+    Raises:
+      UserError: of an unsupported architecture; the message says in which parts.
+    """
+    folder = regular_file.expand(path)
+    hub = read(folder)
+    fields, fixed, allowed = _FAMILIES[hub["model_type"]]
+    where = str(folder / FILE)
+    _check(hub, allowed, where)
+    config = config_lib.default_config()
+    with config.unlocked():
+        config.objective, config.alpha_0 = "ar", 0.0
+        model = config.model
+        model.cond_width, model.dropout = 0, 0.0
+        for name, value in fixed.items():
+            model[name] = value
+        for name, (theirs, default) in fields.items():
+            model[name] = _number(hub, theirs, default, type(model[name]), where)
+        if hub["model_type"] != "gpt2":
+            _set_heads(model, hub, where)
+            _set_rope(model, hub, where)
+        config.data.source = "text"
+        config.data.tokenizer = "tokenizers"
+        longest = _number(hub, "max_position_embeddings", _LENGTH, int, where)
+        config.data.seq_len = min(_LENGTH, model.positions or longest)
+    return config
+
+
+def _number(hub: dict, name: str, default, kind: type, where: str):
+    """A positive number. `default`: for a missing or null field; None: the field is required."""
+    default = _NULL.get(name, default) if name in hub else default
+    value = hub.get(name)
+    if value is None and default is None:
+        raise UserError(f"{where}: {name} is missing")
+    if value is None:
+        return kind(default)
+    most = _MOST if kind is int else _MOST_FLOAT
+    if type(value) not in (int, kind) or not 0 < value <= most:
+        raise UserError(f"{where}: {name}={shown(value)}: must be a positive {kind.__name__}")
+    return kind(value)
+
+
+def _check(hub: dict, allowed: dict, where: str) -> None:
+    """UserError that lists all that we have not."""
+    wrong = [
+        f"{name}={shown(hub[name])} (allowed: {', '.join(str(v) for v in values if v is not None)})"
+        for name, (values, default) in allowed.items()
+        if hub.get(name, default) not in values
+    ]
+    layers = hub.get("layer_types")
+    if layers is not None and not isinstance(layers, list):
+        wrong.append(f"layer_types={shown(layers)} (allowed: a list of full_attention)")
+    elif other := [layer for layer in layers or [] if layer != "full_attention"]:
+        wrong.append(f"layer_types={shown(other[0])} (allowed: full_attention)")
+    if hub.get("quantization_config") is not None:
+        wrong.append("quantization_config (allowed: none; take the weights before quantization)")
+    if wrong:
+        raise UserError(f"{where}: an unsupported architecture: {'; '.join(wrong)}")
+
+
+def _set_heads(model: ConfigDict, hub: dict, where: str) -> None:
+    default = _HEAD_WIDTH.get(hub["model_type"], 0)
+    width = _number(hub, "head_dim", default, int, where) * model.heads
+    model.attention_width = 0 if width == model.width else width
+    model.kv_heads = 0 if model.kv_heads == model.heads else model.kv_heads
+
+
+def _set_rope(model: ConfigDict, hub: dict, where: str) -> None:
+    """Plain RoPE, or with the scaling of Llama 3.1; in the old or the new field."""
+    rope = {"rope_theta": hub["rope_theta"]} if hub.get("rope_theta") is not None else {}
+    for name in ("rope_scaling", "rope_parameters"):  # the old and the new field
+        rope |= _rope_fields(hub.get(name), f"{where}: {name}")
+    model.rope_base = _number(rope, "rope_theta", 10_000.0, float, where)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return
+    fixed = [rope.get(name) for name in ("low_freq_factor", "high_freq_factor")]
+    if kind != "llama3" or fixed != [1, 4] or bool in map(type, fixed):
+        raise UserError(
+            f"{where}: an unsupported architecture: rope scaling {shown(kind)} with factors "
+            f"{shown(fixed[0])} and {shown(fixed[1])} "
+            "(allowed: none, or llama3 with low_freq_factor 1 and high_freq_factor 4)"
+        )
+    model.rope_factor = _number(rope, "factor", None, float, where)
+    model.rope_length = _number(rope, "original_max_position_embeddings", None, int, where)
+
+
+def _rope_fields(fields: Any, where: str) -> dict:
+    """The content of rope_parameters or rope_scaling. UserError: not an object of scalars (for
+    example one object per type of layer), or partial rotation of heads."""
+    if fields is None:
+        return {}
+    if not isinstance(fields, dict):
+        raise UserError(f"{where}={shown(fields)}: must be an object")
+    for name, value in fields.items():
+        if isinstance(value, dict | list):
+            raise UserError(
+                f"{where}: an unsupported architecture: {shown(name)} is {shown(value)}"
+            )
+    if fields.get("partial_rotary_factor") not in (None, 1):
+        value = shown(fields["partial_rotary_factor"])
+        raise UserError(
+            f"{where}: an unsupported architecture: partial_rotary_factor={value} (allowed: 1)"
+        )
+    return fields

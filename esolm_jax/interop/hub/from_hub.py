@@ -1,0 +1,151 @@
+"""A pretrained GPT-2, Llama or Qwen → a workdir with an autoregressive model of ours.
+
+Tensor by tensor into files as large as our parameters, and from these, piece by piece, into the
+checkpoint: of a model of any size, only one tensor is in memory at a time (but for pages of mapped
+files, which the system drops when it wants the room). These files are deleted in the end;
+meanwhile they need 4 bytes a parameter on disk.
+"""
+
+import pathlib
+
+import jax
+import numpy as np
+import tqdm
+
+import esolm_jax
+from esolm_jax import config as config_lib
+from esolm_jax.data import hub_tokenizer
+from esolm_jax.data import tokenizer as tokenizer_lib
+from esolm_jax.data.manifest import tokenizer_entry
+from esolm_jax.errors import UserError
+from esolm_jax.files import regular_file
+from esolm_jax.interop import weight_types
+from esolm_jax.interop.hub import config as hub_config
+from esolm_jax.interop.hub import folder as hub_folder
+from esolm_jax.interop.hub import names as hub_names
+from esolm_jax.interop.published import into_workdir
+from esolm_jax.interop.published.into_workdir import Converted
+from esolm_jax.interop.shown import shown
+from esolm_jax.model import build, finite
+from esolm_jax.model import transformer as model_lib
+from esolm_jax.process import prng
+from esolm_jax.training import checkpoint, restore
+
+_MOST_IDS = 2**31 - 1
+
+
+def convert(config, source: str, workdir: pathlib.Path, tokenizer: str) -> Converted:
+    """Writes checkpoint, tokenizer and config of the model in a folder: all of it or nothing.
+
+    Our vocabulary is the ids of its embedding and, one past them, the mask token: its row of the
+    embedding is the mean of the others (a row of zeros or noise is like none that the blocks have
+    seen, and RMSNorm would blow it up), its column of the head is 0.
+
+    Args:
+      config: of an "ar" model; config.model must be that of the folder.
+      source: the folder. tokenizer: a file or folder, or "" for the one in the folder.
+
+    Raises:
+      UserError: the folder, the config and the tokenizer do not fit, or the workdir is not empty.
+    """
+    into_workdir.check_empty(workdir)
+    folder = regular_file.expand(source)
+    hub, settings = hub_config.read(folder), str(folder / hub_config.FILE)
+    _check_config(config, source)
+    tied = hub_config.is_tied(hub, settings)
+    tensors = hub_folder.tensors(folder)
+    hub_folder.check_blocks(tensors, config.model.blocks, settings)
+    ids = _num_ids(hub, folder)
+    found = _tokenizer(folder, tokenizer, hub, ids)
+    with config.unlocked():
+        config.data.tokenizer, config.data.vocab_size = found.kind, ids
+        config.data.tokenizer_path = into_workdir.saved_tokenizer(found, workdir)
+    model = build.model_config(config, tokenizer_entry(found), "cpu")
+    prefix = hub_folder.prefix_of(tensors, model.style)
+    parts = hub_names.parts(model, ids, tied=tied, prefix=prefix)
+    hub_folder.check(tensors, parts, source)
+    weight_types.check({part.name: tensors[part.name] for part in parts}, source)
+    meta = {
+        "config": config.to_dict(),
+        "cursor": 0,
+        "tokenizer": tokenizer_entry(found),
+        "version": esolm_jax.__version__,
+        "prng": prng.IMPL,
+        "converted": {"folder": folder.resolve().name, "model_type": hub["model_type"]},
+        "only_weights": True,
+    }
+
+    def save(checkpoints: checkpoint.Checkpoints, draft: pathlib.Path) -> None:
+        params = _on_disk(model, draft / "arrays")
+        _fill(params, tensors, parts, ids, source)
+        checkpoints.save_weights(params, meta)
+
+    into_workdir.write(workdir, meta, found, save)
+    shapes = jax.tree.leaves(_shapes(model))
+    return Converted(0, sum(a.size for a in shapes), "the one set of weights in it")
+
+
+def _check_config(config, source: str) -> None:
+    """UserError unless the config is of the folder's model, which is autoregressive."""
+    theirs, ours = config_lib.flat(hub_config.get_config(source)), config_lib.flat(config)
+    for name in restore.MODEL_FIELDS:
+        if ours[name] != theirs[name]:
+            raise UserError(
+                f"config.{name}={ours[name]!r}: the model in {source} has {theirs[name]!r}"
+            )
+
+
+def _num_ids(hub: dict, folder: pathlib.Path) -> int:
+    ids = hub.get("vocab_size")
+    if type(ids) is not int or not 2 <= ids <= _MOST_IDS:
+        raise UserError(
+            f"{folder / hub_config.FILE}: vocab_size={shown(ids)}: must be the number of ids"
+        )
+    return ids
+
+
+def _tokenizer(folder: pathlib.Path, given: str, hub: dict, ids: int) -> tokenizer_lib.Tokenizer:
+    """The tokenizer, as large as the embedding: tokenizer.json as it is, or one of our kinds."""
+    path = regular_file.expand(given) if given else folder
+    file = path / hub_tokenizer.FILE if path.is_dir() else path
+    if file.name == hub_tokenizer.FILE and regular_file.is_there(file):
+        special = hub_config.special_ids(hub, str(folder / hub_config.FILE))
+        content = regular_file.read_bytes(file, hub_tokenizer.MAX_SIZE)
+        return hub_tokenizer.HubTokenizer(content, {"vocab_size": ids, **special}, str(file))
+    found = tokenizer_lib.read_tokenizer(given or folder)
+    if found.vocab_size != ids or found.mask_id != ids:
+        raise UserError(
+            f"{path}: the {found.kind} tokenizer has {found.vocab_size} ids, the model in {folder} "
+            f"{ids}: not the tokenizer of this model"
+        )
+    return found
+
+
+def _shapes(model: model_lib.ModelConfig) -> dict:
+    return jax.eval_shape(lambda: model_lib.init(model, prng.key(0)))
+
+
+def _on_disk(model: model_lib.ModelConfig, folder: pathlib.Path) -> dict:
+    """Our parameters: float32 files of zeros."""
+    folder.mkdir()
+
+    def make(path, leaf):
+        file = folder / jax.tree_util.keystr(path, simple=True, separator=".")
+        return checkpoint.OnDisk(file, np.float32, "w+", shape=leaf.shape)
+
+    return jax.tree.map_with_path(make, _shapes(model))
+
+
+def _fill(params: dict, tensors, parts: list[hub_names.Part], ids: int, where: str) -> None:
+    bad: list[str] = []
+    for part in tqdm.tqdm(parts, "tensors", disable=None, leave=False):
+        node = params
+        for key in part.path.split("/"):
+            node = node[key]
+        tensor = np.asarray(tensors[part.name])
+        bad += finite.non_finite({part.name: tensor})
+        if not bad:
+            part.put(node, tensor)
+    finite.refuse(bad, len(parts), where)
+    embedding = params["embedding"]["embedding"]
+    embedding[ids] = np.mean(embedding[:ids], axis=0, dtype=np.float64)

@@ -1,0 +1,138 @@
+"""Parameter names of GPT-2, Llama and Qwen on the Hugging Face hub ↔ places in our pytree.
+
+One table for both directions: a tensor of the hub *is* a view of one of our parameters, perhaps
+transposed. Our embeddings are untied and have the mask token on top; a tied one is used twice.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from esolm_jax.model.transformer import ModelConfig
+
+# Constants and masks that older files store beside the parameters.
+BUFFERS = re.compile(r".*(rotary_emb\.inv_freq|\.attn\.(masked_)?bias)$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Where a tensor of the hub lies in our parameters.
+
+    Attributes:
+      name, shape: the hub's. path: of our parameter.
+      block: index along its leading axis, or None if it is not of a block.
+      transposed: hub's Linear is (out, in).
+      view: our parameter (of this block) → the part of it that is this tensor: a view.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    path: str
+    block: int | None = None
+    transposed: bool = False
+    view: Callable[[Any], Any] = lambda ours: ours
+
+    def put(self, ours: np.ndarray, tensor: np.ndarray) -> None:
+        """Writes the hub's tensor, of any float dtype, into our parameter."""
+        ours = self.view(ours if self.block is None else ours[self.block])
+        ours[...] = (tensor.T if self.transposed else tensor).reshape(ours.shape)
+
+    def get(self, ours: np.ndarray) -> np.ndarray:
+        """The hub's tensor, from our parameter; the inverse of `put`."""
+        ours = self.view(ours if self.block is None else ours[self.block])
+        return ours.reshape(self.shape[::-1]).T if self.transposed else ours.reshape(self.shape)
+
+
+def parts(model: ModelConfig, ids: int, *, tied: bool, prefix: str) -> list[Part]:
+    """All tensors of a model, in the order in which they are used.
+
+    Args:
+      ids: rows of the hub's embedding: our vocabulary without the mask token behind it.
+      tied: whether there is no lm_head, but the embedding in its place.
+      prefix: of all names but lm_head's: "model.", "transformer." or "".
+    """
+    block, around = (_gpt2_block, _GPT2) if model.style == "gpt2" else (_llama_block, _LLAMA)
+    width = model.width
+    embedding, final_norm = prefix + around["embedding"], prefix + around["final_norm"]
+    head = embedding if tied else "lm_head.weight"
+    found = [
+        Part(embedding, (ids, width), "embedding/embedding", view=lambda ours: ours[:ids]),
+        Part(final_norm + ".weight", (width,), "final_norm/scale"),
+        Part(head, (ids, width), "logits/kernel", None, True, lambda ours: ours[:, :ids]),
+    ]
+    if model.style == "gpt2":
+        found.append(Part(final_norm + ".bias", (width,), "final_norm/bias"))
+    if model.positions:
+        shape = model.positions, width
+        found.append(Part(prefix + around["positions"], shape, "positions/embedding"))
+    for i in range(model.blocks):
+        for part in block(model):
+            name = f"{prefix}{around['blocks']}.{i}.{part.name}"
+            path = f"blocks/{part.path}"
+            found.append(dataclasses.replace(part, name=name, path=path, block=i))
+    return found
+
+
+_LLAMA = {"embedding": "embed_tokens.weight", "final_norm": "norm", "blocks": "layers"}
+_GPT2 = {
+    "embedding": "wte.weight",
+    "final_norm": "ln_f",
+    "blocks": "h",
+    "positions": "wpe.weight",
+}
+
+
+def _llama_block(model: ModelConfig) -> list[Part]:
+    """Of Llama, Qwen 2 (biases) and Qwen 3 (norms); our queries lie with the key and the value of
+    their group, [D, G, H/G + 2, K]."""
+    width, inner, one = model.width, model.inner, model.head_width
+    groups = model.groups * one
+    heads = {
+        "q": (model.heads * one, lambda ours: ours[..., :-2, :]),
+        "k": (groups, lambda ours: ours[..., -2, :]),
+        "v": (groups, lambda ours: ours[..., -1, :]),
+    }
+    found = [Part("input_layernorm.weight", (width,), "attention_norm/scale")]
+    for letter, (size, view) in heads.items():
+        name = f"self_attn.{letter}_proj"
+        found.append(Part(f"{name}.weight", (size, width), "qkv/kernel", None, True, view))
+        if model.qkv_bias:
+            found.append(Part(f"{name}.bias", (size,), "qkv/bias", view=view))
+    if model.qk_norm:
+        found.append(Part("self_attn.q_norm.weight", (one,), "q_norm/scale"))
+        found.append(Part("self_attn.k_norm.weight", (one,), "k_norm/scale"))
+    out = width, model.heads * one
+    gate, up = (lambda ours: ours[:, 0]), (lambda ours: ours[:, 1])
+    return found + [
+        Part("self_attn.o_proj.weight", out, "attention_out/kernel", transposed=True),
+        Part("post_attention_layernorm.weight", (width,), "mlp_norm/scale"),
+        Part("mlp.gate_proj.weight", (inner, width), "mlp_in/kernel", None, True, gate),
+        Part("mlp.up_proj.weight", (inner, width), "mlp_in/kernel", None, True, up),
+        Part("mlp.down_proj.weight", (width, inner), "mlp_out/kernel", transposed=True),
+    ]
+
+
+def _gpt2_block(model: ModelConfig) -> list[Part]:
+    """GPT-2's own linear layers are (in, out); all queries come first, then keys, then values."""
+    width, inner = model.width, model.inner
+
+    def by_kind(ours):  # [D, H, 3, K] → [D, 3, H, K], the bias likewise
+        return np.moveaxis(ours, -2, -3)
+
+    found = []
+    for theirs, ours in (("ln_1", "attention_norm"), ("ln_2", "mlp_norm")):
+        found.append(Part(f"{theirs}.weight", (width,), f"{ours}/scale"))
+        found.append(Part(f"{theirs}.bias", (width,), f"{ours}/bias"))
+    return found + [
+        Part("attn.c_attn.weight", (width, 3 * width), "qkv/kernel", view=by_kind),
+        Part("attn.c_attn.bias", (3 * width,), "qkv/bias", view=by_kind),
+        Part("attn.c_proj.weight", (width, width), "attention_out/kernel"),
+        Part("attn.c_proj.bias", (width,), "attention_out/bias"),
+        Part("mlp.c_fc.weight", (width, inner), "mlp_in/kernel"),
+        Part("mlp.c_fc.bias", (inner,), "mlp_in/bias"),
+        Part("mlp.c_proj.weight", (inner, width), "mlp_out/kernel"),
+        Part("mlp.c_proj.bias", (width,), "mlp_out/bias"),
+    ]

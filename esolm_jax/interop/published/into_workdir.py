@@ -1,0 +1,192 @@
+"""Published weights → a workdir that evaluate, sample and train take at once."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import esolm_jax
+from esolm_jax import results
+from esolm_jax.data import tokenizer as tokenizer_lib
+from esolm_jax.data.manifest import tokenizer_entry
+from esolm_jax.data.render import num_ids
+from esolm_jax.errors import UserError
+from esolm_jax.files import workdir_lock
+from esolm_jax.interop.published import (
+    config as published_config,
+)
+from esolm_jax.interop.published import (
+    file as published_file,
+)
+from esolm_jax.interop.published import (
+    reference,
+)
+from esolm_jax.model import build
+from esolm_jax.process import prng
+from esolm_jax.training import checkpoint, optimizer, train_step
+
+WEIGHTS = ("both", "ema", "raw")
+
+
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """What was written: the step, the number of parameters, and in words which weights."""
+
+    step: int
+    parameters: int
+    weights: str
+
+
+def convert(config, source: str, workdir: pathlib.Path, tokenizer: str, weights: str) -> Converted:
+    """Writes the checkpoint, tokenizer and config of a file in `workdir`: all of it or nothing.
+
+    The optimizer starts afresh (its moments are not taken over, and the learning rate warms up
+    again); the step is the file's, so that the EMA goes on as slowly as it did.
+
+    Args:
+      config: the run's config; model sizes must be those of the file.
+      source: the file. tokenizer: a file or folder, or "" for config.data.tokenizer_path.
+      weights: which set the checkpoint's `params` and `ema` are: the file's two, or one for both.
+
+    Raises:
+      UserError: the file, the config and the tokenizer do not fit, or the workdir is not empty.
+    """
+    check_empty(workdir)
+    reference.check_config(config.model)
+    published = published_file.read(source)
+    published_config.check(config, published)
+    found = _tokenizer(config, tokenizer)
+    _check_vocabulary(published, found)
+    _check_sizes(config, published)
+    with config.unlocked():
+        config.data.tokenizer = found.kind
+        config.data.tokenizer_path = saved_tokenizer(found, workdir)
+    model = build.model_config(config, tokenizer_entry(found), "cpu")
+    raw, ema, words = _sets(published, model, weights)
+    state = train_step.init_state(raw, optimizer.make(config), prng.key(config.seed))
+    step = published.step or 0
+    state = dataclasses.replace(state, ema=ema, step=jnp.asarray(step, jnp.int32))
+    meta = {
+        "config": config.to_dict(),
+        "cursor": 0,
+        "tokenizer": tokenizer_entry(found),
+        "version": esolm_jax.__version__,
+        "prng": prng.IMPL,
+        "converted": {"file": published.path.name, "weights": words},
+    }
+    write(workdir, meta, found, lambda checkpoints, _: checkpoints.save(state, meta))
+    return Converted(step, sum(a.size for a in jax.tree.leaves(raw)), words)
+
+
+def check_empty(workdir: pathlib.Path) -> None:
+    """UserError unless there is nothing in the workdir, or prepared data alone."""
+    there = [path.name for path in workdir.iterdir()] if workdir.exists() else []
+    if others := sorted(set(there) - {"data"} - workdir_lock.files()):
+        raise UserError(
+            f"--workdir={workdir}: is not empty ({', '.join(others[:5])}); it must be new, or "
+            "hold nothing but data/"
+        )
+
+
+def _tokenizer(config, given: str) -> tokenizer_lib.Tokenizer:
+    path = given or config.data.tokenizer_path
+    if not path and config.data.tokenizer == tokenizer_lib.Bytes.kind:
+        path = config.data.tokenizer
+    if not path:
+        raise UserError(
+            "--tokenizer is missing: a file or folder with the tokenizer of the run: tokenizer.json"
+            ", vocab.json and merges.txt, vocab.txt, or a SentencePiece .model"
+        )
+    return tokenizer_lib.read_tokenizer(path)
+
+
+def _check_vocabulary(published: published_file.Published, tokenizer) -> None:
+    table = published.raw.get("vocab_embed.embedding")
+    ids = num_ids(tokenizer)
+    if table is not None and len(table.shape) == 2 and table.shape[0] != ids:
+        raise UserError(
+            f"{published.path}: has {table.shape[0]} ids, but the {tokenizer.kind} tokenizer has "
+            f"{ids} with the mask (id {tokenizer.mask_id}): not the tokenizer of this run"
+        )
+    ours = (published.ours or {}).get("tokenizer")
+    if ours and ours["fingerprint"] != tokenizer.fingerprint:
+        raise UserError(
+            f"{published.path}: trained on another tokenizer ({ours['kind']} of "
+            f"{ours['vocab_size']} tokens, {ours['fingerprint'][:12]}…), not on this one "
+            f"({tokenizer.kind} of {tokenizer.vocab_size}, {tokenizer.fingerprint[:12]}…)"
+        )
+
+
+def _check_sizes(config, published: published_file.Published) -> None:
+    """Checks config.model against the shapes before anything is allocated; other differences are
+    found later."""
+    table = published.raw.get("vocab_embed.embedding")
+    if table is None:
+        raise UserError(f"{published.path}: missing tensors: vocab_embed.embedding")
+    if len(table.shape) != 2:
+        raise UserError(
+            f"{published.path}: vocab_embed.embedding: shape {table.shape} here, (V, D) in a model"
+        )
+    sizes = reference.model_config(published.raw, config.model.heads)
+    for name in ("width", "blocks", "cond_width"):
+        if config.model[name] != getattr(sizes, name):
+            raise UserError(
+                f"config.model.{name}={config.model[name]}: the tensors of {published.path} have "
+                f"{getattr(sizes, name)}"
+            )
+
+
+def _sets(published: published_file.Published, model, weights: str) -> tuple[dict, dict, str]:
+    """params, ema, and which of the file's weights they are."""
+    where = str(published.path)
+    if weights == "ema" and published.shadow is None:
+        raise UserError(f"--weights=ema: {where} has no EMA, but one set of weights")
+    if published.shadow is None:
+        raw = reference.to_params(published.raw, model, where)
+        which = (published.ours or {}).get("weights")
+        return raw, raw, f"the one set of weights in it{f' ({which})' if which else ''}"
+    if weights == "raw":
+        raw = reference.to_params(published.raw, model, where)
+        return raw, raw, "the raw weights, not the EMA"
+    ema = reference.to_params(published.ema(), model, f"{where}, EMA")
+    if weights == "ema":
+        return ema, ema, "the EMA, not the raw weights"
+    raw = reference.to_params(published.raw, model, where)
+    same = jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), raw, ema))
+    return raw, ema, "raw weights and EMA" + (", which are the same in it" if same else "")
+
+
+def saved_tokenizer(tokenizer, workdir: pathlib.Path) -> str:
+    """config.data.tokenizer_path of the copy in the workdir."""
+    if tokenizer.kind == "bytes":
+        return ""
+    folder = workdir.resolve() / "tokenizer"
+    is_file = tokenizer.kind == "sentencepiece"
+    return str(folder / tokenizer_lib.MODEL_FILE if is_file else folder)
+
+
+def write(
+    workdir: pathlib.Path,
+    meta: dict,
+    tokenizer,
+    save: Callable[[checkpoint.Checkpoints, pathlib.Path], None],
+) -> None:
+    """Config, tokenizer and checkpoint; beside the workdir first, so that one that was killed
+    leaves no half of it. `save` gets the checkpoints, and a folder for files of its own that is
+    deleted in the end."""
+    hold = workdir_lock.hold(workdir, name=f"--workdir={workdir}")
+    workdir = workdir.resolve()
+    with hold, results.draft_beside(workdir) as draft:
+        check_empty(workdir)  # again: another run may have filled it
+        (draft / "tokenizer").mkdir()
+        tokenizer.save(draft / "tokenizer")
+        results.write_json(draft / "config.json", meta["config"])
+        checkpoints = checkpoint.Checkpoints(draft, keep_last=1, keep_best=0)
+        save(checkpoints, draft)
+        checkpoints.close()
+        workdir.mkdir(parents=True, exist_ok=True)
+        for name in ("tokenizer", "config.json", checkpoint.FOLDER):
+            (draft / name).rename(workdir / name)

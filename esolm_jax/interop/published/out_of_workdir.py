@@ -1,0 +1,85 @@
+"""A workdir's weights → safetensors under the published parameter names."""
+
+import itertools
+import pathlib
+
+import jax
+from ml_collections import ConfigDict
+
+from esolm_jax.errors import UserError
+from esolm_jax.interop import memory, safetensors_file
+from esolm_jax.interop.published import reference
+from esolm_jax.parallel import sharding
+from esolm_jax.training import checkpoint, restore
+
+_PATHS = ("train", "validation", "test", "dir", "tfds_dir", "tokenizer_path")
+PREFIX = "backbone."  # of the model in the published checkpoints
+WEIGHTS = ("ema", "raw")
+
+
+def convert(
+    config,
+    workdir: pathlib.Path,
+    target: pathlib.Path,
+    weights: str,
+    step: str = checkpoint.LATEST,
+) -> tuple[int, int]:
+    """Writes a checkpoint's weights; the config and the tokenizer's identity go with them.
+
+    Returns: the checkpoint's step and the number of parameters.
+
+    Raises:
+      UserError: no checkpoint, a model that the published code lacks, or the file exists.
+    """
+    if target.suffix != ".safetensors":
+        raise UserError(f"--to={target}: must end in .safetensors")
+    if target.exists():
+        raise UserError(f"--to={target}: is already there; delete it, or choose another name")
+    if not target.parent.is_dir():
+        raise UserError(f"--to={target}: there is no folder {target.parent}")
+    reference.check_config(config.model)
+    trained = load(config, workdir, weights, step)
+    write(target, trained, weights)
+    return trained.step, sum(a.size for a in jax.tree.leaves(trained.params))
+
+
+def load(
+    config, workdir: pathlib.Path, weights: str, step: str = checkpoint.LATEST
+) -> restore.TrainedModel:
+    """A checkpoint on one device, independent of the devices that trained it.
+
+    Takes the memory of the model and of its largest tensor.
+    """
+    memory.return_what_is_freed()
+    one = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1, "devices": 1})
+    trained = restore.load_trained(config, workdir, weights, sharding.make_mesh(one), step)
+    memory.release()  # the restore leaves the last tensor behind, in a cycle
+    return trained
+
+
+def write(target: pathlib.Path, trained: restore.TrainedModel, weights: str) -> None:
+    """Writes the file, tensor by tensor."""
+    inv_freq = reference.inv_freq(trained.built.model)
+    shapes = reference.published_shapes(trained.params) | {reference.INV_FREQ: inv_freq.shape}
+    tensors = itertools.chain(reference.published(trained.params), [(reference.INV_FREQ, inv_freq)])
+    safetensors_file.write(
+        target,
+        {PREFIX + name: shape for name, shape in shapes.items()},
+        ((PREFIX + name, array) for name, array in tensors),
+        about(trained, weights),
+    )
+
+
+def about(trained: restore.TrainedModel, weights: str) -> dict:
+    """Where the weights come from, without what lies where on this machine."""
+    return {
+        "config": _without_paths(trained.meta["config"]),
+        "tokenizer": trained.meta["tokenizer"],
+        "step": trained.step,
+        "weights": weights,
+    }
+
+
+def _without_paths(config: dict) -> dict:
+    """What lies where on this machine is nobody's business who gets the file."""
+    return config | {"data": config["data"] | dict.fromkeys(_PATHS, "")}

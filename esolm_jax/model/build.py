@@ -1,0 +1,78 @@
+"""The model of a config: its sizes, special ids and head, placed on a mesh."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+
+from esolm_jax import config as config_lib
+from esolm_jax.attention import attend as attention
+from esolm_jax.errors import UserError
+from esolm_jax.family.objectives import Special
+from esolm_jax.model import transformer as model_lib
+from esolm_jax.model.lm_head import Head
+from esolm_jax.parallel import sharding
+from esolm_jax.process import prng
+
+SIZES = "width blocks heads cond_width style kv_heads mlp_width attention_width norm_eps".split()
+SIZES += "qkv_bias qk_norm positions rope_base rope_factor rope_length".split()
+
+
+def model_config(config, tokenizer: dict, platform: str) -> model_lib.ModelConfig:
+    """Sizes of the model: config.model and the tokenizer's vocabulary with the mask token.
+    `platform` ("cpu", "gpu", "tpu") chooses the attention if the config leaves it open."""
+    m = config.model
+    return model_lib.ModelConfig(
+        vocab_size=num_ids(tokenizer),
+        dropout=m.dropout,
+        dtype=m.dtype,
+        unroll=m.unroll,
+        attention=attention.resolve(m.attention, platform, config.data.seq_len),
+        remat=m.remat,
+        **{name: m[name] for name in SIZES},
+    )
+
+
+def num_ids(tokenizer: dict) -> int:
+    """How many ids a model has logits for: the tokenizer's, and the mask's if it is not of them."""
+    return max(tokenizer["vocab_size"], tokenizer["mask_id"] + 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """A model on a mesh, and what a loss needs."""
+
+    mesh: jax.sharding.Mesh
+    model: model_lib.ModelConfig
+    apply: Callable
+    head: Head
+    special: Special
+
+
+def build_model(config, tokenizer: dict, mesh) -> LanguageModel:
+    """The model of `config` with the vocabulary of `tokenizer` (as in a manifest).
+
+    Raises:
+      UserError: something does not divide by the mesh; the attention is for other devices.
+    """
+    config_lib.validate_mesh(config, mesh.shape)
+    platform = sharding.platform(mesh)
+    model = model_config(config, tokenizer, platform)
+    if attention.ON.get(model.attention, platform) != platform:
+        raise UserError(
+            f"config.model.attention={model.attention!r}: "
+            f"is for {attention.ON[model.attention].upper()}s, but these are {platform.upper()}s"
+        )
+    start = tokenizer["mask_id" if config.start_token == "mask" else "bos_id"]
+    special = Special(mask=tokenizer["mask_id"], start=start)
+    head = Head.of(model, special.mask, mesh, chunk=config.model.loss_chunk)
+    return LanguageModel(mesh, model, model_lib.bind(model, mesh), head, special)
+
+
+def abstract_params(config: model_lib.ModelConfig, mesh):
+    """ShapeDtypeStructs of the parameters, placed on the mesh."""
+
+    def make():
+        return model_lib.init(config, prng.key(0))
+
+    return sharding.abstract(make, sharding.parameters(mesh, jax.eval_shape(make)))

@@ -1,0 +1,219 @@
+"""The loss of every objective: weighted cross-entropy, projecting only the tokens it predicts.
+
+Tokens with a weight are brought to the front of each device's tokens and go through the head in
+chunks of static size, as many as there is need for: no more than [chunk, V] logits are ever held.
+The gradient is linear in the weights, so it is computed beside the loss, from the same logits: a
+training step projects each predicted token once, and multiplies twice more.
+"""
+
+import dataclasses
+import functools
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from esolm_jax.model.linear import Place
+from esolm_jax.parallel import sharding
+
+
+def exclude_mask_token(logits_BPV, mask_id: int):
+    """float32 logits with −∞ for the mask token: it is an input, never a prediction."""
+    is_mask_V = jnp.arange(logits_BPV.shape[-1]) == mask_id
+    return jnp.where(is_mask_V[None, None], -jnp.inf, logits_BPV.astype(jnp.float32))
+
+
+def token_nll(logits_BPV, target_BP, mask_id: int):
+    """−log p(target), float32 [B, P] in nats, of logits. Targets are never the mask token."""
+    logits_BPV = exclude_mask_token(logits_BPV, mask_id)
+    target_logit = jnp.take_along_axis(logits_BPV, target_BP[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits_BPV, axis=-1) - target_logit
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """How the projection on the vocabulary computes: mask id, tokens a chunk, and its Place."""
+
+    mask_id: int
+    chunk: int
+    place: Place
+
+    @classmethod
+    def of(cls, config, mask_id: int, mesh=None, *, chunk: int = 512):
+        """Of a ModelConfig."""
+        axes = sharding.PARAMETERS["logits/kernel"]
+        return cls(mask_id, chunk, Place(axes, config.dtype, mesh))
+
+    def at_most(self, tokens: int) -> Self:
+        """With no chunk longer than all there is."""
+        return dataclasses.replace(self, chunk=min(self.chunk, tokens))
+
+    def gather(self, params):
+        """This device's kernel [D, V'] in the compute dtype, bias [V'] and the ids [V'] they
+        belong to."""
+        kernel = self.place.gather(params["kernel"])
+        size = kernel.shape[1]
+        ids = jnp.arange(size)
+        if self.place.splits("tensor"):
+            ids += size * jax.lax.axis_index("tensor")
+        return kernel, params.get("bias", jnp.zeros(size)), ids
+
+    def normalised(self, h_CD, kernel, bias, ids, target_C):
+        """nll [C], probabilities [C, V'] and which of them is the target's; all float32."""
+        z = jnp.dot(h_CD, kernel, preferred_element_type=jnp.float32) + bias[None]
+        z = jnp.where((ids == self.mask_id)[None], -jnp.inf, z)
+        top = jnp.max(z, axis=1)
+        if self.place.splits("tensor"):
+            top = jax.lax.pmax(top, "tensor")
+        e = jnp.exp(z - top[:, None])
+        total = self.place.sum_over(["tensor"], jnp.sum(e, axis=1))
+        is_target = ids[None] == target_C[:, None]
+        target = self.place.sum_over(["tensor"], jnp.sum(jnp.where(is_target, z, 0), axis=1))
+        return jnp.log(total) + top - target, e / total[:, None], is_target
+
+
+def _predicted_first(head: Head, weight_n):
+    """Indices of the n tokens, those with a weight first, filled up with n; and how many chunks
+    hold them all, on every device."""
+    n = len(weight_n)
+    has = weight_n != 0
+    size = -(-n // head.chunk) * head.chunk
+    (order,) = jnp.nonzero(has, size=size, fill_value=n)
+    count = jnp.sum(has)
+    axes = tuple(axis for axis in sharding.AXES if head.place.splits(axis))
+    if axes:
+        count = jax.lax.pmax(count, axes)
+    return order, -(-count // head.chunk)
+
+
+def _chunk(head: Head, i, order, h_nD, target_n, weight_n):
+    at = jax.lax.dynamic_slice_in_dim(order, i * head.chunk, head.chunk)
+    fill = {"mode": "fill", "fill_value": 0}
+    h = h_nD.at[at].get(**fill).astype(head.place.dtype)
+    return at, h, target_n.at[at].get(**fill), weight_n.at[at].get(**fill)
+
+
+def _nll(head: Head, h_nD, params, target_n, weight_n):
+    """−log p(target) of the tokens with a weight, 0 for the others: float32 [n]."""
+    head = head.at_most(len(h_nD))
+    gathered = head.gather(params)
+    order, trips = _predicted_first(head, weight_n)
+
+    def body(i, nll_n):
+        at, h, target, _ = _chunk(head, i, order, h_nD, target_n, weight_n)
+        nll, _, _ = head.normalised(h, *gathered, target)
+        return nll_n.at[at].set(nll, mode="drop")
+
+    with jax.named_scope("predicted_chunks"):
+        return jax.lax.fori_loop(0, trips, body, jnp.zeros(len(h_nD)))
+
+
+def _loss_and_grads(head: Head, h_nD, params, target_n, weight_n, batch_n, num_batches: int):
+    """Σ weight · nll of each batch, and the gradients of their sum: float32, dh in h's dtype."""
+    head = head.at_most(len(h_nD))
+    kernel, bias, ids = head.gather(params)
+    order, trips = _predicted_first(head, weight_n)
+
+    def body(i, carry):
+        losses, dh_nD, dk, db = carry
+        at, h, target, weight = _chunk(head, i, order, h_nD, target_n, weight_n)
+        nll, p, is_target = head.normalised(h, kernel, bias, ids, target)
+        dz = (p - is_target) * weight[:, None]
+        low = dz.astype(kernel.dtype)
+        dh = jnp.dot(low, kernel.T, preferred_element_type=jnp.float32)
+        dk += jnp.dot(h.T, low, preferred_element_type=jnp.float32)
+        dh_nD = dh_nD.at[at].set(dh.astype(dh_nD.dtype), mode="drop")
+        # What fills up a chunk may have no nll: its target, 0, may be the mask token.
+        weighted = jnp.where(weight == 0, 0, weight * nll)
+        # Chunk by chunk: one after the other, the terms of a large batch lose three digits.
+        mine = batch_n.at[at].get(mode="clip")[None] == jnp.arange(num_batches)[:, None]
+        losses += jnp.sum(jnp.where(mine, weighted[None], 0), axis=1)
+        return losses, dh_nD, dk, db + jnp.sum(dz, axis=0)
+
+    dk = jnp.zeros(kernel.shape, jnp.float32)
+    carry = jnp.zeros(num_batches), jnp.zeros_like(h_nD), dk, jnp.zeros(bias.shape)
+    with jax.named_scope("predicted_chunks"):
+        losses, dh_nD, dk, db = jax.lax.fori_loop(0, trips, body, carry)
+    batch = [*sharding.ROWS, "sequence"]
+    losses = head.place.sum_over(batch, losses)
+    grads = {"kernel": head.place.scatter(dk), "bias": head.place.sum_over(batch, db)}
+    return losses, head.place.sum_over(["tensor"], dh_nD), {name: grads[name] for name in params}
+
+
+def _flat(arrays):
+    """[B, P, …] of each batch → [n, …] of all of them."""
+    return jnp.concatenate([a.reshape(-1, *a.shape[2:]) for a in arrays])
+
+
+def _unflat(array, like):
+    """The inverse."""
+    sizes = [a.shape[0] * a.shape[1] for a in like]
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
+    parts = jnp.split(array, ends)
+    return tuple(p.reshape(*a.shape[:2], *p.shape[1:]) for p, a in zip(parts, like, strict=True))
+
+
+def _specs(params):
+    axes = {"kernel": sharding.PARAMETERS["logits/kernel"], "bias": ("vocab",)}
+    return {name: sharding.spec(*axes[name]) for name in params}
+
+
+def _run(head: Head, body, out_specs, hs, params, targets, weights):
+    tokens = sharding.spec("rows", "tokens")
+    specs = (sharding.spec("rows", "tokens", None), _specs(params), tokens, tokens)
+    return head.place.run(body, specs, out_specs, hs, params, targets, weights)
+
+
+def nll(head: Head, hs, params, targets, weights):
+    """−log p(target) of the tokens with a weight, 0 for the others: in nats, float32 [B, P] of
+    each batch.
+
+    Args:
+      hs: tuple of [B, P, D], what the head projects (Transformer with head=False).
+      params: {"kernel": [D, V], "bias": [V] or absent}.
+      targets, weights: tuples of [B, P]; no target is the mask token where it has a weight.
+    """
+
+    def body(hs, params, targets, weights):
+        return _unflat(_nll(head, _flat(hs), params, _flat(targets), _flat(weights)), hs)
+
+    return _run(head, body, sharding.spec("rows", "tokens"), hs, params, targets, weights)
+
+
+def sequence_nll(head: Head, hs, params, targets, weights):
+    """Σ over a row's tokens of weight · (−log p(target)): in nats, float32 [B] of each batch. Not
+    to be differentiated: that is weighted_nll's."""
+    found = nll(head, hs, params, targets, weights)
+    return tuple(jnp.sum(w * n, axis=1) for w, n in zip(weights, found, strict=True))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def weighted_nll(head: Head, hs, params, targets, weights):
+    """Σ weight · (−log p(target)) over the rows and tokens of each batch: float32 [batches].
+
+    Differentiable in hs and params, for the *sum* over batches: they must not be scaled apart.
+    """
+    return jnp.stack([jnp.sum(n) for n in sequence_nll(head, hs, params, targets, weights)])
+
+
+def _forward(head: Head, hs, params, targets, weights):
+    def body(hs, params, targets, weights):
+        batch = jnp.repeat(jnp.arange(len(hs)), np.array([h.shape[0] * h.shape[1] for h in hs]))
+        losses, dh, grads = _loss_and_grads(
+            head, _flat(hs), params, _flat(targets), _flat(weights), batch, len(hs)
+        )
+        return losses, _unflat(dh, hs), grads
+
+    out_specs = sharding.spec(), sharding.spec("rows", "tokens", None), _specs(params)
+    losses, dhs, grads = _run(head, body, out_specs, hs, params, targets, weights)
+    return losses, (dhs, grads)
+
+
+def _backward(head: Head, saved, g):
+    del head
+    dhs, grads = jax.tree.map(lambda a: (g[0] * a).astype(a.dtype), saved)
+    return dhs, grads, None, None
+
+
+weighted_nll.defvjp(_forward, _backward)

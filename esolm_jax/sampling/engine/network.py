@@ -1,0 +1,257 @@
+"""The network that generates: the trained one with adaLN folded into its weights, for few tokens.
+
+In a pass over a window of W tokens everything in the cache is visible to the whole window, for it
+is of lower ranks; inside the window the rule of attention decides. So the cache needs no labels,
+only, for each row, how many of its slots are filled. Blocks are not stacked: to cut one block's
+weights out of a stack costs as much as to use them.
+"""
+
+import dataclasses
+import functools
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from esolm_jax.family.rule import dense_mask
+from esolm_jax.model import transformer as model_lib
+from esolm_jax.model.transformer import ModelConfig
+from esolm_jax.parallel import sharding
+from esolm_jax.sampling.engine import products
+from esolm_jax.sampling.engine.cache import Cache, attend
+
+
+@flax.struct.dataclass
+class Network:
+    """Weights in the compute dtype, biases and scales float32; None where there are none.
+
+    Attributes:
+      embedding: [V, D].
+      positions: [P, D], the embedding of learned positions.
+      blocks: for each block a dict of `qkv` [D, G, R + 2, K] (the queries of a group, scaled by
+        1/√K, then its key and value), `attention_out` [H·K, D], `mlp_in` [D, gates, F],
+        `mlp_out` [F, D], their biases `…_bias`, and, if queries and keys are normed,
+        `qk_norm_scale` [R + 1, K]: of the queries, by 1/√K too, and the key.
+      logits, logits_bias: [D, V], [V].
+      config: of the trained model.
+    """
+
+    embedding: jax.Array
+    positions: jax.Array | None
+    blocks: tuple[dict, ...]
+    logits: jax.Array
+    logits_bias: jax.Array | None
+    config: ModelConfig = flax.struct.field(pytree_node=False)
+
+
+_PLACES = {  # logical axes; rows are split, so no weights are over fsdp
+    "embedding": (None, None),
+    "positions": (None, None),
+    "qkv": (None, "heads", None, None),
+    "qkv_bias": ("heads", None, None),
+    "qk_norm_scale": (None, None),
+    "attention_out": ("heads", None),
+    "attention_out_bias": (None,),
+    "mlp_in": (None, None, "mlp"),
+    "mlp_in_bias": (None, "mlp"),
+    "mlp_out": ("mlp", None),
+    "mlp_out_bias": (None,),
+    "logits": (None, "vocab"),
+    "logits_bias": ("vocab",),
+}
+
+
+def shardings(network: Network, mesh: Mesh) -> Network:
+    """Where each of its arrays lies: heads, the MLP and the vocabulary are split over `tensor`."""
+
+    def place(path, array):
+        key = path[-1]
+        name = key.name if isinstance(key, jax.tree_util.GetAttrKey) else key.key
+        return sharding.place(mesh, *_PLACES[name])
+
+    return jax.tree.map_with_path(place, network)
+
+
+def fold(config: ModelConfig, params: dict, mesh: Mesh | None = None) -> Network:
+    """Folds the norms' scales and biases, adaLN at σ = 0 and the scale of the scores into the
+    weights.
+
+    Args:
+      params: as of model.init, on the mesh as sharding.parameters says.
+      mesh: None = one device; else see shardings().
+
+    Raises:
+      AssertionError: a parameter is none of those that this network knows; it names them.
+    """
+    make = functools.partial(_fold, config)
+    if mesh is None:
+        return jax.jit(make)(params)
+    where = shardings(jax.eval_shape(make, params), mesh)
+    return jax.jit(make, out_shardings=where)(params)
+
+
+def _fold(config: ModelConfig, params: dict) -> Network:
+    of_blocks, of_head = model_lib.modulations(config, params)
+    left = jax.tree.map(lambda leaf: leaf, params)  # a copy: what is folded is taken out of it
+    stacked = left.pop("blocks")
+    for name in ("time", "final_modulation"):  # they are in of_blocks and of_head
+        left.pop(name, None)
+
+    def put(name, array):
+        return array.astype(jnp.float32 if name.endswith(("bias", "scale")) else config.dtype)
+
+    blocks = []
+    for i in range(config.blocks):
+        weights = jax.tree.map(lambda leaf: leaf[i], stacked)  # noqa: B023
+        found = _fold_block(config, weights, [part[i] for part in of_blocks])
+        _check_all_taken({"blocks": weights})
+        blocks.append({name: put(name, array) for name, array in found.items()})
+    kernel, bias = _behind_norm(left["final_norm"], left["logits"], *of_head)
+    embedding = left["embedding"].pop("embedding")
+    positions = left["positions"].pop("embedding") if config.positions else None
+    _check_all_taken(left)
+    return Network(
+        embedding=put("embedding", embedding),
+        positions=None if positions is None else put("positions", positions),
+        blocks=tuple(blocks),
+        logits=put("logits", kernel),
+        logits_bias=bias,
+        config=config,
+    )
+
+
+def _check_all_taken(left: dict) -> None:
+    """A part of the model that is forgotten here would silently change what is sampled."""
+    paths = [path for path, _ in jax.tree.leaves_with_path(left)]
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
+    if names:
+        raise AssertionError(f"parameters that sampling does not know: {', '.join(names)}")
+
+
+def _behind_norm(norm: dict, linear: dict, shift, scale):
+    """(kernel, bias) acting on the normed h as `linear` does on (h · norm + its bias) · (1 + scale)
+    + shift. Takes what it uses out of both."""
+    kernel, bias, norm_bias = linear.pop("kernel"), linear.pop("bias", None), norm.pop("bias", None)
+    rows = norm.pop("scale") * (1 + scale) * jnp.ones(len(kernel))
+    if norm_bias is not None:
+        shift = norm_bias * (1 + scale) + shift
+    if jnp.ndim(shift):  # else there is none
+        moved = jnp.tensordot(shift, kernel, 1)
+        bias = moved if bias is None else bias + moved
+    return rows.reshape(-1, *[1] * (kernel.ndim - 1)) * kernel, bias
+
+
+def _fold_block(config, weights: dict, modulation) -> dict:
+    """What of a block is in the Network, taken out of `weights`."""
+    shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation
+    weights.pop("modulation", None)
+    found = {}
+    qkv, qkv_bias = _behind_norm(weights["attention_norm"], weights["qkv"], shift, scale)
+    queries = qkv.shape[2] - 2
+    score = jnp.where(jnp.arange(queries + 2) < queries, config.head_width**-0.5, 1.0)[:, None]
+    if config.qk_norm:  # which would undo what is done to the weights
+        q, k = (weights[name].pop("scale") for name in ("q_norm", "k_norm"))
+        found["qk_norm_scale"] = jnp.stack([q] * queries + [k]) * score[:-1]
+        score = jnp.ones_like(score)
+    found["qkv"] = qkv * score[None, None]
+    found["qkv_bias"] = None if qkv_bias is None else qkv_bias * score[None]
+    found["mlp_in"], found["mlp_in_bias"] = _behind_norm(
+        weights["mlp_norm"], weights["mlp_in"], mlp_shift, mlp_scale
+    )
+    for name, by in (("attention_out", gate), ("mlp_out", mlp_gate)):
+        bias = weights[name].pop("bias", None)
+        found[name] = weights[name].pop("kernel") * _row(by)
+        found[f"{name}_bias"] = None if bias is None else bias * by
+    return {name: array for name, array in found.items() if array is not None}
+
+
+def _row(gate):
+    return gate if jnp.ndim(gate) == 0 else gate[None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """What a pass runs: W tokens of each row.
+
+    Attributes:
+      token, position, rank: int32 [B, W]; in_context: bool [B, W]: the four labels.
+      filled: int32 [B]: slots of the cache below are visible, to all.
+      pick: int32 [B, P], the places in the window that logits are wanted of.
+    """
+
+    token: jax.Array
+    position: jax.Array
+    rank: jax.Array
+    in_context: jax.Array
+    filled: jax.Array
+    pick: jax.Array
+
+
+def forward(network: Network, window: Window, cache: Cache | None):
+    """One pass. The cache is read, not written.
+
+    Args:
+      cache: None = nothing was generated that would have to be seen.
+
+    Returns:
+      (logits float32 [B, P, V], mask token not excluded, or None if P = 0;
+       keys and values [B, G, W, K] of each block, to be written to the cache.)
+    """
+    config = network.config
+    h = _embed(network, window)
+    angles = model_lib.rope_angles(window.position, config)
+    mask_BWW, keys, values = dense_mask(window, window), [], []
+    for i, block in enumerate(network.blocks):
+        q, k, v = _heads(config, block, _norm(config, h), angles)
+        a_BGRWK = attend(q, k, v, mask_BWW, window.filled, cache, i)
+        flat = jnp.moveaxis(a_BGRWK, 3, 1).reshape(*h.shape[:2], -1).astype(h.dtype)
+        h = h + _linear(block, "attention_out", flat)
+        h = h + _mlp(config, block, _norm(config, h))
+        keys.append(k)
+        values.append(v)
+    if window.pick.shape[1] == 0:
+        return None, keys, values
+    h = jnp.take_along_axis(h, window.pick[..., None], axis=1)
+    logits = products.dense(_norm(config, h), network.logits, jnp.float32)
+    if network.logits_bias is not None:
+        logits = logits + network.logits_bias[None, None]
+    return logits, keys, values
+
+
+def _embed(network, window):
+    h = network.embedding[window.token]
+    if network.positions is None:
+        return h
+    # Masks behind the end of a text may have any position.
+    return h + network.positions.at[window.position].get(mode="clip")
+
+
+def _norm(config, h_BWD):
+    """The model's, whose scale and bias are in the weights."""
+    return model_lib.standardise(config, h_BWD).astype(config.dtype)
+
+
+def _linear(block, name, h_BWD):
+    y = products.dense(h_BWD, block[name])
+    bias = block.get(f"{name}_bias")
+    return y if bias is None else y + bias.astype(y.dtype).reshape(1, 1, *bias.shape)
+
+
+def _heads(config, block, normed, angles):
+    """Normed (if they are) and rotated queries [B, G, R, W, K] and keys [B, G, W, K], and
+    values."""
+    qkv_BGRWK = jnp.moveaxis(_linear(block, "qkv", normed), 1, 3)
+    qk, v = qkv_BGRWK[:, :, :-1], qkv_BGRWK[:, :, -1]
+    if "qk_norm_scale" in block:
+        scale = block["qk_norm_scale"][None, None, :, None]
+        qk = (model_lib.over_rms(config, qk.astype(jnp.float32)) * scale).astype(qk.dtype)
+    if angles is not None:
+        angles = [part[:, None] for part in angles]
+    rotated = model_lib.rotate(qk, angles)
+    return rotated[:, :, :-1], rotated[:, :, -1], v
+
+
+def _mlp(config, block, normed):
+    inner = _linear(block, "mlp_in", normed)
+    return _linear(block, "mlp_out", model_lib.activate(config, inner))

@@ -1,0 +1,112 @@
+"""Products of few queries or rows: as loops on a CPU, as matrix products elsewhere.
+
+XLA for CPUs copies the slice of the cache that it gives to a product of matrices, and is slow at
+many small ones; its loops read the cache where it lies. Large kernels it leaves to one thread, or
+wakes the second too late; its loops are split in time.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from esolm_jax.parallel import sharding
+
+FEW_QUERIES = 32  # of a group of heads: for more of them a CPU is faster at matrix products,
+FEW_ROWS, LARGE = 8, 2**16  # and for more rows, or a kernel of fewer entries,
+FEWER_ROWS, TERMS = 2, 2**21  # or more than these rows of so many terms: sums leave the cache
+FOLD = 16  # places that a loop reads at once
+PAGE = 4096  # bytes: of places that lie multiples of it apart, a CPU's first cache holds half FOLD
+KEY_SLOTS = 8
+SPLIT = 2  # parts of a kernel that threads read for all rows
+
+
+def key_slots(mesh: Mesh | None) -> int:
+    """How many slots' keys lie together, N. So a CPU's loop reads one place after the other, where
+    of [K, S] it would read K places at once. Elsewhere 1: products of matrices want whole keys."""
+    return KEY_SLOTS if sharding.platform(mesh) == "cpu" else 1
+
+
+def scores(q_BGTK, keys_BGJKN, parts: int):
+    """float32 [B, G, T, parts, N]: of T queries with the first N · parts keys."""
+    return _of_queries(_multiply_add, _scores, q_BGTK, keys_BGJKN, parts)
+
+
+def weighted(p_BGTS, values_BGSK, n: int):
+    """float32 [B, G, T, K]: the first n values, weighted by p [B, G, T, n]."""
+    return _of_queries(_weighted_sum, _weighted, p_BGTS, values_BGSK, n)
+
+
+def _of_queries(loops, whole, a, b, n: int):
+    loops, whole = (functools.partial(f, n=n) for f in (loops, whole))
+    if a.shape[2] > FEW_QUERIES:
+        return whole(a, b)
+    return jax.lax.platform_dependent(a, b, cpu=loops, default=whole)
+
+
+def _scores(q, keys_BGJKN, n: int):
+    batch, groups, _, width, together = keys_BGJKN.shape
+    keys = keys_BGJKN[:, :, :n].swapaxes(2, 3).reshape(batch, groups, width, n * together)
+    score = jnp.matmul(q, keys, preferred_element_type=jnp.float32)
+    return score.reshape(*score.shape[:3], n, together)
+
+
+def _weighted(p, values, n: int):
+    return jnp.matmul(p, values[:, :, :n], preferred_element_type=jnp.float32)
+
+
+def _multiply_add(q, keys_BGJKN, n: int):
+    """One loop that adds K products, which are few."""
+    q = q.astype(jnp.float32)
+
+    def product(i):
+        return q[..., i, None, None] * keys_BGJKN[:, :, None, :n, i].astype(jnp.float32)
+
+    return functools.reduce(jnp.add, [product(i) for i in range(q.shape[3])])
+
+
+def _weighted_sum(p, values_BGSK, n: int):
+    """One loop folds n; a product with ones adds what is left, for XLA would make one loop of two
+    folds, which reads too many places at once."""
+    values, p = values_BGSK[:, :, None].astype(jnp.float32), p[..., None].astype(jnp.float32)
+    places = _places(n // math.gcd(FOLD, n) * values_BGSK.shape[3] * values_BGSK.dtype.itemsize)
+    step = n // math.gcd(places, n) if n > places else 1
+    parts = [slice(at, at + step) for at in range(0, n, step)]
+    out = functools.reduce(jnp.add, [p[:, :, :, at] * values[:, :, :, at] for at in parts])
+    if step > 1:
+        out = jnp.matmul(jnp.ones((*out.shape[:3], 1, step)), out)
+    return out[:, :, :, 0]
+
+
+def dense(h_BWD, kernel, dtype=None):
+    """[B, W, …] in `dtype`, or that of h: its product with the kernel's first axis."""
+    dtype = h_BWD.dtype if dtype is None else dtype
+    whole = functools.partial(jnp.tensordot, axes=1, preferred_element_type=dtype)
+    rows = math.prod(h_BWD.shape[:2])
+    few = rows <= (FEW_ROWS if rows * kernel.size <= TERMS else FEWER_ROWS)
+    if not few or len(kernel) % FOLD or kernel.size < LARGE:
+        return whole(h_BWD, kernel)
+    loops = functools.partial(_rows_times, dtype=dtype)
+    return jax.lax.platform_dependent(h_BWD, kernel, cpu=loops, default=whole)
+
+
+def _rows_times(h_BWD, kernel, dtype):
+    """One loop for all rows folds D; a product with ones adds what is left, as for values. Threads
+    share out a loop's first axis: were it that of the rows, each would read the whole kernel."""
+    rows, width = math.prod(h_BWD.shape[:2]), kernel.size // len(kernel)
+    places = _places(width * kernel.dtype.itemsize)
+    split = math.gcd(SPLIT, len(kernel) // places) if rows > 1 else 1
+    parts = kernel.reshape(split, -1, places, width).astype(jnp.float32)
+    h = h_BWD.reshape(rows, *parts.shape[:3]).swapaxes(0, 1).astype(jnp.float32)
+    terms = [h[:, :, :, i, None] * parts[:, None, :, i] for i in range(places)]
+    out = functools.reduce(jnp.add, terms)
+    out = jnp.matmul(jnp.ones((split, rows, 1, parts.shape[1])), out)
+    y = functools.reduce(jnp.add, list(out))
+    return y.reshape(*h_BWD.shape[:2], *kernel.shape[1:]).astype(dtype)
+
+
+def _places(stride: int) -> int:
+    """How many a loop reads at once that lie `stride` bytes apart."""
+    return FOLD if stride % PAGE else FOLD // 2

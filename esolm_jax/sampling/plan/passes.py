@@ -1,0 +1,308 @@
+"""From a schedule to the forward passes of a family: the tables that drive the decoding loop.
+
+Slot j holds the token of rank j in the generation order. A pass runs, in each row, the window of
+slots [start, end): those below `first` are known and enter the cache (or enter it again), the
+`size` slots from `first` on are generated, and the rest are masks too. Slots below `start` are in
+the cache. Whatever is still a mask is rewritten by a later pass, before anyone reads it as known.
+The families differ in these tables alone:
+
+    family            window of a pass                          rank of slot j
+    ar                the newest token                          j (and slot j holds text token j−1)
+    eso_b             tokens of the last pass, masks of this    j
+    bd3               the block before if new, this block       j // block length
+    mdlm              everything                                0
+    eso_a, diffusion  everything up to this pass's masks        0 if known, else j
+    eso_a, sequential as eso_b, after one pass over the prefix  0 in the diffusion prefix, else j
+
+A prompt comes first in the order. Passes that generate nothing put it in the cache, PREFILL slots
+at a time; where tokens of one rank read each other (mdlm, eso_a) it is in the window anyway.
+"""
+
+from typing import Self
+
+import flax.struct
+import numpy as np
+
+from esolm_jax.errors import UserError
+from esolm_jax.sampling.plan.schedule import Schedule
+
+PREFILL = 256
+MANY = 16  # narrow passes that are worth a program of their own
+NONE = np.iinfo(np.int32).max  # no position, rank or pass
+
+
+@flax.struct.dataclass
+class Passes:
+    """Tables of the passes, all int32; a pytree, so that the decoding loop takes it as it is.
+
+    Attributes:
+      order: [B, L]; known: [B, L], the given tokens by slot (whatever, where none is given).
+      rank: [L], the rank of each slot unless it lies below `bidirectional_below`.
+      start, first, size, end, bidirectional_below: [steps, B], slots as described above; slots
+        below `bidirectional_below` are of rank 0.
+      given: [B], how many leading slots hold given tokens.
+      lowest_left: [steps, B], the leftmost position that is still unknown before a pass, or
+        NONE.
+      unknown: the token that stands for what is not known yet.
+      shift: 0, or 1 where slot j holds text token j−1 and predicts token j (AR).
+      start_token: what slot 0 holds when shift = 1.
+    """
+
+    order: np.ndarray
+    known: np.ndarray
+    rank: np.ndarray
+    start: np.ndarray
+    first: np.ndarray
+    size: np.ndarray
+    end: np.ndarray
+    bidirectional_below: np.ndarray
+    lowest_left: np.ndarray
+    given: np.ndarray
+    unknown: int = flax.struct.field(pytree_node=False)
+    shift: int = flax.struct.field(pytree_node=False, default=0)
+    start_token: int = flax.struct.field(pytree_node=False, default=0)
+
+    @property
+    def length(self) -> np.ndarray:
+        """[B]: tokens of each text."""
+        return self.given + self.size.sum(axis=0)
+
+    @property
+    def prompt_passes(self) -> int:
+        """The leading passes that only read the prompt."""
+        return int((self.size.max(axis=1) == 0).sum())
+
+    @property
+    def nfe(self) -> int:
+        """Passes that generate something."""
+        return len(self.size) - self.prompt_passes
+
+    @property
+    def widths(self) -> np.ndarray:
+        """[steps]: the widest window of any row."""
+        return (self.end - self.start).max(axis=1)
+
+    @property
+    def aligned(self) -> bool:
+        """Whether all rows always start at the same slot."""
+        return bool((self.start == self.start[:, :1]).all())
+
+    @property
+    def rows_of_tables(self) -> int:
+        """At least the steps, and seldom another number, for programs depend on it."""
+        return _power(len(self.size))
+
+    def padded(self, margin: int) -> Self:
+        """For the loop: with `margin` more slots, so that every window lies inside, and tables of
+        rows_of_tables."""
+        order, known = (np.pad(a, ((0, 0), (0, margin))) for a in (self.order, self.known))
+        more = self.rows_of_tables - len(self.size)
+        names = "start first size end bidirectional_below".split()
+        tables = {name: np.pad(getattr(self, name), ((0, more), (0, 0))) for name in names}
+        # One row more, for the end of the loop looks at the pass to come.
+        left = np.pad(self.lowest_left, ((0, more + 1), (0, 0)), constant_values=NONE)
+        rank = np.pad(self.rank, (0, margin))
+        return self.replace(order=order, known=known, rank=rank, lowest_left=left, **tables)
+
+    def segments(self) -> list[tuple[int, int]]:
+        """Runs of passes (from, to) that share a compiled program: the prompt's, up to the last
+        wide one, and the narrow ones after it (the token of the last pass, the mask of this) if
+        they are many."""
+        wide, steps = np.nonzero(self.widths > 2)[0], len(self.size)
+        cut = max(int(wide[-1]) + 1 if wide.size else 0, self.prompt_passes)
+        if self.prompt_passes < cut and steps - cut < MANY:
+            cut = steps
+        ends = [0, self.prompt_passes, cut, steps]
+        return [(a, b) for a, b in zip(ends, ends[1:], strict=False) if b > a]
+
+    def classes(self, low: int, high: int) -> tuple[np.ndarray, tuple[tuple[int, int], ...]]:
+        """Which shape each pass of a segment runs in: index [rows_of_tables], and the shapes,
+        ascending, as (window, tokens generated), both rounded up to few sizes. The shapes hardly
+        depend on what was drawn, so that another seed runs the same program."""
+        index = np.zeros(self.rows_of_tables, np.int32)
+        widths, most = self.widths[low:high], int(self.size[low:high].max())
+        rounded = [_round_up(width) for width in widths.tolist()]
+        if most == 0:  # a prompt's passes are alike, but for the last
+            return index, ((max(rounded), 0),)
+        rounded = np.maximum(rounded, min(2, max(rounded)))
+        least, widest = int(rounded.min()), int(rounded.max())
+        if least < widest <= 128:
+            least, widest = 1 << (least.bit_length() - 1), _power(widest)
+        present = sorted({_round_up(width) for width in range(least, widest + 1)})
+        index[low:high] = np.searchsorted(present, rounded)
+        return index, tuple((width, min(width, _power(most))) for width in present)
+
+
+def _power(n: int) -> int:
+    """Of two, at least n; 0 for 0."""
+    return 1 << (n - 1).bit_length() if n > 0 else 0
+
+
+def _round_up(n: int) -> int:
+    """To 0, 1, 2, 4, 6, 8, 12, 16, 24, …, 128, or a multiple of 128 beyond it."""
+    if n > 128:
+        return -(-n // 128) * 128
+    power = _power(n)
+    between = 3 * power // 4
+    return between if power >= 8 and n <= between else power
+
+
+def _first(schedule: Schedule) -> np.ndarray:
+    return schedule.given[None] + np.cumsum(schedule.sizes, axis=0) - schedule.sizes
+
+
+def _new_context(schedule: Schedule) -> np.ndarray:
+    """[steps, B]: the first slot that the pass before generated."""
+    before = np.concatenate([schedule.given[None], _first(schedule)[:-1]])
+    return before if len(schedule.sizes) else before[:0]
+
+
+def leftmost(order: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """int32 [B, L + 1]: of the texts of `length` [B], the leftmost position of those at this rank
+    and later, or NONE."""
+    inside = np.arange(order.shape[1])[None] < length[:, None]
+    position = np.pad(np.where(inside, order, NONE), ((0, 0), (0, 1)), constant_values=NONE)
+    return np.minimum.accumulate(position[:, ::-1], axis=1)[:, ::-1].astype(np.int32)
+
+
+def _tables(schedule: Schedule, *, prefill, start, end, rank, bidirectional_below=0, **rest):
+    """`prefill`: [B], how many slots to put in the cache before the first pass that generates.
+    Slots of one rank are not divided."""
+    together = int(np.bincount(rank).max(initial=1)) if prefill.any() else 1
+    most = int(prefill.max(initial=0))
+    parts = -(-most // (max(1, PREFILL // together) * together)) or 1
+    size = -(-most // (parts * together)) * together  # all alike
+    chunk = size * np.arange(parts if most else 0)[:, None]
+    low, high = (np.minimum(c, prefill[None]) for c in (chunk, chunk + size))
+    first, done = _first(schedule), schedule.sizes == 0
+    behind = leftmost(schedule.order, schedule.length)
+    start, end, below = (np.broadcast_to(a, first.shape) for a in (start, end, bidirectional_below))
+    start, end = np.where(done, 0, start), np.where(done, 0, end)  # nothing, and of no cache
+    pairs = {
+        "start": (low, start),
+        "first": (high, first),
+        "size": (np.zeros_like(low), schedule.sizes),
+        "end": (high, end),
+        "bidirectional_below": (np.zeros_like(low), below),
+        "lowest_left": (np.zeros_like(low), np.take_along_axis(behind.T, first, axis=0)),
+    }
+    return Passes(
+        order=schedule.order.astype(np.int32),
+        known=schedule.known.astype(np.int32),
+        rank=rank.astype(np.int32),
+        given=schedule.given.astype(np.int32),
+        **{name: np.concatenate(pair).astype(np.int32) for name, pair in pairs.items()},
+        **rest,
+    )
+
+
+def _refuse(is_wrong_B, what: str) -> None:
+    if is_wrong_B.any():
+        raise UserError(f"text {is_wrong_B.argmax()} (the first is 0): {what}")
+
+
+def ar(schedule: Schedule, *, mask_id: int, start_token: int) -> Passes:
+    """One token per pass, each fed to predict the next; the order is the identity."""
+    slot = np.arange(schedule.order.shape[1])
+    _refuse(
+        (schedule.order != slot[None]).any(axis=1) | (schedule.sizes > 1).any(axis=0),
+        "objective ar generates in text order, one token per step, behind a prompt at the start",
+    )
+    first = _first(schedule)
+    return _tables(
+        schedule,
+        prefill=schedule.given,
+        start=first,
+        end=first + 1,
+        rank=slot,
+        unknown=mask_id,
+        shift=1,
+        start_token=start_token,
+    )
+
+
+def eso_b(schedule: Schedule, *, mask_id: int) -> Passes:
+    """Each pass holds what the last one generated (as context) and its own masks."""
+    return _tables(
+        schedule,
+        prefill=schedule.given,
+        start=_new_context(schedule),
+        end=_first(schedule) + schedule.sizes,
+        rank=np.arange(schedule.order.shape[1]),
+        unknown=mask_id,
+    )
+
+
+def mdlm(schedule: Schedule, *, mask_id: int) -> Passes:
+    """Every pass runs the whole canvas, and nothing of the cache outlives it."""
+    return _tables(
+        schedule,
+        prefill=np.zeros_like(schedule.given),
+        start=0,
+        end=schedule.length[None],
+        rank=np.zeros(schedule.order.shape[1]),
+        unknown=mask_id,
+    )
+
+
+def bd3(schedule: Schedule, *, mask_id: int, block_length: int) -> Passes:
+    """A block is one rank: its passes run it whole; the first also caches the block before."""
+    first = _first(schedule)
+    slot = np.arange(schedule.order.shape[1])
+    _refuse(
+        (schedule.order // block_length != slot[None] // block_length).any(axis=1),
+        "objective bd3 generates block by block: what is given must be the start of the text, or "
+        f"lie in the first block (of block_length={block_length}) that is generated",
+    )
+    block = first // block_length
+    inside = first + schedule.sizes <= (block + 1) * block_length
+    _refuse(
+        ~(inside | (schedule.sizes == 0)).all(axis=0),
+        f"step_sizes: no step may cross a block of block_length={block_length}",
+    )
+    whole = schedule.given // block_length
+    new_block = np.diff(block, axis=0, prepend=whole[None]) > 0
+    return _tables(
+        schedule,
+        prefill=whole * block_length,
+        start=(block - new_block) * block_length,
+        end=np.minimum((block + 1) * block_length, schedule.length[None]),
+        rank=slot // block_length,
+        unknown=mask_id,
+    )
+
+
+def eso_a(schedule: Schedule, *, mask_id: int) -> Passes:
+    """Diffusion: known tokens see each other, so each pass runs them all again. Sequential: the
+    diffusion tokens are cached by one pass, then as (B)."""
+    first, prefix = _first(schedule), schedule.num_diffusion[None]
+    cached = first > prefix  # the prefix, with its final ranks
+    return _tables(
+        schedule,
+        prefill=np.zeros_like(schedule.given),
+        start=np.where(cached, _new_context(schedule), 0),
+        end=first + schedule.sizes,
+        rank=np.arange(schedule.order.shape[1]),
+        bidirectional_below=np.minimum(first, prefix),
+        unknown=mask_id,
+    )
+
+
+def plan(config, schedule: Schedule, *, mask_id: int, start_token: int) -> Passes:
+    """The passes of `config.objective` for a schedule. Reads objective and block_length.
+
+    Raises:
+      UserError: the schedule is unsound, or not one that the family can follow.
+    """
+    schedule.check()
+    match config.objective:
+        case "ar":
+            return ar(schedule, mask_id=mask_id, start_token=start_token)
+        case "mdlm":
+            return mdlm(schedule, mask_id=mask_id)
+        case "bd3":
+            return bd3(schedule, mask_id=mask_id, block_length=config.block_length)
+        case "eso_a":
+            return eso_a(schedule, mask_id=mask_id)
+        case "eso_b":
+            return eso_b(schedule, mask_id=mask_id)

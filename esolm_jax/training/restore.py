@@ -1,0 +1,84 @@
+"""Trained models: a checkpoint and the config that it is read with."""
+
+import dataclasses
+import pathlib
+
+from ml_collections import ConfigDict
+
+from esolm_jax import config as config_lib
+from esolm_jax.data.manifest import Manifest, open_tokenizer
+from esolm_jax.errors import UserError
+from esolm_jax.model import build
+from esolm_jax.model.finite import check_finite
+from esolm_jax.training import checkpoint
+
+# What weights were trained with, and can be used with alone.
+MODEL_FIELDS = ("objective", "start_token", *(f"model.{name}" for name in build.SIZES))
+
+
+def check_same_fields(config, meta: dict, is_fixed, or_else: str = "another --workdir") -> None:
+    """UserError if a field for which `is_fixed(name)` differs from the checkpoint's config; the
+    message advises to use the same or what `or_else` says."""
+    saved, now = config_lib.flat(ConfigDict(meta["config"])), config_lib.flat(config)
+    for name, value in now.items():
+        if is_fixed(name) and saved.get(name) != value:
+            raise UserError(
+                f"config.{name}={value!r}: the checkpoint was trained with {saved.get(name)!r}; "
+                f"use that, or {or_else}"
+            )
+
+
+def check_same_tokenizer(manifest: Manifest, meta: dict) -> None:
+    """UserError unless the data were prepared with the tokenizer that the model was trained on."""
+    have, want = manifest.tokenizer, meta["tokenizer"]
+    if have["fingerprint"] != want["fingerprint"]:
+        raise UserError(
+            f"{manifest.directory}: prepared with another tokenizer than the checkpoint's "
+            f"({have['kind']} of {have['vocab_size']} tokens, {have['fingerprint'][:12]}…, not "
+            f"{want['kind']} of {want['vocab_size']} tokens, {want['fingerprint'][:12]}…)"
+        )
+
+
+def load_tokenizer(workdir: pathlib.Path, meta: dict):
+    """The tokenizer in a workdir. UserError: it is damaged, or differs from the tokenizer in the
+    checkpoint's meta."""
+    folder = workdir / "tokenizer"
+    tokenizer = open_tokenizer(folder)
+    if tokenizer.fingerprint != meta["tokenizer"]["fingerprint"]:
+        raise UserError(f"{folder}: not the tokenizer that the checkpoint was trained on")
+    return tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedModel:
+    """A trained model, as evaluate and sample need it."""
+
+    built: build.LanguageModel
+    params: dict
+    meta: dict
+    step: int
+
+
+def load_trained(
+    config, workdir: pathlib.Path, weights: str, mesh, step: str = checkpoint.LATEST
+) -> TrainedModel:
+    """A checkpoint's `weights` ("ema" or "raw"), verified, split over the mesh.
+
+    Args:
+      step: "latest", "best" or a number; see checkpoint_steps.
+
+    Raises:
+      UserError: no step is intact, or `config` is of another objective or model.
+    """
+    built: dict[str, build.LanguageModel] = {}
+
+    def like_of(meta: dict) -> dict:
+        check_same_fields(config, meta, lambda name: name in MODEL_FIELDS)
+        checkpoint.check_config_is_of(workdir, meta)
+        built["it"] = build.build_model(config, meta["tokenizer"], mesh)
+        return build.abstract_params(built["it"].model, mesh)
+
+    params, found = checkpoint.read_weights(workdir, weights, like_of, step)
+    item = checkpoint.weights_item(weights, found.meta)
+    check_finite(params, f"{found.folder}/{item}", "another step may be intact: --step=N")
+    return TrainedModel(built["it"], params, found.meta, found.number)

@@ -1,0 +1,416 @@
+"""Real processes: they agree or say how not, stop at one step, and end when one is lost."""
+
+import os
+import pathlib
+import re
+import signal
+import socket
+import time
+
+import jax
+import ml_collections
+import pytest
+import tiny_run
+from processes import Processes, free_port
+
+from esolm_jax.errors import UserError
+from esolm_jax.parallel import distributed
+
+
+def test_processes_meet_agree_and_part():
+    script = """
+    def body(index):
+        assert distributed.process_count() == 2
+        assert distributed.is_main() == (index == 0)
+        for _ in range(2):
+            distributed.barrier("again", timeout=10)
+            distributed.check_same({"config": "c", "code version": "v"}, timeout=10)
+        train(steps=3)
+        assert (index == 0) == distributed.is_main()
+        print("done", index)
+    main(body)
+    """
+    for index, (code, out, err) in enumerate(Processes(script).wait()):
+        assert code == 0, err
+        assert f"done {index}" in out and "error" not in err.lower()
+
+
+def test_disagreement_is_the_same_error_everywhere():
+    script = """
+    def body(index):
+        distributed.check_same({"config": f"c{index % 2}", "code version": "v"}, timeout=10)
+    main(body)
+    """
+    wanted = "error: config differs between hosts: c0 on processes 0, 2, c1 on process 1\n"
+    for code, out, err in Processes(script, count=3).wait():
+        assert (code, out, err) == (2, "", wanted)
+
+
+def test_an_error_of_one_process_ends_the_others():
+    """The one that failed exits by its own code; the other, which waits for it, says why."""
+    script = """
+    def body(index):
+        if index == 1:
+            raise UserError("no such file")
+        distributed.barrier("never", timeout=50)
+    main(body)
+    """
+    processes = Processes(script)
+    (code_0, _, err_0), (code_1, _, err_1) = processes.wait()
+    assert (code_1, err_1) == (2, "error: no such file\n")
+    assert (code_0, err_0) == (1, "error: process 0 lost a peer: process 1: no such file\n")
+
+
+def test_barrier_that_not_all_reach():
+    script = """
+    def body(index):
+        if index == 0:
+            distributed.barrier("save", timeout=0.5)
+        time.sleep(30)
+    main(body)
+    """
+    (code_0, _, err_0), (code_1, _, err_1) = Processes(script).wait()
+    message = (
+        "process 0: not all 2 processes came to 'save' within 0.5 s "
+        "(config.distributed.barrier_timeout)"
+    )
+    assert (code_0, err_0) == (2, f"error: {message}\n")
+    assert code_1 == 1 and f"error: process 1 lost a peer: process 0: {message}" in err_1
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_killed_peer_ends_the_others(victim):
+    """In a collective: at once."""
+    script = f"""
+    def body(index):
+        def at_step(step):
+            if step == 5 and index == {victim}:
+                print("killed at", time.time())
+                os.kill(os.getpid(), signal.SIGKILL)
+        train(at_step=at_step)
+    main(body, heartbeat_timeout=60)
+    """
+    processes = Processes(script)
+    results = processes.wait()
+    code, _, err = results[1 - victim]
+    killed = float(re.search(r"killed at (\S+)", results[victim][1])[1])
+    assert time.time() - killed < 40
+    assert results[victim][0] == -signal.SIGKILL
+    assert code == 1
+    (line,) = [line for line in err.splitlines() if not line.startswith("[Gloo]")]
+    reasons = "(, which was killed or crashed|: process 0 ended without a message)"
+    assert re.match(f"error: process {1 - victim} lost a peer{reasons}", line)
+
+
+@pytest.mark.parametrize(
+    "victim, how, said",
+    [
+        (0, "SIGKILL", "process 0 ended without a message: it was killed or crashed"),
+        (0, "SIGSTOP", "process 0 was silent for 4 s (config.distributed.heartbeat_timeout)"),
+        (2, "SIGKILL", "process 2 was silent for 4 s (config.distributed.heartbeat_timeout)"),
+        (1, "SIGSTOP", "process 1 was silent for 4 s (config.distributed.heartbeat_timeout)"),
+    ],
+)
+def test_a_silent_process_ends_the_others(victim, how, said):
+    """In any state: one process waits for the others, one computes alone."""
+    script = f"""
+    def body(index):
+        distributed.barrier("begin", timeout=30)
+        if index == {victim}:
+            os.kill(os.getpid(), signal.{how})
+        if index == {(victim + 1) % 3}:
+            distributed.barrier("never", timeout=60)
+        while True:
+            sum(range(1000))
+    main(body, heartbeat_timeout=4)
+    """
+    processes = Processes(script, count=3)
+    survivors = [process for index, process in enumerate(processes.all) if index != victim]
+    try:
+        for process in survivors:
+            process.wait(timeout=150)
+    finally:
+        for process in processes.all:
+            process.kill()
+    results = processes.wait()
+    for index, (code, out, err) in enumerate(results):
+        if index != victim:
+            assert (code, out) == (1, "")
+            (line,) = err.splitlines()
+            assert line.startswith(f"error: process {index} lost a peer: {said}")
+
+
+def test_programs_that_take_unlike_times_to_compile():
+    """None runs before all have compiled it; each shape is compiled once."""
+    script = """
+    def body(index):
+        import jax, jax.numpy as jnp, numpy as np
+        from jax._src import compiler
+        from jax.sharding import Mesh, NamedSharding, PartitionSpec
+        mesh = Mesh(np.array(jax.devices()), ("data",))
+        rows, whole = (NamedSharding(mesh, PartitionSpec(*s)) for s in (["data"], []))
+        compiled, compile = [], compiler.compile_or_get_cached
+        def slow(backend, module, *args, **kwargs):
+            if "f" in (name := module.operation.attributes["sym_name"].value.removeprefix("jit_")):
+                compiled.append(name)
+                time.sleep(index * 2)
+            return compile(backend, module, *args, **kwargs)
+        compiler.compile_or_get_cached = slow
+        def f(x, y):
+            return x.sum() + y
+        f = distributed.together(jax.jit(f, out_shardings=whole))
+        for size in (2, 4, 2, 2):
+            index_of = lambda where: np.ones(size // 2, np.float32)
+            x = jax.make_array_from_callback((size,), rows, index_of)
+            assert float(f(x, np.float32(1))) == size + 1
+        assert compiled == ["f", "f"], compiled
+    main(body, barrier_timeout={timeout})
+    """
+    for code, _, err in Processes(script.format(timeout=20)).wait():
+        assert code == 0, err
+    for code, _, err in Processes(script.format(timeout=1)).wait():
+        assert code in (1, 2)  # process 1 comes late to the barrier, if it is not told before
+        assert "not all 2 processes came to 'first run of f (0)' within 1.0 s" in err
+        assert len([line for line in err.splitlines() if "error" in line]) == 1
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_process_0_works_and_the_others_wait(fails):
+    script = f"""
+    def body(index):
+        def action():
+            assert index == 0
+            time.sleep(1)
+            if {fails}:
+                raise UserError("no such file")
+            return "done"
+        assert distributed.on_main(action) == ("done" if index == 0 else None)
+        print("went on")
+    main(body)
+    """
+    for code, out, err in Processes(script).wait():
+        assert (code, out, err) == (
+            (2, "", "error: no such file\n") if fails else (0, "went on\n", "")
+        )
+
+
+@pytest.mark.parametrize(
+    "host, listens",
+    [("127.0.0.1", ["127.0.0.1"]), ("localhost", ["127.0.0.1"]), ("[::1]", ["::1"])],
+)
+def test_the_coordinator_listens_where_it_is_told(host, listens):
+    if host == "[::1]" and not _has_ipv6():
+        pytest.skip("no IPv6 here")
+    script = """
+    def body(index):
+        if index == 0:
+            print(listening(int(os.environ["JAX_COORDINATOR_ADDRESS"].rsplit(":", 1)[1])))
+        distributed.barrier("seen", timeout=20)
+    main(body)
+    """
+    (code, out, err), (code_1, _, err_1) = Processes(LISTENING + script, host=host).wait()
+    assert (code, code_1) == (0, 0), err + err_1
+    assert out == f"{listens}\n"
+
+
+# Where a port is listened to, of all interfaces and addresses, by the kernel's tables.
+LISTENING = """
+    def listening(port):
+        import ipaddress, pathlib
+        found = set()
+        for table in ("tcp", "tcp6"):
+            for line in pathlib.Path("/proc/net", table).read_text().splitlines()[1:]:
+                address, number = line.split()[1].split(":")
+                if int(number, 16) == port and line.split()[3] == "0A":
+                    words = bytes.fromhex(address)
+                    raw = b"".join(words[i : i + 4][::-1] for i in range(0, len(words), 4))
+                    ip = ipaddress.ip_address(raw)
+                    found.add(str(getattr(ip, "ipv4_mapped", None) or ip))
+        return sorted(found)
+"""
+
+
+def _has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as test:
+            test.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    "host, bound",
+    [
+        ("127.0.0.1", "127.0.0.1"),
+        ("localhost", "127.0.0.1"),
+        ("192.0.2.1", None),  # not of this host, but of something in front of it
+        ("node-1", None),
+    ],
+)
+def test_where_the_coordinator_is_to_listen(host, bound, monkeypatch):
+    monkeypatch.delenv("JAX_COORDINATOR_BIND_ADDRESS", raising=False)
+    port = free_port()
+    wanted = {"coordinator_bind_address": f"{bound}:{port}"} if bound else {}
+    assert distributed._bind_address(f"{host}:{port}") == wanted
+    monkeypatch.setenv("JAX_COORDINATOR_BIND_ADDRESS", f"0.0.0.0:{port}")
+    assert distributed._bind_address(f"{host}:{port}") == {}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_process_stops_all_after_the_same_step(number):
+    script = f"""
+    def body(index):
+        def at_step(step):
+            if step == 5 and index == 1:
+                os.kill(os.getpid(), {int(number)})
+        train(distributed.StopSignal(), at_step=at_step)
+    main(body, stoppable=True)
+    """
+    results = Processes(script).wait()
+    steps = [int(re.search(r"stopped after (\d+)", out)[1]) for _, out, _ in results]
+    assert steps[0] == steps[1] >= 5
+    assert [code for code, _, _ in results] == [128 + signal.SIGTERM, 128 + number]
+
+
+def test_nobody_there():
+    script = "main(lambda index: None, init_timeout=2)"
+    port = free_port()
+    lonely = Processes(script, indices=[1], port=port)
+    first = Processes(script, indices=[0])
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        busy = Processes(script, indices=[0], port=taken.getsockname()[1])
+        ((code_2, _, err_2),) = busy.wait()
+    ((code_1, _, err_1),) = lonely.wait()
+    ((code_0, _, err_0),) = first.wait()
+    assert (code_0, code_1, code_2) == (2, 2, 2)
+    assert err_1 == (
+        f"error: process 1: no coordinator (process 0) answers at 127.0.0.1:{port} within 2 s "
+        "(config.distributed.init_timeout)\n"
+    )
+    assert err_0 == (
+        f"error: process 0: not all 2 processes came to the coordinator at {first.address} "
+        "within 2 s (config.distributed.init_timeout)\n"
+    )
+    assert err_2 == (
+        f"error: JAX_COORDINATOR_ADDRESS={busy.address}: the port is in use on this host\n"
+    )
+
+
+def test_environment_of_a_launcher(monkeypatch):
+    whole = dict(zip(distributed.TOLD_BY, ("host:1234", "4", "3"), strict=True))
+    assert distributed._told({}) is None
+    assert distributed._told(whole) == {
+        "coordinator_address": "host:1234",
+        "num_processes": 4,
+        "process_id": 3,
+        "cluster_detection_method": "deactivate",
+    }
+    for name in distributed.TOLD_BY:
+        part = {k: v for k, v in whole.items() if k != name}
+        with pytest.raises(UserError, match=f"^{name}: missing from the environment"):
+            distributed._told(part)
+    for name, bad in zip(distributed.TOLD_BY, ("host", "0", "4"), strict=True):
+        with pytest.raises(UserError, match=f"{name}={bad}: must"):
+            distributed._told(whole | {name: bad})
+
+
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_NODELIST": "node[1-2]",
+    "SLURM_NTASKS": "2",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+}
+
+
+@pytest.mark.parametrize(
+    "environment, several",
+    [
+        ({}, False),
+        (SLURM, True),
+        (SLURM | {"SLURM_NTASKS": "1"}, False),
+        ({k: v for k, v in SLURM.items() if k != "SLURM_STEP_NODELIST"}, False),  # without srun
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "t-0,t-1"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "t-0", "MEGASCALE_NUM_SLICES": "2"}, True),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "ESOLM_CLUSTER": "1"}, True),
+        ({"OMPI_MCA_orte_hnp_uri": "1.0;tcp://h:1", "OMPI_COMM_WORLD_SIZE": "2"}, True),
+    ],
+)
+def test_clusters_are_known_by_their_environment(environment, several):
+    assert distributed._in_cluster(environment) == several
+
+
+def test_one_process(monkeypatch):
+    """Nothing to join: every call does nothing, and errors pass through guard()."""
+    for name in (*distributed.TOLD_BY, distributed.CLUSTER):
+        monkeypatch.delenv(name, raising=False)
+    timeouts = dict(init_timeout=1, heartbeat_timeout=1, barrier_timeout=1)
+    distributed.start(**timeouts, stoppable=True)
+    assert not jax.distributed.is_initialized()
+    assert (distributed.process_index(), distributed.process_count()) == (0, 1)
+    assert distributed.is_main()
+    distributed.barrier("x", timeout=1)
+    distributed.check_same({"config": "x"}, timeout=1)
+    with pytest.raises(UserError, match="mine"):
+        with distributed.guard():
+            raise UserError("mine")
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    with pytest.raises(UserError, match="one of the 4 hosts of a TPU slice: set ESOLM_CLUSTER=1"):
+        distributed.start(**timeouts)
+
+
+def test_stop_signal_of_one_process():
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        stop = distributed.StopSignal()
+        assert stop.after(1) is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.after(2) == signal.SIGTERM
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # a second one ends it
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_hashes():
+    make = lambda **kw: ml_collections.ConfigDict({"a": {"b": 1}, "c": 0.5} | kw)  # noqa: E731
+    one = distributed.config_hash(make())
+    assert re.fullmatch(r"[0-9a-f]{12}", one)
+    assert one == distributed.config_hash(ml_collections.ConfigDict({"c": 0.5, "a": {"b": 1}}))
+    assert one != distributed.config_hash(make(c=0.25))
+    assert one != distributed.config_hash(make(a={"b": 1, "d": None}))
+    assert re.fullmatch(r"[0-9a-f]{12}", distributed.code_hash())
+    assert distributed.code_hash() == distributed.code_hash()
+
+
+@pytest.mark.parametrize(
+    "environment, said",
+    [
+        ({}, None),
+        (dict(zip(distributed.TOLD_BY, ("host:1", "1", "0"), strict=True)), None),
+        (dict(zip(distributed.TOLD_BY, ("host:1", "4", "3"), strict=True)), "JAX_NUM_PROCESSES=4"),
+        (SLURM, "the environment of this process"),
+        ({"ESOLM_CLUSTER": "1"}, "the environment of this process"),
+        ({"TPU_WORKER_HOSTNAMES": "t-0,t-1"}, None),  # of any process on such a host
+    ],
+)
+def test_whether_a_launcher_started_several(environment, said, monkeypatch):
+    for name in (*distributed.TOLD_BY, distributed.CLUSTER):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert distributed.launched() == said
+
+
+def test_a_verb_of_one_process_refuses_a_launcher(monkeypatch, capsys, tmp_path):
+    for name, value in zip(distributed.TOLD_BY, ("host:1", "4", "3"), strict=True):
+        monkeypatch.setenv(name, value)
+    path = pathlib.Path(tiny_run.FILE)
+    code = tiny_run.command("compile", f"--config={path}", "--topology=v5e:2x2")
+    assert code == 2
+    assert "compile runs in one process, but JAX_NUM_PROCESSES=4" in capsys.readouterr().err

@@ -1,0 +1,169 @@
+"""The network that generates is the trained one, whatever the model is made of."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from styles import DIT, GPT2, LLAMA, QWEN, params_of
+from tiny_run import quick  # noqa: F401
+
+from esolm_jax.config import default_config
+from esolm_jax.family.labels import Tokens
+from esolm_jax.model import transformer as model
+from esolm_jax.parallel import sharding
+from esolm_jax.sampling.engine import cache as cache_lib
+from esolm_jax.sampling.engine import network, products
+from esolm_jax.sampling.engine.network import Window
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+LENGTH = 12
+change = dataclasses.replace
+MODELS = {
+    "dit": DIT,
+    "dit without time": change(DIT, cond_width=0),
+    "dit, all parts": change(DIT, qkv_bias=True, qk_norm=True, norm_eps=0.3, attention_width=24),
+    "gpt2": GPT2,
+    "gpt2 with time": change(GPT2, cond_width=4),
+    "gpt2 with RoPE": change(GPT2, positions=0, kv_heads=2),
+    "llama": LLAMA,
+    "llama with time": change(LLAMA, cond_width=4),
+    "llama 3": change(LLAMA, rope_factor=4.0, rope_length=16, norm_eps=0.3),
+    "qwen 2": change(LLAMA, qkv_bias=True, norm_eps=0.3),
+    "qwen 3": change(LLAMA, qk_norm=True, attention_width=32, norm_eps=0.3),
+    "llama, all parts": change(QWEN, cond_width=4, rope_factor=4.0, rope_length=16, positions=0),
+    "llama with positions": change(QWEN, positions=16),
+}
+
+
+def labels(rows=4):
+    """In a random order of positions, each reading those before it."""
+    rng = np.random.default_rng(0)
+    token = jnp.asarray(rng.integers(0, 12, (rows, LENGTH)), jnp.int32)
+    order = np.argsort(rng.random((rows, LENGTH)), axis=1)
+    rank = jnp.tile(jnp.arange(LENGTH, dtype=jnp.int32), (rows, 1))
+    return token, jnp.asarray(order, jnp.int32), rank
+
+
+@functools.cache
+def wanted(config):
+    """Logits of the model [rows, LENGTH, V]."""
+    token, position, rank = labels()
+    return jax.jit(model.bind(config))(
+        params_of(config), Tokens(token, position, rank, jnp.ones_like(token, bool))
+    )
+
+
+@functools.partial(jax.jit, static_argnames="width")
+def run(net, cache, low, width):
+    """A pass over the slots [low, low + width): its logits, and the cache with them."""
+    token, position, rank = (jax.lax.dynamic_slice_in_dim(a, low, width, 1) for a in labels())
+    start = jnp.full(len(token), low, jnp.int32)
+    pick = jnp.tile(jnp.arange(width), (len(token), 1))
+    window = Window(token, position, rank, jnp.ones_like(token, bool), start, pick)
+    logits, keys, values = network.forward(net, window, cache)
+    if cache is not None:
+        cache = cache_lib.write(cache, keys, values, start, start, aligned=True)
+    return logits, cache
+
+
+def assert_near(found, want):
+    np.testing.assert_allclose(found, want, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("key_slots", [1, products.KEY_SLOTS])
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_those_of_the_model(name, key_slots, monkeypatch):
+    """In one pass without a cache, and in pieces with one, its keys as on any device."""
+    monkeypatch.setattr(products, "key_slots", lambda mesh: key_slots)
+    config = MODELS[name]
+    net = network.fold(config, params_of(config))
+    want = np.asarray(wanted(config))
+    assert np.ptp(want, axis=(0, 1)).min() > 0.1  # they depend on what is read
+    assert_near(run(net, None, 0, LENGTH)[0], want)
+    cache = cache_lib.empty_cache.__wrapped__(config, len(want), LENGTH + 5)
+    assert {keys.shape[4] for keys in cache.keys} == {key_slots}
+    for low, width in ((0, 5), (5, 5), (10, 2)):
+        logits, cache = run(net, cache, low, width)
+        assert_near(logits, want[:, low : low + width])
+
+
+def on_a_mesh(config):
+    settings = default_config().mesh
+    settings.update({"data": 2, "fsdp": 2, "tensor": 2, "sequence": 1})
+    mesh, params = sharding.make_mesh(settings), params_of(config)
+    placed = jax.device_put(params, sharding.parameters(mesh, params))
+    return mesh, network.fold(config, placed, mesh)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama, all parts"])
+def test_logits_on_a_mesh_are_those_of_the_model(name):
+    config = MODELS[name]
+    _, net = on_a_mesh(config)
+    assert_near(run(net, None, 0, LENGTH)[0], np.asarray(wanted(config)))
+
+
+@pytest.mark.parametrize("has_mesh", [False, True])
+@pytest.mark.parametrize("name", ["dit", "llama, all parts"])
+def test_a_long_window_attends_in_parts(name, has_mesh, monkeypatch):
+    """Of equal size, and with a rest."""
+    monkeypatch.setattr(cache_lib, "TOKENS", 4)
+    fresh = jax.jit(lambda *args: run.__wrapped__(*args), static_argnums=3)  # lest it is known
+    config, want = MODELS[name], np.asarray(wanted(MODELS[name]))
+    mesh, net = on_a_mesh(config) if has_mesh else (None, network.fold(config, params_of(config)))
+    assert f"<{LENGTH // 4}x{len(want)}x" in fresh.lower(net, None, 0, LENGTH).as_text()
+    assert_near(fresh(net, None, 0, LENGTH)[0], want)
+    cache = cache_lib.empty_cache(config, len(want), LENGTH, mesh)
+    for low, width in ((0, 5), (5, 7)):
+        logits, cache = fresh(net, cache, low, width)
+        assert_near(logits, want[:, low : low + width])
+
+
+def test_every_parameter_counts():
+    """Else a part that the network leaves out would not show above."""
+    for name in ("dit, all parts", "gpt2 with time", "llama, all parts"):
+        config = MODELS[name]
+        apply, params = model.bind(config), params_of(config)
+        token, position, rank = labels()
+        tokens = Tokens(token, position, rank, jnp.ones_like(token, bool))
+        weight = jnp.asarray(np.random.default_rng(3).normal(size=wanted(config).shape))
+        loss = lambda p: jnp.sum(apply(p, tokens) * weight)  # noqa: B023, E731
+        for path, grad in jax.tree.leaves_with_path(jax.jit(jax.grad(loss))(params)):
+            assert np.abs(grad).max() > 1e-3, jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize("place", ["", "blocks", "blocks/qkv", "logits", "final_norm", "positions"])
+def test_parameters_that_it_does_not_know_are_refused(place, monkeypatch):
+    """As if the model had learned a new part, and the network not."""
+    known = model.modulations(GPT2, params_of(GPT2))
+    monkeypatch.setattr(model, "modulations", lambda config, params: known)
+    params = jax.tree.map(lambda leaf: leaf, params_of(GPT2))
+    node = params
+    for key in filter(None, place.split("/")):
+        node = node[key]
+    node["gain"] = jnp.ones((GPT2.blocks, 3))
+    name = f"{place}/gain".lstrip("/")
+    with pytest.raises(AssertionError, match=f"parameters that sampling does not know: {name}\\b"):
+        network.fold(GPT2, params)
+
+
+@pytest.mark.parametrize("slots", [24, 128])
+@pytest.mark.parametrize("aligned", [True, False])
+def test_what_a_pass_returned_lies_in_its_slots(slots, aligned):
+    config = dataclasses.replace(DIT, blocks=2)
+    cache = cache_lib.empty_cache(config, 3, slots)
+    wide = [np.random.default_rng(i).random((3, config.groups, 4, 8)) for i in range(4)]
+    wide = [jnp.asarray(np.repeat(a, config.head_width // 8, 3), jnp.float32) for a in wide]
+    keys, values = wide[:2], wide[2:]
+    start = jnp.array([7, 7, 7] if aligned else [0, slots - 4, 9])
+    found = cache_lib.write(cache, keys, values, start, start, aligned=aligned)
+    for row, at in enumerate(start.tolist()):
+        want = np.zeros((2, config.groups, slots, config.head_width), np.float32)
+        want[:, :, at : at + 4] = [value[row] for value in values]
+        np.testing.assert_array_equal([value[row] for value in found.values], want)
+        want[:, :, at : at + 4] = [key[row] for key in keys]
+        have = [key[row].swapaxes(2, 3).reshape(want.shape[1:]) for key in found.keys]
+        np.testing.assert_array_equal(have, want)

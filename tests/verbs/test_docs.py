@@ -1,0 +1,89 @@
+"""The commands in README and configs exist and are in a working order."""
+
+import importlib
+import pathlib
+import re
+import shlex
+
+import pytest
+from absl import flags
+
+from benchmarks import published_ratios
+from esolm_jax import config as config_lib
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+VERBS = ("prepare", "train", "evaluate", "sample", "convert", "export", "verify", "compile")
+COMMON = {"workdir", "config"}
+
+
+def commands(text: str) -> list[list[str]]:
+    """Arguments of the indented `python -m esolm_jax.VERB …` lines, continued lines joined."""
+    text = re.sub(r"\\+\n\s*", " ", text)
+    lines = [line for line in text.splitlines() if re.match(r" {4}python -m esolm_jax\.", line)]
+    return [shlex.split(line, comments=True)[2:] for line in lines]
+
+
+def flags_of(verb: str) -> set[str]:
+    """Those that the verb alone defines, and those that all share."""
+    module = importlib.import_module(f"esolm_jax.{verb}")
+    cli_flags = {"step"} if verb in ("evaluate", "sample", "convert", "export") else set()
+    define, before = module.CLI.get("define_flags"), set(flags.FLAGS)
+    if define:
+        define()
+    defined = set(flags.FLAGS) - before
+    for name in defined:
+        delattr(flags.FLAGS, name)
+    return COMMON | cli_flags | defined
+
+
+def check(argv: list[str]) -> None:
+    verb = argv[0].removeprefix("esolm_jax.")
+    assert verb in VERBS
+    allowed, fields = flags_of(verb), config_lib.flat(config_lib.default_config())
+    for arg in argv[1:]:
+        name, _, value = arg.removeprefix("--").partition("=")
+        assert arg.startswith("--"), arg
+        if name.startswith("config."):
+            assert name.removeprefix("config.") in fields, arg
+        else:
+            assert name in allowed, arg
+        if name == "config":
+            assert (ROOT / value.partition(":")[0]).is_file(), arg
+
+
+@pytest.mark.parametrize("path", [*CONFIGS, ROOT / "README.md"], ids=lambda path: path.name)
+def test_commands_exist(path):
+    found = commands(path.read_text(encoding="utf-8"))
+    assert found or "launch/quickstart.sh" in path.read_text()
+    for argv in found:
+        check(argv)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_prepare_comes_before_train(path):
+    """With the same config, workdir and data."""
+    prepared = []
+    for verb, *rest in commands(path.read_text(encoding="utf-8")):
+        if verb == "esolm_jax.prepare":
+            prepared.append(rest)
+        if verb == "esolm_jax.train":
+            assert any(set(rest) <= set(before) for before in prepared)
+        named = [arg for arg in rest if arg.startswith("--config=configs/")]
+        assert all(f"configs/{path.name}" in arg for arg in named)
+
+
+def test_a_range_begins_with_the_least():
+    assert published_ratios.text(9.24, [3.3]) == "3.30–9.24"
+    assert published_ratios.text(0.8, [1.0, 1.5]) == "0.80–1.50"
+    assert published_ratios.text(1.234, []) == "1.23"
+    assert published_ratios.least(9.24, [3.3]) == 3.3
+
+
+def test_ratios_are_quoted_with_the_least_first():
+    sampling = (ROOT / "docs" / "sampling.md").read_text()
+    assert "3.30–9.24" in sampling and "BD3-LM (L′ = 4) yields more" in sampling
+    assert "targets are met; missed:" in sampling.split("| L |")[0]
+    assert "0.84–1.05" in (ROOT / "docs" / "train_speed.md").read_text()
+    readme = (ROOT / "README.md").read_text()
+    assert "3.3 to 9.2 ×" in readme and "9.2 × the published" not in readme.replace("to 9.2 ×", "")
