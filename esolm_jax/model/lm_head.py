@@ -59,16 +59,16 @@ class Head:
             ids += size * jax.lax.axis_index("tensor")
         return kernel, params.get("bias", jnp.zeros(size)), ids
 
-    def normalised(self, h_CD, kernel, bias, ids, target_C):
-        """nll [C], probabilities [C, V'] and which of them is the target's; all float32."""
-        z = jnp.dot(h_CD, kernel, preferred_element_type=jnp.float32) + bias[None]
+    def normalised(self, h_PD, kernel, bias, ids, target_P):
+        """nll [P], probabilities [P, V'] and which of them is the target's; all float32."""
+        z = jnp.dot(h_PD, kernel, preferred_element_type=jnp.float32) + bias[None]
         z = jnp.where((ids == self.mask_id)[None], -jnp.inf, z)
         top = jnp.max(z, axis=1)
         if self.place.splits("tensor"):
             top = jax.lax.pmax(top, "tensor")
         e = jnp.exp(z - top[:, None])
         total = self.place.sum_over(["tensor"], jnp.sum(e, axis=1))
-        is_target = ids[None] == target_C[:, None]
+        is_target = ids[None] == target_P[:, None]
         target = self.place.sum_over(["tensor"], jnp.sum(jnp.where(is_target, z, 0), axis=1))
         return jnp.log(total) + top - target, e / total[:, None], is_target
 

@@ -51,7 +51,7 @@ class ModelConfig:
       norm_eps: ε under the square root of norms.
       qkv_bias: whether queries, keys and values have biases (Qwen 2, GPT-2).
       qk_norm: whether each query and key is RMS-normed, over K (Qwen 3).
-      positions: P > 0 = a learned embedding of P positions in place of RoPE (GPT-2).
+      positions: > 0 = a learned embedding of so many positions in place of RoPE (GPT-2).
       rope_base: of the angles position · base^(−2i/K).
       rope_factor, rope_length: > 1 = frequencies of waves much longer than `rope_length` tokens are
         divided by the factor (Llama 3.1); see rope_frequencies.

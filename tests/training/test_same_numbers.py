@@ -86,7 +86,7 @@ class Processes:
         hidden = (*distributed.TOLD_BY, distributed.CLUSTER, "PJRT_NPROC")
         base = {k: v for k, v in os.environ.items() if k not in hidden}
         base |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
-        base |= QUICK_XLA | {"PYTHONPATH": f"{ROOT}:{ROOT / "tests/support"}"}
+        base |= QUICK_XLA | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests/support'}"}
         base |= {name.upper(): str(value) for name, value in QUICK.items()}
         base |= {"JAX_COMPILATION_CACHE_DIR": str(cache)}
         with socket.socket() as s:

@@ -1,11 +1,11 @@
 """A workdir → artefacts that run without esolm_jax, each checked against the model.
 
-    folder.py            writes the folder and its manifest
-    artefacts.py         the files that compute something; plain.py: their weights
-    signatures.py        inputs and outputs of the exported functions
-    stablehlo.py         StableHLO of score, step and sample; exported_sampler.py: sample
-    onnx_graph.py        ONNX of score and step
-    sampling_plan.py     how a family generates, as data
-    parity.py            measures the error of every artefact
-    shipped/             scripts that are copied into the folder and import no esolm_jax
+folder.py            writes the folder and its manifest
+artefacts.py         the files that compute something; plain.py: their weights
+signatures.py        inputs and outputs of the exported functions
+stablehlo.py         StableHLO of score, step and sample; exported_sampler.py: sample
+onnx_graph.py        ONNX of score and step
+sampling_plan.py     how a family generates, as data
+parity.py            measures the error of every artefact
+shipped/             scripts that are copied into the folder and import no esolm_jax
 """

@@ -27,7 +27,7 @@ class Cache:
     """Keys and values of S slots for each block.
 
     Attributes:
-      keys: [block], [B, G, S/N, K, N]: of N slots at a time, see products.key_slots.
+      keys: [block], [B, G, J, K, I]: J groups of I slots, see products.key_slots.
       values: [block], [B, G, S, K].
     """
 
@@ -112,16 +112,16 @@ def _attend_at_once(q_BGRWK, mask_BWW, *, k, v, filled_B, prefix: int, past):
     return (out / total).reshape(q_BGRWK.shape)
 
 
-def _scores_of_cache(q_BGTK, keys_BGJKN, prefix: int, filled_B):
+def _scores_of_cache(q_BGTK, keys_BGJKI, prefix: int, filled_B):
     """[B, G, T, prefix]. The slots are one axis only once all is computed, for XLA would not
     vectorise a loop over both."""
-    together = keys_BGJKN.shape[4]
+    together = keys_BGJKI.shape[4]
     parts = prefix // together
     slot = jnp.arange(prefix).reshape(1, parts, together)
 
     def some():
         seen = slot < filled_B[:, None, None]
-        score = products.scores(q_BGTK, keys_BGJKN, parts)
+        score = products.scores(q_BGTK, keys_BGJKI, parts)
         return jnp.where(seen[:, None, None], score, MASKED)
 
     none = functools.partial(jnp.full, (*q_BGTK.shape[:3], parts, together), MASKED, jnp.float32)
@@ -156,13 +156,13 @@ def _put(old_GSK, new_GWK, start):
     return jax.lax.dynamic_update_slice_in_dim(old_GSK, new_GWK, start, axis=1)
 
 
-def _put_keys(old_GJKN, new_GWK, start):
+def _put_keys(old_GJKI, new_GWK, start):
     """In all J that W slots may touch, one after the other."""
-    groups, parts, width, together = old_GJKN.shape
+    groups, parts, width, together = old_GJKI.shape
     touched = min(parts, 1 + -(-(new_GWK.shape[1] - 1) // together))
     first = jnp.minimum(start // together, parts - touched)
-    part = jax.lax.dynamic_slice_in_dim(old_GJKN, first, touched, axis=1)
+    part = jax.lax.dynamic_slice_in_dim(old_GJKI, first, touched, axis=1)
     slots = part.swapaxes(2, 3).reshape(groups, touched * together, width)
     slots = _put(slots, new_GWK, start - first * together)
     part = slots.reshape(groups, touched, together, width).swapaxes(2, 3)
-    return jax.lax.dynamic_update_slice_in_dim(old_GJKN, part, first, axis=1)
+    return jax.lax.dynamic_update_slice_in_dim(old_GJKI, part, first, axis=1)

@@ -78,10 +78,10 @@ def noise_of(row_keys_B, position_BS, is_wanted_S, vocab_size: int):
     rest = -slots % few  # few at a time: what they pass through stays in a CPU's cache
 
     def next_slots(args):
-        position_FB, is_wanted_F = args
+        position_PB, is_wanted_P = args
         return jax.lax.cond(
-            is_wanted_F.any(),
-            lambda: gumbel(keys_of(row_keys_B, position_FB.T), vocab_size),
+            is_wanted_P.any(),
+            lambda: gumbel(keys_of(row_keys_B, position_PB.T), vocab_size),
             lambda: jnp.zeros((batch, few, vocab_size), jnp.float32),
         )
 

@@ -28,7 +28,7 @@ class Network:
 
     Attributes:
       embedding: [V, D].
-      positions: [P, D], the embedding of learned positions.
+      positions: [positions, D], the embedding of learned positions.
       blocks: for each block a dict of `qkv` [D, G, R + 2, K] (the queries of a group, scaled by
         1/√K, then its key and value), `attention_out` [H·K, D], `mlp_in` [D, gates, F],
         `mlp_out` [F, D], their biases `…_bias`, and, if queries and keys are normed,

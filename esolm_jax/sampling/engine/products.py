@@ -24,14 +24,14 @@ SPLIT = 2  # parts of a kernel that threads read for all rows
 
 
 def key_slots(mesh: Mesh | None) -> int:
-    """How many slots' keys lie together, N. So a CPU's loop reads one place after the other, where
+    """How many slots' keys lie together, I. So a CPU's loop reads one place after the other, where
     of [K, S] it would read K places at once. Elsewhere 1: products of matrices want whole keys."""
     return KEY_SLOTS if sharding.platform(mesh) == "cpu" else 1
 
 
-def scores(q_BGTK, keys_BGJKN, parts: int):
-    """float32 [B, G, T, parts, N]: of T queries with the first N · parts keys."""
-    return _of_queries(_multiply_add, _scores, q_BGTK, keys_BGJKN, parts)
+def scores(q_BGTK, keys_BGJKI, parts: int):
+    """float32 [B, G, T, parts, I]: of T queries with the first I · parts keys."""
+    return _of_queries(_multiply_add, _scores, q_BGTK, keys_BGJKI, parts)
 
 
 def weighted(p_BGTS, values_BGSK, n: int):
@@ -46,9 +46,9 @@ def _of_queries(loops, whole, a, b, n: int):
     return jax.lax.platform_dependent(a, b, cpu=loops, default=whole)
 
 
-def _scores(q, keys_BGJKN, n: int):
-    batch, groups, _, width, together = keys_BGJKN.shape
-    keys = keys_BGJKN[:, :, :n].swapaxes(2, 3).reshape(batch, groups, width, n * together)
+def _scores(q, keys_BGJKI, n: int):
+    batch, groups, _, width, together = keys_BGJKI.shape
+    keys = keys_BGJKI[:, :, :n].swapaxes(2, 3).reshape(batch, groups, width, n * together)
     score = jnp.matmul(q, keys, preferred_element_type=jnp.float32)
     return score.reshape(*score.shape[:3], n, together)
 
@@ -57,12 +57,12 @@ def _weighted(p, values, n: int):
     return jnp.matmul(p, values[:, :, :n], preferred_element_type=jnp.float32)
 
 
-def _multiply_add(q, keys_BGJKN, n: int):
+def _multiply_add(q, keys_BGJKI, n: int):
     """One loop that adds K products, which are few."""
     q = q.astype(jnp.float32)
 
     def product(i):
-        return q[..., i, None, None] * keys_BGJKN[:, :, None, :n, i].astype(jnp.float32)
+        return q[..., i, None, None] * keys_BGJKI[:, :, None, :n, i].astype(jnp.float32)
 
     return functools.reduce(jnp.add, [product(i) for i in range(q.shape[3])])
 
