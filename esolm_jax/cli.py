@@ -18,7 +18,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from esolm_jax import config as config_lib
-from esolm_jax.errors import UserError, nearest
+from esolm_jax.errors import UserError
 from esolm_jax.parallel import distributed
 from esolm_jax.process import failures, interrupts, jax_settings, standard_streams, startup
 from esolm_jax.training import checkpoint
@@ -53,15 +53,6 @@ def _flag_value(argv: list[str], name: str) -> str | None:
         if match := re.fullmatch(rf"--?{name}(?:=(.*))?", arg):
             value = following if match[1] is None else match[1]
     return value
-
-
-def _check_overrides(argv: list[str]) -> None:
-    """Unknown --config.x fields, with the nearest name; ml_collections would print a traceback."""
-    known = config_lib.flat(config_lib.default_config())
-    for arg in argv:
-        if match := re.match(r"--?(?:no)?config\.([^=]+)", arg):
-            if match[1] not in known:
-                raise UserError(f"config.{match[1]}: unknown field{nearest(match[1], known)}")
 
 
 def _define_flags(argv: list[str], verb: str, needs_workdir: bool, find_config) -> None:
@@ -192,8 +183,8 @@ def run(
 
     def parse(argv):
         verb = pathlib.Path(argv[0]).stem
-        _check_overrides(argv)
         checkpoint.begin_command()
+        argv[:] = config_lib.with_current_names(argv)  # absl and next_command read sys.argv again
         define_flags()
         if reads_checkpoint:
             define_step_flag()

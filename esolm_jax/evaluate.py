@@ -128,7 +128,7 @@ def evaluate(config, workdir: pathlib.Path) -> dict:
         "batch_size": e.batch_size,
         "objective": config.objective,
         "alpha_0": config.alpha_0,
-        "trained_alpha_0": trained.meta["config"]["alpha_0"],
+        "trained_alpha_0": checkpoint.config_in(trained.meta).alpha_0,
         "weights": e.weights,
         "step": trained.step,
         "checkpoint_sha256": digest,

@@ -24,29 +24,6 @@ from esolm_jax.training import checkpoint, health, restore, train_step
 from esolm_jax.training import metrics as metrics_lib
 from esolm_jax.training.train_step import TrainState
 
-# What may change between a run and its resumption.
-_FREE = (
-    "train.steps",
-    "train.log_every",
-    "train.eval_",
-    "train.checkpoint_every",
-    "train.keep_",
-    "train.on_non_finite",
-    "eval.",
-    "sample.",
-    "data.dir",
-    "data.train",  # the prepared data are what counts
-    "data.validation",
-    "data.test",
-    "data.workers",
-    "mesh.",
-    "distributed.",
-    "model.attention",
-    "model.remat",
-    "model.loss_chunk",
-    "model.unroll",
-)
-
 
 class Run:
     """A training run: what is fixed about it, and how its parts are made."""
@@ -87,11 +64,13 @@ class Run:
                 f"optimizer; train from it in another --workdir: --config.init_from={self.workdir}"
             )
         # Weights that `convert` brought were trained elsewhere: only the model is given.
-        free = meta.get("converted", False)
+        free, fields = meta.get("converted", False), config_lib.fields()
         restore.check_same_fields(
             self.config,
             meta,
-            lambda name: name in restore.MODEL_FIELDS if free else not name.startswith(_FREE),
+            lambda name: (
+                fields[name].fixes_weights if free else not fields[name].may_change_on_resume
+            ),
         )
         restore.check_same_tokenizer(self.manifest, meta)
         prng.check_recorded(meta, f"--workdir={self.workdir}")
@@ -146,7 +125,7 @@ class Run:
 
     def meta(self, cursor: int, metrics_entries: int, skipped: int) -> dict:
         return {
-            "config": self.config.to_dict(),
+            "config": config_lib.to_saved(self.config),
             "cursor": cursor,
             "metrics_entries": metrics_entries,
             "skipped_steps": skipped,
@@ -244,7 +223,7 @@ def _write_what_it_is(run: Run) -> None:
             run.manifest.load_tokenizer().save(draft)
             shutil.rmtree(folder, ignore_errors=True)
             draft.rename(folder)
-    results.write_json(run.workdir / "config.json", run.config.to_dict())
+    results.write_json(run.workdir / "config.json", config_lib.to_saved(run.config))
 
 
 def main(config, workdir: pathlib.Path) -> None:

@@ -9,8 +9,6 @@ import dataclasses
 import pathlib
 from collections.abc import Iterator
 
-from ml_collections import ConfigDict
-
 from esolm_jax import cli
 from esolm_jax import config as config_lib
 from esolm_jax.data import integrity
@@ -84,16 +82,16 @@ def _config(workdir: pathlib.Path, meta: dict | None) -> Iterator[Finding]:
     if not path.exists():
         return
     try:
-        config = config_lib.from_saved(regular_file.read_json(path, _MAX_CONFIG))
+        config = config_lib.from_saved(regular_file.read_json(path, _MAX_CONFIG), str(path))
         config_lib.validate(config)
+        now = config_lib.flat(config)
+        saved = config_lib.flat(checkpoint.config_in(meta, workdir)) if meta else now
     except UserError as error:
         yield Finding(path.name, DAMAGED, str(error))
     except Exception as error:  # ConfigDict raises many types
         yield Finding(path.name, DAMAGED, f"{path}: not a config ({type(error).__name__})")
     else:
-        saved = config_lib.flat(ConfigDict(meta["config"])) if meta else {}
-        now = config_lib.flat(config)
-        other = [name for name in now if name in saved and saved[name] != now[name]]
+        other = [name for name in now if saved[name] != now[name]]
         why = f"config.{other[0]} differs from the newest checkpoint's" if other else "valid"
         yield Finding(path.name, UNKNOWN if other else INTACT, why)
 

@@ -10,14 +10,14 @@ import functools
 import jax
 from jax.sharding import Mesh
 
+from esolm_jax.attention import kinds
 from esolm_jax.attention.dense import dense
 from esolm_jax.family.labels import Tokens
 from esolm_jax.family.rule import dense_mask
 from esolm_jax.parallel import sharding
 
-ON = {"flash": "gpu", "splash": "tpu"}  # the platform that a kernel is for
-# The last two: the kernels in Python, on any device, for tests.
-KINDS = ("dense", "lean", "flash", "splash", "flash_interpret", "splash_interpret")
+ON = kinds.PLATFORM
+KINDS = (*kinds.KINDS, *kinds.INTERPRETED)
 SHORT = 128  # L up to which lean computes fewer pairs than splash's least blocks
 
 

@@ -17,6 +17,12 @@ from esolm_jax.errors import UserError, nearest
 from esolm_jax.files.regular_file import open_regular
 
 SPLITS = ("train", "validation", "test")
+ALLOWED = "shakespeare, text or tfds:<name>"
+
+
+def is_source(name: str) -> bool:
+    """Whether config.data.source may have this value."""
+    return name in ("shakespeare", "text") or (name.startswith("tfds:") and len(name) > 5)
 
 
 def documents(config: Any, split: str) -> Iterator[str]:
@@ -85,10 +91,9 @@ def _split_documents(config: Any, split: str) -> Iterator[str]:
     source = config.data.source
     if source == "shakespeare":
         return shakespeare.documents(split)
-    if source != "text" and not source.startswith("tfds:"):
-        allowed = "shakespeare, text, tfds:<name>"
-        hint = nearest(source, allowed.split(", "))
-        raise UserError(f"config.data.source={source!r}: allowed are {allowed}{hint}")
+    if not is_source(source):
+        hint = nearest(source, ("shakespeare", "text", "tfds:<name>"))
+        raise UserError(f"config.data.source={source!r}: must be {ALLOWED}{hint}")
     read = text_files.documents if source == "text" else tfds_source.documents
     read = functools.partial(read, config)
     return _with_holdout(_given(config), split, config.data.holdout, read)

@@ -14,8 +14,12 @@ from esolm_jax.model.lm_head import Head
 from esolm_jax.parallel import sharding
 from esolm_jax.process import prng
 
-SIZES = "width blocks heads cond_width style kv_heads mlp_width attention_width norm_eps".split()
-SIZES += "qkv_bias qk_norm positions rope_base rope_factor rope_length".split()
+# The fields of config.model that are the model's, not policies of its programs.
+SIZES = tuple(
+    name.removeprefix("model.")
+    for name in config_lib.names_with("fixes_weights")
+    if name.startswith("model.")
+)
 
 
 def model_config(config, tokenizer: dict, platform: str) -> model_lib.ModelConfig:

@@ -274,7 +274,12 @@ def read_meta(workdir, step: str = LATEST) -> dict:
 
 def saved_config(workdir, step: str = LATEST) -> ConfigDict:
     """The resolved config of a checkpoint, locked."""
-    return config_lib.from_saved(read_meta(workdir, step)["config"])
+    return config_in(read_meta(workdir, step), workdir)
+
+
+def config_in(meta: dict, workdir="the checkpoint") -> ConfigDict:
+    """The config in the meta of a checkpoint, locked. UserError: not of a version that we read."""
+    return config_lib.from_saved(meta["config"], str(workdir))
 
 
 _config_read: dict[pathlib.Path, dict] = {}  # by workdir: the saved config of this command
@@ -284,6 +289,7 @@ _OF_THE_RUN = ("train.", "optimizer.", "mesh.", "distributed.", "init_from", "da
 def begin_command() -> None:
     """Clears the state of an earlier command in this process."""
     _config_read.clear()
+    config_lib.begin_command()
     checkpoint_steps.forget_what_was_said()
 
 
@@ -291,7 +297,7 @@ def config_of_command(workdir, step: str) -> ConfigDict:
     """The saved config for a command without --config; see check_config_is_of."""
     meta = read_meta(workdir, step)
     _config_read[pathlib.Path(workdir).resolve()] = meta["config"]
-    return config_lib.from_saved(meta["config"])
+    return config_in(meta, workdir)
 
 
 def check_config_is_of(workdir, meta: dict) -> None:
@@ -303,13 +309,16 @@ def check_config_is_of(workdir, meta: dict) -> None:
     read = _config_read.get(pathlib.Path(workdir).resolve())
     if read is None or read == meta["config"]:
         return
-    have, want = (config_lib.flat(ConfigDict(c)) for c in (read, meta["config"]))
-    for name in sorted(have.keys() | want.keys()):
-        if have.get(name) != want.get(name) and not name.startswith(_OF_THE_RUN):
+    have, want = (
+        config_lib.flat(config_lib.from_saved(saved, str(workdir)))
+        for saved in (read, meta["config"])
+    )
+    for name in sorted(have):
+        if have[name] != want[name] and not name.startswith(_OF_THE_RUN):
             raise UserError(
                 f"--workdir={workdir}: the config was read from one checkpoint and the weights "
                 f"from another with other settings (config.{name}="
-                f"{want.get(name)!r}, not {have.get(name)!r}); name one with --step=N"
+                f"{want[name]!r}, not {have[name]!r}); name one with --step=N"
             )
 
 

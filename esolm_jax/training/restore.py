@@ -3,8 +3,6 @@
 import dataclasses
 import pathlib
 
-from ml_collections import ConfigDict
-
 from esolm_jax import config as config_lib
 from esolm_jax.data.manifest import Manifest, open_tokenizer
 from esolm_jax.errors import UserError
@@ -13,17 +11,17 @@ from esolm_jax.model.finite import check_finite
 from esolm_jax.training import checkpoint
 
 # What weights were trained with, and can be used with alone.
-MODEL_FIELDS = ("objective", "start_token", *(f"model.{name}" for name in build.SIZES))
+MODEL_FIELDS = config_lib.names_with("fixes_weights")
 
 
 def check_same_fields(config, meta: dict, is_fixed, or_else: str = "another --workdir") -> None:
     """UserError if a field for which `is_fixed(name)` differs from the checkpoint's config; the
     message advises to use the same or what `or_else` says."""
-    saved, now = config_lib.flat(ConfigDict(meta["config"])), config_lib.flat(config)
-    for name, value in now.items():
-        if is_fixed(name) and saved.get(name) != value:
+    saved = config_lib.flat(checkpoint.config_in(meta))
+    for name, value in config_lib.flat(config).items():
+        if is_fixed(name) and saved[name] != value:
             raise UserError(
-                f"config.{name}={value!r}: the checkpoint was trained with {saved.get(name)!r}; "
+                f"config.{name}={value!r}: the checkpoint was trained with {saved[name]!r}; "
                 f"use that, or {or_else}"
             )
 

@@ -132,7 +132,7 @@ def test_meta_of_a_training_run(tmp_path, quick):  # noqa: F811
     config = tiny_run.make_config(fields | {"objective": "ar", "train.steps": 3})
     tiny_run.train(config, tmp_path / "run")
     meta = checkpoint.read_meta(tmp_path / "run")
-    assert meta["config"] == config.to_dict()
+    assert meta["config"] == config_lib.to_saved(config)
     assert meta["cursor"] == 3 * config.train.batch_size
     assert meta["version"] == esolm_jax.__version__
     assert meta["tokenizer"] == {

@@ -66,7 +66,7 @@ def convert(config, source: str, workdir: pathlib.Path, tokenizer: str) -> Conve
     hub_folder.check(tensors, parts, source)
     weight_types.check({part.name: tensors[part.name] for part in parts}, source)
     meta = {
-        "config": config.to_dict(),
+        "config": config_lib.to_saved(config),
         "cursor": 0,
         "tokenizer": tokenizer_entry(found),
         "version": esolm_jax.__version__,

@@ -72,7 +72,7 @@ def get_config(path: str) -> ConfigDict:
 def _own_config(published: published_file.Published) -> ConfigDict:
     """The config in our own export, not yet validated. UserError: there is none."""
     try:
-        return config_lib.from_saved(published.ours["config"])
+        return config_lib.from_saved(published.ours["config"], str(published.path))
     except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise UserError(f"{published.path}: damaged: its metadata hold no config") from error
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import esolm_jax
+from esolm_jax import config as config_lib
 from esolm_jax import results
 from esolm_jax.data import tokenizer as tokenizer_lib
 from esolm_jax.data.manifest import tokenizer_entry
@@ -70,7 +71,7 @@ def convert(config, source: str, workdir: pathlib.Path, tokenizer: str, weights:
     step = published.step or 0
     state = dataclasses.replace(state, ema=ema, step=jnp.asarray(step, jnp.int32))
     meta = {
-        "config": config.to_dict(),
+        "config": config_lib.to_saved(config),
         "cursor": 0,
         "tokenizer": tokenizer_entry(found),
         "version": esolm_jax.__version__,

@@ -1,0 +1,43 @@
+"""The config of a run: every field declared once, in the table of its section.
+
+    sections/      the fields: default, one line of documentation, allowed values (field.py)
+    checks.py      checks of one value, and the words for them
+    schema.py      all fields; default_config(), from which a config file starts
+    validation.py  checks of a whole config
+    saved.py       configs in checkpoints, of this version of the schema and of earlier ones
+    renames.py     earlier names of fields    removed.py  fields that no longer exist
+    page.py        docs/config.md
+
+Imports no JAX. To add a field, add one line to its section; a field that later checkpoints have
+and earlier ones lack needs `before`.
+"""
+
+from esolm_jax.config.renames import begin_command
+from esolm_jax.config.saved import from_saved, to_saved, with_current_names
+from esolm_jax.config.schema import default_config, fields, flat, is_allowed, names_with
+from esolm_jax.config.sections.run import OBJECTIVES
+from esolm_jax.config.sections.sampling import SCHEDULES
+from esolm_jax.config.validation import (
+    validate,
+    validate_evaluation,
+    validate_mesh,
+    validate_training,
+)
+
+__all__ = [
+    "OBJECTIVES",
+    "SCHEDULES",
+    "begin_command",
+    "default_config",
+    "fields",
+    "flat",
+    "from_saved",
+    "is_allowed",
+    "names_with",
+    "to_saved",
+    "validate",
+    "validate_evaluation",
+    "validate_mesh",
+    "validate_training",
+    "with_current_names",
+]

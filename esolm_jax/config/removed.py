@@ -1,0 +1,27 @@
+"""Fields that no longer exist."""
+
+import dataclasses
+
+from esolm_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Removed:
+    """A former field.
+
+    Attributes:
+      value: what esolm_jax does today; a saved config with this value still loads.
+      advice: what to do with another value: an imperative sentence.
+    """
+
+    value: object
+    advice: str
+
+
+REMOVED: dict[str, Removed] = {}  # by dotted name
+
+
+def refuse(name: str, source: str = "") -> None:
+    """UserError if the field of this dotted name was removed."""
+    if name in REMOVED:
+        raise UserError(f"{source}config.{name}: was removed; {REMOVED[name].advice}")

@@ -1,0 +1,55 @@
+"""Fields of config.model."""
+
+from esolm_jax.attention import kinds
+from esolm_jax.config.checks import (
+    EPSILON,
+    FRACTION,
+    MAX_BLOCKS,
+    MAX_UNROLL,
+    OneOf,
+    above,
+    at_least,
+    count,
+    size,
+    width,
+)
+from esolm_jax.config.field import Field
+
+STYLES = ("dit", "gpt2", "llama")
+DTYPES = ("float32", "bfloat16")
+REMAT = ("none", "matmuls", "attention", "full")  # model/transformer.py: what each one keeps
+
+_SIZE = {"fixes_weights": True}
+_FREE = {"may_change_on_resume": True}
+
+MODEL = {
+    "width": Field(256, "Width D of the residual stream.", width(2), **_SIZE),
+    "blocks": Field(4, "Number N of blocks.", at_least(1, MAX_BLOCKS), **_SIZE),
+    "heads": Field(8, "Number H of query heads.", width(1), **_SIZE),
+    "cond_width": Field(128, "Width C of the time embedding for adaLN; 0 = no adaLN.", width(0),
+                        **_SIZE),
+    "dropout": Field(0.1, "Dropout rate after attention and MLP.", FRACTION),
+    "dtype": Field("float32", "Compute dtype; weights are always float32.", OneOf(DTYPES)),
+    "style": Field("dit", "dit: LayerNorm, GELU, biases in the MLP. gpt2: biases also in norms "
+                   "and after attention. llama: RMSNorm, SwiGLU, no biases.", OneOf(STYLES),
+                   **_SIZE),
+    "kv_heads": Field(0, "Number G of key/value heads; 0 = heads.", width(0), **_SIZE),
+    "mlp_width": Field(0, "Inner width F of the MLP; 0 = 4 x width.", width(0), **_SIZE),
+    "attention_width": Field(0, "Heads x width of a head; 0 = width.", width(0), **_SIZE),
+    "norm_eps": Field(1e-5, "Epsilon of the norms.", EPSILON, **_SIZE),
+    "qkv_bias": Field(False, "Biases of queries, keys and values.", **_SIZE),
+    "qk_norm": Field(False, "An RMSNorm of each query and key.", **_SIZE),
+    "positions": Field(0, "Number of learned positions; 0 = RoPE.", size(0), **_SIZE),
+    "rope_base": Field(10_000.0, "Base of the RoPE frequencies.", above(1), **_SIZE),
+    "rope_factor": Field(1.0, "Slows down waves longer than rope_length tokens (Llama 3.1).",
+                         at_least(1), **_SIZE),
+    "rope_length": Field(8192, "Text length before RoPE scaling (Llama 3.1).", count(1), **_SIZE),
+    "attention": Field("auto", "Implementation: auto = splash on a TPU if L > 128, else lean; "
+                       "flash is for GPUs, splash for TPUs.", OneOf(("auto", *kinds.KINDS)),
+                       **_FREE),
+    "remat": Field("none", "What the backward pass recomputes.", OneOf(REMAT), **_FREE),
+    "loss_chunk": Field(512, "Tokens that a device projects on the vocabulary at a time.",
+                        count(1), **_FREE),
+    "unroll": Field(1, "Blocks per iteration of the scan over blocks; all of them on a CPU.",
+                    at_least(1, MAX_UNROLL), **_FREE),
+}  # fmt: skip

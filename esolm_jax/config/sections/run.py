@@ -1,0 +1,21 @@
+"""Fields of the config that belong to no section."""
+
+from esolm_jax.config.checks import SEED, OneOf, between, inside, size
+from esolm_jax.config.field import Field
+
+OBJECTIVES = ("ar", "mdlm", "bd3", "eso_a", "eso_b")
+
+RUN = {
+    "seed": Field(0, "Seed of weights, data order and noise.", SEED),
+    "objective": Field("eso_b", "The family member to train.", OneOf(OBJECTIVES),
+                       fixes_weights=True),
+    "alpha_0": Field(0.5, "Fraction of the tokens that diffusion generates.", between(0, 1)),
+    "kappa": Field(0.5, "Fraction of a training batch that feeds the diffusion loss.",
+                   inside(0, 1)),
+    "block_length": Field(4, "Tokens of a block; bd3 only.", size(1)),
+    "start_token": Field("bos", "What the first token is predicted from; ar only.",
+                         OneOf(("bos", "mask")), fixes_weights=True),
+    "low_variance": Field(False, "Train without the ELBO weight; alpha_0 = 1 only."),
+    "init_from": Field("", "Workdir, or WORKDIR@STEP, whose EMA weights training starts from; "
+                       "'' = random."),
+}  # fmt: skip

@@ -1,0 +1,52 @@
+"""Fields of config.sample."""
+
+import functools
+
+from esolm_jax.config.checks import (
+    FRACTION,
+    MAX_STEPS,
+    MAX_TEXTS,
+    SEED,
+    Check,
+    OneOf,
+    at_least,
+    count,
+    size,
+)
+from esolm_jax.config.field import Field
+from esolm_jax.config.sections.evaluation import WEIGHTS
+
+SCHEDULES = (
+    "ancestral",
+    "strided",
+    "shuffled_strided",
+    "left_to_right",
+    "blockwise",
+    "confidence",
+)
+DRAFT_STYLES = ("chain", "staircase")
+
+_field = functools.partial(Field, may_change_on_resume=True)
+
+SAMPLE = {
+    "num": _field(8, "Number of texts; of each prompt if there are any.", at_least(1, MAX_TEXTS)),
+    "length": _field(0, "Tokens of a text, prompt included; 0 = data.seq_len.", size(0)),
+    "schedule": _field("ancestral", "Order in which positions are generated.", OneOf(SCHEDULES)),
+    "steps": _field(0, "Steps T; 0 = one token per step.", at_least(0, MAX_STEPS)),
+    "block": _field(0, "Schedule blockwise: tokens of a block; 0 = data.seq_len, or bd3's "
+                   "block_length.", size(0)),
+    "speculate": _field(0, "eso_b: tokens drafted per pass, losslessly; 0 = off.",
+                       Check(lambda v: v == 0 or 2 <= v <= 64, "0 (off) or in [2, 64]")),
+    "speculate_style": _field("chain", "How tokens are drafted.", OneOf(DRAFT_STYLES)),
+    "speculate_adaptive": _field(False, "Makes the number of drafted tokens an upper bound."),
+    "confident": _field(1, "Schedule confidence: tokens per pass, at most.", size(1)),
+    "threshold": _field(0.0, "Schedule confidence: least probability of a token; 0 = none.",
+                       FRACTION),
+    "stop_at_eos": _field(False, "Ends a text at its first generated EOS after all known tokens."),
+    "temperature": _field(1.0, "Temperature of the draws; 0 = greedy.", at_least(0)),
+    "top_p": _field(1.0, "Probability mass of nucleus sampling; 1 = off.",
+                   Check(lambda v: 0 < v <= 1, "in (0, 1]")),
+    "top_k": _field(0, "Number of most probable tokens to draw from; 0 = all.", count(0)),
+    "seed": _field(0, "Seed of the draws.", SEED),
+    "weights": _field("ema", "Which weights to sample from.", OneOf(WEIGHTS)),
+}  # fmt: skip

@@ -1,0 +1,39 @@
+"""Fields of config.optimizer and config.train."""
+
+from esolm_jax.config.checks import EPSILON, FRACTION, OneOf, above, at_least, count, size
+from esolm_jax.config.field import Field
+
+LR_SCHEDULES = ("constant", "cosine")
+ON_NON_FINITE = ("stop", "skip")
+
+_FREE = {"may_change_on_resume": True}
+
+OPTIMIZER = {
+    "learning_rate": Field(3e-4, "Peak learning rate of AdamW.", above(0)),
+    "b1": Field(0.9, "Decay of the first moment.", FRACTION),
+    "b2": Field(0.999, "Decay of the second moment.", FRACTION),
+    "eps": Field(1e-8, "Epsilon of AdamW.", EPSILON),
+    "weight_decay": Field(0.0, "Decoupled weight decay.", at_least(0)),
+    "clip": Field(1.0, "Largest global norm of the gradient.", above(0)),
+    "warmup_steps": Field(2500, "Steps of linear warm-up.", count(0)),
+    "schedule": Field("constant", "Learning rate after warm-up.", OneOf(LR_SCHEDULES)),
+    "ema": Field(0.9999, "Decay of the exponential moving average of the weights.", FRACTION),
+}
+
+TRAIN = {
+    "batch_size": Field(512, "Windows per step, over all devices.", size(1)),
+    "accumulation": Field(1, "Micro-batches per step.", size(1)),
+    "steps": Field(1_000_000, "Steps of training.", count(1), **_FREE),
+    "anneal_steps": Field(0, "Steps over which alpha_0 rises from 0 to its value; eso_a, eso_b.",
+                          count(0)),
+    "log_every": Field(100, "Steps between two lines of metrics.jsonl.", count(1), **_FREE),
+    "eval_every": Field(5000, "Steps between two NELBOs on part of the validation split.",
+                        count(1), **_FREE),
+    "eval_windows": Field(512, "Windows of that part; 0 = all.", count(0), **_FREE),
+    "checkpoint_every": Field(5000, "Steps between two checkpoints.", count(1), **_FREE),
+    "keep_last": Field(2, "Newest checkpoints to keep.", count(1), **_FREE),
+    "keep_best": Field(1, "Checkpoints to keep that have the lowest validation NELBO.", count(0),
+                       **_FREE),
+    "on_non_finite": Field("stop", "What to do at a NaN or infinite loss, gradient or weight.",
+                           OneOf(ON_NON_FINITE), before="stop", **_FREE),
+}  # fmt: skip

@@ -1,0 +1,167 @@
+"""Checks of a whole config: each field by itself, then fields that must agree with each other."""
+
+from collections.abc import Mapping
+
+from ml_collections import ConfigDict
+
+from esolm_jax.config import checks
+from esolm_jax.config.schema import fields, flat
+from esolm_jax.errors import UserError, nearest
+
+
+def validate(config: ConfigDict) -> None:
+    """UserError that names the field, its value and what is allowed, unless every field is fine
+    by itself and they agree with each other."""
+    _check_names_and_types(config)
+    values = flat(config)
+    for name, field in fields().items():
+        wrong = field.check and checks.problem(field.check, values[name])
+        _fail_unless(not wrong, name, values[name], wrong)
+    _check_objective(config)
+    _check_model(config)
+
+
+def _check_names_and_types(config: ConfigDict) -> None:
+    """The fields of the schema, with values of their types."""
+    have, want = flat(config), fields()
+    for name in have.keys() - want.keys():
+        raise UserError(f"config.{name}: unknown field{nearest(name, want)}")
+    for name in want.keys() - have.keys():
+        raise UserError(f"config.{name}: missing; every field of default_config() must be there")
+    for name, value in have.items():
+        kind = type(want[name].default)
+        right = type(value) is kind or (kind is float and type(value) is int)
+        if not right:
+            raise UserError(
+                f"config.{name}={value!r}: must be {kind.__name__}, not {type(value).__name__}"
+            )
+
+
+def _fail_unless(ok: bool, name: str, value, allowed: str) -> None:
+    if not ok:
+        raise UserError(f"config.{name}={value!r}: must be {allowed}")
+
+
+def _check_objective(config: ConfigDict) -> None:
+    """What the family requires of alpha_0 and block_length."""
+    fixed_alpha = {"ar": 0.0, "mdlm": 1.0, "bd3": 1.0}.get(config.objective)
+    if fixed_alpha is not None:
+        _fail_unless(
+            config.alpha_0 == fixed_alpha,
+            "alpha_0",
+            config.alpha_0,
+            f"{fixed_alpha} with objective {config.objective}",
+        )
+    if config.objective == "bd3":
+        _fail_unless(
+            config.data.seq_len % config.block_length == 0,
+            "block_length",
+            config.block_length,
+            f"a divisor of data.seq_len = {config.data.seq_len}",
+        )
+
+
+def _check_model(config: ConfigDict) -> None:
+    """Sizes of the model that must divide each other."""
+    model = config.model
+    heads = "attention_width" if model.attention_width else "width"
+    _fail_unless(
+        model[heads] % (2 * model.heads) == 0,
+        f"model.{heads}",
+        model[heads],
+        f"a multiple of 2 x model.heads = {2 * model.heads}",
+    )
+    _fail_unless(model.width % 2 == 0, "model.width", model.width, "even")
+    _fail_unless(
+        model.positions == 0 or model.positions >= config.data.seq_len,
+        "model.positions",
+        model.positions,
+        f"0 (RoPE) or at least data.seq_len = {config.data.seq_len}",
+    )
+    _fail_unless(
+        model.heads % (model.kv_heads or 1) == 0,
+        "model.kv_heads",
+        model.kv_heads,
+        f"0 or a divisor of model.heads = {model.heads}",
+    )
+
+
+def validate_mesh(config: ConfigDict, mesh: Mapping[str, int]) -> None:
+    """UserError unless what the mesh splits divides by its axes (by name: sizes)."""
+    kv_heads = config.model.kv_heads or config.model.heads
+    tensor, sequence = mesh["tensor"], mesh["sequence"]
+    for name, value in (("model.heads", config.model.heads), ("model.kv_heads", kv_heads)):
+        if value % tensor:
+            raise UserError(
+                f"config.{name}={value}: must be a multiple of config.mesh.tensor={tensor}"
+            )
+    if config.data.seq_len % sequence:
+        raise UserError(
+            f"config.data.seq_len={config.data.seq_len}: must be a multiple of "
+            f"config.mesh.sequence={sequence}"
+        )
+
+
+def _check_annealing(config: ConfigDict) -> None:
+    """Annealing needs both phases."""
+    if config.train.anneal_steps:
+        _fail_unless(
+            config.objective in ("eso_a", "eso_b") and 0 < config.alpha_0 < 1,
+            "train.anneal_steps",
+            config.train.anneal_steps,
+            "0 unless objective is eso_a or eso_b and alpha_0 between 0 and 1, both excluded (they "
+            f"are {config.objective} and {config.alpha_0})",
+        )
+
+
+def validate_training(config: ConfigDict, fractions: dict[str, float], row_shards: int) -> None:
+    """UserError unless the config can be trained: low variance only without a sequential phase,
+    annealing only with both phases, and every phase's share of the batch a whole number of rows
+    that divides by the micro-batches and, within each of these, by the devices that rows are split
+    over."""
+    _check_annealing(config)
+    _fail_unless(
+        not config.low_variance or config.alpha_0 == 1,
+        "low_variance",
+        config.low_variance,
+        f"False unless alpha_0 is 1 (it is {config.alpha_0})",
+    )
+    batch, accumulation = config.train.batch_size, config.train.accumulation
+    for phase, fraction in fractions.items():
+        share = fraction * batch
+        rows = round(share)
+        where = f"the {phase} loss gets {share:g} rows"
+        if len(fractions) > 1:
+            where += f" (kappa={config.kappa})"
+        if abs(share - rows) > 1e-6 or rows == 0:
+            raise UserError(
+                f"config.train.batch_size={batch}: {where}; must be a whole number above 0"
+            )
+        if rows % (accumulation * row_shards):
+            raise UserError(
+                f"config.train.batch_size={batch}: {where}; must be a multiple of "
+                f"train.accumulation x devices (mesh.data x mesh.fsdp) = "
+                f"{accumulation} x {row_shards}"
+            )
+
+
+def _check_num_orders(config: ConfigDict) -> None:
+    """The importance-weighted bound exists for eso_b; ar is exact."""
+    num_orders = config.eval.num_orders
+    if num_orders and config.objective not in ("ar", "eso_b"):
+        raise UserError(
+            f"config.eval.num_orders={num_orders}: must be 0 with objective "
+            f"{config.objective}; only eso_b has an any-order likelihood"
+        )
+
+
+def validate_evaluation(config: ConfigDict, row_shards: int) -> None:
+    """UserError unless the bounds asked for exist and a batch divides by the devices that rows
+    are split over."""
+    _check_num_orders(config)
+    e = config.eval
+    if e.batch_size % row_shards:
+        raise UserError(
+            f"config.eval.batch_size={e.batch_size}: must be a multiple of the {row_shards} "
+            "devices (mesh.data x mesh.fsdp)"
+        )
