@@ -159,7 +159,7 @@ def test_missing_and_empty_input(tmp_path):
     wanted = "to be divided into train, validation, test: give config.data.validation and"
     with pytest.raises(UserError, match=wanted):
         read("test", train=one, holdout=1e-9)
-    with pytest.raises(UserError, match=r"'txt': allowed are .*did you mean 'text'"):
+    with pytest.raises(UserError, match=r"'txt': must be .*did you mean 'text'"):
         read(source="txt")
 
 
