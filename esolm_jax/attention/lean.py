@@ -98,6 +98,16 @@ def _unrolled_forward(layout, q, k, v, labels):
     return jnp.concatenate(outs, axis=3), jnp.concatenate(lses, axis=3)
 
 
+def _add(total, part, first, last):
+    """total[..., first:last] += part.
+
+    XLA of jax 0.11 crashes on a scatter into a whole axis inside shard_map.
+    """
+    if (first, last) == (0, total.shape[-1]):
+        return total + part
+    return total.at[..., first:last].add(part)
+
+
 def _unrolled_backward(layout, q, k, v, labels, grad, lse, along):
     dqs = []
     dk = dv = jnp.zeros_like(k.swapaxes(2, 3), jnp.float32)
@@ -114,8 +124,8 @@ def _unrolled_backward(layout, q, k, v, labels, grad, lse, along):
         at = 0
         for first, last in ranges:
             part = slice(at, at + last - first)
-            dk = dk.at[..., first:last].add(dk_near[..., part])
-            dv = dv.at[..., first:last].add(dv_near[..., part])
+            dk = _add(dk, dk_near[..., part], first, last)
+            dv = _add(dv, dv_near[..., part], first, last)
             at = part.stop
     return jnp.concatenate(dqs, axis=3), dk.swapaxes(2, 3), dv.swapaxes(2, 3)
 
