@@ -1,6 +1,6 @@
 """python docs/draw_rule.py: draws docs/rule.png, the one attention rule under each labelling.
 
-The masks are those of the library: labelled by esolm_jax.objectives, compared by visible().
+The masks are those of the library: labelled by esolm_jax.family, compared by visible().
 """
 
 import pathlib
@@ -8,7 +8,7 @@ import pathlib
 import matplotlib
 import numpy as np
 
-from esolm_jax.family import objectives
+from esolm_jax.family import ar, bd3, eso_a, eso_b, mdlm
 from esolm_jax.family.rule import dense_mask
 
 matplotlib.use("Agg")
@@ -25,25 +25,25 @@ NATURAL = np.array([[1, 4, 0, 2, 3, 5]])
 
 
 def panels():
-    weight, o = MASKED.astype(np.float32), objectives
-    yield "AR", o.label_ar(X, VALID, start=START)
-    yield "MDLM", o.label_mdlm(X, VALID, MASKED, weight, mask=MASK)
+    weight = MASKED.astype(np.float32)
+    yield "AR", ar.label(X, VALID, start=START)
+    yield "MDLM", mdlm.label(X, VALID, MASKED, weight, mask=MASK)
     yield (
         "Eso-LM (B), diffusion",
-        o.label_eso_b_diffusion(X, VALID, MASKED, RANDOM, weight, mask=MASK),
+        eso_b.label_diffusion(X, VALID, MASKED, RANDOM, weight, mask=MASK),
     )
     yield (
         "Eso-LM (A), diffusion",
-        o.label_eso_a_diffusion(X, VALID, MASKED, RANDOM, weight, mask=MASK),
+        eso_a.label_diffusion(X, VALID, MASKED, RANDOM, weight, mask=MASK),
     )
-    yield "BD3-LM, blocks of 2", o.label_bd3(X, VALID, MASKED, weight, mask=MASK, block_length=2)
+    yield "BD3-LM, blocks of 2", bd3.label(X, VALID, MASKED, weight, mask=MASK, block_length=2)
     yield (
         "Eso-LM (B), sequential",
-        o.label_eso_b_sequential(X, VALID, MASKED, LEFT_TO_RIGHT, weight, mask=MASK),
+        eso_b.label_sequential(X, VALID, MASKED, LEFT_TO_RIGHT, weight, mask=MASK),
     )
     yield (
         "Eso-LM (A), sequential",
-        o.label_eso_a_sequential(X, VALID, MASKED, NATURAL, weight, mask=MASK),
+        eso_a.label_sequential(X, VALID, MASKED, NATURAL, weight, mask=MASK),
     )
 
 

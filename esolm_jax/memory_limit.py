@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from esolm_jax.data.reader import PREFETCH
 from esolm_jax.errors import UserError
+from esolm_jax.family import registry
 from esolm_jax.model.transformer import TIME_FREQUENCIES, ModelConfig
 from esolm_jax.parallel import sharding
 
@@ -140,8 +141,9 @@ def check_sampling(config, model: ModelConfig, mesh, rows: int, length: int, pro
     fields = ("sample.length", "sample.num") if length > rows else ("sample.num", "sample.length")
     local = rows / sharding.num_row_shards(mesh)
     kv = 2 * model.groups * model.head_width / mesh.shape["tensor"] * model.blocks * itemsize
-    block = config.block_length if config.objective == "bd3" else 1
-    is_cached = config.objective in ("ar", "bd3", "eso_b") and length > 2 * block and not s.steps
+    family = registry.get(config.objective)
+    block = family.rank_span(length, config.block_length)
+    is_cached = family.keeps_cache and length > 2 * block and not s.steps
     is_one_a_pass = not (s.steps or prompted or s.speculate)
     tables = TABLE_BYTES * rows * length if is_one_a_pass else 0
     needs = [

@@ -3,67 +3,32 @@
 The yardsticks that a compiled step is held against (compile.py).
 """
 
-import dataclasses
 import math
 
 import jax
 
-from esolm_jax.family.objectives import Phase
+from esolm_jax.family import registry
+from esolm_jax.family.family import Work
+from esolm_jax.family.phase import Phase
 from esolm_jax.model.transformer import ModelConfig
 from esolm_jax.parallel import sharding
 
 BACKWARD = 2  # every product has two of its size in the backward pass
 
 
-@dataclasses.dataclass(frozen=True)
-class Pass:
-    """The expected work of one phase of a step, over all rows.
-
-    Attributes:
-      tokens: that must go through the blocks: query copies without a loss need not.
-      predicted: that must be projected on the vocabulary.
-      pairs: of a query and a key that it may read.
-    """
-
-    tokens: float
-    predicted: float
-    pairs: float
-
-    def __add__(self, other: "Pass") -> "Pass":
-        return Pass(
-            self.tokens + other.tokens, self.predicted + other.predicted, self.pairs + other.pairs
-        )
-
-
-def row(config, phase: Phase) -> Pass:
+def row(config, phase: Phase) -> Work:
     """One row of a phase."""
-    length, alpha_0 = config.data.seq_len, config.alpha_0
-    predicted = length * phase.predicts
-    causal = length * (length + 1) / 2
-    match config.objective:
-        case "mdlm":
-            return Pass(length, predicted, length**2)
-        case "bd3":
-            return Pass(2 * length, predicted, length * (length + config.block_length))
-    others = length * (length - 1) / 2  # pairs of two tokens
-    clean = others if config.objective == "eso_a" else 0.0  # where both are, they see each other
-    if not phase.droppable:  # ar, and the diffusion phases
-        return Pass(length, predicted, causal + clean * alpha_0**2 / 3)  # the mean of α_t²
-    queries = predicted * length - others * phase.predicts**2
-    return Pass(length + predicted, predicted, causal + clean * alpha_0**2 + queries)
+    work = registry.get(config.objective).work
+    return work(phase, config.data.seq_len, config.alpha_0, config.block_length)
 
 
-def step(config, phases: tuple[Phase, ...]) -> Pass:
+def step(config, phases: tuple[Phase, ...]) -> Work:
     """All rows of all phases of one training step."""
-    total = Pass(0, 0, 0)
-    for phase in phases:
-        one = row(config, phase)
-        rows = phase.fraction * config.train.batch_size
-        total += Pass(one.tokens * rows, one.predicted * rows, one.pairs * rows)
-    return total
+    rows = (row(config, phase) * (phase.fraction * config.train.batch_size) for phase in phases)
+    return sum(rows, start=Work(0, 0, 0))
 
 
-def flops(model: ModelConfig, work: Pass) -> dict[str, float]:
+def flops(model: ModelConfig, work: Work) -> dict[str, float]:
     """FLOPs of the matrix products of forward and backward pass, by kind; 2 a multiplication."""
     gates = 2 if model.style == "llama" else 1
     heads = model.heads + 2 * model.groups
@@ -82,7 +47,7 @@ def gather_bytes(size: float, group: int) -> float:
     return size * (group - 1) / group
 
 
-def collective_bytes(config, model: ModelConfig, work: Pass, mesh, params) -> dict[str, float]:
+def collective_bytes(config, model: ModelConfig, work: Work, mesh, params) -> dict[str, float]:
     """Bytes that one chip must send in a step, by kind, with ring algorithms.
 
     Every parameter that is split over fsdp is gathered in the compute dtype for the forward and

@@ -8,9 +8,10 @@ import jax
 from esolm_jax.aot import hlo, necessary
 from esolm_jax.aot.topology import Chip
 from esolm_jax.attention.splash import tiling
-from esolm_jax.family import objectives, trim
+from esolm_jax.family import registry, trim
 from esolm_jax.family.labels import Layout
 from esolm_jax.parallel import sharding
+from esolm_jax.process import prng
 from esolm_jax.training.train_step import Training
 
 KINDS = {"head|predicted_chunks|logits": "head", "splash|attend": "attention", "while": "blocks"}
@@ -57,17 +58,16 @@ def kernel_flops(training: Training, text: str) -> dict[str, float]:
 
 def _layouts(training: Training) -> list[Layout]:
     """The layouts of all passes of a training step, trimmed or not."""
-    length, block = training.config.data.seq_len, training.config.block_length
-    found = []
+    length = training.config.data.seq_len
+    row = jax.ShapeDtypeStruct((1, length), "int32"), jax.ShapeDtypeStruct((1, length), "bool")
+    key, found = jax.eval_shape(lambda: prng.key(0)), []
     for phase, queries in zip(training.phases, training.objective.queries, strict=True):
-        if training.config.objective == "mdlm":
-            found.append(Layout(length, block=length))
-        elif training.config.objective == "bd3":
-            found.append(Layout(length, length, block))
-        elif phase.droppable:
-            found += [Layout(length, queries or length), Layout(length, length)]
-        else:
-            found.append(Layout(length))
+        layout = jax.eval_shape(phase.label, key, *row).tokens.layout
+        if layout is None:  # ranks depend on the row
+            layout = Layout(length, length) if phase.droppable else Layout(length)
+        if phase.droppable:
+            found.append(Layout(length, queries or length, layout.block))
+        found.append(layout)
     return found
 
 
@@ -211,5 +211,5 @@ def roofline(flops: float, needed: float, sent: float, hbm: dict, chip: Chip) ->
 
 def objective_name(config) -> str:
     """Such as "eso_b, alpha_0 = 0.5"."""
-    exact = objectives.is_exact(config) or config.objective in ("mdlm", "bd3")
+    exact = registry.is_exact(config) or registry.get(config.objective).fixed_alpha_0 is not None
     return config.objective if exact else f"{config.objective}, alpha_0 = {config.alpha_0}"

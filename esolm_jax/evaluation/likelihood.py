@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from esolm_jax.family import objectives
+from esolm_jax.family import eso_b, registry
 from esolm_jax.model.build import LanguageModel
 from esolm_jax.model.lm_head import Head, sequence_nll
 from esolm_jax.parallel import distributed, sharding
@@ -168,10 +168,10 @@ def make_nelbo(config, built: LanguageModel):
 
     `num_samples` draws of noise per window; the error is estimated from their spread, batch by
     batch, since times are stratified within a batch. Where the NELBO is exact
-    (objectives.is_exact), one draw is all. Batches are global: {"x", "valid"}, [B, L].
+    (registry.is_exact), one draw is all. Batches are global: {"x", "valid"}, [B, L].
     """
-    phases = objectives.phases(config, built.special, low_variance=False)
-    exact = objectives.is_exact(config)
+    phases = registry.phases(config, built.special, low_variance=False)
+    exact = registry.is_exact(config)
     placed = sharding.rows(built.mesh)
     draw = distributed.together(
         jax.jit(
@@ -209,7 +209,7 @@ def make_importance_weighted(config, built: LanguageModel):
 
     Every window draws its own orders, so that the variances of windows add up. The error is that of
     the bound with this K, not the distance to the likelihood, which lies below it."""
-    label = functools.partial(objectives.any_order, alpha_0=config.alpha_0, special=built.special)
+    label = functools.partial(eso_b.any_order, alpha_0=config.alpha_0, special=built.special)
     placed = sharding.rows(built.mesh)
     draw = distributed.together(
         jax.jit(

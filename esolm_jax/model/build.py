@@ -8,7 +8,7 @@ import jax
 from esolm_jax import config as config_lib
 from esolm_jax.attention import attend as attention
 from esolm_jax.errors import UserError
-from esolm_jax.family.objectives import Special
+from esolm_jax.family.phase import Special
 from esolm_jax.model import transformer as model_lib
 from esolm_jax.model.lm_head import Head
 from esolm_jax.parallel import sharding

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 
 from esolm_jax.errors import UserError
-from esolm_jax.family.objectives import Special
+from esolm_jax.family import registry
+from esolm_jax.family.phase import Special
 from esolm_jax.sampling.engine.choose import Choice
 from esolm_jax.sampling.engine.network import Network
 from esolm_jax.sampling.loops import decode
@@ -19,28 +20,26 @@ from esolm_jax.sampling.plan.canvas import Canvas
 
 def check(config) -> None:
     """UserError unless the family can be sampled as config.sample says."""
-    s, objective, positions = config.sample, config.objective, config.model.positions
-    can = {
-        "ar": ("ancestral", "left_to_right"),
-        "bd3": ("ancestral", "left_to_right", "blockwise"),
-        "eso_a": ("ancestral", "strided", "shuffled_strided", "left_to_right"),
-        "mdlm": ("ancestral", "strided", "shuffled_strided", "left_to_right", "confidence"),
-    }.get(objective, (s.schedule,))
+    s, positions = config.sample, config.model.positions
+    family = registry.get(config.objective)
+    can = family.schedules or (s.schedule,)
     length, longest = s.length or config.data.seq_len, config.data.seq_len
-    draft = "no mask to draft with" if objective == "ar" else "known tokens read later ones"
-    family = f"with objective {objective}"
+    named = f"with objective {family.name}"
     of_family = {
-        "schedule": (s.schedule in can, f"one of {', '.join(can)} {family}"),
-        "steps": (objective != "ar" or not s.steps, f"0, one token per step, {family}"),
+        "schedule": (s.schedule in can, f"one of {', '.join(can)} {named}"),
+        "steps": (not (family.no_parallel and s.steps), f"0, {family.no_parallel}, {named}"),
         "length": (
-            objective not in ("mdlm", "eso_a") or length <= longest,
-            f"at most data.seq_len={longest} {family}",
+            family.can_extrapolate or length <= longest,
+            f"at most data.seq_len={longest} {named}",
         ),
         "block": (
-            objective != "bd3" or s.block in (0, config.block_length),
-            f"0 or block_length={config.block_length} {family}",
+            not family.is_blockwise or s.block in (0, config.block_length),
+            f"0 or block_length={config.block_length} {named}",
         ),
-        "speculate": (objective == "eso_b" or not s.speculate, f"0, for it has {draft}, {family}"),
+        "speculate": (
+            not (family.no_speculation and s.speculate),
+            f"0, for it has {family.no_speculation}, {named}",
+        ),
     }
     _check(s, of_family)
     by_confidence, fixed = s.schedule == "confidence", f"with sample.schedule {s.schedule}"
@@ -84,17 +83,17 @@ def make_schedule(config, canvas: Canvas) -> schedule.Schedule:
     """The orders and step sizes that config.sample asks for. UserError as check()."""
     check(config)
     s = config.sample
-    if config.objective == "ar" or s.schedule in ("left_to_right", "confidence"):
+    family = registry.get(config.objective)
+    name = family.replaced_schedules.get(s.schedule, s.schedule)
+    if name in ("left_to_right", "confidence"):
         return schedule.left_to_right(canvas)
-    if config.objective == "bd3":
-        return schedule.blockwise(canvas, config.block_length, 1.0, s.steps)
     too_long = canvas.token.shape[1] > config.data.seq_len
-    if s.schedule == "blockwise" or (s.schedule == "ancestral" and too_long):
-        block = s.block or config.data.seq_len
-        return schedule.blockwise(canvas, block, config.alpha_0, s.steps)
-    if s.schedule == "ancestral":
+    if name == "blockwise" or (name == "ancestral" and too_long):
+        own = config.block_length if family.is_blockwise else config.data.seq_len
+        return schedule.blockwise(canvas, s.block or own, config.alpha_0, s.steps)
+    if name == "ancestral":
         return schedule.ancestral(canvas, config.alpha_0, s.steps)
-    shuffle = s.schedule == "shuffled_strided"
+    shuffle = name == "shuffled_strided"
     return schedule.strided(canvas, config.alpha_0, s.steps, shuffle=shuffle)
 
 
@@ -130,7 +129,7 @@ class Generator:
         if s.schedule == "confidence":
             found = confident(
                 *args,
-                cached=self.config.objective == "eso_b",
+                cached=registry.get(self.config.objective).keeps_cache,
                 most=s.confident,
                 threshold=s.threshold,
                 **common,

@@ -12,7 +12,8 @@ import optax
 from esolm_jax import config as config_lib
 from esolm_jax.family import trim
 from esolm_jax.family.labels import Labelled
-from esolm_jax.family.objectives import Phase, phases
+from esolm_jax.family.phase import Phase
+from esolm_jax.family.registry import phases
 from esolm_jax.model import transformer as model_lib
 from esolm_jax.model.lm_head import Head, weighted_nll
 from esolm_jax.parallel import distributed, sharding

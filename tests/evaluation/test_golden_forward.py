@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from golden_files import close, model, vectors
 
-from esolm_jax.family import noise, objectives
+from esolm_jax.family import ar, eso_a, eso_b, mdlm, noise
 from esolm_jax.family.rule import dense_mask
 from esolm_jax.model import lm_head as loss
 
@@ -30,10 +30,10 @@ def text_order(sorted_BL, order):
 
 
 DIFFUSION = {
-    "01_diffusion_causal": objectives.label_eso_b_diffusion,
-    "01b_diffusion_causal_alpha1": objectives.label_eso_b_diffusion,
-    "02_diffusion_mixed2_noshuffle": objectives.label_eso_a_diffusion,
-    "02b_diffusion_mixed2_shuffle": objectives.label_eso_a_diffusion,
+    "01_diffusion_causal": eso_b.label_diffusion,
+    "01b_diffusion_causal_alpha1": eso_b.label_diffusion,
+    "02_diffusion_mixed2_noshuffle": eso_a.label_diffusion,
+    "02b_diffusion_mixed2_shuffle": eso_a.label_diffusion,
 }
 
 
@@ -58,12 +58,12 @@ def test_diffusion(case):
 
 
 SEQUENTIAL = {
-    "04_sequential_causal_a0d5": objectives.label_eso_b_sequential,
-    "04_sequential_causal_a0d125": objectives.label_eso_b_sequential,
-    "05_sequential_mixed_a0d5": objectives.label_eso_a_sequential,
-    "05_sequential_mixed_a0d125": objectives.label_eso_a_sequential,
-    "06_sequential_causal_alpha0": objectives.label_eso_b_sequential,
-    "06b_sequential_mixed_alpha0": objectives.label_eso_a_sequential,
+    "04_sequential_causal_a0d5": eso_b.label_sequential,
+    "04_sequential_causal_a0d125": eso_b.label_sequential,
+    "05_sequential_mixed_a0d5": eso_a.label_sequential,
+    "05_sequential_mixed_a0d125": eso_a.label_sequential,
+    "06_sequential_causal_alpha0": eso_b.label_sequential,
+    "06b_sequential_mixed_alpha0": eso_a.label_sequential,
 }
 
 
@@ -98,7 +98,7 @@ def test_mdlm():
     golden = vectors("08_mdlm")
     masked = golden["xt"] == MASK
     weight = np.where(masked, noise.elbo_weight(golden["t"][:, None], 1.0), 0)
-    labelled = objectives.label_mdlm(golden["x0"], np.ones_like(masked), masked, weight, mask=MASK)
+    labelled = mdlm.label(golden["x0"], np.ones_like(masked), masked, weight, mask=MASK)
     logits, nll = run(golden, labelled)
     close(logits, golden["logits"])
     close(labelled.weight * nll, golden["nll_elbo"])
@@ -111,7 +111,7 @@ def test_time_embedding():
 
     golden = vectors("08_mdlm")
     reference = model("weights_dit")
-    labelled = objectives.label_mdlm(
+    labelled = mdlm.label(
         golden["x0"],
         np.ones(golden["x0"].shape, bool),
         golden["xt"] == MASK,
@@ -128,7 +128,7 @@ def test_time_embedding():
 def test_ar(start):
     golden = vectors(f"07_ar_{start}")
     x, valid = golden["output_tokens"], golden["valid_out"].astype(bool)
-    labelled = objectives.label_ar(x, valid, start=0)
+    labelled = ar.label(x, valid, start=0)
     tokens = labelled.tokens.replace(
         token=labelled.tokens.token.at[:, 0].set(golden["input_tokens"][:, 0])
     )
@@ -146,9 +146,7 @@ def test_any_order_likelihood(case):
     log_p = []
     for k, sigma in enumerate(golden["sort_idx"]):
         order = np.broadcast_to(sigma, x.shape)
-        labelled = objectives.label_eso_b_sequential(
-            x, everything, everything, order, everything, mask=MASK
-        )
+        labelled = eso_b.label_sequential(x, everything, everything, order, everything, mask=MASK)
         logits, nll = run(golden, labelled)
         log_p.append(-nll)
         if k == 0:

@@ -10,7 +10,7 @@ import pytest
 import toy
 
 from esolm_jax.evaluation import likelihood
-from esolm_jax.family import objectives
+from esolm_jax.family import eso_b
 from esolm_jax.model import lm_head as loss
 
 L = toy.LENGTH
@@ -70,7 +70,7 @@ def exact_nll(alpha_0):
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (2, 0, 3, 1), (3, 2, 1, 0)])
 def test_probabilities_of_all_texts_under_one_order_sum_to_one(order):
     everything = np.ones(toy.TEXTS.shape, bool)
-    labelled = objectives.label_eso_b_sequential(
+    labelled = eso_b.label_sequential(
         toy.TEXTS, everything, everything, np.tile(np.int32(order), (81, 1)), everything,
         mask=toy.MASK,
     )  # fmt: skip

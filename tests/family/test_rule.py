@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 import toy
 
-from esolm_jax.family import objectives
+from esolm_jax.family import ar as ar_family
+from esolm_jax.family import bd3 as bd3_family
+from esolm_jax.family import eso_a, eso_b
+from esolm_jax.family import mdlm as mdlm_family
 from esolm_jax.family.labels import Tokens
 from esolm_jax.family.rule import dense_mask
 
@@ -105,13 +108,14 @@ def label(family, seed):
     mask = toy.MASK
     match family:
         case "ar":
-            labelled = objectives.label_ar(x, valid, start=toy.START)
+            labelled = ar_family.label(x, valid, start=toy.START)
         case "mdlm":
-            labelled = objectives.label_mdlm(x, valid, masked, masked, mask=mask)
+            labelled = mdlm_family.label(x, valid, masked, masked, mask=mask)
         case "bd3":
-            labelled = objectives.label_bd3(x, valid, masked, masked, mask=mask, block_length=BLOCK)
+            labelled = bd3_family.label(x, valid, masked, masked, mask=mask, block_length=BLOCK)
         case _:
-            to_label = getattr(objectives, f"label_{family}")
+            name, phase = family.rsplit("_", 1)
+            to_label = getattr({"eso_a": eso_a, "eso_b": eso_b}[name], f"label_{phase}")
             labelled = to_label(x, valid, masked, order, masked, mask=mask)
     return labelled, np.sum(valid & ~masked, axis=1)
 

@@ -17,7 +17,7 @@ from published_toy import FOLDER, STEP
 from tiny_run import command, quick, refused_by
 
 from esolm_jax.errors import UserError
-from esolm_jax.family import objectives
+from esolm_jax.family import eso_b
 from esolm_jax.interop.published import config as published_config
 from esolm_jax.interop.published import file as published_file
 from esolm_jax.interop.published.reference import INV_FREQ, Reference
@@ -138,7 +138,7 @@ def test_golden_logits_and_names_through_a_workdir(golden_run, tmp_path):
     model, golden = restored(workdir), vectors("01_diffusion_causal")
     masked, order = golden["zt"] == 66, golden["sort_idx"]
     ones = np.ones_like(masked)
-    labelled = objectives.label_eso_b_diffusion(golden["x0"], ones, masked, order, masked, mask=66)
+    labelled = eso_b.label_diffusion(golden["x0"], ones, masked, order, masked, mask=66)
     tokens = labelled.tokens
     got = model.logits(tokens.token, tokens.position, tokens.rank, tokens.in_context)
     close(got, golden["logits"])

@@ -16,8 +16,9 @@ from configs import pretrained
 from esolm_jax import config
 from esolm_jax.data import hub_tokenizer
 from esolm_jax.errors import UserError
-from esolm_jax.family import objectives
+from esolm_jax.family import ar, registry
 from esolm_jax.family.labels import Tokens
+from esolm_jax.family.phase import Special
 from esolm_jax.interop.hub import config as hub_config
 from esolm_jax.interop.hub import names as hub_names
 from esolm_jax.model import build
@@ -84,7 +85,7 @@ def test_our_objective_of_it_is_its_own(converted, family):
     text = token[:, 1:]
     special = trained.built.special
     assert (special.start, special.mask) == (token[0, 0], IDS)
-    labelled = objectives.label_ar(text, np.ones(text.shape, bool), start=special.start)
+    labelled = ar.label(text, np.ones(text.shape, bool), start=special.start)
     logits = np.asarray(trained.built.apply(trained.params, labelled.tokens))
     np.testing.assert_allclose(logits[..., :IDS], wanted[:, :-1], rtol=0, atol=2e-5)
     np.testing.assert_array_equal(labelled.target, text)
@@ -469,15 +470,15 @@ def test_alpha_0_rises_from_0_and_then_stays(prepared):
 
 def test_annealed_labels_are_those_of_a_config_with_that_alpha_0(prepared):
     """Also at 0: what is masked, weighted and predicted."""
-    special = objectives.Special(mask=IDS, start=59)
+    special = Special(mask=IDS, start=59)
     x = np.random.default_rng(0).integers(0, IDS, (4, 16)).astype(np.int32)
     valid = np.ones(x.shape, bool)
     for alpha_0 in (0.125, 0.5):
         plain = prepared.copy_and_resolve_references()
         with plain.unlocked():
             plain.alpha_0 = alpha_0
-        wanted = objectives.phases(plain, special, low_variance=False)
-        label = lambda a, i, key: objectives.phases(  # noqa: E731
+        wanted = registry.phases(plain, special, low_variance=False)
+        label = lambda a, i, key: registry.phases(  # noqa: E731
             prepared, special, low_variance=False, alpha_0=a
         )[i].label(key, x, valid)
         for i, phase in enumerate(wanted):

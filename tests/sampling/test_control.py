@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from thorough import thorough
 
 from esolm_jax.errors import UserError
+from esolm_jax.family import eso_b, mdlm
 from esolm_jax.parallel.sharding import AXES
 from esolm_jax.sampling.engine import network
 from esolm_jax.sampling.engine.choose import Choice
@@ -331,7 +332,7 @@ def test_another_seed_runs_the_same_programs(alpha_0):
     found = set()
     for seed in range(40):
         drawn = schedule.ancestral(Canvas.empty(1, 64, seed), alpha_0, 16)
-        plan = passes.eso_b(drawn, mask_id=toy.MASK)
+        plan = passes.make_plan(eso_b.FAMILY, drawn, mask_id=toy.MASK)
         shapes = tuple(plan.classes(*segment)[1] for segment in plan.segments())
         found.add((shapes, plan.rows_of_tables))
     assert len(found) <= 5, found
@@ -340,7 +341,7 @@ def test_another_seed_runs_the_same_programs(alpha_0):
 def test_a_row_that_is_done_needs_no_cache():
     canvas = canvas_of([[MASK] * 12, [0, 2, 2, MASK]])
     for drawn in (schedule.ancestral(canvas, 1.0, 4), schedule.left_to_right(canvas)):
-        plan = passes.mdlm(drawn, mask_id=toy.MASK)
+        plan = passes.make_plan(mdlm.FAMILY, drawn, mask_id=toy.MASK)
         assert (drawn.sizes[:, 1] == 0).any() and not plan.start.any()
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from golden_files import close, model, vectors
 
+from esolm_jax.family import ar, eso_b
 from esolm_jax.sampling.engine import network
 from esolm_jax.sampling.engine.choose import Choice, keep_top_k, nucleus
 from esolm_jax.sampling.loops import decode, speculate
@@ -56,10 +57,10 @@ def tolerance(case):
     return 3e-4 if "sharp" in case else 2e-5
 
 
-def eso_b(golden, sizes=None):
+def eso_b_plan(golden, sizes=None):
     order = golden["sort_idx"]
     sizes = golden["schedule"] if sizes is None else sizes
-    return passes.eso_b(Schedule(order, sizes, order.shape[1]), mask_id=MASK)
+    return passes.make_plan(eso_b.FAMILY, Schedule(order, sizes, order.shape[1]), mask_id=MASK)
 
 
 def folded(golden):
@@ -76,7 +77,7 @@ def run(golden, plan, choice):
 @pytest.mark.parametrize("case", CASES)
 def test_teacher_forced(case):
     golden = vectors(case)
-    text, logits = run(golden, eso_b(golden), Forced(case))
+    text, logits = run(golden, eso_b_plan(golden), Forced(case))
     np.testing.assert_array_equal(text, golden["forced_tokens"])
     close(logits, golden["tf_logits"], tolerance(case))
 
@@ -84,10 +85,10 @@ def test_teacher_forced(case):
 @pytest.mark.parametrize("case", CASES)
 def test_greedy(case):
     golden = vectors(case)
-    text, logits = run(golden, eso_b(golden), Choice(MASK, temperature=0))
+    text, logits = run(golden, eso_b_plan(golden), Choice(MASK, temperature=0))
     np.testing.assert_array_equal(text, golden["greedy_samples"])
     close(logits, golden["greedy_logits"], tolerance(case))
-    assert len(eso_b(golden).size) == golden["nfe"]
+    assert len(eso_b_plan(golden).size) == golden["nfe"]
     public = model(str(golden["weights"])).sample(
         golden["sort_idx"], golden["schedule"], rng=KEY, temperature=0
     )
@@ -100,7 +101,7 @@ def test_greedy(case):
 def test_greedy_speculation_is_greedy_one_token_a_pass(case, k, style):
     """And where the published schedule is one token a step, the published tokens."""
     golden = vectors(case)
-    plan, greedy = eso_b(golden, np.ones(golden["sort_idx"].shape[1], int)), Choice(MASK, 0)
+    plan, greedy = eso_b_plan(golden, np.ones(golden["sort_idx"].shape[1], int)), Choice(MASK, 0)
     want, _ = run(golden, plan, greedy)
     keys = jax.random.split(KEY, len(want))
     found, _ = speculate.speculate(folded(golden), plan, greedy, keys, k=k, style=style)
@@ -113,7 +114,7 @@ def test_greedy_speculation_is_greedy_one_token_a_pass(case, k, style):
 @pytest.mark.parametrize("case", CASES)
 def test_stochastic(case):
     golden = vectors(case)
-    text, logits = run(golden, eso_b(golden), Recorded(MASK, top_p=0.9, case=case))
+    text, logits = run(golden, eso_b_plan(golden), Recorded(MASK, top_p=0.9, case=case))
     np.testing.assert_array_equal(text, golden["gumbel_samples_p09"])
     close(logits, golden["gumbel_logits"], tolerance(case))
 
@@ -123,7 +124,7 @@ def test_strided_order():
     length = len(golden["sort_idx"])
     plan = schedule.strided(Canvas.empty(3, length), 1.0, int(golden["nfe"]), shuffle=False)
     np.testing.assert_array_equal(plan.order[0], golden["sort_idx"])
-    text, logits = run(golden, passes.eso_b(plan, mask_id=MASK), Choice(MASK, 0))
+    text, logits = run(golden, passes.make_plan(eso_b.FAMILY, plan, mask_id=MASK), Choice(MASK, 0))
     np.testing.assert_array_equal(text, golden["greedy_samples"])
     close(logits, golden["greedy_logits"])
 
@@ -136,7 +137,7 @@ def test_ar(start, greedy):
     first = {"bos": int(golden["bos_index"]), "mask": MASK, "none": int(golden["bos_index"])}
     batch, length, _ = golden["greedy_step_logits"].shape
     plan = schedule.left_to_right(Canvas.empty(batch, length))
-    plan = passes.ar(plan, mask_id=MASK, start_token=first[start])
+    plan = passes.make_plan(ar.FAMILY, plan, mask_id=MASK, start_token=first[start])
     choice = Choice(MASK, 0) if greedy else Recorded(MASK, top_p=0.9, case=case)
     text, logits = run(golden, plan, choice)
     if start == "none":  # the start token is the first of the text

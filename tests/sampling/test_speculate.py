@@ -9,6 +9,7 @@ import pytest
 import toy
 from thorough import thorough
 
+from esolm_jax.family import eso_b
 from esolm_jax.sampling.engine import network
 from esolm_jax.sampling.engine.choose import Choice
 from esolm_jax.sampling.loops import decode, speculate
@@ -58,7 +59,7 @@ def test_the_test_would_see_drafts_that_nobody_verified():
     """All tokens in one pass, from the same masks: what they are drafted from."""
     drawn = schedule.ancestral(Canvas.empty(100_000, L), 0.5, 0)
     parallel = schedule.Schedule(drawn.order, np.array([L]), drawn.num_diffusion)
-    tables = passes.eso_b(parallel, mask_id=toy.MASK)
+    tables = passes.make_plan(eso_b.FAMILY, parallel, mask_id=toy.MASK)
     keys = decode.row_keys(Canvas.empty(100_000, L).seeds)
     texts = decode.decode(NETWORK, tables, CHOICE, keys).text
     assert toy.p_of_texts(texts, toy.exact_log_p(0.5)[None]) < 1e-9

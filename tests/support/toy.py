@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from esolm_jax.config import default_config
 from esolm_jax.family.labels import Tokens
-from esolm_jax.family.objectives import Special
+from esolm_jax.family.phase import Special
 from esolm_jax.model import transformer as model
 from esolm_jax.model.build import LanguageModel
 from esolm_jax.model.lm_head import Head

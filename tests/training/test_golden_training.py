@@ -6,13 +6,14 @@ import optax
 import pytest
 from golden_files import close, model, vectors
 
-from esolm_jax.family import noise, objectives
+from esolm_jax.family import ar, eso_a, eso_b, mdlm, noise
 from esolm_jax.interop.published import reference
 from esolm_jax.model import lm_head as loss
 from esolm_jax.model import transformer as model_lib
 from esolm_jax.training import optimizer, train_step
 
 MASK = 66
+ESO = {"eso_a": eso_a, "eso_b": eso_b}
 
 
 def labelled_batch(golden, family, alpha_0, low_variance=False):
@@ -25,20 +26,20 @@ def labelled_batch(golden, family, alpha_0, low_variance=False):
         return np.where(masked, w, 0)
 
     if family == "ar":
-        part = objectives.label_ar(x, valid, start=1)
+        part = ar.label(x, valid, start=1)
         return (part,)
     masked = golden["zt"] == MASK
     n = len(masked)
     weight = weight_of(masked, golden["t"]) * valid[:n]
     if family == "mdlm":
-        parts = [objectives.label_mdlm(x, everything, masked, weight, mask=MASK)]
+        parts = [mdlm.label(x, everything, masked, weight, mask=MASK)]
     else:
-        diffusion = getattr(objectives, f"label_{family}_diffusion")
+        diffusion = ESO[family].label_diffusion
         parts = [
             diffusion(x[:n], everything[:n], masked, golden["sort_idx_diff"], weight, mask=MASK)
         ]
     if "z0" in golden:
-        sequential = getattr(objectives, f"label_{family}_sequential")
+        sequential = ESO[family].label_sequential
         masked = golden["z0"] == MASK
         order = golden["sort_idx_seq"]
         parts.append(

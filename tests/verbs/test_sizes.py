@@ -12,7 +12,7 @@ from esolm_jax import memory_limit
 from esolm_jax.data.manifest import planned_tokenizer
 from esolm_jax.data.tokenizer import Bytes
 from esolm_jax.errors import UserError
-from esolm_jax.family.objectives import Special
+from esolm_jax.family.phase import Special
 from esolm_jax.model import build
 from esolm_jax.model import transformer as model_lib
 from esolm_jax.parallel import sharding

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from esolm_jax.family.labels import Tokens
-from esolm_jax.family.objectives import Special
+from esolm_jax.family.phase import Special
 from esolm_jax.interop import memory, safetensors_file
 from esolm_jax.interop.export import (
     exported_sampler,

@@ -10,7 +10,7 @@ import numpy as np
 
 from esolm_jax.errors import UserError
 from esolm_jax.family.labels import Tokens
-from esolm_jax.family.objectives import Special
+from esolm_jax.family.phase import Special
 from esolm_jax.interop import memory
 from esolm_jax.interop.export import plain
 from esolm_jax.interop.export.sampling_plan import Plan

@@ -6,6 +6,7 @@ import itertools
 import numpy as np
 
 from esolm_jax.errors import UserError
+from esolm_jax.family import registry
 from esolm_jax.sampling import generate
 from esolm_jax.sampling.plan.canvas import Canvas
 from esolm_jax.training.restore import TrainedModel
@@ -37,34 +38,25 @@ class Plan:
     about: dict
 
 
-def _family(config, length: int) -> dict:
-    whole = {"cached": False, "shift": 0, "rank_block": 1, "prefix_of_one_rank": False}
-    whole |= {"order_block": length}
-    block = config.block_length
+def _of_family(config, length: int) -> dict:
+    family = registry.get(config.objective)
     return {
-        "ar": whole | {"cached": True, "shift": 1},
-        "eso_b": whole | {"cached": True},
-        "eso_a": whole | {"prefix_of_one_rank": True},
-        "mdlm": whole | {"rank_block": length},
-        "bd3": whole | {"rank_block": block, "order_block": block},
-    }[config.objective]
+        "cached": family.export.cached,
+        "shift": int(family.is_shifted),
+        "rank_block": family.rank_span(length, config.block_length),
+        "prefix_of_one_rank": family.export.prefix_of_one_rank,
+        "order_block": family.order_span(length, config.block_length),
+    }
 
 
 def step_note(config) -> str:
     """What a caller of the cached step has to know of this family, or ""."""
-    return {
-        "eso_a": "the cache is exact in the sequential phase only, after one step over all tokens "
-        "of the diffusion phase with rank 0: while these are generated, they read each other",
-        "bd3": "tokens of a block read each other: they may stay in the cache once the block is "
-        "complete, and was run as it is then",
-    }.get(config.objective, "")
+    return registry.get(config.objective).export.step_note
 
 
 def no_step(config) -> str:
     """Why there is no cached step, or ""."""
-    if config.objective == "mdlm":
-        return "objective mdlm has no cached step: known tokens read those generated later"
-    return ""
+    return registry.get(config.objective).export.no_step
 
 
 def no_sampler(config) -> str:
@@ -105,7 +97,7 @@ def make(config, trained: TrainedModel, *, with_schedule: bool) -> Plan:
         "length": length,
         "mask_id": special.mask,
         "start_token": special.start,
-        **_family(config, length),
+        **_of_family(config, length),
         "cache": [model.blocks, model.groups, model.head_width],
         "schedule": schedule,
         "schedule_note": note,

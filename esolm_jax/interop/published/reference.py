@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from esolm_jax.errors import UserError
+from esolm_jax.family import eso_b
 from esolm_jax.family.labels import Tokens
 from esolm_jax.interop import fit
 from esolm_jax.model import finite
@@ -207,7 +208,7 @@ class Reference:
         order = np.asarray(order)
         schedule = Schedule(order, np.asarray(step_sizes), num_diffusion=order.shape[1])
         schedule.check()
-        plan = passes.eso_b(schedule, mask_id=self.mask_id)
+        plan = passes.make_plan(eso_b.FAMILY, schedule, mask_id=self.mask_id)
         choice = Choice(mask_id=self.mask_id, temperature=temperature, top_p=top_p)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(order)))
         return decode.decode(network.fold(self.config, self.params), plan, choice, keys).text

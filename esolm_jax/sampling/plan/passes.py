@@ -23,7 +23,8 @@ from typing import Self
 import flax.struct
 import numpy as np
 
-from esolm_jax.errors import UserError
+from esolm_jax.family import registry
+from esolm_jax.family.family import Family, Windows
 from esolm_jax.sampling.plan.schedule import Schedule
 
 PREFILL = 256
@@ -147,16 +148,6 @@ def _round_up(n: int) -> int:
     return between if power >= 8 and n <= between else power
 
 
-def _first(schedule: Schedule) -> np.ndarray:
-    return schedule.given[None] + np.cumsum(schedule.sizes, axis=0) - schedule.sizes
-
-
-def _new_context(schedule: Schedule) -> np.ndarray:
-    """[steps, B]: the first slot that the pass before generated."""
-    before = np.concatenate([schedule.given[None], _first(schedule)[:-1]])
-    return before if len(schedule.sizes) else before[:0]
-
-
 def leftmost(order: np.ndarray, length: np.ndarray) -> np.ndarray:
     """int32 [B, L + 1]: of the texts of `length` [B], the leftmost position of those at this rank
     and later, or NONE."""
@@ -165,18 +156,20 @@ def leftmost(order: np.ndarray, length: np.ndarray) -> np.ndarray:
     return np.minimum.accumulate(position[:, ::-1], axis=1)[:, ::-1].astype(np.int32)
 
 
-def _tables(schedule: Schedule, *, prefill, start, end, rank, bidirectional_below=0, **rest):
-    """`prefill`: [B], how many slots to put in the cache before the first pass that generates.
-    Slots of one rank are not divided."""
+def _tables(schedule: Schedule, windows: Windows, mask_id: int) -> Passes:
+    """The passes that fill the cache, then those of the windows. Slots of one rank are not
+    divided."""
+    prefill, rank = windows.prefill, windows.rank
     together = int(np.bincount(rank).max(initial=1)) if prefill.any() else 1
     most = int(prefill.max(initial=0))
     parts = -(-most // (max(1, PREFILL // together) * together)) or 1
     size = -(-most // (parts * together)) * together  # all alike
     chunk = size * np.arange(parts if most else 0)[:, None]
     low, high = (np.minimum(c, prefill[None]) for c in (chunk, chunk + size))
-    first, done = _first(schedule), schedule.sizes == 0
+    first, done = schedule.first, schedule.sizes == 0
     behind = leftmost(schedule.order, schedule.length)
-    start, end, below = (np.broadcast_to(a, first.shape) for a in (start, end, bidirectional_below))
+    given = windows.start, windows.end, windows.bidirectional_below
+    start, end, below = (np.broadcast_to(a, first.shape) for a in given)
     start, end = np.where(done, 0, start), np.where(done, 0, end)  # nothing, and of no cache
     pairs = {
         "start": (low, start),
@@ -192,117 +185,30 @@ def _tables(schedule: Schedule, *, prefill, start, end, rank, bidirectional_belo
         rank=rank.astype(np.int32),
         given=schedule.given.astype(np.int32),
         **{name: np.concatenate(pair).astype(np.int32) for name, pair in pairs.items()},
-        **rest,
-    )
-
-
-def _refuse(is_wrong_B, what: str) -> None:
-    if is_wrong_B.any():
-        raise UserError(f"text {is_wrong_B.argmax()} (the first is 0): {what}")
-
-
-def ar(schedule: Schedule, *, mask_id: int, start_token: int) -> Passes:
-    """One token per pass, each fed to predict the next; the order is the identity."""
-    slot = np.arange(schedule.order.shape[1])
-    _refuse(
-        (schedule.order != slot[None]).any(axis=1) | (schedule.sizes > 1).any(axis=0),
-        "objective ar generates in text order, one token per step, behind a prompt at the start",
-    )
-    first = _first(schedule)
-    return _tables(
-        schedule,
-        prefill=schedule.given,
-        start=first,
-        end=first + 1,
-        rank=slot,
-        unknown=mask_id,
-        shift=1,
-        start_token=start_token,
-    )
-
-
-def eso_b(schedule: Schedule, *, mask_id: int) -> Passes:
-    """Each pass holds what the last one generated (as context) and its own masks."""
-    return _tables(
-        schedule,
-        prefill=schedule.given,
-        start=_new_context(schedule),
-        end=_first(schedule) + schedule.sizes,
-        rank=np.arange(schedule.order.shape[1]),
         unknown=mask_id,
     )
 
 
-def mdlm(schedule: Schedule, *, mask_id: int) -> Passes:
-    """Every pass runs the whole canvas, and nothing of the cache outlives it."""
-    return _tables(
-        schedule,
-        prefill=np.zeros_like(schedule.given),
-        start=0,
-        end=schedule.length[None],
-        rank=np.zeros(schedule.order.shape[1]),
-        unknown=mask_id,
-    )
-
-
-def bd3(schedule: Schedule, *, mask_id: int, block_length: int) -> Passes:
-    """A block is one rank: its passes run it whole; the first also caches the block before."""
-    first = _first(schedule)
-    slot = np.arange(schedule.order.shape[1])
-    _refuse(
-        (schedule.order // block_length != slot[None] // block_length).any(axis=1),
-        "objective bd3 generates block by block: what is given must be the start of the text, or "
-        f"lie in the first block (of block_length={block_length}) that is generated",
-    )
-    block = first // block_length
-    inside = first + schedule.sizes <= (block + 1) * block_length
-    _refuse(
-        ~(inside | (schedule.sizes == 0)).all(axis=0),
-        f"step_sizes: no step may cross a block of block_length={block_length}",
-    )
-    whole = schedule.given // block_length
-    new_block = np.diff(block, axis=0, prepend=whole[None]) > 0
-    return _tables(
-        schedule,
-        prefill=whole * block_length,
-        start=(block - new_block) * block_length,
-        end=np.minimum((block + 1) * block_length, schedule.length[None]),
-        rank=slot // block_length,
-        unknown=mask_id,
-    )
-
-
-def eso_a(schedule: Schedule, *, mask_id: int) -> Passes:
-    """Diffusion: known tokens see each other, so each pass runs them all again. Sequential: the
-    diffusion tokens are cached by one pass, then as (B)."""
-    first, prefix = _first(schedule), schedule.num_diffusion[None]
-    cached = first > prefix  # the prefix, with its final ranks
-    return _tables(
-        schedule,
-        prefill=np.zeros_like(schedule.given),
-        start=np.where(cached, _new_context(schedule), 0),
-        end=first + schedule.sizes,
-        rank=np.arange(schedule.order.shape[1]),
-        bidirectional_below=np.minimum(first, prefix),
-        unknown=mask_id,
-    )
-
-
-def plan(config, schedule: Schedule, *, mask_id: int, start_token: int) -> Passes:
-    """The passes of `config.objective` for a schedule. Reads objective and block_length.
+def make_plan(
+    family: Family, schedule: Schedule, *, mask_id: int, start_token: int = 0, block_length: int = 1
+) -> Passes:
+    """The passes of a family for a schedule.
 
     Raises:
       UserError: the schedule is unsound, or not one that the family can follow.
     """
     schedule.check()
-    match config.objective:
-        case "ar":
-            return ar(schedule, mask_id=mask_id, start_token=start_token)
-        case "mdlm":
-            return mdlm(schedule, mask_id=mask_id)
-        case "bd3":
-            return bd3(schedule, mask_id=mask_id, block_length=config.block_length)
-        case "eso_a":
-            return eso_a(schedule, mask_id=mask_id)
-        case "eso_b":
-            return eso_b(schedule, mask_id=mask_id)
+    windows = family.windows(schedule, block_length)
+    tables = _tables(schedule, windows, mask_id)
+    return tables.replace(shift=1, start_token=start_token) if family.is_shifted else tables
+
+
+def plan(config, schedule: Schedule, *, mask_id: int, start_token: int) -> Passes:
+    """make_plan of config.objective. Reads objective and block_length."""
+    return make_plan(
+        registry.get(config.objective),
+        schedule,
+        mask_id=mask_id,
+        start_token=start_token,
+        block_length=config.block_length,
+    )

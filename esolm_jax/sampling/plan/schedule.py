@@ -65,6 +65,17 @@ class Schedule:
         """[B]: tokens of each text."""
         return self.given + self.sizes.sum(axis=0)
 
+    @property
+    def first(self) -> np.ndarray:
+        """[steps, B]: the first rank that each step generates."""
+        return self.given[None] + np.cumsum(self.sizes, axis=0) - self.sizes
+
+    @property
+    def new_context(self) -> np.ndarray:
+        """[steps, B]: the first rank that the step before generated."""
+        before = np.concatenate([self.given[None], self.first[:-1]])
+        return before if len(self.sizes) else before[:0]
+
     def check(self) -> None:
         """UserError unless orders are permutations, and sizes add up to what is to be generated."""
         length = self.order.shape[1]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import toy
 
-from esolm_jax.family import noise, objectives
+from esolm_jax.family import eso_b, noise, registry
 
 KEY = jax.random.key(0)
 BATCH = 256
@@ -33,7 +33,7 @@ SEQUENTIAL = [case for case in PHASES if case[2] == "sequential"]
 def phases(objective, alpha_0, low_variance=False):
     config = toy.config(objective, alpha_0, LENGTH, BLOCK)
     config.kappa = 0.25
-    return objectives.phases(config, toy.SPECIAL, low_variance=low_variance)
+    return registry.phases(config, toy.SPECIAL, low_variance=low_variance)
 
 
 @functools.cache
@@ -245,7 +245,7 @@ def test_any_order_draws_orders_with_their_probabilities():
     batch, alpha_0 = 20_000, 0.4
     x = np.tile(np.array([0, 2, 3, 0], np.int32), (batch, 1))
     valid = np.ones_like(x, bool)
-    labelled = objectives.any_order(KEY, x, valid, alpha_0=alpha_0, special=toy.SPECIAL)
+    labelled = eso_b.any_order(KEY, x, valid, alpha_0=alpha_0, special=toy.SPECIAL)
     assert (np.asarray(labelled.weight) == 1).all()
     assert (np.asarray(labelled.tokens.token[:, :4]) == toy.MASK).all()
     want = {}

@@ -1,0 +1,162 @@
+"""Family: everything that distinguishes one member of the family from another, as one object."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+
+from esolm_jax.errors import UserError
+from esolm_jax.family.phase import Phase, PhaseSettings
+
+
+class GenerationSteps(Protocol):
+    """What a family needs to know of a sampling schedule (sampling/plan/schedule.py).
+
+    Attributes:
+      order: [B, L], the position at each rank. sizes: [steps, B], tokens generated in each step.
+      given: [B], how many leading ranks are known. length: [B], tokens of each text.
+      num_diffusion: [B], how many leading ranks are known or of the diffusion phase.
+      first: [steps, B], the first rank that a step generates.
+      new_context: [steps, B], the first rank that the step before generated.
+    """
+
+    order: np.ndarray
+    sizes: np.ndarray
+    given: np.ndarray
+    length: np.ndarray
+    num_diffusion: np.ndarray
+    first: np.ndarray
+    new_context: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """The slots that each decoding pass runs; slot j holds the token of rank j in the order.
+
+    Attributes:
+      prefill: [B], how many known slots are put in the cache before the first step.
+      start, end: [steps, B] or broadcastable: a pass runs the slots [start, end).
+      rank: [L], the rank of each slot. bidirectional_below: slots below it are of rank 0;
+        [steps, B], or 0.
+    """
+
+    prefill: np.ndarray
+    start: np.ndarray
+    end: np.ndarray
+    rank: np.ndarray
+    bidirectional_below: np.ndarray | int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """The expected work of one row of a phase (or a sum of such).
+
+    Attributes:
+      tokens: must go through the blocks; query copies without a loss need not.
+      predicted: must be projected on the vocabulary.
+      pairs: of a query and a key that it may read.
+    """
+
+    tokens: float
+    predicted: float
+    pairs: float
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(
+            self.tokens + other.tokens, self.predicted + other.predicted, self.pairs + other.pairs
+        )
+
+    def __mul__(self, rows: float) -> "Work":
+        return Work(self.tokens * rows, self.predicted * rows, self.pairs * rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """How exported artefacts decode (interop/export).
+
+    Attributes:
+      cached: the shipped loop runs new tokens only; else the whole text in every pass.
+      prefix_of_one_rank: known tokens of the diffusion phase have rank 0.
+      no_step: why there is no cached step function, or "".
+      step_note: what a caller of the cached step has to know, or "".
+    """
+
+    cached: bool = False
+    prefix_of_one_rank: bool = False
+    no_step: str = ""
+    step_note: str = ""
+
+
+def one_token(length: int, block_length: int) -> int:
+    """Every token has a rank of its own."""
+    return 1
+
+
+def one_block(length: int, block_length: int) -> int:
+    """The tokens of a block share a rank."""
+    return block_length
+
+
+def whole_text(length: int, block_length: int) -> int:
+    """All tokens share a rank."""
+    return length
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A member of the family. The model, the loss and the loops know nothing else of it.
+
+    Attributes:
+      name: of config.objective.
+      phases: the terms of its loss.
+      windows: (schedule, block_length) → the windows of its decoding passes. Raises UserError if
+        the family cannot follow the schedule.
+      work: (phase, length, alpha_0, block_length) → the expected Work of one row, for lower bounds.
+      fixed_alpha_0: the only α₀ that it has, or None.
+      rank_span: (length, block_length) → how many tokens share a rank.
+      order_span: likewise → parts of the text of this length are generated one after the other.
+      schedules: of config.sample.schedule that it can follow; () = all.
+      replaced_schedules: schedules that mean another one for this family.
+      is_shifted: slot j holds text token j − 1 and predicts token j.
+      keeps_cache: tokens that are known stay in the cache; else every pass runs them again.
+      can_extrapolate: texts may be longer than data.seq_len.
+      no_parallel: why a step generates one token only, or "".
+      no_speculation: why it cannot speculate, or "".
+      has_any_order_likelihood: whether config.eval.num_orders may ask for the importance-weighted
+        bound.
+      export: how exported artefacts decode.
+    """
+
+    name: str
+    phases: Callable[[PhaseSettings], tuple[Phase, ...]]
+    windows: Callable[[GenerationSteps, int], Windows]
+    work: Callable[[Phase, int, float, int], Work]
+    fixed_alpha_0: float | None = None
+    rank_span: Callable[[int, int], int] = one_token
+    order_span: Callable[[int, int], int] = whole_text
+    schedules: tuple[str, ...] = ()
+    replaced_schedules: dict[str, str] = dataclasses.field(default_factory=dict)
+    is_shifted: bool = False
+    keeps_cache: bool = True
+    can_extrapolate: bool = True
+    no_parallel: str = ""
+    no_speculation: str = ""
+    has_any_order_likelihood: bool = False
+    export: Export = Export()
+
+    @property
+    def is_blockwise(self) -> bool:
+        """Whether config.block_length means anything to it: it must divide data.seq_len."""
+        return self.rank_span is one_block
+
+    @property
+    def has_two_phases(self) -> bool:
+        """Whether α₀ is a dial between a diffusion and a sequential phase."""
+        return self.fixed_alpha_0 is None
+
+
+def refuse(is_wrong_B: np.ndarray, reason: str) -> None:
+    """UserError that names the first text that is wrong."""
+    if is_wrong_B.any():
+        raise UserError(f"text {is_wrong_B.argmax()} (the first is 0): {reason}")

@@ -1,0 +1,121 @@
+"""Phases: the terms of a family's loss. A phase draws masks and an order, and labels the tokens.
+
+Shapes: x int32 [B, L]; valid bool [B, L] (False = padding, at the end of the row); masked bool
+[B, L] and weight float32 [B, L], in text order; order int32 [B, L], the position at each rank.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from esolm_jax.family import noise
+from esolm_jax.family import order as orders
+from esolm_jax.family.labels import Labelled
+
+
+@dataclasses.dataclass(frozen=True)
+class Special:
+    """Ids with a role: `mask` stands for a token to be predicted, `start` begins an AR text."""
+
+    mask: int
+    start: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """One term of an objective.
+
+    Attributes:
+      fraction: the part of a training batch that feeds it (evaluation feeds every row to every
+        phase).
+      label: (key, x, valid) → Labelled.
+      predicts: probability that a token is predicted, on average.
+      droppable: whether query copies without a weight can be left out because no other token reads
+        them.
+    """
+
+    name: str
+    fraction: float
+    label: Callable[[jax.Array, jax.Array, jax.Array], Labelled]
+    predicts: float = 1.0
+    droppable: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class PhaseSettings:
+    """What the phases of a family depend on.
+
+    Attributes:
+      alpha_0: α₀ of the config: it decides shapes and the shares of the batch.
+      noise_alpha_0: α₀ of the noise: a traced scalar while α₀ is annealed, else `alpha_0`.
+      kappa: κ, the share of the batch that feeds the diffusion phase at 0 < α₀ < 1.
+      seq_len: L. block_length: tokens of a block.
+      low_variance: whether the ELBO weight of the diffusion phase is dropped (training only).
+    """
+
+    special: Special
+    alpha_0: float
+    noise_alpha_0: Any
+    kappa: float
+    seq_len: int
+    block_length: int
+    low_variance: bool
+
+    @property
+    def mean_masked(self) -> float:
+        """The mean of 1 − α_t: how probable it is that the diffusion phase predicts a token."""
+        return 1 - self.alpha_0 / 2
+
+
+def _noise(s: PhaseSettings, key, valid, times_per_row: int):
+    """Masks and weights of a diffusion phase, bool and float32 [B, L]. `times_per_row` > 1 gives
+    every block of a row a time of its own (BD3-LM)."""
+    key_time, key_mask = jax.random.split(key)
+    batch, length = valid.shape
+    t = noise.stratified_times(key_time, (batch, times_per_row))
+    t_BL = jnp.repeat(t, length // times_per_row, axis=1)
+    masked = noise.draw_masks(key_mask, noise.alpha(t_BL, s.noise_alpha_0), valid)
+    weight = jnp.ones_like(t_BL) if s.low_variance else noise.elbo_weight(t_BL, s.noise_alpha_0)
+    return masked, jnp.where(masked, weight, 0.0)
+
+
+def diffusion_in_text_order(s: PhaseSettings, label, key, x, valid, *, times_per_row=1) -> Labelled:
+    """Masks are drawn; label(x, valid, masked, weight=…)."""
+    key_noise, _ = jax.random.split(key)
+    masked, weight = _noise(s, key_noise, valid, times_per_row)
+    return label(x, valid, masked, weight=weight)
+
+
+def diffusion_shuffled(s: PhaseSettings, label, key, x, valid) -> Labelled:
+    """Masks and a random order, clean tokens first; label(x, valid, masked, order, weight)."""
+    key_noise, key_order = jax.random.split(key)
+    masked, weight = _noise(s, key_noise, valid, times_per_row=1)
+    order_BL = orders.clean_first_random(key_order, masked, valid)
+    return label(x, valid, masked, order_BL, weight)
+
+
+def sequential(s: PhaseSettings, label, key, x, valid, *, clean_in_text_order: bool) -> Labelled:
+    """1 − α₀ of the tokens are masked, and predicted from left to right after the clean ones."""
+    key_mask, key_order = jax.random.split(key)
+    masked = noise.draw_masks(key_mask, s.noise_alpha_0, valid)
+    if clean_in_text_order:
+        order_BL = orders.clean_first_natural(masked, valid)
+    else:
+        order_BL = orders.clean_first_then_left_to_right(key_order, masked, valid)
+    return label(x, valid, masked, order_BL, masked)
+
+
+def two_phases(s: PhaseSettings, diffusion, sequential) -> tuple[Phase, ...]:
+    """A diffusion and a sequential phase, without one that has no share of the batch.
+
+    α₀ = 1 ⇒ κ = 1 and α₀ = 0 ⇒ κ = 0.
+    """
+    kappa = {0.0: 0.0, 1.0: 1.0}.get(s.alpha_0, s.kappa)
+    both = (
+        Phase("diffusion", kappa, diffusion, s.mean_masked),
+        Phase("sequential", 1 - kappa, sequential, 1 - s.alpha_0, droppable=True),
+    )
+    return tuple(phase for phase in both if phase.fraction > 0)
