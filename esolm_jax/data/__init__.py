@@ -1,6 +1,7 @@
 """The way of the data: documents -> tokens -> windows -> shards -> batches.
 
-    sources.py    the documents of a split, one str at a time
+    source.py     Source: one kind of text (shakespeare.py, text_files.py, tfds_source.py)
+    sources.py    the sources by name; the documents of a split, one str at a time
     file_list.py  the files that a config names    holdout.py  splits that it does not name
     tokenizer.py  text <-> token ids (SentencePiece or bytes)
     windows.py    token documents -> windows of at most L tokens -> records

@@ -87,7 +87,7 @@ def check_config(config: Any) -> None:
             )
     if data.seq_len < 1:
         raise UserError(f"config.data.seq_len={data.seq_len}: must be at least 1")
-    if data.source != "shakespeare" and not 0 < data.holdout < 0.5:
+    if sources.get(config).given and not 0 < data.holdout < 0.5:
         raise UserError(f"config.data.holdout={data.holdout}: must lie in (0, 0.5)")
 
 

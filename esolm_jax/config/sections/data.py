@@ -9,7 +9,7 @@ _ELSE = "as for train; '' = the dataset's own, else held out of train."
 
 DATA = {
     "source": Field("shakespeare", "Where text comes from.",
-                    Check(sources.is_source, sources.ALLOWED)),
+                    sources.SourceCheck()),
     "train": Field("", "text: comma-separated files, folders, globs; tfds: a split.", **_FREE),
     "validation": Field("", f"Validation split: {_ELSE}", **_FREE),
     "test": Field("", f"Test split: {_ELSE}", **_FREE),

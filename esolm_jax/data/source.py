@@ -1,0 +1,48 @@
+"""Source: what `prepare` needs to know of one kind of text. The registry is in sources.py."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+SPLITS = ("train", "validation", "test")
+
+
+def _none(config: Any) -> list:
+    del config
+    return []
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A source of documents.
+
+    Attributes:
+      name: of config.data.source, which is NAME, or NAME:ARGUMENT if `argument` is not "".
+      documents: (config, split, spec) → the documents of what the config names for a split, one str
+        at a time. Raises UserError while iterating.
+      given: config → what it names for each split ("" = to be held out of train). None: the source
+        has its own three splits, and config.data.train etc. are not read.
+      argument: such as "<name>", for messages.
+      files: config → the files that hold the text, in order.
+      identity: config → bytes that change with the text; default: hashes of `files`.
+      notes: config → lines for the user, on files that are left out and the like.
+    """
+
+    name: str
+    documents: Callable[[Any, str, str], Iterator[str]]
+    given: Callable[[Any], dict[str, str]] | None = None
+    argument: str = ""
+    files: Callable[[Any], list[Path]] = _none
+    identity: Callable[[Any], bytes] | None = None
+    notes: Callable[[Any], list[str]] = _none
+
+    @property
+    def spelling(self) -> str:
+        """How config.data.source names it."""
+        return f"{self.name}:{self.argument}" if self.argument else self.name
+
+
+def named_splits(config: Any) -> dict[str, str]:
+    """config.data.train, .validation and .test."""
+    return {split: config.data[split].strip() for split in SPLITS}
