@@ -85,16 +85,12 @@ def make_schedule(config, canvas: Canvas) -> schedule.Schedule:
     s = config.sample
     family = registry.get(config.objective)
     name = family.replaced_schedules.get(s.schedule, s.schedule)
-    if name in ("left_to_right", "confidence"):
-        return schedule.left_to_right(canvas)
     too_long = canvas.token.shape[1] > config.data.seq_len
-    if name == "blockwise" or (name == "ancestral" and too_long):
-        own = config.block_length if family.is_blockwise else config.data.seq_len
-        return schedule.blockwise(canvas, s.block or own, config.alpha_0, s.steps)
-    if name == "ancestral":
-        return schedule.ancestral(canvas, config.alpha_0, s.steps)
-    shuffle = name == "shuffled_strided"
-    return schedule.strided(canvas, config.alpha_0, s.steps, shuffle=shuffle)
+    if name == "ancestral" and too_long:
+        name = "blockwise"
+    own = config.block_length if family.is_blockwise else config.data.seq_len
+    settings = schedule.ScheduleSettings(config.alpha_0, s.steps, s.block or own)
+    return schedule.make(name, canvas, settings)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -233,3 +233,42 @@ def left_to_right(canvas: Canvas) -> Schedule:
     """One token per step, in text order."""
     none = np.zeros(0, np.int32)
     return of_rows(canvas, lambda b, unknown: _then_left_to_right(unknown, none))
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleSettings:
+    """What schedules depend on: α₀, T (0 = one token per step) and, for blocks, their length."""
+
+    alpha_0: float
+    num_steps: int
+    block_length: int
+
+
+Maker = Callable[[Canvas, ScheduleSettings], Schedule]
+
+_MAKERS: dict[str, Maker] = {
+    "ancestral": lambda canvas, s: ancestral(canvas, s.alpha_0, s.num_steps),
+    "strided": lambda canvas, s: strided(canvas, s.alpha_0, s.num_steps, shuffle=False),
+    "shuffled_strided": lambda canvas, s: strided(canvas, s.alpha_0, s.num_steps, shuffle=True),
+    "left_to_right": lambda canvas, s: left_to_right(canvas),
+    "blockwise": lambda canvas, s: blockwise(canvas, s.block_length, s.alpha_0, s.num_steps),
+    "confidence": lambda canvas, s: left_to_right(canvas),  # until the model decides
+}
+
+
+def register(name: str, maker: Maker) -> Maker:
+    """Adds a schedule; config.sample.schedule can then name it. ValueError if the name is taken."""
+    if name in _MAKERS:
+        raise ValueError(f"schedule {name!r}: is registered already")
+    _MAKERS[name] = maker
+    return maker
+
+
+def names() -> tuple[str, ...]:
+    """All allowed values of config.sample.schedule."""
+    return tuple(_MAKERS)
+
+
+def make(name: str, canvas: Canvas, settings: ScheduleSettings) -> Schedule:
+    """The schedule of this name. UserError: the settings are out of range."""
+    return _MAKERS[name](canvas, settings)
