@@ -30,6 +30,11 @@ def register(source: Source) -> Source:
     return source
 
 
+def unregister(name: str) -> None:
+    """Removes a source, such as one of a test."""
+    del _SOURCES[name]
+
+
 def allowed() -> str:
     """The allowed values of config.data.source, as words."""
     *first, last = (source.spelling for source in _SOURCES.values())

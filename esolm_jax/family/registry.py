@@ -18,6 +18,11 @@ def register(family: Family) -> Family:
     return family
 
 
+def unregister(name: str) -> None:
+    """Removes a family, such as one of a test."""
+    del _FAMILIES[name]
+
+
 def names() -> tuple[str, ...]:
     """All allowed values of config.objective."""
     return tuple(_FAMILIES)

@@ -264,6 +264,11 @@ def register(name: str, maker: Maker) -> Maker:
     return maker
 
 
+def unregister(name: str) -> None:
+    """Removes a schedule, such as one of a test."""
+    del _MAKERS[name]
+
+
 def names() -> tuple[str, ...]:
     """All allowed values of config.sample.schedule."""
     return tuple(_MAKERS)
