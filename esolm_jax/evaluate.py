@@ -23,7 +23,7 @@ from esolm_jax.errors import UserError
 from esolm_jax.evaluation import likelihood, provenance
 from esolm_jax.evaluation.batches import eval_batches
 from esolm_jax.evaluation.likelihood import Estimate
-from esolm_jax.family import registry
+from esolm_jax.family.phase import is_exact
 from esolm_jax.model import build
 from esolm_jax.parallel import distributed, sharding
 from esolm_jax.process import jax_settings
@@ -103,7 +103,7 @@ def evaluate(config, workdir: pathlib.Path) -> dict:
     estimate = likelihood.make_nelbo(config, trained.built)(
         trained.params, batches(), num_samples=e.num_samples, progress="NELBO", **common
     )
-    exact = registry.is_exact(config)
+    exact = is_exact(config)
     bounds = [
         _figures(
             "exact" if exact else "nelbo",

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from esolm_jax.aot import hlo, report
 from esolm_jax.aot.topology import Chip
 from esolm_jax.evaluation import likelihood
-from esolm_jax.family import registry
+from esolm_jax.family.phase import make_phases
 from esolm_jax.parallel import sharding
 from esolm_jax.process import prng
 from esolm_jax.sampling.engine import cache as cache_lib
@@ -26,7 +26,7 @@ def _rows(training: Training, shape, dtype=jnp.int32):
 def evaluation(config, training: Training):
     """One draw of the NELBO for a batch of config.eval.batch_size windows, lowered."""
     built = training.built
-    phases = registry.phases(config, built.special, low_variance=False)
+    phases = make_phases(config, built.special, low_variance=False)
     draw = functools.partial(likelihood.nelbo, built.apply, phases, built.head)
     shape = config.eval.batch_size, config.data.seq_len
     key = jax.eval_shape(lambda: prng.key(0))

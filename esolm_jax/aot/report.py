@@ -10,6 +10,7 @@ from esolm_jax.aot.topology import Chip
 from esolm_jax.attention.splash import tiling
 from esolm_jax.family import registry, trim
 from esolm_jax.family.labels import Layout
+from esolm_jax.family.phase import is_exact
 from esolm_jax.parallel import sharding
 from esolm_jax.process import prng
 from esolm_jax.training.train_step import Training
@@ -211,5 +212,5 @@ def roofline(flops: float, needed: float, sent: float, hbm: dict, chip: Chip) ->
 
 def objective_name(config) -> str:
     """Such as "eso_b, alpha_0 = 0.5"."""
-    exact = registry.is_exact(config) or registry.get(config.objective).fixed_alpha_0 is not None
+    exact = is_exact(config) or registry.get(config.objective).fixed_alpha_0 is not None
     return config.objective if exact else f"{config.objective}, alpha_0 = {config.alpha_0}"

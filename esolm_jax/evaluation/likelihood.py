@@ -28,7 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from esolm_jax.family import eso_b, registry
+from esolm_jax.family import eso_b
+from esolm_jax.family.phase import is_exact, make_phases
 from esolm_jax.model.build import LanguageModel
 from esolm_jax.model.lm_head import Head, sequence_nll
 from esolm_jax.parallel import distributed, sharding
@@ -168,10 +169,10 @@ def make_nelbo(config, built: LanguageModel):
 
     `num_samples` draws of noise per window; the error is estimated from their spread, batch by
     batch, since times are stratified within a batch. Where the NELBO is exact
-    (registry.is_exact), one draw is all. Batches are global: {"x", "valid"}, [B, L].
+    (is_exact), one draw is all. Batches are global: {"x", "valid"}, [B, L].
     """
-    phases = registry.phases(config, built.special, low_variance=False)
-    exact = registry.is_exact(config)
+    phases = make_phases(config, built.special, low_variance=False)
+    exact = is_exact(config)
     placed = sharding.rows(built.mesh)
     draw = distributed.together(
         jax.jit(

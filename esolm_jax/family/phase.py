@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from esolm_jax.family import noise
+from esolm_jax.family import noise, registry
 from esolm_jax.family import order as orders
 from esolm_jax.family.labels import Labelled
 
@@ -119,3 +119,29 @@ def two_phases(s: PhaseSettings, diffusion, sequential) -> tuple[Phase, ...]:
         Phase("sequential", 1 - kappa, sequential, 1 - s.alpha_0, droppable=True),
     )
     return tuple(phase for phase in both if phase.fraction > 0)
+
+
+def make_phases(config, special: Special, *, low_variance: bool, alpha_0=None) -> tuple[Phase, ...]:
+    """The phases of `config.objective`, without those that have no share of the batch.
+
+    Reads objective, alpha_0, kappa, block_length and data.seq_len. `low_variance` drops the ELBO
+    weight of the diffusion phase (training only).
+
+    `alpha_0`, a traced scalar, replaces the config's α₀ while that is annealed; shapes and shares
+    of the batch stay those of the config's. At 0 the diffusion loss has weight 0.
+    """
+    settings = PhaseSettings(
+        special=special,
+        alpha_0=config.alpha_0,
+        noise_alpha_0=config.alpha_0 if alpha_0 is None else alpha_0,
+        kappa=config.kappa,
+        seq_len=config.data.seq_len,
+        block_length=config.block_length,
+        low_variance=low_variance,
+    )
+    return registry.get(config.objective).phases(settings)
+
+
+def is_exact(config) -> bool:
+    """Whether the NELBO is the likelihood itself: at α₀ = 0 no mask and no order is random."""
+    return config.alpha_0 == 0

@@ -12,8 +12,7 @@ import optax
 from esolm_jax import config as config_lib
 from esolm_jax.family import trim
 from esolm_jax.family.labels import Labelled
-from esolm_jax.family.phase import Phase
-from esolm_jax.family.registry import phases
+from esolm_jax.family.phase import Phase, make_phases
 from esolm_jax.model import transformer as model_lib
 from esolm_jax.model.lm_head import Head, weighted_nll
 from esolm_jax.parallel import distributed, sharding
@@ -195,7 +194,7 @@ class Training:
     def __init__(self, config, built):
         """`built` is a build.LanguageModel. Raises UserError if the config cannot be trained so."""
         self.config, self.built = config, built
-        self.phases = phases(config, built.special, low_variance=config.low_variance)
+        self.phases = make_phases(config, built.special, low_variance=config.low_variance)
         fractions = {phase.name: phase.fraction for phase in self.phases}
         config_lib.validate_training(config, fractions, sharding.num_row_shards(built.mesh))
         self.objective = make_objective(config, built, self.phases)
@@ -246,7 +245,7 @@ class Training:
             return self.phases
         # Query copies are trimmed as the α₀ at the end allows; until then most batches do not fit
         # and run whole.
-        return phases(
+        return make_phases(
             config,
             self.built.special,
             low_variance=config.low_variance,

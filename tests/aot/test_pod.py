@@ -12,8 +12,8 @@ import toy
 from esolm_jax.aot import hlo, necessary, topology
 from esolm_jax.config import default_config
 from esolm_jax.errors import UserError
-from esolm_jax.family import registry
 from esolm_jax.family.labels import Labelled, Layout, Tokens
+from esolm_jax.family.phase import make_phases
 from esolm_jax.family.rule import dense_mask
 from esolm_jax.model import transformer as model
 from esolm_jax.model.lm_head import Head
@@ -51,7 +51,7 @@ def test_tokens_and_pairs_of_a_row_are_those_counted(objective, alpha_0):
     """Within 1.5 %, since what is drawn is random."""
     config = config_of(objective, alpha_0)
     x = np.zeros((ROWS, LENGTH), np.int32)
-    for phase in registry.phases(config, toy.SPECIAL, low_variance=False):
+    for phase in make_phases(config, toy.SPECIAL, low_variance=False):
         labelled = jax.jit(phase.label)(jax.random.key(0), x, x == 0)
         # In a block of BD3-LM the clean copies are read by the masked ones.
         wanted = counted(labelled, objective == "bd3")
@@ -63,7 +63,7 @@ def test_tokens_and_pairs_of_a_row_are_those_counted(objective, alpha_0):
 def test_a_step_is_all_rows_of_all_phases():
     config = config_of("eso_b", 0.5, rows=8)
     config.kappa = 0.25
-    first, second = phases = registry.phases(config, toy.SPECIAL, low_variance=False)
+    first, second = phases = make_phases(config, toy.SPECIAL, low_variance=False)
     a, b = (dataclasses.astuple(necessary.row(config, phase)) for phase in (first, second))
     found = dataclasses.astuple(necessary.step(config, phases))
     np.testing.assert_allclose(found, 2 * np.array(a) + 6 * np.array(b))

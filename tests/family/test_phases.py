@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import toy
 
-from esolm_jax.family import eso_b, noise, registry
+from esolm_jax.family import eso_b, noise
+from esolm_jax.family.phase import make_phases
 
 KEY = jax.random.key(0)
 BATCH = 256
@@ -33,7 +34,7 @@ SEQUENTIAL = [case for case in PHASES if case[2] == "sequential"]
 def phases(objective, alpha_0, low_variance=False):
     config = toy.config(objective, alpha_0, LENGTH, BLOCK)
     config.kappa = 0.25
-    return registry.phases(config, toy.SPECIAL, low_variance=low_variance)
+    return make_phases(config, toy.SPECIAL, low_variance=low_variance)
 
 
 @functools.cache

@@ -12,8 +12,9 @@ import pytest
 import toy
 from tiny_run import quick  # noqa: F401
 
-from esolm_jax.family import registry, trim
+from esolm_jax.family import trim
 from esolm_jax.family.labels import Layout
+from esolm_jax.family.phase import make_phases
 from esolm_jax.model import transformer as model
 from esolm_jax.model.lm_head import Head
 from esolm_jax.parallel import sharding
@@ -34,7 +35,7 @@ PHASES = [  # objective, α₀, phase, its layout
 @functools.cache
 def phase(objective, alpha_0, name):
     config = toy.config(objective, alpha_0, LENGTH, BLOCK)
-    found = registry.phases(config, toy.SPECIAL, low_variance=False)
+    found = make_phases(config, toy.SPECIAL, low_variance=False)
     return next(phase for phase in found if phase.name == name)
 
 
@@ -229,7 +230,7 @@ def queries_of(objective, alpha_0, rows=64, length=64, **mesh):
     config.train.batch_size = rows
     config.mesh.update({"data": 1, "devices": 1} | mesh)
     built = types.SimpleNamespace(mesh=sharding.make_mesh(config.mesh), apply=None, head=HEAD)
-    phases = registry.phases(config, toy.SPECIAL, low_variance=False)
+    phases = make_phases(config, toy.SPECIAL, low_variance=False)
     return train_step.make_objective(config, built, phases).queries
 
 

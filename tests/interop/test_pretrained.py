@@ -16,9 +16,9 @@ from configs import pretrained
 from esolm_jax import config
 from esolm_jax.data import hub_tokenizer
 from esolm_jax.errors import UserError
-from esolm_jax.family import ar, registry
+from esolm_jax.family import ar
 from esolm_jax.family.labels import Tokens
-from esolm_jax.family.phase import Special
+from esolm_jax.family.phase import Special, make_phases
 from esolm_jax.interop.hub import config as hub_config
 from esolm_jax.interop.hub import names as hub_names
 from esolm_jax.model import build
@@ -477,8 +477,8 @@ def test_annealed_labels_are_those_of_a_config_with_that_alpha_0(prepared):
         plain = prepared.copy_and_resolve_references()
         with plain.unlocked():
             plain.alpha_0 = alpha_0
-        wanted = registry.phases(plain, special, low_variance=False)
-        label = lambda a, i, key: registry.phases(  # noqa: E731
+        wanted = make_phases(plain, special, low_variance=False)
+        label = lambda a, i, key: make_phases(  # noqa: E731
             prepared, special, low_variance=False, alpha_0=a
         )[i].label(key, x, valid)
         for i, phase in enumerate(wanted):

@@ -1,0 +1,57 @@
+"""Metric: one figure of a trained model on a split. The registry is in metrics.py."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from esolm_jax.model.build import LanguageModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a metric found.
+
+    Attributes:
+      value: the figure that training curves show.
+      figures: JSON-able; an entry of `results` in evaluate.json.
+      line: the figures in one line, for people.
+    """
+
+    value: float
+    figures: dict[str, Any]
+    line: str
+
+
+class Estimator(Protocol):
+    """Computes a metric; called once per evaluation, so what it compiles is compiled once.
+
+    Args:
+      params: the weights. batches: global batches {"x": int32 [B, L], "valid": bool [B, L]}.
+      split: the manifest's entry of the split. seed: of random draws.
+      progress: a name for the progress bar, or None. total: number of batches, for the bar.
+    """
+
+    def __call__(
+        self, params, batches, *, split: dict, seed: int, progress: str | None, total: int
+    ) -> Result: ...
+
+
+def always(config: Any) -> bool:
+    """The metric applies to every config."""
+    del config
+    return True
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """A metric, by the name that config.eval.metrics and config.train.metrics use.
+
+    Attributes:
+      make: (config, model, draws) → its estimator. draws: Monte-Carlo draws per window; None: as
+        config.eval says.
+      applies: config → whether there is anything to compute.
+    """
+
+    name: str
+    make: Callable[[Any, LanguageModel, int | None], Estimator]
+    applies: Callable[[Any], bool] = always
