@@ -20,10 +20,8 @@ from esolm_jax import config as config_lib
 from esolm_jax.data.manifest import Manifest, load_data
 from esolm_jax.data.reader import num_windows
 from esolm_jax.errors import UserError
-from esolm_jax.evaluation import likelihood, provenance
+from esolm_jax.evaluation import bounds, metrics, provenance
 from esolm_jax.evaluation.batches import eval_batches
-from esolm_jax.evaluation.likelihood import Estimate
-from esolm_jax.family.phase import is_exact
 from esolm_jax.model import build
 from esolm_jax.parallel import distributed, sharding
 from esolm_jax.process import jax_settings
@@ -32,54 +30,8 @@ from esolm_jax.training import checkpoint, restore
 FILE, HISTORY = "evaluate.json", "evaluations.jsonl"
 
 
-def _finite(value: float) -> float | None:
-    return None if math.isnan(value) else value
-
-
-def _figures(bound: str, estimate: Estimate, split: dict, **settings) -> dict:
-    """An estimate as perplexity, bits per token and bits per byte.
-
-    `split`: the manifest's entry. Raises UserError if the estimate is not finite.
-    """
-    if not math.isfinite(estimate.nll):
-        raise UserError(
-            f"{bound}: is {estimate.nll}, although all weights are finite: activations "
-            "overflow; evaluate an earlier step (--step=N), or with --config.model.dtype=float32"
-        )
-    bits = estimate.nll / math.log(2)
-    is_whole = len(estimate.window_nll) == split["windows"]
-    return {
-        "bound": bound,
-        "num_samples": None,
-        "num_orders": None,
-        **settings,
-        "nll_per_token": estimate.nll,
-        "standard_error": _finite(estimate.standard_error),
-        "standard_error_differences": estimate.error_samples,
-        "standard_error_note": _error_note(bound, estimate),
-        "standard_error_of_split": None
-        if is_whole
-        else _finite(estimate.error_for(split["windows"])),
-        "perplexity": estimate.perplexity,
-        "bits_per_token": bits,
-        "bits_per_byte": bits * split["tokens"] / split["bytes"],
-        "bits_per_byte_note": "" if is_whole else "with the bytes per token of the whole split",
-        "num_tokens": estimate.num_tokens,
-    }
-
-
-def _error_note(bound: str, estimate: Estimate) -> str:
-    """The meaning of `standard_error`, or why it is missing."""
-    if bound == "exact":
-        return "an exact likelihood"
-    if math.isnan(estimate.standard_error):
-        field = "eval.num_samples" if bound == "nelbo" else "eval.num_orders"
-        return f"unknown from one draw of each window; set config.{field} to 2 or more"
-    return "Monte Carlo: of other draws of noise for the same windows, in nats per token"
-
-
 def evaluate(config, workdir: pathlib.Path) -> dict:
-    """All bounds that the config asks for, as a JSON-able dict.
+    """All metrics that the config asks for, as a JSON-able dict.
 
     Raises:
       UserError: the data or their tokenizer are not the model's; a bound the family has not.
@@ -99,30 +51,24 @@ def evaluate(config, workdir: pathlib.Path) -> dict:
     def batches():
         return eval_batches(config, manifest, e.split, e.max_windows, mesh)
 
-    common = {"seed": config.seed, "total": math.ceil(windows / e.batch_size)}
-    estimate = likelihood.make_nelbo(config, trained.built)(
-        trained.params, batches(), num_samples=e.num_samples, progress="NELBO", **common
-    )
-    exact = is_exact(config)
-    bounds = [
-        _figures(
-            "exact" if exact else "nelbo",
-            estimate,
-            split,
-            num_samples=1 if exact else e.num_samples,
+    entries = []
+    for metric in metrics.selected(e.metrics, config):
+        estimate = metric.make(config, trained.built, None)
+        found = estimate(
+            trained.params,
+            batches(),
+            split=split,
+            seed=config.seed,
+            progress=metric.name,
+            total=math.ceil(windows / e.batch_size),
         )
-    ]
-    if e.num_orders and not exact:
-        importance_weighted = likelihood.make_importance_weighted(config, trained.built)
-        estimate = importance_weighted(
-            trained.params, batches(), num_orders=e.num_orders, progress="any-order", **common
-        )
-        bounds.append(_figures("importance_weighted", estimate, split, num_orders=e.num_orders))
+        bounds.check_finite(found, metric.name)
+        entries.append(found.figures | {"summary": found.line})
     return {
         "split": e.split,
         "windows": windows,
-        "num_tokens": estimate.num_tokens,
-        "results": bounds,
+        "num_tokens": next((r["num_tokens"] for r in entries if "num_tokens" in r), None),
+        "results": entries,
         **_unigram(manifest, trained.meta, e),
         "data": provenance.evaluated_data(manifest, e.split, windows),
         "batch_size": e.batch_size,
@@ -152,20 +98,6 @@ def _unigram(manifest: Manifest, meta: dict, e) -> dict:
     return {"unigram_perplexity": value, "unigram_note": note}
 
 
-def _line(result: dict) -> str:
-    """A bound in one line; an error without a remark is Monte Carlo noise."""
-    text = f"{result['bound']}: perplexity {result['perplexity']:.2f}, "
-    text += f"{result['nll_per_token']:.4f} nats per token"
-    if result["standard_error"]:
-        few = result["standard_error_differences"]
-        roughly = f", from {few} difference{'s' * (few > 1)}" if few < 10 else ""
-        text += f" ± {result['standard_error']:.4f} (Monte Carlo{roughly})"
-    if result["standard_error_of_split"]:
-        text += f" ± {result['standard_error_of_split']:.4f} (as a figure of the whole split)"
-    about = "about " if result["bits_per_byte_note"] else ""
-    return text + f", {about}{result['bits_per_byte']:.3f} bits per byte"
-
-
 def _what_of(figures: dict) -> str:
     data = figures["data"]
     count = f"{figures['windows']:,}"
@@ -173,7 +105,8 @@ def _what_of(figures: dict) -> str:
         which = f"all {count} windows of the {data['split']} split"
     else:
         which = f"{count} of the {data['split_windows']:,} windows of the {data['split']} split"
-    text = f"on {figures['num_tokens']:,} tokens: {which}"
+    tokens = figures["num_tokens"]
+    text = f"on {which}" if tokens is None else f"on {tokens:,} tokens: {which}"
     if figures["unigram_perplexity"] is None:
         return f"{text}; no unigram perplexity: {figures['unigram_note']}"
     return f"{text}; a unigram model has perplexity {figures['unigram_perplexity']:.1f}"
@@ -201,7 +134,7 @@ def main(config, workdir: pathlib.Path) -> None:
         results.write_json(path, figures)
         provenance.append_line(history, figures)
     for result in figures["results"]:
-        print(_line(result))
+        print(result["summary"])
     print(_what_of(figures))
     print(f"wrote {path}, and a line in {history}")
     fits = cli.mesh_flags(config, sharding.make_mesh(config.mesh), sampling=True)

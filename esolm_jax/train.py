@@ -14,7 +14,8 @@ from esolm_jax import config as config_lib
 from esolm_jax.data.manifest import Manifest, load_data, open_tokenizer
 from esolm_jax.data.reader import TrainReader, unigram_perplexity
 from esolm_jax.errors import UserError
-from esolm_jax.evaluation import likelihood, provenance
+from esolm_jax.evaluation import metrics as eval_metrics
+from esolm_jax.evaluation import provenance
 from esolm_jax.evaluation.batches import eval_batches
 from esolm_jax.files import workdir_lock
 from esolm_jax.model import build, finite
@@ -142,7 +143,10 @@ def _train(run: Run, checkpoints, state: TrainState, cursor: int) -> int | None:
     config, t = run.config, run.config.train
     mesh = run.built.mesh
     step_fn = run.training.step_fn()
-    estimate = likelihood.make_nelbo(config, run.built)
+    estimators = {
+        metric.name: metric.make(config, run.built, 1)
+        for metric in eval_metrics.selected(t.metrics, config)
+    }
     reader = TrainReader(
         run.manifest,
         batch_size=t.batch_size,
@@ -175,8 +179,9 @@ def _train(run: Run, checkpoints, state: TrainState, cursor: int) -> int | None:
             nelbo = None
             if step % t.eval_every == 0 or step == t.steps:
                 run.check_health(state, checkpoints, step)
-                nelbo = _validate(run, estimate, state)
-                metrics.log(step, {"validation_nelbo": nelbo})
+                found = _validate(run, estimators, state)
+                nelbo = found["nelbo"]
+                metrics.log(step, {f"validation_{name}": v for name, v in found.items()})
                 if not math.isfinite(nelbo):
                     metrics.say(
                         f"the NELBO at step {step} is {nelbo}, although all weights are finite"
@@ -198,13 +203,20 @@ def _train(run: Run, checkpoints, state: TrainState, cursor: int) -> int | None:
     return None
 
 
-def _validate(run: Run, estimate, state: TrainState) -> float:
-    """NELBO of a part of the validation split under the EMA weights, nats per token."""
-    config = run.config
-    batches = eval_batches(
-        config, run.manifest, "validation", config.train.eval_windows, run.built.mesh
-    )
-    return estimate(state.ema, batches, num_samples=1, seed=config.seed, progress="validation").nll
+def _validate(run: Run, estimators: dict, state: TrainState) -> dict[str, float]:
+    """Metrics of a part of the validation split under the EMA weights, by name."""
+    config, manifest = run.config, run.manifest
+    return {
+        name: estimate(
+            state.ema,
+            eval_batches(config, manifest, "validation", config.train.eval_windows, run.built.mesh),
+            split=manifest.split("validation"),
+            seed=config.seed,
+            progress="validation",
+            total=None,
+        ).value
+        for name, estimate in estimators.items()
+    }
 
 
 def _holds_tokenizer(folder: pathlib.Path, fingerprint: str) -> bool:

@@ -15,7 +15,7 @@ and earlier ones lack needs `before`.
 from esolm_jax.config.renames import begin_command
 from esolm_jax.config.saved import from_saved, to_saved, with_current_names
 from esolm_jax.config.schema import default_config, fields, flat, is_allowed, names_with
-from esolm_jax.config.sections.run import OBJECTIVES
+from esolm_jax.config.sections.evaluation import METRICS
 from esolm_jax.config.sections.sampling import SCHEDULES
 from esolm_jax.config.validation import (
     validate,
@@ -25,7 +25,7 @@ from esolm_jax.config.validation import (
 )
 
 __all__ = [
-    "OBJECTIVES",
+    "METRICS",
     "SCHEDULES",
     "begin_command",
     "default_config",

@@ -51,6 +51,28 @@ class OneOf:
         return nearest(value, self.names)
 
 
+@dataclasses.dataclass(frozen=True)
+class ListOf:
+    """A Check for comma-separated names, `required` among them (""= none is)."""
+
+    names: Collection[str]
+    required: str = ""
+
+    def accepts(self, value) -> bool:
+        given = [name.strip() for name in value.split(",")]
+        fine = len(set(given)) == len(given) and all(name in self.names for name in given)
+        return fine and (not self.required or self.required in given)
+
+    @property
+    def text(self) -> str:
+        also = f", {self.required} among them" if self.required else ""
+        return "comma-separated, each once, of " + ", ".join(self.names) + also
+
+    def hint(self, value) -> str:
+        unknown = [n for n in map(str.strip, value.split(",")) if n not in self.names]
+        return nearest(unknown[0], self.names) if unknown else ""
+
+
 def at_least(low, high=None) -> Check:
     if high is None:
         return Check(lambda v: v >= low, f"at least {low}")
@@ -96,7 +118,7 @@ def as_32_bits(value):
     return float(np.float32(value)) if isinstance(value, float) else value
 
 
-def problem(check: Check | OneOf, value) -> str:
+def problem(check: Check | OneOf | ListOf, value) -> str:
     """The requirement if the value breaks it, else "". A float must be allowed as given and as
     float32: 0.999999999 is 1 in 32 bits."""
     number = as_32_bits(value)

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 from esolm_jax.config import checks
 from esolm_jax.config.schema import fields, flat
 from esolm_jax.errors import UserError, nearest
+from esolm_jax.family import registry
 
 
 def validate(config: ConfigDict) -> None:
@@ -44,15 +45,15 @@ def _fail_unless(ok: bool, name: str, value, allowed: str) -> None:
 
 def _check_objective(config: ConfigDict) -> None:
     """What the family requires of alpha_0 and block_length."""
-    fixed_alpha = {"ar": 0.0, "mdlm": 1.0, "bd3": 1.0}.get(config.objective)
-    if fixed_alpha is not None:
+    family = registry.get(config.objective)
+    if family.fixed_alpha_0 is not None:
         _fail_unless(
-            config.alpha_0 == fixed_alpha,
+            config.alpha_0 == family.fixed_alpha_0,
             "alpha_0",
             config.alpha_0,
-            f"{fixed_alpha} with objective {config.objective}",
+            f"{family.fixed_alpha_0} with objective {config.objective}",
         )
-    if config.objective == "bd3":
+    if family.is_blockwise:
         _fail_unless(
             config.data.seq_len % config.block_length == 0,
             "block_length",
@@ -106,11 +107,11 @@ def _check_annealing(config: ConfigDict) -> None:
     """Annealing needs both phases."""
     if config.train.anneal_steps:
         _fail_unless(
-            config.objective in ("eso_a", "eso_b") and 0 < config.alpha_0 < 1,
+            registry.get(config.objective).has_two_phases and 0 < config.alpha_0 < 1,
             "train.anneal_steps",
             config.train.anneal_steps,
-            "0 unless objective is eso_a or eso_b and alpha_0 between 0 and 1, both excluded (they "
-            f"are {config.objective} and {config.alpha_0})",
+            "0 unless objective has two phases (eso_a, eso_b) and alpha_0 between 0 and 1, both "
+            f"excluded (they are {config.objective} and {config.alpha_0})",
         )
 
 
@@ -148,7 +149,7 @@ def validate_training(config: ConfigDict, fractions: dict[str, float], row_shard
 def _check_num_orders(config: ConfigDict) -> None:
     """The importance-weighted bound exists for eso_b; ar is exact."""
     num_orders = config.eval.num_orders
-    if num_orders and config.objective not in ("ar", "eso_b"):
+    if num_orders and not registry.get(config.objective).has_any_order_likelihood:
         raise UserError(
             f"config.eval.num_orders={num_orders}: must be 0 with objective "
             f"{config.objective}; only eso_b has an any-order likelihood"

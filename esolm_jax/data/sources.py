@@ -48,7 +48,7 @@ def is_source(value: str) -> bool:
 
 
 class SourceCheck:
-    """The check of config.data.source (see config/checks.py); it knows sources of `register` too."""
+    """The check of config.data.source, as of config/checks.py; knows sources of `register` too."""
 
     def accepts(self, value: str) -> bool:
         return is_source(value)

@@ -5,7 +5,6 @@ from esolm_jax.evaluation.bounds import IMPORTANCE_WEIGHTED, NELBO
 from esolm_jax.evaluation.metric import Metric
 
 _METRICS: dict[str, Metric] = {metric.name: metric for metric in (NELBO, IMPORTANCE_WEIGHTED)}
-METRICS += [name for name in _METRICS if name not in METRICS]
 
 
 def register(metric: Metric) -> Metric:

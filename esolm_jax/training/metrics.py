@@ -6,6 +6,7 @@ import pathlib
 import sys
 import time
 
+import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
@@ -108,14 +109,23 @@ def plot_learning_curve(
 ) -> pathlib.Path:
     """Draws WORKDIR/learning_curve.png from metrics.jsonl: perplexity bounds against steps.
 
-    `baseline`: perplexity of a unigram model, drawn as a line. `training`: whether the training
+    Other metrics of config.train.metrics have a panel each. `baseline`: perplexity of a unigram
+    model, drawn as a line. `training`: whether the training
     loss is a bound too (it is not with low_variance), and is to be drawn.
     """
     os.environ["MPLBACKEND"] = "Agg"  # matplotlib refuses to be imported with an unknown one
     from matplotlib import pyplot, ticker
 
     entries = read(workdir)
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    others = sorted({name for e in entries for name in e if name.startswith("validation_")})
+    others = [name for name in others if name != "validation_nelbo"]
+    rows = 1 + len(others)
+    figure, panels = pyplot.subplots(rows, figsize=(7, 4 * rows), layout="constrained")
+    axes, *more = np.atleast_1d(panels)
+    for panel, name in zip(more, others, strict=True):
+        points = [(e["step"], e[name]) for e in entries if e.get(name) is not None]
+        panel.plot(*zip(*points, strict=True), color="C0", marker="o")
+        panel.set(xlabel="step", ylabel=name.removeprefix("validation_"))
     for name, label, style in (
         ("loss", "training loss", {"color": "0.7", "linewidth": 1}),
         ("validation_nelbo", "validation (EMA weights)", {"color": "C0", "marker": "o"}),

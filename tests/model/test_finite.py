@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from esolm_jax import config as config_lib
 from esolm_jax import results
 from esolm_jax.errors import UserError
-from esolm_jax.evaluate import _figures
+from esolm_jax.evaluation import bounds
 from esolm_jax.evaluation.likelihood import Estimate
 from esolm_jax.model import finite
 from esolm_jax.training import metrics
@@ -132,7 +132,7 @@ def test_a_perplexity_beyond_all_numbers_is_infinite():
 @pytest.mark.parametrize("nll", [math.nan, math.inf])
 def test_a_bound_that_is_not_finite_is_no_result(nll):
     with pytest.raises(UserError, match=f"^nelbo: is {nll}, although all weights are finite"):
-        _figures("nelbo", estimate(nll), {})
+        bounds.check_finite(bounds._result("nelbo", estimate(nll), {}), "nelbo")
 
 
 @pytest.mark.filterwarnings("error")

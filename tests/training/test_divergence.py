@@ -203,7 +203,7 @@ def test_many_skipped_steps_in_a_row_end_the_run(data, bad, tmp_path, capsys, mo
 def test_a_nelbo_that_is_not_finite_is_told_and_ranks_last(data, tmp_path, capsys, monkeypatch):
     nelbos = {2: 5.0, 4: 3.0}
     monkeypatch.setattr(
-        train_lib, "_validate", lambda run, estimate, state: nelbos.get(int(state.step), np.nan)
+        train_lib, "_validate", lambda run, _, state: {"nelbo": nelbos.get(int(state.step), np.nan)}
     )
     fields = data | STEPS | {"train.keep_best": 1, "train.steps": 10}
     assert train(tmp_path / "run", fields) == 0

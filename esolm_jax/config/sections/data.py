@@ -1,6 +1,6 @@
 """Fields of config.data."""
 
-from esolm_jax.config.checks import MAX_WORKERS, Check, OneOf, at_least, inside, size
+from esolm_jax.config.checks import MAX_WORKERS, OneOf, at_least, inside, size
 from esolm_jax.config.field import Field
 from esolm_jax.data import sources, tokenizer, windows
 

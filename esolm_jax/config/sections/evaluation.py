@@ -2,11 +2,12 @@
 
 import functools
 
-from esolm_jax.config.checks import MAX_DRAWS, OneOf, at_least, count, size
+from esolm_jax.config.checks import MAX_DRAWS, ListOf, OneOf, at_least, count, size
 from esolm_jax.config.field import Field
 from esolm_jax.data.sources import SPLITS
 
 WEIGHTS = ("ema", "raw")
+METRICS = ["nelbo", "importance_weighted"]  # of evaluation/metrics.py, which can register more
 
 _field = functools.partial(Field, may_change_on_resume=True)
 
@@ -18,5 +19,7 @@ EVAL = {
                          at_least(1, MAX_DRAWS)),
     "num_orders": _field(0, "Orders K of the importance-weighted bound; 0 = omit it.",
                         at_least(0, MAX_DRAWS)),
+    "metrics": _field("nelbo,importance_weighted", "Metrics, comma-separated.", ListOf(METRICS),
+                      before="nelbo,importance_weighted"),
     "weights": _field("ema", "Which weights to evaluate.", OneOf(WEIGHTS)),
 }  # fmt: skip

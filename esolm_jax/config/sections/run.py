@@ -2,12 +2,11 @@
 
 from esolm_jax.config.checks import SEED, OneOf, between, inside, size
 from esolm_jax.config.field import Field
-
-OBJECTIVES = ("ar", "mdlm", "bd3", "eso_a", "eso_b")
+from esolm_jax.family import registry
 
 RUN = {
     "seed": Field(0, "Seed of weights, data order and noise.", SEED),
-    "objective": Field("eso_b", "The family member to train.", OneOf(OBJECTIVES),
+    "objective": Field("eso_b", "The family member to train.", OneOf(registry.NAMES),
                        fixes_weights=True),
     "alpha_0": Field(0.5, "Fraction of the tokens that diffusion generates.", between(0, 1)),
     "kappa": Field(0.5, "Fraction of a training batch that feeds the diffusion loss.",

@@ -16,14 +16,14 @@ from esolm_jax.config.checks import (
 from esolm_jax.config.field import Field
 from esolm_jax.config.sections.evaluation import WEIGHTS
 
-SCHEDULES = (
+SCHEDULES = [  # made by sampling/plan/schedule.py, which can register more
     "ancestral",
     "strided",
     "shuffled_strided",
     "left_to_right",
     "blockwise",
     "confidence",
-)
+]
 DRAFT_STYLES = ("chain", "staircase")
 
 _field = functools.partial(Field, may_change_on_resume=True)

@@ -1,7 +1,8 @@
 """Fields of config.optimizer and config.train."""
 
-from esolm_jax.config.checks import EPSILON, FRACTION, OneOf, above, at_least, count, size
+from esolm_jax.config.checks import EPSILON, FRACTION, ListOf, OneOf, above, at_least, count, size
 from esolm_jax.config.field import Field
+from esolm_jax.config.sections.evaluation import METRICS
 
 LR_SCHEDULES = ("constant", "cosine")
 ON_NON_FINITE = ("stop", "skip")
@@ -30,6 +31,8 @@ TRAIN = {
     "eval_every": Field(5000, "Steps between two NELBOs on part of the validation split.",
                         count(1), **_FREE),
     "eval_windows": Field(512, "Windows of that part; 0 = all.", count(0), **_FREE),
+    "metrics": Field("nelbo", "Metrics on that part, comma-separated.", ListOf(METRICS, "nelbo"),
+                     before="nelbo", **_FREE),
     "checkpoint_every": Field(5000, "Steps between two checkpoints.", count(1), **_FREE),
     "keep_last": Field(2, "Newest checkpoints to keep.", count(1), **_FREE),
     "keep_best": Field(1, "Checkpoints to keep that have the lowest validation NELBO.", count(0),

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from esolm_jax.config import SCHEDULES
 from esolm_jax.errors import UserError
 from esolm_jax.family import noise
 from esolm_jax.sampling.plan.canvas import Canvas, Seed
@@ -261,17 +262,14 @@ def register(name: str, maker: Maker) -> Maker:
     if name in _MAKERS:
         raise ValueError(f"schedule {name!r}: is registered already")
     _MAKERS[name] = maker
+    SCHEDULES.append(name)
     return maker
 
 
 def unregister(name: str) -> None:
     """Removes a schedule, such as one of a test."""
     del _MAKERS[name]
-
-
-def names() -> tuple[str, ...]:
-    """All allowed values of config.sample.schedule."""
-    return tuple(_MAKERS)
+    SCHEDULES.remove(name)
 
 
 def make(name: str, canvas: Canvas, settings: ScheduleSettings) -> Schedule:
