@@ -30,12 +30,12 @@ from benchmarks import published_ratios, write_up
 from esolm_jax import config as config_lib
 from esolm_jax.aot import necessary
 from esolm_jax.errors import UserError
+from esolm_jax.family import registry
 from esolm_jax.model import build
 from esolm_jax.parallel import sharding
 from esolm_jax.training import train_step
 
 OBJECTIVES = "ar mdlm bd3 eso_a:0.5 eso_b:1 eso_b:0.5 eso_b:0.125 eso_b:0".split()
-ALPHA_0 = {"ar": 0.0, "mdlm": 1.0, "bd3": 1.0}  # of the objectives that fix it
 PUBLISHED = ("ar", "mdlm", "eso_a", "eso_b")  # what the published code trains
 
 _PRESET = flags.DEFINE_enum("preset", "cpu", ["cpu", "small"], "Shapes.")
@@ -96,7 +96,8 @@ PRESETS = {
 def split_name(name: str) -> tuple[str, float]:
     """NAME[:ALPHA_0] → (objective, alpha_0)."""
     objective, _, alpha_0 = name.partition(":")
-    return objective, float(alpha_0) if alpha_0 else ALPHA_0.get(objective, 0.5)
+    fixed = registry.get(objective).fixed_alpha_0
+    return objective, float(alpha_0) if alpha_0 else 0.5 if fixed is None else fixed
 
 
 def make_config(preset: Preset, name: str, batch_size: int = 0):

@@ -22,6 +22,7 @@ from esolm_jax import config as config_lib
 from esolm_jax import train as train_lib
 from esolm_jax.data import build
 from esolm_jax.data.reader import TrainReader
+from esolm_jax.family import registry
 from esolm_jax.parallel import sharding
 from esolm_jax.training import checkpoint, train_step
 
@@ -31,7 +32,6 @@ FLAGS += ("from", "to", "tokenizer", "weights", "prompt", "prompts", "trace")
 FLAGS += ("formats", "parts", "tolerance", "step", "verify")
 FILE = str(pathlib.Path(__file__).resolve())
 WORDS = "to be or not that is the question whether tis nobler in mind suffer slings".split()
-ALPHA_0 = {"ar": 0.0, "mdlm": 1.0, "bd3": 1.0}  # of the objectives that fix it
 
 # Most of the time of these tests is compilation: none of it twice.
 QUICK = {
@@ -106,10 +106,16 @@ def write_data(folder: pathlib.Path, **fields) -> dict[str, str]:
     return made | fields
 
 
+def _fixed_alpha_0(fields: dict, default=None):
+    """α₀ of the family that the fields name, if it fixes it."""
+    fixed = registry.get(fields.get("objective", "eso_b")).fixed_alpha_0
+    return default if fixed is None else fixed
+
+
 def make_config(fields: dict):
     """The tiny config with these dotted fields changed; alpha_0 follows the objective."""
     config = get_config()
-    config.alpha_0 = ALPHA_0.get(fields.get("objective", ""), config.alpha_0)
+    config.alpha_0 = _fixed_alpha_0(fields, config.alpha_0)
     config.update_from_flattened_dict(fields)
     config_lib.validate(config)
     return config
@@ -117,7 +123,7 @@ def make_config(fields: dict):
 
 def arguments(fields: dict) -> list[str]:
     """The fields as overrides on the command line."""
-    fixed = ALPHA_0.get(fields.get("objective", ""))
+    fixed = _fixed_alpha_0(fields)
     fields = ({} if fixed is None else {"alpha_0": fixed}) | fields
     return [f"--config.{name}={value}" for name, value in fields.items()]
 
