@@ -12,6 +12,7 @@ import toy
 from esolm_jax.aot import hlo, necessary, topology
 from esolm_jax.config import default_config
 from esolm_jax.errors import UserError
+from esolm_jax.family.family import Work
 from esolm_jax.family.labels import Labelled, Layout, Tokens
 from esolm_jax.family.phase import make_phases
 from esolm_jax.family.rule import dense_mask
@@ -36,14 +37,14 @@ def config_of(objective, alpha_0, rows=ROWS):
     return config
 
 
-def counted(labelled, two_streams_needed: bool) -> necessary.Pass:
+def counted(labelled, two_streams_needed: bool) -> Work:
     """Of the tokens that a loss or another such token needs, a row on average."""
     predicts = np.pad(np.asarray(labelled.weight) != 0, ((0, 0), (0, LENGTH)))
     tokens = labelled.tokens
     predicts = predicts[:, : tokens.token.shape[1]]
     needed = np.asarray(tokens.in_context) | predicts | two_streams_needed
     pairs = np.asarray(dense_mask(tokens, tokens)) & needed[:, :, None] & needed[:, None]
-    return necessary.Pass(*(a.sum() / len(a) for a in (needed, predicts, pairs)))
+    return Work(*(a.sum() / len(a) for a in (needed, predicts, pairs)))
 
 
 @pytest.mark.parametrize(("objective", "alpha_0"), CASES)
@@ -113,7 +114,7 @@ def test_flops_are_those_of_the_compiled_step():
         trip_counts={"predicted_chunks": predicted / chunk},
         kinds={"predicted_chunks": "head"},
     )
-    wanted = necessary.flops(DIT, necessary.Pass(tokens, predicted, tokens * 2 * length))
+    wanted = necessary.flops(DIT, Work(tokens, predicted, tokens * 2 * length))
     assert cost.flops_by_kind["head"] == wanted["head"]
     assert cost.flops == sum(wanted.values())
 
@@ -126,7 +127,7 @@ def test_what_chips_send_and_compute_is_that_of_the_compiled_step():
     text, params = compiled(LLAMA, 16, labelled_shapes(rows, length, mesh), mesh)
     cost = hlo.analyse(text, trip_counts={"predicted_chunks": 1})
     tokens, predicted = 2 * rows * length, rows * length
-    work = necessary.Pass(tokens, predicted, tokens * 2 * length)
+    work = Work(tokens, predicted, tokens * 2 * length)
     assert cost.flops == sum(necessary.flops(LLAMA, work).values()) / 8
     wanted = necessary.collective_bytes(default_config(), LLAMA, work, mesh, params)
     assert cost.collectives["all-gather"] == wanted["all-gather"]

@@ -98,7 +98,8 @@ def test_sizes_of_the_model():
 
 MAY_CHANGE = """data.train data.validation data.test data.dir data.workers
     model.attention model.remat model.loss_chunk model.unroll
-    train.steps train.log_every train.eval_every train.eval_windows train.checkpoint_every
+    train.steps train.log_every train.eval_every train.eval_windows train.metrics
+    train.checkpoint_every
     train.keep_last train.keep_best train.on_non_finite""".split()
 
 
