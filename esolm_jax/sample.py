@@ -12,18 +12,17 @@ import jax
 import numpy as np
 from absl import flags
 
-from esolm_jax import cli, memory_limit, results
-from esolm_jax.data.manifest import open_tokenizer, tokenizer_entry
+from esolm_jax import cli, language_model, results
+from esolm_jax.data.manifest import open_tokenizer
 from esolm_jax.errors import UserError
-from esolm_jax.model import build
 from esolm_jax.parallel import sharding
 from esolm_jax.process import jax_settings
+from esolm_jax.sampling import texts as texts_lib
 from esolm_jax.sampling import trace
 from esolm_jax.sampling.engine.network import fold
 from esolm_jax.sampling.generate import Generator, check, passes_run
 from esolm_jax.sampling.loops.decode import NEVER
 from esolm_jax.sampling.plan import prompts as prompts_lib
-from esolm_jax.sampling.plan.canvas import Canvas, Seed
 from esolm_jax.training import restore
 
 
@@ -38,34 +37,6 @@ def _flag(name: str, default):
     return flags.FLAGS[name].value if name in flags.FLAGS else default
 
 
-def _check_mesh(rows: int, mesh) -> None:
-    if jax.process_count() > 1:
-        raise UserError(f"sampling is for one process, but there are {jax.process_count()}")
-    shards = sharding.num_row_shards(mesh)
-    if rows % shards:
-        raise UserError(
-            f"config.sample.num={rows}: texts in all must be a multiple of the {shards} devices "
-            "(mesh.data x mesh.fsdp) that rows are split over"
-        )
-    if mesh.shape["sequence"] > 1:
-        raise UserError(
-            f"config.mesh.sequence={mesh.shape['sequence']}: must be 1 for sampling; put those "
-            "devices on another axis"
-        )
-
-
-def _check_memory(config, tokenizer, found: list[prompts_lib.Prompt], mesh) -> None:
-    model = build.model_config(config, tokenizer_entry(tokenizer), sharding.platform(mesh))
-    length = _length(config)
-    lengths = [len(prompt.tokens) if prompt.is_whole else length for prompt in found]
-    rows, longest = config.sample.num * max(1, len(found)), max(lengths, default=length)
-    memory_limit.check_sampling(config, model, mesh, rows, longest, prompted=bool(found))
-
-
-def _length(config) -> int:
-    return config.sample.length or config.data.seq_len
-
-
 def _prompts(given: list[str], file: str | None, tokenizer, length: int):
     """The prompts of the command line, then of the file. UserError: see prompts_lib."""
     common = {"tokenizer": tokenizer, "length": length}
@@ -74,21 +45,6 @@ def _prompts(given: list[str], file: str | None, tokenizer, length: int):
     found = (prompts_lib.of_text(text, name=f"--prompt={name}", **common) for text, name in named)
     of_file = [] if file is None else prompts_lib.of_file(pathlib.Path(file), **common)
     return prompts_lib.bounded([*prompts_lib.bounded(found), *of_file])
-
-
-def make_canvas(config, found: list[prompts_lib.Prompt], special, vocab_size: int) -> Canvas:
-    """config.sample.num rows of each prompt, or of nothing. UserError if one does not fit."""
-    s, length = config.sample, _length(config)
-    if not found:
-        return Canvas.empty(s.num, length, s.seed)
-    rows, seeds = [], []
-    for prompt in found:
-        tokens = prompts_lib.complete(prompt, length)
-        for n in range(s.num):
-            rows.append(tokens)
-            own = prompt.seed is not None
-            seeds.append(Seed(prompt.seed, n) if own else Seed(s.seed, len(seeds)))
-    return Canvas.of(rows, seeds, vocab_size=vocab_size, mask_id=special.mask)
 
 
 def sample(
@@ -107,16 +63,15 @@ def sample(
     check(config)
     mesh = sharding.make_mesh(config.mesh)
     tokenizer = open_tokenizer(workdir / "tokenizer")
-    found = _prompts(prompt, prompts, tokenizer, _length(config))
-    _check_mesh(config.sample.num * max(1, len(found)), mesh)
-    _check_memory(config, tokenizer, found, mesh)
+    found = _prompts(prompt, prompts, tokenizer, texts_lib.length_of(config))
+    language_model.check_sampling_fits(config, tokenizer, found, mesh)
     trained = restore.load_trained(config, workdir, config.sample.weights, mesh, cli.step_flag())
     if tokenizer.fingerprint != trained.meta["tokenizer"]["fingerprint"]:
         raise UserError(
             f"{workdir}/tokenizer: not the tokenizer that the checkpoint was trained on"
         )
     special, model = trained.built.special, trained.built.model
-    canvas = make_canvas(config, found, special, model.vocab_size)
+    canvas = texts_lib.make_canvas(config, found, special, model.vocab_size)
     generator = Generator.of(config, canvas, special)
     network = fold(model, trained.params, mesh)
     loaded = time.perf_counter()
@@ -128,8 +83,10 @@ def sample(
     decoded, speculation = generator.run(network, **run)
     decoded = jax.device_get(decoded)
     end = time.perf_counter()
-    nfe, generated = passes_run(generator, decoded), _num_generated(decoded)
-    figures = _texts(config, generator, decoded, tokenizer, found) | {
+    nfe, generated = passes_run(generator, decoded), texts_lib.num_generated(decoded)
+    rows = texts_lib.sample_rows(config, generator, decoded, tokenizer, prompted=bool(found))
+    figures = {
+        "samples": rows,
         "num_diffusion": generator.is_diffusion().sum(axis=1).tolist(),
         "num_generated": generated,
         "nfe": nfe,
@@ -149,40 +106,6 @@ def sample(
     return figures, steps
 
 
-def _inside(decoded) -> np.ndarray:
-    """bool [B, L]: what lies before the first EOS of a text that ended there."""
-    return np.arange(decoded.text.shape[1])[None] < decoded.text_end[:, None]
-
-
-def _num_generated(decoded) -> int:
-    """Tokens of the texts that were not given."""
-    is_new = (decoded.revealed >= 0) & (decoded.revealed != NEVER)
-    return int((is_new & _inside(decoded)).sum())
-
-
-def _texts(config, generator: Generator, decoded, tokenizer, found) -> dict:
-    rows, length, order = [], generator.schedule.length, generator.order(decoded)
-    for b, ids in enumerate(decoded.text):
-        ids = ids[: min(length[b], decoded.text_end[b])].tolist()
-        known, shown = generator.canvas.known[b], ids
-        # With one document per window, tokens after EOS are untrained; known ones are kept.
-        behind = int(np.flatnonzero(known).max(initial=-1)) + 1
-        if config.data.packing == "pad" and tokenizer.eos_id in ids[behind:]:
-            shown = ids[: ids.index(tokenizer.eos_id, behind)]
-        seed = generator.canvas.seeds[b]
-        rows.append(
-            {
-                "text": tokenizer.decode(shown, bos_is_given=bool(known[0])),
-                "prompt": b // config.sample.num if found else None,
-                "token_ids": ids,
-                "seed": [seed.batch, seed.row],
-                "ended": bool(decoded.text_end[b] < length[b]),
-                "order": [at for at in order[b].tolist() if at < len(ids)],
-            }
-        )
-    return {"samples": rows}
-
-
 def _trace(config, generator: Generator, decoded, tokenizer, nfe: int) -> trace.Trace:
     revealed = decoded.revealed.astype(np.int64)
     numbered = np.where(revealed == -1, trace.GIVEN, revealed - generator.passes.prompt_passes)
@@ -192,7 +115,9 @@ def _trace(config, generator: Generator, decoded, tokenizer, nfe: int) -> trace.
             tokenizer.pieces(row.tolist(), bos_is_given=bool(known[0]))
             for row, known in zip(decoded.text, generator.canvas.known, strict=True)
         ],
-        revealed=np.where((revealed == NEVER) | ~_inside(decoded), trace.NEVER, numbered),
+        revealed=np.where(
+            (revealed == NEVER) | ~texts_lib.before_eos(decoded), trace.NEVER, numbered
+        ),
         is_diffusion=generator.is_diffusion(),
         title=title,
     )

@@ -5,8 +5,8 @@ Everything here is in nats; estimates are per real (not padding) token.
 What each figure bounds, for a text x:
 
 - Importance-weighted bound of K orders, Eso-LM (B): −log p(x), p(x) = E_σ p_σ(x) the likelihood of
-  sampling one token per step, each given the known tokens alone. By Jensen's inequality its
-  expectation lies above −log p(x), for every x and K, and does not rise with K.
+  sampling one token per step, each given only the known tokens. By Jensen's inequality its
+  expectation is at least −log p(x), for every x and K, and does not rise with K.
 - NELBO of MDLM and BD3-LM: −log p(x) of sampling one token per step with the rest of the canvas (of
   the block) as masks.
 - NELBO of Eso-LM (A and B): −log p′(x) of another sampler, with the whole canvas: every diffusion
@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from esolm_jax.family import eso_b
 from esolm_jax.family.phase import is_exact, make_phases
-from esolm_jax.model.build import LanguageModel
+from esolm_jax.model.build import BuiltModel
 from esolm_jax.model.lm_head import Head, sequence_nll
 from esolm_jax.parallel import distributed, sharding
 from esolm_jax.process import prng
@@ -164,7 +164,7 @@ def _estimate(
     )
 
 
-def make_nelbo(config, built: LanguageModel):
+def make_nelbo(config, built: BuiltModel):
     """Returns estimate(params, batches, *, num_samples, seed, …) → Estimate of the NELBO.
 
     `num_samples` draws of noise per window; the error is estimated from their spread, batch by
@@ -204,12 +204,12 @@ def make_nelbo(config, built: LanguageModel):
     return estimate
 
 
-def make_importance_weighted(config, built: LanguageModel):
+def make_importance_weighted(config, built: BuiltModel):
     """Returns estimate(params, batches, *, num_orders, seed, …) → Estimate of the
     importance-weighted bound −log mean_k p_σk(x), for eso_b at any α₀.
 
     Every window draws its own orders, so that the variances of windows add up. The error is that of
-    the bound with this K, not the distance to the likelihood, which lies below it."""
+    the bound with this K, not the distance to the likelihood, which is below it."""
     label = functools.partial(eso_b.any_order, alpha_0=config.alpha_0, special=built.special)
     placed = sharding.rows(built.mesh)
     draw = distributed.together(

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from esolm_jax.model.build import LanguageModel
+from esolm_jax.model.build import BuiltModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,5 +53,5 @@ class Metric:
     """
 
     name: str
-    make: Callable[[Any, LanguageModel, int | None], Estimator]
+    make: Callable[[Any, BuiltModel, int | None], Estimator]
     applies: Callable[[Any], bool] = always

@@ -43,7 +43,7 @@ def num_ids(tokenizer: dict) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class LanguageModel:
+class BuiltModel:
     """A model on a mesh, and what a loss needs."""
 
     mesh: jax.sharding.Mesh
@@ -53,7 +53,7 @@ class LanguageModel:
     special: Special
 
 
-def build_model(config, tokenizer: dict, mesh) -> LanguageModel:
+def build_model(config, tokenizer: dict, mesh) -> BuiltModel:
     """The model of `config` with the vocabulary of `tokenizer` (as in a manifest).
 
     Raises:
@@ -70,7 +70,7 @@ def build_model(config, tokenizer: dict, mesh) -> LanguageModel:
     start = tokenizer["mask_id" if config.start_token == "mask" else "bos_id"]
     special = Special(mask=tokenizer["mask_id"], start=start)
     head = Head.of(model, special.mask, mesh, chunk=config.model.loss_chunk)
-    return LanguageModel(mesh, model, model_lib.bind(model, mesh), head, special)
+    return BuiltModel(mesh, model, model_lib.bind(model, mesh), head, special)
 
 
 def abstract_params(config: model_lib.ModelConfig, mesh):

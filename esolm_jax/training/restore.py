@@ -51,7 +51,7 @@ def load_tokenizer(workdir: pathlib.Path, meta: dict):
 class TrainedModel:
     """A trained model, as evaluate and sample need it."""
 
-    built: build.LanguageModel
+    built: build.BuiltModel
     params: dict
     meta: dict
     step: int
@@ -68,7 +68,7 @@ def load_trained(
     Raises:
       UserError: no step is intact, or `config` is of another objective or model.
     """
-    built: dict[str, build.LanguageModel] = {}
+    built: dict[str, build.BuiltModel] = {}
 
     def like_of(meta: dict) -> dict:
         check_same_fields(config, meta, lambda name: name in MODEL_FIELDS)

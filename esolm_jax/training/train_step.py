@@ -168,7 +168,7 @@ class Objective:
 
 
 def make_objective(config, built, phases: Sequence[Phase]) -> Objective:
-    """The objective of a training run: `built` is a build.LanguageModel."""
+    """The objective of a training run: `built` is a build.BuiltModel."""
     rows = config.train.batch_size // config.train.accumulation
     length = config.data.seq_len
     multiple = math.lcm(8, built.mesh.shape["sequence"])
@@ -192,7 +192,7 @@ class Training:
     """
 
     def __init__(self, config, built):
-        """`built` is a build.LanguageModel. Raises UserError if the config cannot be trained so."""
+        """`built` is a build.BuiltModel. Raises UserError if the config cannot be trained so."""
         self.config, self.built = config, built
         self.phases = make_phases(config, built.special, low_variance=config.low_variance)
         fractions = {phase.name: phase.fraction for phase in self.phases}

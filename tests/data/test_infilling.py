@@ -12,10 +12,10 @@ import tiny_run
 from tiny_run import quick
 
 from benchmarks.reliability import infilling
-from esolm_jax import sample
 from esolm_jax.config import default_config
 from esolm_jax.data import known_text
 from esolm_jax.errors import UserError
+from esolm_jax.sampling import texts
 from esolm_jax.sampling.plan import prompts
 from esolm_jax.sampling.plan.canvas import MASK, Canvas, Seed
 
@@ -176,7 +176,7 @@ def printed(kind: str, prompt: str, generated: list[int], packing: str) -> str:
         order=lambda _: np.arange(len(ids))[None],
     )
     decoded = types.SimpleNamespace(text=np.array([ids]), text_end=np.array([2**31 - 1]))
-    rows = sample._texts(config, generator, decoded, tokenizer, [request])["samples"]
+    rows = texts.sample_rows(config, generator, decoded, tokenizer, prompted=True)
     return rows[0]["text"]
 
 

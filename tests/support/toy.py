@@ -13,7 +13,7 @@ from esolm_jax.config import default_config
 from esolm_jax.family.labels import Tokens
 from esolm_jax.family.phase import Special
 from esolm_jax.model import transformer as model
-from esolm_jax.model.build import LanguageModel
+from esolm_jax.model.build import BuiltModel
 from esolm_jax.model.lm_head import Head
 from esolm_jax.parallel.sharding import AXES
 
@@ -47,7 +47,7 @@ def _random_params():
 
 PARAMS = _random_params()
 apply = model.bind(CONFIG)
-BUILT = LanguageModel(
+BUILT = BuiltModel(
     mesh=Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), AXES),
     model=CONFIG,
     apply=apply,

@@ -45,7 +45,7 @@ _TABLE = (
     ("output_layer.adaLN_modulation.bias", "final_modulation/linear/bias", False),
 )
 INV_FREQ = "rotary_emb.inv_freq"
-CONSTANTS = (INV_FREQ,)  # stored beside the parameters, but not one
+CONSTANTS = (INV_FREQ,)  # stored next to the parameters, but not one
 
 
 def model_config(weights: Mapping[str, np.ndarray], num_heads: int) -> model_lib.ModelConfig:
@@ -112,12 +112,11 @@ def to_params(
     """Published names → our parameters (float32), every tensor used once and shape-checked.
 
     Args:
-      weights: arrays, or what has a shape and np.asarray() reads: each is read when it is used.
+      weights: arrays, or objects with a shape that np.asarray() reads; read one at a time.
       where: names them in errors.
 
     Raises:
-      UserError: tensors are missing, left over, of another shape than the model needs, or not
-        finite.
+      UserError: tensors are missing, unexpected, of a wrong shape, or not finite.
     """
     wanted = jax.eval_shape(lambda: model_lib.init(config, prng.key(0)))
     fit.check(weights, published_shapes(wanted), where, ignored=CONSTANTS)
@@ -173,6 +172,22 @@ def to_published(params: dict) -> dict[str, np.ndarray]:
     return dict(published(params))
 
 
+def as_tokens(token, position, rank, in_context) -> Tokens:
+    """Tokens of four labels [B, T]; given Tokens are returned as they are.
+
+    Raises:
+      UserError: a label is missing.
+    """
+    if isinstance(token, Tokens):
+        return token
+    labels = {"position": position, "rank": rank, "in_context": in_context}
+    for name, label in labels.items():
+        if label is None:
+            raise UserError(f"{name}: missing; every token has four labels (family/labels.py)")
+    token, position, rank = (jnp.asarray(a, jnp.int32) for a in (token, position, rank))
+    return Tokens(token, position, rank, jnp.asarray(in_context, bool))
+
+
 class Reference:
     """A model with published weights.
 
@@ -186,12 +201,10 @@ class Reference:
         self.mask_id = config.vocab_size - 1 if mask_id is None else mask_id
         self._apply = jax.jit(model_lib.bind(config))
 
-    def logits(self, token, position, rank, in_context) -> jax.Array:
+    def logits(self, token, position=None, rank=None, in_context=None) -> jax.Array:
         """float32 [B, T, V], mask token not yet excluded, of tokens with these labels, each
-        [B, T] (int, int, int, bool)."""
-        labels = (jnp.asarray(a, jnp.int32) for a in (token, position, rank))
-        tokens = Tokens(*labels, in_context=jnp.asarray(in_context, bool))
-        return self._apply(self.params, tokens)
+        [B, T] (int, int, int, bool); or of Tokens."""
+        return self._apply(self.params, as_tokens(token, position, rank, in_context))
 
     def sample(self, order, step_sizes, *, rng, temperature: float = 1.0, top_p: float = 1.0):
         """Cached Eso-LM (B) decoding, through the loop of `python -m esolm_jax.sample`.
@@ -217,8 +230,8 @@ class Reference:
 def load(
     weights: Mapping[str, np.ndarray], num_heads: int, mask_id: int | None = None
 ) -> Reference:
-    """A model from published parameter names, with or without the prefix `backbone.`; mask_id: if
-    it is not the last id (it is 103 of the runs on bert-base-uncased)."""
+    """A model from published parameter names, with or without the prefix `backbone.`; mask_id: by
+    default the last id (103 in the runs on bert-base-uncased)."""
     weights = {name.removeprefix("backbone."): array for name, array in weights.items()}
     if "vocab_embed.embedding" not in weights:
         raise UserError("missing tensors: vocab_embed.embedding (is this an Eso-LM checkpoint?)")

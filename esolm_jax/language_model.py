@@ -1,0 +1,362 @@
+"""The public Python API: a trained model with logits, sample and log_likelihood.
+
+    model = esolm_jax.load("runs/quickstart")
+    model.sample("Shall I compare thee", seed=1)
+
+Results equal those of the verbs `sample` and `evaluate`. See docs/python_api.md.
+"""
+
+import copy
+import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from esolm_jax import config as config_lib
+from esolm_jax import memory_limit
+from esolm_jax.data import windows
+from esolm_jax.data.manifest import tokenizer_entry
+from esolm_jax.data.tokenizer import Tokenizer
+from esolm_jax.errors import UserError, nearest
+from esolm_jax.evaluation import likelihood
+from esolm_jax.family.labels import Tokens
+from esolm_jax.family.phase import is_exact
+from esolm_jax.interop.published import reference
+from esolm_jax.interop.published.reference import Reference
+from esolm_jax.model import build
+from esolm_jax.parallel import sharding
+from esolm_jax.sampling import texts as texts_lib
+from esolm_jax.sampling.engine import network
+from esolm_jax.sampling.generate import Generator, check
+from esolm_jax.sampling.plan import passes, schedule
+from esolm_jax.sampling.plan import prompts as prompts_lib
+from esolm_jax.sampling.plan.canvas import MASK, Canvas, Seed
+from esolm_jax.training import checkpoint, restore
+
+Setting = str | int | float | bool
+
+
+@dataclasses.dataclass(frozen=True)
+class LogLikelihood:
+    """Estimated log-likelihoods of texts, in nats.
+
+    Attributes:
+      bound: "exact"; "nelbo" or "importance_weighted", whose expectation is a lower bound on the
+        log-likelihood (see esolm_jax/evaluation/likelihood.py for the distribution of each).
+      values: float64 [texts], nats of each text.
+      num_tokens: int64 [texts], tokens of each text, EOS included.
+      nll_per_token: −Σ values / Σ num_tokens.
+      standard_error: Monte-Carlo standard error of `nll_per_token` for these texts; 0 if exact, NaN
+        if a single draw leaves it unknown.
+    """
+
+    bound: str
+    values: np.ndarray
+    num_tokens: np.ndarray
+    nll_per_token: float
+    standard_error: float
+
+
+class LanguageModel:
+    """A trained model and its tokenizer, placed on a device mesh. Made by `load`.
+
+    Attributes:
+      config: the run's config with the overrides of `load`, locked.
+      tokenizer: encode(str) → ids, decode(ids) → str, mask_id, bos_id, eos_id, vocab_size.
+      step: of the checkpoint.
+      params: the weights, as in model.transformer.init.
+    """
+
+    def __init__(self, config: ConfigDict, trained: restore.TrainedModel, tokenizer: Tokenizer):
+        self.config = config
+        self.tokenizer = tokenizer
+        self.step = trained.step
+        self.params = trained.params
+        self._built = trained.built
+        self._apply = jax.jit(trained.built.apply)
+
+    @property
+    def mask_id(self) -> int:
+        """The id that stands for a token to be predicted."""
+        return self._built.special.mask
+
+    def logits(
+        self,
+        tokens: Tokens | np.ndarray | Sequence[Sequence[int]],
+        position: Any = None,
+        rank: Any = None,
+        in_context: Any = None,
+    ) -> jax.Array:
+        """The model's logits; the mask token is not excluded.
+
+        Args:
+          tokens: Tokens of family/labels.py, each with four labels; or their ids, int [B, T], with
+            the other three labels as arguments (int, int, bool; [B, T]); or the ids alone, int
+            [B, L], `mask_id` where unknown. Ids alone are labelled as in the first step of
+            left-to-right sampling: unknown tokens are masks that come last in the order.
+
+        Returns:
+          float32 [B, T, V]. For ids alone, [b, i] predicts the token at position i of text b.
+
+        Raises:
+          UserError: B is not a multiple of the devices that rows are split over; of ids alone, one
+            is not in the vocabulary, or a text has no mask (except ar), or its known tokens are not
+            where the family needs them (ar, bd3: at the start).
+        """
+        if isinstance(tokens, Tokens) or position is not None:
+            labelled = reference.as_tokens(tokens, position, rank, in_context)
+            return self._run(labelled)
+        labelled = self._label(np.asarray(tokens))
+        by_rank = self._run(labelled)
+        inverse = np.argsort(np.asarray(labelled.position), axis=1)
+        return jnp.take_along_axis(by_rank, inverse[..., None], axis=1)
+
+    def _run(self, tokens: Tokens) -> jax.Array:
+        rows, shards = tokens.token.shape[0], sharding.num_row_shards(self._built.mesh)
+        if rows % shards:
+            raise UserError(f"tokens: {rows} rows: must be a multiple of the {shards} devices")
+        return self._apply(self.params, tokens)
+
+    def _label(self, ids: np.ndarray) -> Tokens:
+        if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
+            raise UserError(f"tokens: {ids.dtype} {ids.shape}: must be integers [B, L]")
+        special, vocab_size = self._built.special, self._built.model.vocab_size
+        rows = np.where(ids == special.mask, MASK, ids).tolist()
+        seeds = [Seed(0, b) for b in range(len(rows))]
+        canvas = Canvas.of(rows, seeds, vocab_size=vocab_size, mask_id=special.mask)
+        plan = passes.plan(
+            self.config,
+            schedule.left_to_right(canvas),
+            mask_id=special.mask,
+            start_token=special.start,
+        )
+        complete = canvas.known.all(axis=1)
+        if complete.any() and not plan.shift:
+            raise UserError(
+                f"tokens: text {complete.argmax()}: must have a mask (id {self.mask_id})"
+            )
+        slot = np.arange(ids.shape[1])[None]
+        token = np.where(slot < plan.given[:, None], plan.known, plan.unknown)
+        if plan.shift:
+            token = np.insert(token[:, :-1], 0, plan.start_token, axis=1)
+        first = plan.bidirectional_below[plan.prompt_passes :][:1].T
+        rank = np.broadcast_to(plan.rank, ids.shape)
+        rank = np.where(slot < first, 0, rank) if first.size else rank
+        return reference.as_tokens(token, plan.order, rank, np.ones_like(rank, bool))
+
+    def sample(self, prompts: str | Sequence[str] = (), **settings: Setting) -> list[str]:
+        """Texts, as `python -m esolm_jax.sample` makes them from the same prompts and settings.
+
+        Args:
+          prompts: each is continued, or filled in where it has [MASK] or [MASK:n]; without prompts,
+            texts are unconditional.
+          settings: fields of config.sample, such as seed=1, num=4, steps=32, temperature=0.8,
+            top_p=0.9, length=256.
+
+        Returns:
+          config.sample.num texts for each prompt, in the order of the prompts.
+
+        Raises:
+          UserError: an unknown setting, a bad value, a prompt that does not fit or that the family
+            cannot fill in, or texts that do not fit into memory.
+        """
+        config = changed(self.config, {f"sample.{name}": v for name, v in settings.items()})
+        check(config)
+        given = [prompts] if isinstance(prompts, str) else list(prompts)
+        length = texts_lib.length_of(config)
+        parsed = prompts_lib.bounded(
+            prompts_lib.of_text(text, self.tokenizer, name=f"prompts[{i}]", length=length)
+            for i, text in enumerate(given)
+        )
+        mesh, special = self._built.mesh, self._built.special
+        check_sampling_fits(config, self.tokenizer, parsed, mesh)
+        canvas = texts_lib.make_canvas(config, parsed, special, self._built.model.vocab_size)
+        generator = Generator.of(config, canvas, special)
+        decoded, _ = generator.run(self._network, mesh=mesh, eos_id=self.tokenizer.eos_id)
+        rows = texts_lib.sample_rows(
+            config, generator, jax.device_get(decoded), self.tokenizer, prompted=bool(parsed)
+        )
+        return [row["text"] for row in rows]
+
+    @functools.cached_property
+    def _network(self) -> network.Network:
+        return network.fold(self._built.model, self.params, self._built.mesh)
+
+    def log_likelihood(
+        self,
+        texts: str | Sequence[str],
+        *,
+        num_samples: int | None = None,
+        num_orders: int = 0,
+        seed: int | None = None,
+    ) -> LogLikelihood:
+        """Log-likelihoods of texts, by the estimators of `python -m esolm_jax.evaluate`.
+
+        Each text is one window, closed by EOS, as `prepare` packs it with data.packing=pad.
+
+        Args:
+          num_samples: draws of noise per text, for the NELBO; by default config.eval.num_samples.
+          num_orders: K > 0 = the importance-weighted bound of K orders, not the NELBO (eso_b).
+          seed: of the draws, which also depend on the batch of config.eval.batch_size texts; by
+            default config.seed.
+
+        Raises:
+          UserError: no texts, a text longer than data.seq_len, or a bound that the family lacks.
+        """
+        changes: dict[str, Setting] = {"eval.num_orders": num_orders}
+        if num_samples is not None:
+            changes["eval.num_samples"] = num_samples
+        if seed is not None:
+            changes["seed"] = seed
+        config = changed(self.config, changes)
+        config_lib.validate_evaluation(config, sharding.num_row_shards(self._built.mesh))
+        rows = self._windows([texts] if isinstance(texts, str) else list(texts))
+        batches = self._batches(rows, config.eval.batch_size)
+        exact = is_exact(config)
+        if num_orders and not exact:
+            bound = "importance_weighted"
+            estimate = self._importance_weighted(
+                self.params, batches, num_orders=num_orders, seed=config.seed
+            )
+        else:
+            bound = "exact" if exact else "nelbo"
+            estimate = self._nelbo(
+                self.params, batches, num_samples=config.eval.num_samples, seed=config.seed
+            )
+        return LogLikelihood(
+            bound=bound,
+            values=-estimate.window_nll,
+            num_tokens=estimate.window_tokens,
+            nll_per_token=estimate.nll,
+            standard_error=estimate.standard_error,
+        )
+
+    @functools.cached_property
+    def _nelbo(self) -> Any:
+        return likelihood.make_nelbo(self.config, self._built)
+
+    @functools.cached_property
+    def _importance_weighted(self) -> Any:
+        return likelihood.make_importance_weighted(self.config, self._built)
+
+    def _windows(self, texts: list[str]) -> list[list[int]]:
+        length = self.config.data.seq_len
+        if not texts:
+            raise UserError("texts: must have at least one text")
+        found = []
+        for i, text in enumerate(texts):
+            ids = self.tokenizer.encode(text)
+            if len(ids) > length:
+                raise UserError(
+                    f"texts[{i}]: has {len(ids):,} tokens; must have at most data.seq_len={length}"
+                )
+            found.append(ids)
+        return list(windows.pad(found, length, self.tokenizer.eos_id))
+
+    def _batches(self, rows: list[list[int]], size: int) -> Iterator[dict]:
+        """Global batches {"x", "valid"}, [size, L]; rows after the last text are padding."""
+        for start in range(0, len(rows), size):
+            x = np.full((size, self.config.data.seq_len), self.tokenizer.pad_id, np.int32)
+            valid = np.zeros(x.shape, bool)
+            for b, ids in enumerate(rows[start : start + size]):
+                x[b, : len(ids)], valid[b, : len(ids)] = ids, True
+            batch = {"x": x, "valid": valid}
+            yield sharding.put_batch(batch, self._built.mesh, size)
+
+
+def changed(config: ConfigDict, fields: Mapping[str, Setting]) -> ConfigDict:
+    """A copy of the config with these dotted fields set, validated and locked.
+
+    Raises:
+      UserError: a field is unknown, or a value is not allowed.
+    """
+    new = copy.deepcopy(config)
+    for name, value in fields.items():
+        *sections, field = name.split(".")
+        section = functools.reduce(lambda node, key: node.get(key, {}), sections, new)
+        if not isinstance(section, ConfigDict):
+            known = config_lib.flat(config)
+            raise UserError(f"config.{name}: unknown field{nearest(name, known)}")
+        with section.ignore_type():
+            section[field] = value
+    config_lib.validate(new)
+    return new
+
+
+def check_sampling_fits(
+    config: ConfigDict, tokenizer: Tokenizer, prompts: Sequence[prompts_lib.Prompt], mesh: Any
+) -> None:
+    """UserError unless the texts that config.sample asks for fit the devices and their memory."""
+    if jax.process_count() > 1:
+        raise UserError(f"sampling is for one process, but there are {jax.process_count()}")
+    rows, shards = config.sample.num * max(1, len(prompts)), sharding.num_row_shards(mesh)
+    if rows % shards:
+        raise UserError(
+            f"config.sample.num={rows}: texts in all must be a multiple of the {shards} devices "
+            "(mesh.data x mesh.fsdp) that rows are split over"
+        )
+    if mesh.shape["sequence"] > 1:
+        raise UserError(
+            f"config.mesh.sequence={mesh.shape['sequence']}: must be 1 for sampling; put those "
+            "devices on another axis"
+        )
+    model = build.model_config(config, tokenizer_entry(tokenizer), sharding.platform(mesh))
+    length = texts_lib.length_of(config)
+    lengths = [len(prompt.tokens) if prompt.is_whole else length for prompt in prompts]
+    longest = max(lengths, default=length)
+    memory_limit.check_sampling(config, model, mesh, rows, longest, prompted=bool(prompts))
+
+
+def load(
+    workdir: str | os.PathLike[str],
+    *,
+    step: int | str = checkpoint.LATEST,
+    weights: str = "ema",
+    overrides: Mapping[str, Setting] | None = None,
+) -> LanguageModel:
+    """The trained model in a workdir of `train` or `convert`.
+
+    Args:
+      step: a number, "latest" or "best" (the lowest validation NELBO).
+      weights: "ema" or "raw".
+      overrides: dotted config fields, such as {"alpha_0": 1.0, "mesh.devices": 1}.
+
+    Raises:
+      UserError: no checkpoint is intact, it was trained with other sizes than the overrides, or a
+        field or value is not allowed.
+    """
+    checkpoint.check_selector(str(step), f"step={step!r}")
+    if weights not in ("ema", "raw"):
+        raise UserError(f"weights={weights!r}: must be ema or raw")
+    folder = pathlib.Path(workdir).expanduser()
+    config = changed(checkpoint.saved_config(folder, str(step)), overrides or {})
+    mesh = sharding.make_mesh(config.mesh)
+    trained = restore.load_trained(config, folder, weights, mesh, str(step))
+    return LanguageModel(config, trained, restore.load_tokenizer(folder, trained.meta))
+
+
+def load_published(
+    weights: Mapping[str, np.ndarray], num_heads: int, mask_id: int | None = None
+) -> Reference:
+    """A model from weights of the published implementation, without a config or a tokenizer.
+
+    Args:
+      weights: published parameter name → array, with or without the prefix `backbone.`.
+      mask_id: by default the last id of the vocabulary.
+
+    Returns:
+      A Reference, with logits(tokens) as LanguageModel has it for labelled tokens, and
+      sample(order, step_sizes, rng=…), which returns token ids. To sample from prompts, turn the
+      file into a workdir with `python -m esolm_jax.convert`.
+
+    Raises:
+      UserError: tensors are missing, left over, of a wrong shape, or not finite.
+    """
+    return reference.load(weights, num_heads, mask_id)

@@ -1,0 +1,74 @@
+"""Prompts → a canvas, and decoded token ids → texts."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from esolm_jax.sampling.generate import Generator
+from esolm_jax.sampling.loops.decode import NEVER
+from esolm_jax.sampling.plan import prompts as prompts_lib
+from esolm_jax.sampling.plan.canvas import Canvas, Seed
+
+
+def length_of(config) -> int:
+    """L: the tokens of a text that config.sample asks for."""
+    return config.sample.length or config.data.seq_len
+
+
+def make_canvas(config, prompts: Sequence[prompts_lib.Prompt], special, vocab_size: int) -> Canvas:
+    """config.sample.num rows of each prompt; without prompts, rows without known tokens.
+
+    Raises:
+      UserError: a prompt does not fit.
+    """
+    s, length = config.sample, length_of(config)
+    if not prompts:
+        return Canvas.empty(s.num, length, s.seed)
+    rows, seeds = [], []
+    for prompt in prompts:
+        tokens = prompts_lib.complete(prompt, length)
+        for n in range(s.num):
+            rows.append(tokens)
+            own = prompt.seed is not None
+            seeds.append(Seed(prompt.seed, n) if own else Seed(s.seed, len(seeds)))
+    return Canvas.of(rows, seeds, vocab_size=vocab_size, mask_id=special.mask)
+
+
+def before_eos(decoded) -> np.ndarray:
+    """bool [B, L]: positions before the EOS that ended a text; all of them in other texts."""
+    return np.arange(decoded.text.shape[1])[None] < decoded.text_end[:, None]
+
+
+def num_generated(decoded) -> int:
+    """Generated tokens of all texts, known ones not counted."""
+    is_new = (decoded.revealed >= 0) & (decoded.revealed != NEVER)
+    return int((is_new & before_eos(decoded)).sum())
+
+
+def sample_rows(config, generator: Generator, decoded, tokenizer, *, prompted: bool) -> list[dict]:
+    """One JSON-able dict per text: the lines of samples.jsonl.
+
+    Args:
+      decoded: of generator.run, as NumPy arrays.
+      prompted: whether the canvas is of prompts, config.sample.num rows of each.
+    """
+    rows, length, order = [], generator.schedule.length, generator.order(decoded)
+    for b, ids in enumerate(decoded.text):
+        ids = ids[: min(length[b], decoded.text_end[b])].tolist()
+        known, shown = generator.canvas.known[b], ids
+        # With one document per window, tokens after EOS are untrained; known ones are kept.
+        behind = int(np.flatnonzero(known).max(initial=-1)) + 1
+        if config.data.packing == "pad" and tokenizer.eos_id in ids[behind:]:
+            shown = ids[: ids.index(tokenizer.eos_id, behind)]
+        seed = generator.canvas.seeds[b]
+        rows.append(
+            {
+                "text": tokenizer.decode(shown, bos_is_given=bool(known[0])),
+                "prompt": b // config.sample.num if prompted else None,
+                "token_ids": ids,
+                "seed": [seed.batch, seed.row],
+                "ended": bool(decoded.text_end[b] < length[b]),
+                "order": [at for at in order[b].tolist() if at < len(ids)],
+            }
+        )
+    return rows
