@@ -123,7 +123,10 @@ def table(rows: list[dict]) -> str:
         f"and AR) or {RATES['annealed']:g}; α₀ is annealed over the first half of the steps. One "
         "seed."
     )
-    return f"{write_up.table(head, lines)}\n{note}\n"
+    title = (
+        "# From a pretrained AR model to an Eso-LM\n\nMade by `python -m benchmarks.anneal`.\n\n"
+    )
+    return f"{title}{write_up.table(head, lines)}\n{note}\n"
 
 
 def plot(rows: list[dict], unigram: float, path: pathlib.Path) -> None:

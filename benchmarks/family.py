@@ -110,7 +110,8 @@ def table(rows: list[dict]) -> str:
         cells = [row["objective"], f"{row['alpha_0']:g}", f"{row['perplexity']:.2f}{exact}"]
         cells += [f"{row['standard_error_nats']:.4f}", weighted, f"{row['bits_per_byte']:.3f}"]
         lines.append(cells)
-    return write_up.table(head, lines)
+    title = "# The family, side by side\n\nMade by `python -m benchmarks.family`.\n\n"
+    return title + write_up.table(head, lines)
 
 
 def plot(rows: list[dict], path: pathlib.Path) -> None:

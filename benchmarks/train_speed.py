@@ -437,7 +437,8 @@ def table(report: dict) -> str:
         elif has_published:
             cells += ["–"] * 4
         lines.append(cells)
-    return f"{write_up.table(head, lines)}\n{_notes(report)}\n"
+    title = "# Speed of training\n\nMade by `python -m benchmarks.train_speed`.\n\n"
+    return f"{title}{write_up.table(head, lines)}\n{_notes(report)}\n"
 
 
 def _notes(report: dict) -> str:
