@@ -1,4 +1,4 @@
-"""Whether named tensors are those of a model; if not, what is wrong, all of it at once."""
+"""Compares named tensors with those of a model and reports every difference in one error."""
 
 import difflib
 import re
@@ -17,8 +17,8 @@ def check(
     where: str,
     ignored: Collection[str] = (),
 ) -> None:
-    """UserError, one line that lists what is missing, left over and of another shape, with the
-    nearest names beside, unless the tensors are those wanted. `ignored` may be there or not."""
+    """UserError, one line that lists missing and unexpected tensors (with the nearest names) and
+    wrong shapes, unless the tensors are those of the model. `ignored` tensors are optional."""
     missing = [name for name in wanted if name not in tensors]
     extra = [name for name in tensors if name not in wanted and name not in ignored]
     shapes = [
@@ -39,7 +39,7 @@ def check(
 
 
 def _listed(names: list[str], others: list[str], beside: str) -> str:
-    """Names, those of all blocks alike as one, each with the nearest of the others."""
+    """Names, each with the nearest of the others; a name in every block is listed once."""
     groups, near = _by_pattern(names), _by_pattern(others)
     candidates = [members[0] for members in list(near.values())[:_COMPARED]]
     shown = []

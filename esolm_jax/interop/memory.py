@@ -1,4 +1,4 @@
-"""Memory that is freed goes back to the system at once (glibc)."""
+"""Returns freed memory to the system at once (glibc)."""
 
 import ctypes
 import gc
@@ -9,10 +9,10 @@ _M_MMAP_THRESHOLD = -3  # of mallopt(3)
 
 
 def return_what_is_freed(above: int = 2**20) -> None:
-    """Arrays of more bytes than this lie in mappings of their own from now on.
+    """Gives arrays of more than `above` bytes memory mappings of their own from now on.
 
-    By default, freed ones of up to 32 MB stay in the heap: 80 MB of them after the restore of a
-    200 MB checkpoint. Without glibc, nothing changes.
+    By default, freed arrays of up to 32 MB stay in the heap: 80 MB after the restore of a 200 MB
+    checkpoint. Without glibc, nothing changes.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -20,7 +20,7 @@ def return_what_is_freed(above: int = 2**20) -> None:
 
 
 def release() -> None:
-    """Drops all compiled programs, of which one may take 100 MB, and gives back what is free."""
+    """Drops all compiled programs (one may take 100 MB) and returns free memory to the system."""
     gc.collect()
     jax.clear_caches()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

@@ -37,7 +37,7 @@ class Tensor:
 
     @property
     def type_name(self) -> str:
-        """The name in NumPy or, if it has none, in safetensors."""
+        """The name of the type in NumPy or, if NumPy lacks it, in safetensors."""
         numpy_type = _NUMPY.get(self.entry.dtype)
         return self.entry.dtype if numpy_type is None else np.dtype(numpy_type).name
 
@@ -56,7 +56,7 @@ class Tensor:
 
 
 def read(path: pathlib.Path) -> tuple[dict[str, Tensor], dict]:
-    """The tensors by name, and what our export said of them ({} for a file of others).
+    """The tensors by name, and the metadata of our export ({} for other files).
 
     Raises UserError: no such file, truncated, or not safetensors.
     """
@@ -81,7 +81,7 @@ def places(path: pathlib.Path) -> dict[str, tuple[int, tuple[int, ...]]]:
 
 
 def _about(text: str, where: str) -> dict:
-    """What `write` was given; {} if it is of another make."""
+    """The metadata that `write` stored; {} for a file of another program."""
     about = regular_file.parse_json(text, f"{where}: the metadata {METADATA!r}")
     is_ours = isinstance(about, dict) and all(
         isinstance(about.get(name), kind)
@@ -96,9 +96,9 @@ def write(
     tensors: Iterable[tuple[str, np.ndarray]],
     about: dict,
 ) -> None:
-    """Writes float32 tensors one at a time, beside the file first, and renames.
+    """Writes float32 tensors one at a time to a temporary file, then renames it.
 
-    The library would want all of them in memory at once.
+    The safetensors library needs all of them in memory at once.
 
     Args:
       shapes: by name. tensors: (name, array) in the same order; each is dropped once written.

@@ -1,4 +1,4 @@
-"""The files of an export that compute something: made, checked, and described for the manifest."""
+"""Makes, checks and describes the artefacts of an export that compute something."""
 
 import contextlib
 import dataclasses
@@ -31,12 +31,12 @@ WEIGHTS = "weights.safetensors"
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What is exported, less its weights, which lie in FOLDER/weights.safetensors.
+    """What is exported, without its weights, which are in FOLDER/weights.safetensors.
 
     Attributes:
       parts: of score, step and sample.
       shapes: of the weights, by plain name.
-      batches, logits: examples, and what the trained model gives for them.
+      batches, logits: examples, and the trained model's logits of them.
       tolerance: of a logit.
     """
 
@@ -62,7 +62,7 @@ class Source:
 
     @contextlib.contextmanager
     def weights(self) -> Iterator[dict]:
-        """Those in the file, as arrays of JAX; nobody may keep them."""
+        """The weights of the file, as JAX arrays; callers must not keep them."""
         path, found = self.folder / WEIGHTS, {}
         for name, (offset, shape) in safetensors_file.places(path).items():  # never in memory twice
             array = np.fromfile(path, "<f4", math.prod(shape), offset=offset)

@@ -56,7 +56,7 @@ def filtered(logits, temperature, *, top_k, top_p):
 
 
 def _runs(plan: Plan):
-    """(first slot, tokens of the pass before, tokens of a pass, passes) of runs of passes alike."""
+    """(first slot, tokens of the pass before, tokens of a pass, passes) of runs of equal passes."""
     before = (plan.about["shift"], *plan.sizes[:-1])
     first = 0
     for (last, size), run in itertools.groupby(zip(before, plan.sizes, strict=True)):
@@ -107,7 +107,7 @@ def _with_cache(forward, plan: Plan, order, num_diffusion, pick):
 
 
 def _without_cache(forward, plan: Plan, order, num_diffusion, pick):
-    """Known tokens by slot. Every pass runs the whole text, what is not known as masks."""
+    """Known tokens by slot. Every pass runs the whole text, with masks where it is unknown."""
     about, (batch, length) = plan.about, order.shape
     slot = _slots(0, length, batch)
 

@@ -35,8 +35,8 @@ class Wanted:
 
     Attributes:
       weights: "ema" or "raw".
-      parts: those asked for by name; () = all that the model has.
-      tolerance: how far a logit may be off.
+      parts: the requested parts; () = all that the model has.
+      tolerance: the largest allowed error of a logit.
       step: which checkpoint: a number, "best" or "latest".
     """
 
@@ -59,7 +59,7 @@ class Wanted:
         return why | dict.fromkeys(sorted(unasked - why.keys()), "not asked for")
 
     def check_installed(self) -> None:
-        """UserError if a format needs what is not there."""
+        """UserError if a package that a format needs is not installed."""
         for name in self.formats:
             for package in _NEEDS[name]:
                 if importlib.util.find_spec(package) is None:
@@ -72,11 +72,11 @@ class Wanted:
 def export(config, workdir: pathlib.Path, target: pathlib.Path, wanted: Wanted) -> dict:
     """Writes `target`, which must be new or empty: all of it, or nothing. Returns the manifest.
 
-    One set of weights is in memory at a time: the parameters, then what was written of them.
+    One set of weights is in memory at a time: the parameters, then the written tensors.
 
     Raises:
-      UserError: no checkpoint, a tokenizer that is not its, something that can't be exported, or
-        an artefact that does not compute what the model computes.
+      UserError: no checkpoint, a tokenizer of another model, an unsupported part, or an
+        artefact that differs from the model by more than the tolerance.
     """
     results.check_new_folder("--to", target)
     wanted.check_installed()
@@ -93,7 +93,7 @@ def export(config, workdir: pathlib.Path, target: pathlib.Path, wanted: Wanted) 
 def _copy_tokenizer(
     workdir: pathlib.Path, trained: restore.TrainedModel, folder: pathlib.Path
 ) -> None:
-    """UserError unless it is the checkpoint's."""
+    """Copies the tokenizer. UserError unless it is the checkpoint's."""
     tokenizer, want = open_tokenizer(workdir / "tokenizer"), trained.meta["tokenizer"]
     ids, vocab_size = num_ids(tokenizer), trained.built.model.vocab_size
     if ids != vocab_size or tokenizer.fingerprint != want["fingerprint"]:
@@ -107,7 +107,7 @@ def _copy_tokenizer(
 
 
 def _write_weights(config, workdir, draft, wanted: Wanted, left_out: dict) -> tuple[Source, dict]:
-    """Weights, configs and tokenizer. When this returns, nobody holds the parameters."""
+    """Weights, configs and tokenizer. The parameters are freed when this returns."""
     trained = out_of_workdir.load(config, workdir, wanted.weights, wanted.step)
     _copy_tokenizer(workdir, trained, draft / "tokenizer")
     model, about = trained.built.model, out_of_workdir.about(trained, wanted.weights)

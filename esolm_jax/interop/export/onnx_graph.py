@@ -1,6 +1,6 @@
 """The plain transformer as an ONNX graph, node by node as in shipped/plain_transformer.py.
 
-Its weights are the safetensors file beside it, as external data: a tensor is a place in that file.
+Its weights are external data: byte ranges of the safetensors file in the same folder.
 """
 
 import math
@@ -88,7 +88,7 @@ def build(weights: pathlib.Path, network: dict, signature: Signature) -> onnx.Mo
     """score, or step if the signature has a cache.
 
     Args:
-      weights: the safetensors file under plain names; the model is to be saved beside it.
+      weights: the safetensors file under plain names; save the model in its folder.
       network: of plain.description.
     """
     g = Graph(weights)
@@ -131,7 +131,7 @@ def _info(array: Array, name: str):
 
 
 def _places_and_mask(g: Graph, cached: bool):
-    """(where in the cache the tokens go, int64 [b, w, 2]; who reads whom, bool [b, 1, 1, w, s])."""
+    """(cache slots of the tokens, int64 [b, w, 2]; the mask, bool [b, 1, 1, w, s])."""
     rank, in_context = g.int64("rank"), "in_context"
     k_rank, k_in_context, place = rank, in_context, None
     if cached:
@@ -218,6 +218,6 @@ def _activate(g: Graph, network, x: str, kernel: str) -> str:
 
 
 def save(model: onnx.ModelProto, path: pathlib.Path) -> None:
-    """Beside its weights. The checker sees to it that graph, types and external data are sound."""
+    """Saves the model in the folder of its weights and runs the ONNX checker on it."""
     onnx.save(model, path)
     onnx.checker.check_model(path, full_check=True)

@@ -1,6 +1,6 @@
-"""Whether an exported function computes what the trained model computes, measured.
+"""Measures the error of an exported function against the trained model.
 
-Logits are held against the model as it trains (adaLN and all), greedy samples against `sample`.
+Logits are compared with the training forward pass (adaLN included), greedy samples with `sample`.
 """
 
 import dataclasses
@@ -28,8 +28,8 @@ TOKENS = 64  # of a text that artefacts of a pass are checked on, at most
 
 
 def examples(model: model_lib.ModelConfig, length: int) -> list[Tokens]:
-    """A batch of each size. Ranks rise, with ties; query copies stand in the second half, which
-    the first half does not read, so that it may as well lie in a cache."""
+    """A batch of each size. Ranks rise, with ties; query copies are in the second half, which
+    the first half does not read, so that the first half can be in a cache."""
     rng, made = np.random.default_rng(0), []
     width = min(2 * length, TOKENS)
     half = width // 2
@@ -48,7 +48,7 @@ def examples(model: model_lib.ModelConfig, length: int) -> list[Tokens]:
 
 
 def trained_logits(model: model_lib.ModelConfig, params: dict, batches: list[Tokens]):
-    """What the model in training gives, float32, for each batch."""
+    """Logits of the training forward pass, float32, for each batch."""
     apply = jax.jit(model_lib.bind(plain.in_float32(model)))
     found = [np.asarray(apply(params, tokens)) for tokens in batches]
     memory.release()
@@ -75,7 +75,7 @@ def step_error(step, cache: list[int], batches: list[Tokens], wanted) -> float:
     for tokens, want in zip(batches, wanted, strict=True):
         (batch, width), half = tokens.token.shape, tokens.token.shape[1] // 2
         shape = blocks, batch, width + 3, groups, head_width
-        keys = values = np.full(shape, 7, np.float32)  # nobody may read what is not filled
+        keys = values = np.full(shape, 7, np.float32)  # unfilled slots must not be read
         for low, high in ((0, half), (half, width)):
             filled = np.full(batch, low, np.int32)
             logits, keys, values = step(*labels(tokens, low, high), keys, values, filled)
@@ -169,8 +169,7 @@ def sampler_agrees(sample, texts: Texts) -> dict[str, bool]:
 
 
 def require(file: str, found: dict, tolerance: float) -> dict:
-    """`found` as it is. UserError unless logits agree to the tolerance and greedy texts are the
-    same."""
+    """Returns `found`. UserError unless logits agree to the tolerance and greedy texts match."""
     error = found.get("max_logit_error", 0.0)
     if not error <= tolerance:
         raise UserError(

@@ -35,7 +35,7 @@ _FIELDS |= {"dropout", "dtype", "unroll", "attention", "remat"}
 
 
 def in_float32(config: ModelConfig) -> ModelConfig:
-    """What is exported computes in float32, whatever the model trained in."""
+    """The config with compute dtype float32, which all artefacts use."""
     return dataclasses.replace(config, dtype="float32", attention="lean", remat="none", dropout=0.0)
 
 
@@ -56,7 +56,7 @@ def check(config: ModelConfig) -> None:
 
 
 def description(config: ModelConfig) -> dict:
-    """What forward() of plain_transformer.py must be told beside the weights."""
+    """The `network` argument of forward() in plain_transformer.py."""
     return {"blocks": config.blocks, "epsilon": config.norm_eps} | _STYLES[config.style]
 
 
@@ -83,8 +83,8 @@ def shapes(config: ModelConfig, params) -> dict[str, tuple[int, ...]]:
 
 
 def tensors(config: ModelConfig, params: dict) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, float32 array) in the order of shapes(), folded one block at a time, so that no more
-    than one block is held beside the parameters."""
+    """(name, float32 array) in the order of shapes(), folded one block at a time, so that memory
+    holds the parameters and one folded block."""
     one = dataclasses.replace(in_float32(config), blocks=1)
     held: dict[str, jax.Array] = {}
     for name in shapes(config, params):

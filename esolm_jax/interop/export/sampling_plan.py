@@ -20,7 +20,7 @@ class Plan:
     num_diffusion: how many of a fixed order are the diffusion phase's.
     about: JSON-able, the `sampling` section of config.json:
       objective, alpha_0, length, mask_id, start_token;
-      cached: passes run new tokens alone; else the whole text;
+      cached: passes run only new tokens; else the whole text;
       shift: 1 = a token's slot predicts the next (AR);
       rank_block: slots of one rank; prefix_of_one_rank: diffusion tokens that are known have
         rank 0;
@@ -50,7 +50,7 @@ def _of_family(config, length: int) -> dict:
 
 
 def step_note(config) -> str:
-    """What a caller of the cached step has to know of this family, or ""."""
+    """A note on this family for callers of the cached step, or ""."""
     return registry.get(config.objective).export.step_note
 
 

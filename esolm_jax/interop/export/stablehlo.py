@@ -25,7 +25,7 @@ def functions(network: dict) -> dict:
 
 def serialize(function, signature: Signature, weights: dict[str, tuple[int, ...]]) -> bytes:
     """The artefact: jax.export.deserialize(it).call(weights, …). Weights are its first argument, a
-    dict by name, so that they lie on disk once; open dimensions stay open.
+    dict by name, so that they are stored once; open dimensions stay open.
 
     Args:
       weights: shapes by name.

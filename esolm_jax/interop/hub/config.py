@@ -1,7 +1,7 @@
 """config.json of a GPT-2, Llama or Qwen of the Hugging Face hub, as a config file:
 interop/hub/config.py:FOLDER.
 
-This is what `convert` runs with when --config is left out: an autoregressive model of ours.
+`convert` uses it when --config is left out. The result is an `ar` model.
 """
 
 import os
@@ -111,8 +111,8 @@ def is_tied(hub: dict[str, Any], where: str) -> bool:
 
 
 def special_ids(hub: dict[str, Any], where: str) -> dict[str, int]:
-    """Ids of BOS, EOS and PAD; one that is missing is another: an AR text may begin with EOS, and
-    PAD is only filler. UserError: there is no EOS, or an id is no number."""
+    """Ids of BOS, EOS and PAD. Missing BOS and PAD are replaced by other ids: an AR text may begin
+    with EOS, and PAD is never read. UserError: there is no EOS, or an id is not a number."""
     found = {}
     for name in _SPECIAL:
         value = hub.get(name)
@@ -126,10 +126,10 @@ def special_ids(hub: dict[str, Any], where: str) -> dict[str, int]:
 
 
 def get_config(path: str) -> ConfigDict:
-    """ConfigDict of the model in a folder, as an autoregressive one of ours.
+    """ConfigDict of the model in a folder, with objective ar.
 
     Raises:
-      UserError: of an unsupported architecture; the message says in which parts.
+      UserError: the architecture is unsupported; the message names the parts.
     """
     folder = regular_file.expand(path)
     hub = read(folder)
@@ -170,7 +170,7 @@ def _number(hub: dict, name: str, default, kind: type, where: str):
 
 
 def _check(hub: dict, allowed: dict, where: str) -> None:
-    """UserError that lists all that we have not."""
+    """UserError that lists every unsupported part."""
     wrong = [
         f"{name}={shown(hub[name])} (allowed: {', '.join(str(v) for v in values if v is not None)})"
         for name, (values, default) in allowed.items()

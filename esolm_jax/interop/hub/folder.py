@@ -1,6 +1,6 @@
 """The tensors of a folder of the Hugging Face hub: one safetensors file, or shards and their index.
 
-Opened, not read: np.asarray(tensor) reads one.
+Tensors are opened, not read: np.asarray(tensor) reads one.
 """
 
 import pathlib
@@ -75,7 +75,7 @@ def check_blocks(names: Iterable[str], blocks: int, where: str) -> None:
 
 
 def prefix_of(names: Iterable[str], style: str) -> str:
-    """What parameter names begin with: files of the bare backbone have no prefix."""
+    """The prefix of parameter names; files of the bare backbone have none."""
     prefix = "transformer." if style == "gpt2" else "model."
     return prefix if any(name.startswith(prefix) for name in names) else ""
 

@@ -1,9 +1,9 @@
-"""A pretrained GPT-2, Llama or Qwen → a workdir with an autoregressive model of ours.
+"""A pretrained GPT-2, Llama or Qwen → a workdir with an `ar` model.
 
-Tensor by tensor into files as large as our parameters, and from these, piece by piece, into the
-checkpoint: of a model of any size, only one tensor is in memory at a time (but for pages of mapped
-files, which the system drops when it wants the room). These files are deleted in the end;
-meanwhile they need 4 bytes a parameter on disk.
+Tensors are copied one by one into memory-mapped files of the size of our parameters, and from
+there in pieces into the checkpoint. So only one tensor is in memory at a time, for a model of any
+size (the system can drop pages of mapped files). The files need 4 bytes per parameter on disk and
+are deleted at the end.
 """
 
 import pathlib

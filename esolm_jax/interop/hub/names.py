@@ -13,13 +13,13 @@ import numpy as np
 
 from esolm_jax.model.transformer import ModelConfig
 
-# Constants and masks that older files store beside the parameters.
+# Constants and masks that older files store next to the parameters.
 BUFFERS = re.compile(r".*(rotary_emb\.inv_freq|\.attn\.(masked_)?bias)$")
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Where a tensor of the hub lies in our parameters.
+    """The part of our parameters that a tensor of the hub is.
 
     Attributes:
       name, shape: the hub's. path: of our parameter.
@@ -50,8 +50,8 @@ def parts(model: ModelConfig, ids: int, *, tied: bool, prefix: str) -> list[Part
     """All tensors of a model, in the order in which they are used.
 
     Args:
-      ids: rows of the hub's embedding: our vocabulary without the mask token behind it.
-      tied: whether there is no lm_head, but the embedding in its place.
+      ids: rows of the hub's embedding: our vocabulary without the mask token at its end.
+      tied: whether the embedding also serves as lm_head.
       prefix: of all names but lm_head's: "model.", "transformer." or "".
     """
     block, around = (_gpt2_block, _GPT2) if model.style == "gpt2" else (_llama_block, _LLAMA)
@@ -86,8 +86,8 @@ _GPT2 = {
 
 
 def _llama_block(model: ModelConfig) -> list[Part]:
-    """Of Llama, Qwen 2 (biases) and Qwen 3 (norms); our queries lie with the key and the value of
-    their group, [D, G, H/G + 2, K]."""
+    """Of Llama, Qwen 2 (biases) and Qwen 3 (norms); our queries are stored with the key and the
+    value of their group, [D, G, H/G + 2, K]."""
     width, inner, one = model.width, model.inner, model.head_width
     groups = model.groups * one
     heads = {

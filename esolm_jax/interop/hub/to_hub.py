@@ -65,7 +65,7 @@ def convert(
 
 
 def _kind(config) -> tuple[str, str]:
-    """UserError unless the hub has such a model."""
+    """The kind of the model on the hub. UserError: the hub has no such model."""
     model = config.model
     allowed = {
         "objective": (config.objective, "ar"),

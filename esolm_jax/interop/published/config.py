@@ -1,6 +1,6 @@
 """The config of a published run, as a config file of its own: interop/published/config.py:FILE.
 
-This is what `convert` runs with when --config is left out: FILE's hyper-parameters, in our words.
+`convert` uses it when --config is left out. It holds FILE's hyper-parameters under our names.
 """
 
 import math
@@ -55,7 +55,7 @@ def get_config(path: str) -> ConfigDict:
     """ConfigDict of the run that FILE was saved by.
 
     Raises:
-      UserError: FILE has no hyper-parameters, or they are of an architecture we do not have.
+      UserError: FILE has no hyper-parameters, or their architecture is unsupported.
     """
     published = published_file.read(path)
     if published.ours is not None:
@@ -102,7 +102,7 @@ def from_hyper(hyper: Any, where: str) -> ConfigDict:
 
 
 def to_hyper(config) -> dict[str, Any]:
-    """The inverse: hyper-parameters as the published runs have them, of what shapes do not show."""
+    """The inverse: published hyper-parameters that do not follow from the shapes of tensors."""
     name = {"ar": "ar", "mdlm": "mdlm", "bd3": "bd3lm"}.get(config.objective, "esolm")
     algo = {"name": name, "backbone": "esolm_dit" if name == "esolm" else "dit"}
     algo |= {"time_conditioning": False, "alpha_0": config.alpha_0, "batch_split": config.kappa}
@@ -216,8 +216,8 @@ def _set_data(config: ConfigDict, hyper: Any, where: str) -> None:
 
 
 def check(config: ConfigDict, published: published_file.Published) -> None:
-    """UserError if the file's hyper-parameters say that the model is another than `config`'s, in
-    what the shapes of its tensors do not show."""
+    """UserError if the file's hyper-parameters contradict `config` in something that does not
+    follow from the shapes of tensors."""
     said: dict[str, Any] = {}
     if published.ours is not None:
         theirs = config_lib.flat(_own_config(published))

@@ -1,4 +1,4 @@
-"""A file of published weights, opened: which tensors it holds, and what it says of the run.
+"""Opens a file of published weights: its tensors and the hyper-parameters of the run.
 
 Three kinds: a Lightning checkpoint (.ckpt: state_dict, EMA, hyper-parameters), a plain state_dict
 (.pt, .bin), and safetensors. Parameter names are those of the backbone, without prefixes.
@@ -22,7 +22,7 @@ _PREFIX = re.compile(r"((module|_orig_mod|backbone)\.)+")  # of wrappers; backbo
 _NO_WEIGHTS = re.compile(
     r"(noise|metrics|valid_metrics|test_metrics|train_metrics)\.|sampling_eps_"
 )
-_CONFIG = "config.json"  # beside safetensors, as on the Hugging Face hub
+_CONFIG = "config.json"  # next to safetensors, as on the Hugging Face hub
 _CONFIG_SIZE = 16 * regular_file.MB
 # Tensors may share a storage, as tied embeddings do; but many names for one small storage would
 # fill the memory.
@@ -36,11 +36,11 @@ class Published:
     Attributes:
       path: the file.
       raw: parameter name → tensor (has a shape; np.asarray reads it), in the order of the file.
-      shadow: the exponential moving average as the file has it, or None if there is but one set
+      shadow: the exponential moving average as stored in the file, or None if there is only one set
         of weights; see `ema`.
-      hyper: hyper-parameters as the file stores them; see `find`. None if it has none.
+      hyper: hyper-parameters as stored in the file, or None; see `find`.
       step: training steps done, or None if the file does not say.
-      ours: what our own export says: {"config", "tokenizer", "step", "weights"}, or None.
+      ours: the metadata of our own export: {"config", "tokenizer", "step", "weights"}, or None.
     """
 
     path: pathlib.Path
@@ -54,7 +54,7 @@ class Published:
         """The average by parameter name: the file has a list, in the order of the parameters.
 
         Raises:
-          UserError: not such a list, or not all of it are weights.
+          UserError: it is not such a list, or holds something other than weights.
         """
         shadow, advice = self.shadow, "take the other weights: --weights=raw"
         if not isinstance(shadow, list) or len(shadow) != len(self.raw):
@@ -81,7 +81,7 @@ def read(path: str) -> Published:
     """Opens a file; tensors are read when they are used.
 
     Raises:
-      UserError: not there, truncated, hostile, or without weights.
+      UserError: the file is missing, truncated, hostile, or without weights.
     """
     file = regular_file.expand(path)
     with regular_file.open_regular(file, f"--from={path}") as opened:
@@ -146,7 +146,7 @@ def _step(value: Any) -> int | None:
 
 
 def _backbone(file: pathlib.Path, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters by name without prefixes; buffers and what is no part of the model left out."""
+    """Parameters by name, without prefixes, buffers and tensors of other parts."""
     found: dict[str, Any] = {}
     for name, tensor in tensors.items():
         if not isinstance(name, str):

@@ -1,4 +1,4 @@
-"""Published weights → a workdir that evaluate, sample and train take at once."""
+"""Published weights → a workdir for evaluate, sample and train."""
 
 import dataclasses
 import pathlib
@@ -34,7 +34,7 @@ WEIGHTS = ("both", "ema", "raw")
 
 @dataclasses.dataclass(frozen=True)
 class Converted:
-    """What was written: the step, the number of parameters, and in words which weights."""
+    """The step, the number of parameters, and a description of the weights that were written."""
 
     step: int
     parameters: int
@@ -44,8 +44,8 @@ class Converted:
 def convert(config, source: str, workdir: pathlib.Path, tokenizer: str, weights: str) -> Converted:
     """Writes the checkpoint, tokenizer and config of a file in `workdir`: all of it or nothing.
 
-    The optimizer starts afresh (its moments are not taken over, and the learning rate warms up
-    again); the step is the file's, so that the EMA goes on as slowly as it did.
+    The optimizer state is new: moments are zero and the learning rate warms up again. The step is
+    the file's, so that the EMA keeps its decay.
 
     Args:
       config: the run's config; model sizes must be those of the file.
@@ -83,7 +83,7 @@ def convert(config, source: str, workdir: pathlib.Path, tokenizer: str, weights:
 
 
 def check_empty(workdir: pathlib.Path) -> None:
-    """UserError unless there is nothing in the workdir, or prepared data alone."""
+    """UserError unless the workdir is empty or holds only prepared data."""
     there = [path.name for path in workdir.iterdir()] if workdir.exists() else []
     if others := sorted(set(there) - {"data"} - workdir_lock.files()):
         raise UserError(
@@ -122,7 +122,7 @@ def _check_vocabulary(published: published_file.Published, tokenizer) -> None:
 
 
 def _check_sizes(config, published: published_file.Published) -> None:
-    """Checks config.model against the shapes before anything is allocated; other differences are
+    """Checks config.model against the shapes before allocation; other differences are
     found later."""
     table = published.raw.get("vocab_embed.embedding")
     if table is None:
@@ -141,7 +141,7 @@ def _check_sizes(config, published: published_file.Published) -> None:
 
 
 def _sets(published: published_file.Published, model, weights: str) -> tuple[dict, dict, str]:
-    """params, ema, and which of the file's weights they are."""
+    """params, ema, and a description of their source in the file."""
     where = str(published.path)
     if weights == "ema" and published.shadow is None:
         raise UserError(f"--weights=ema: {where} has no EMA, but one set of weights")

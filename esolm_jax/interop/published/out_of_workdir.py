@@ -24,7 +24,7 @@ def convert(
     weights: str,
     step: str = checkpoint.LATEST,
 ) -> tuple[int, int]:
-    """Writes a checkpoint's weights; the config and the tokenizer's identity go with them.
+    """Writes a checkpoint's weights, with the config and the tokenizer's identity as metadata.
 
     Returns: the checkpoint's step and the number of parameters.
 
@@ -71,7 +71,7 @@ def write(target: pathlib.Path, trained: restore.TrainedModel, weights: str) -> 
 
 
 def about(trained: restore.TrainedModel, weights: str) -> dict:
-    """Where the weights come from, without what lies where on this machine."""
+    """The origin of the weights, without paths of this machine."""
     return {
         "config": _without_paths(trained.meta["config"]),
         "tokenizer": trained.meta["tokenizer"],
@@ -81,5 +81,5 @@ def about(trained: restore.TrainedModel, weights: str) -> dict:
 
 
 def _without_paths(config: dict) -> dict:
-    """What lies where on this machine is nobody's business who gets the file."""
+    """The config without paths of this machine, which the receiver of the file must not learn."""
     return config | {"data": config["data"] | dict.fromkeys(_PATHS, "")}

@@ -50,8 +50,8 @@ def round_up(slots: int) -> int:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def empty_cache(config: ModelConfig, batch: int, slots: int, mesh: Mesh | None = None) -> Cache:
-    """A cache for B = `batch` rows of at least `slots`, a window's margin included; the rows lie on
-    the mesh as their tokens do."""
+    """A cache for B = `batch` rows of at least `slots`, a window's margin included; rows are
+    sharded over the mesh as their tokens are."""
     together, width, slots = products.key_slots(mesh), config.head_width, round_up(slots)
 
     def zeros(*shape):
@@ -125,7 +125,7 @@ def _scores_of_cache(q_BGTK, keys_BGJKI, prefix: int, filled_B):
         return jnp.where(seen[:, None, None], score, MASKED)
 
     none = functools.partial(jnp.full, (*q_BGTK.shape[:3], parts, together), MASKED, jnp.float32)
-    # A branch also lest XLA computes it twice, for its maximum and for exp.
+    # A branch also keeps XLA from computing it twice, for the maximum and for exp.
     score = jax.lax.cond(filled_B.max() > 0, some, none)
     return score.reshape(*q_BGTK.shape[:3], prefix)
 

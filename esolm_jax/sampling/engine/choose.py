@@ -45,7 +45,7 @@ def keys_of(row_keys_B, position_BP, purpose: int = TOKEN):
 
 
 def gumbel(keys_BP, vocab_size: int):
-    """Standard Gumbel noise float32 [B, P, V], of the keys alone.
+    """Standard Gumbel noise float32 [B, P, V], a function of the keys only.
 
     `mode='high'`: plain float32 noise cuts the tails off, which lowers the temperature unseen.
     """

@@ -1,7 +1,7 @@
 """The network that generates: the trained one with adaLN folded into its weights, for few tokens.
 
-In a pass over a window of W tokens everything in the cache is visible to the whole window, for it
-is of lower ranks; inside the window the rule of attention decides. So the cache needs no labels,
+In a pass over a window of W tokens everything in the cache is visible to the whole window, because
+its ranks are lower; inside the window the attention rule decides. So the cache needs no labels,
 only, for each row, how many of its slots are filled. Blocks are not stacked: to cut one block's
 weights out of a stack costs as much as to use them.
 """
@@ -63,7 +63,7 @@ _PLACES = {  # logical axes; rows are split, so no weights are over fsdp
 
 
 def shardings(network: Network, mesh: Mesh) -> Network:
-    """Where each of its arrays lies: heads, the MLP and the vocabulary are split over `tensor`."""
+    """The sharding of each array: heads, the MLP and the vocabulary are split over `tensor`."""
 
     def place(path, array):
         key = path[-1]

@@ -1,7 +1,7 @@
 """Products of few queries or rows: as loops on a CPU, as matrix products elsewhere.
 
 XLA for CPUs copies the slice of the cache that it gives to a product of matrices, and is slow at
-many small ones; its loops read the cache where it lies. Large kernels it leaves to one thread, or
+many small ones; its loops read the cache in place. Large kernels it leaves to one thread, or
 wakes the second too late; its loops are split in time.
 """
 
@@ -18,14 +18,15 @@ FEW_QUERIES = 32  # of a group of heads: for more of them a CPU is faster at mat
 FEW_ROWS, LARGE = 8, 2**16  # and for more rows, or a kernel of fewer entries,
 FEWER_ROWS, TERMS = 2, 2**21  # or more than these rows of so many terms: sums leave the cache
 FOLD = 16  # places that a loop reads at once
-PAGE = 4096  # bytes: of places that lie multiples of it apart, a CPU's first cache holds half FOLD
+PAGE = 4096  # bytes: of places that are multiples of it apart, a CPU's first cache holds half FOLD
 KEY_SLOTS = 8
 SPLIT = 2  # parts of a kernel that threads read for all rows
 
 
 def key_slots(mesh: Mesh | None) -> int:
-    """How many slots' keys lie together, I. So a CPU's loop reads one place after the other, where
-    of [K, S] it would read K places at once. Elsewhere 1: products of matrices want whole keys."""
+    """I: the number of slots whose keys are interleaved. A CPU's loop then reads contiguous memory,
+    where of [K, S] it would read K distant places at once. Elsewhere 1, as matrix products need
+    whole keys."""
     return KEY_SLOTS if sharding.platform(mesh) == "cpu" else 1
 
 
@@ -108,5 +109,5 @@ def _rows_times(h_BWD, kernel, dtype):
 
 
 def _places(stride: int) -> int:
-    """How many a loop reads at once that lie `stride` bytes apart."""
+    """The number of places, `stride` bytes apart, that a loop reads at once."""
     return FOLD if stride % PAGE else FOLD // 2

@@ -93,7 +93,7 @@ def _run(network, p: Progress, keys, length, *, choice, most, threshold, unknown
         window = _window(p, length, unknown)
         logits, new_keys, new_values = network_lib.forward(network, window, p.cache)
         open_ = (p.revealed == NEVER) & (position < length[:, None])
-        # Of the model itself, whatever the temperature.
+        # Of the model itself, independent of the temperature.
         log_p = jax.nn.log_softmax(exclude_mask_token(logits, choice.mask_id), axis=-1)
         # Finite, even of broken weights: the loop ends only when nothing is open.
         certain = jnp.nan_to_num(log_p.max(axis=-1), nan=jnp.finfo(jnp.float32).min)
@@ -140,7 +140,7 @@ def confident(
     """Generates what is not given in `passes`, most certain first.
 
     Args:
-      passes: of passes.eso_b or passes.mdlm; their order matters for given tokens alone.
+      passes: of passes.eso_b or passes.mdlm; their order matters for given tokens only.
       cached: True for Eso-LM (B), False for MDLM.
       most: k, how many tokens a pass generates, or at most with a threshold.
       threshold: if above 0, a pass generates those of the k whose likeliest token is at least so

@@ -21,7 +21,7 @@ from esolm_jax.sampling.engine.choose import noise_of
 from esolm_jax.sampling.engine.network import Network, Window
 from esolm_jax.sampling.plan.passes import NONE, Passes
 
-UNREAD = NONE  # the rank of filler, that nobody reads
+UNREAD = NONE  # the rank of padding, which no token reads
 NEVER = NONE  # a pass, or a place, that does not come
 
 
@@ -53,7 +53,7 @@ class Decoded:
     Attributes:
       text: int32 [B, L].
       revealed: int32 [B, L], the pass (counting the prompt's) that generated each token; −1 =
-        given, NEVER = not generated, for the text had ended.
+        given, NEVER = not generated, because the text had ended.
       text_end: int32 [B], the position of the first EOS, or NEVER.
       passes: int32, how many passes were run, those of the prompt included.
       logits: float32 [B, L, V] by rank, or None.
@@ -181,7 +181,7 @@ def last_given(passes: Passes):
 
 
 def row_keys(seeds) -> jax.Array:
-    """One key a row, from its Seed alone."""
+    """One key per row, which depends only on its Seed."""
     batch, row = (np.array([getattr(s, n) for s in seeds], np.uint32) for n in ("batch", "row"))
     return _row_keys(batch, row)
 

@@ -1,22 +1,22 @@
 """Lossless speculation: several tokens a pass, from exactly the distribution of one token a pass.
 
 For Eso-LM (B), in both phases. A pass takes the n = k − 1 tokens that were drafted before. They
-enter the cache as context, and beside them query copies at their ranks give their exact
-conditionals p(x_σ(i) | x_σ(<i)), for a query copy reads the context below its rank and nothing
-else. Against these each draft, drawn from q, is accepted with probability min(1, p / q). At the
-first rejection the token is drawn from (p − q)₊ instead, and the drafts behind it are dropped:
-what they left in the cache counts as not filled. If none is rejected, the query behind the last
-draft gives one more token. So a pass yields 1 to k tokens.
+enter the cache as context, and query copies at their ranks give their exact conditionals
+p(x_σ(i) | x_σ(<i)), because a query copy reads only the context below its rank. Each draft, drawn
+from q, is accepted with probability min(1, p / q). At the first rejection the token is drawn from
+(p − q)₊ instead, and later drafts are dropped: their slots of the cache count as unfilled. If
+none is rejected, the query after the last draft gives one more token. So a pass yields 1 to k
+tokens.
 
 The same pass drafts the next n, in one of two ways:
 
     chain      masks behind all drafts, each reading those before it, as masks do in training.
                3k − 1 tokens a pass; after a rejection there is nothing to verify in the next.
     staircase  for every number of drafts that may be accepted, n query copies that read the
-               context up to there and themselves. k² + k tokens a pass, never in vain.
+               context up to there and themselves. k² + k tokens per pass; every pass verifies.
 
 How many tokens a pass may yield is fixed, or adapts in each row: doubled when all drafts were
-accepted, cut back to what was. AR has no masks to draft with, so it gets nothing from this.
+accepted, cut back to what was. AR has no masks to draft with.
 """
 
 import functools
@@ -163,7 +163,7 @@ def _one_pass(network, passes, s: Speculation, log_u, *, noise, choice, style, k
     logits, new_keys, new_values = _predict(network, passes, s, style, k)
     slot = s.count[:, None] + jnp.arange(k)[None]
     token = _read(passes, s.state.known, slot)
-    if style == "chain":  # all at once, for it is quicker
+    if style == "chain":  # all at once, which is faster
         log_p = choice.log_probs(logits)
         log_p, log_q = log_p[:, :k], log_p[:, k:]
         # The first mask is the query behind the drafts.
@@ -220,7 +220,7 @@ def _run(network, passes, state, row_keys, length, lowest_left, *, choice, style
     is_wanted = (slot >= passes.given.min()) & (slot < length.max())
     noise = (
         noise_of(row_keys, passes.order, is_wanted, vocab_size),
-        noise_when_asked(row_keys, passes.order, vocab_size, RESIDUAL),  # seldom wanted
+        noise_when_asked(row_keys, passes.order, vocab_size, RESIDUAL),  # rarely used
     )
     log_u = log_uniform(keys_of(row_keys, passes.order, ACCEPT))
 

@@ -1,1 +1,1 @@
-"""Scripts that `export` puts beside the artefacts. They stand alone: none imports esolm_jax."""
+"""Scripts that `export` copies next to the artefacts. None of them imports esolm_jax."""

@@ -111,7 +111,7 @@ def with_cache(step, plan, order, choose):
 
 
 def without_cache(score, plan, order, num_diffusion, choose):
-    """int32 [B, L] in text order. Every pass runs the whole text, what is not known as masks.
+    """int32 [B, L] in text order. Every pass runs the whole text, with masks where it is unknown.
 
     Args:
       score: (token, position, rank, in_context) → logits.

@@ -1,4 +1,4 @@
-"""The exported network in numpy: a plain transformer over labelled tokens. Needs numpy alone.
+"""The exported network in numpy: a plain transformer over labelled tokens. Needs only numpy.
 
     weights, config = load(FOLDER)
     logits = score(weights, config["network"], token, position, rank, in_context)
@@ -15,7 +15,7 @@ import pathlib
 import numpy as np
 
 NOBODY = np.iinfo(np.int32).max  # the rank of a slot that holds nothing
-MASKED = -1e30  # scores vanish beside it
+MASKED = -1e30  # far below any score
 
 
 def load(folder):
@@ -69,7 +69,7 @@ def forward(weights, network, token, position, rank, in_context, *, past=None, p
     Args:
       network: {"blocks": N, "norm": "layer" | "rms", "epsilon": …, "activation": "gelu" | "swiglu"}
       past: (keys, values, filled), keys and values by block; None = there is no cache.
-      pick: int32 [B, P], of which tokens logits are wanted; None = of all.
+      pick: int32 [B, P], tokens to return logits of; None = all.
       xp: numpy or jax.numpy.
     """
     batch, width = token.shape
