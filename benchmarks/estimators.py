@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import math
 import pathlib
-import subprocess
 
 import numpy as np
 
@@ -183,17 +182,10 @@ def measure(workdir: pathlib.Path, others: pathlib.Path, steps: int, seeds: int,
     return {
         "seeds": seeds,
         "batch_size": BATCH,
-        "commit": commit(),
+        "commit": write_up.commit(),
         "machine": train_speed.machine(),
         "rows": rows,
     }
-
-
-def commit() -> str:
-    """The commit of this checkout, or "unknown"."""
-    command = ["git", "-C", str(pathlib.Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
 
 
 def table(report: dict) -> str:

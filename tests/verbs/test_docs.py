@@ -8,7 +8,7 @@ import shlex
 import pytest
 from absl import flags
 
-from benchmarks import published_ratios
+from benchmarks import published_ratios, write_up
 from esolm_jax import config as config_lib
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -74,6 +74,26 @@ def test_pages_have_a_title_and_links_that_lead_somewhere(path):
     assert text.startswith("# ")
     for target in re.findall(r"\]\(([^)#]+)", text):
         assert target.startswith("https://") or (path.parent / target).is_file(), target
+
+
+def test_pages_with_figures_say_what_made_them_and_at_which_commit():
+    pages = [path for path in PAGES if path.with_suffix(".json").is_file()]
+    assert len(pages) > 8
+    for path in pages:
+        text = path.read_text(encoding="utf-8")
+        assert re.search(r"`python -m benchmarks\.\w+", text), path.name
+        assert re.search(r"commit [0-9a-f]{7}", text), path.name
+
+
+def test_a_page_that_is_written_now_ends_with_commit_and_machine(tmp_path, capsys):
+    write_up.write(tmp_path / "page", {}, "# Title\n")
+    assert re.search(r"\nRecorded at commit \w+ on .+, \d+ CPU threads\.\n$", page_of(tmp_path))
+    write_up.write(tmp_path / "page", {}, "# Title, of commit 123\n")
+    assert page_of(tmp_path) == "# Title, of commit 123\n"
+
+
+def page_of(folder) -> str:
+    return (folder / "page.md").read_text(encoding="utf-8")
 
 
 def test_readme_is_short():
