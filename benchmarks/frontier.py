@@ -93,11 +93,11 @@ def frontier(objective: str, alpha_0: float, judge: Judge, workdir: pathlib.Path
     network = fold(trained.built.model, trained.params, mesh)
     ways = [{"steps": n} for n in (STEPS if objective != "ar" else (0,))]
     if objective == "eso_b":
-        ways.append({"steps": 0, "speculate": SPECULATED})
+        ways.append({"steps": 0, "draft_tokens": SPECULATED})
     found = {}
     for way in ways:
         with config.unlocked():
-            config.sample.top_p, config.sample.speculate = 1.0, 0
+            config.sample.top_p, config.sample.draft_tokens = 1.0, 0
             config.sample.update(way)
         canvas = Canvas.empty(_TEXTS.value, config.data.seq_len)
         name = f"T = {way['steps'] or 'L'}" + (f", k = {SPECULATED}" if len(way) > 1 else "")

@@ -52,7 +52,7 @@ def _row(generator: Generator, seconds: float, found) -> dict:
 def measure(workdir: pathlib.Path, num: int, repeats: int) -> dict:
     config = checkpoint.saved_config(workdir)
     with config.unlocked():
-        config.sample.num, config.sample.top_p = num, 1.0
+        config.sample.num_texts, config.sample.top_p = num, 1.0
     mesh = sharding.make_mesh(config.mesh)
     trained = restore.load_trained(config, workdir, "ema", mesh)
     network = fold(trained.built.model, trained.params, mesh)
@@ -61,7 +61,7 @@ def measure(workdir: pathlib.Path, num: int, repeats: int) -> dict:
         generators = []
         for style, k, adaptive in WAYS:
             with config.unlocked():
-                config.alpha_0, config.sample.speculate = alpha_0, k
+                config.alpha_0, config.sample.draft_tokens = alpha_0, k
                 config.sample.speculate_adaptive = adaptive
                 config.sample.speculate_style = "chain" if style == "plain" else style
             canvas = Canvas.empty(num, config.data.seq_len)

@@ -31,6 +31,6 @@ def get_config():
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 100
     config.optimizer.schedule = "cosine"
-    config.optimizer.ema = 0.99
+    config.optimizer.ema_decay = 0.99
     config.sample.top_p = 0.9
     return config

@@ -112,8 +112,10 @@ def mesh_flags(config, mesh, *, sampling: bool = False) -> list[str]:
     flags_ = [f"--config.mesh.{name}={value}" for name, value in changes.items()]
     if sampling and "devices" not in changes:
         shards = mesh.size // mesh.shape["tensor"]
-        if config.sample.num % shards:
-            flags_.append(f"--config.sample.num={shards * -(-config.sample.num // shards)}")
+        if config.sample.num_texts % shards:
+            flags_.append(
+                f"--config.sample.num_texts={shards * -(-config.sample.num_texts // shards)}"
+            )
     return flags_
 
 

@@ -157,11 +157,11 @@ class LanguageModel:
         Args:
           prompts: each is continued, or filled in where it has [MASK] or [MASK:n]; without prompts,
             texts are unconditional.
-          settings: fields of config.sample, such as seed=1, num=4, steps=32, temperature=0.8,
+          settings: fields of config.sample, such as seed=1, num_texts=4, steps=32, temperature=0.8,
             top_p=0.9, length=256.
 
         Returns:
-          config.sample.num texts for each prompt, in the order of the prompts.
+          config.sample.num_texts texts for each prompt, in the order of the prompts.
 
         Raises:
           UserError: an unknown setting, a bad value, a prompt that does not fit or that the family
@@ -296,11 +296,11 @@ def check_sampling_fits(
     """UserError unless the texts that config.sample asks for fit the devices and their memory."""
     if jax.process_count() > 1:
         raise UserError(f"sampling is for one process, but there are {jax.process_count()}")
-    rows, shards = config.sample.num * max(1, len(prompts)), sharding.num_row_shards(mesh)
+    rows, shards = config.sample.num_texts * max(1, len(prompts)), sharding.num_row_shards(mesh)
     if rows % shards:
         raise UserError(
-            f"config.sample.num={rows}: texts in all must be a multiple of the {shards} devices "
-            "(mesh.data x mesh.fsdp) that rows are split over"
+            f"config.sample.num_texts={rows}: texts in all must be a multiple of the {shards} "
+            "devices (mesh.data x mesh.fsdp) that rows are split over"
         )
     if mesh.shape["sequence"] > 1:
         raise UserError(

@@ -53,7 +53,7 @@ def num_params(model: ModelConfig) -> int:
     block += qkv * (width + model.qkv_bias) + 2 * model.head_width * model.qk_norm
     block += heads * model.head_width * width + width * (model.style == "gpt2")
     block += gates * inner * (width + biased) + width * (inner + biased)
-    rest = norm + model.positions * width
+    rest = norm + model.max_positions * width
     rest += model.vocab_size * (2 * width + (model.style == "dit"))
     if cond:
         block += 6 * width * (cond + 1)
@@ -102,7 +102,7 @@ def check_training(config, model: ModelConfig, mesh) -> None:
     state = _params(model, mesh, 5, "weights, their average, Adam's moments and gradients")
     # The backward pass keeps the input of each block, with any model.remat.
     step = _forward(
-        config, model, mesh, "train.batch_size", t.batch_size / t.accumulation, model.blocks
+        config, model, mesh, "train.batch_size", t.batch_size / t.grad_accumulation, model.blocks
     )
     share = mesh.local_mesh.size / mesh.size
     batch = t.batch_size * config.data.seq_len * BATCH_BYTES * share
@@ -138,13 +138,15 @@ def check_evaluation(config, model: ModelConfig, mesh) -> None:
 def check_sampling(config, model: ModelConfig, mesh, rows: int, length: int, prompted: bool):
     """UserError unless the weights, `rows` texts of `length` tokens and their cache may fit."""
     s, itemsize = config.sample, jnp.dtype(model.dtype).itemsize
-    fields = ("sample.length", "sample.num") if length > rows else ("sample.num", "sample.length")
+    fields = ("sample.num_texts", "sample.length")
+    if length > rows:
+        fields = fields[::-1]
     local = rows / sharding.num_row_shards(mesh)
     kv = 2 * model.groups * model.head_width / mesh.shape["tensor"] * model.blocks * itemsize
     family = registry.get(config.objective)
     block = family.rank_span(length, config.block_length)
     is_cached = family.keeps_cache and length > 2 * block and not s.steps
-    is_one_a_pass = not (s.steps or prompted or s.speculate)
+    is_one_a_pass = not (s.steps or prompted or s.draft_tokens)
     tables = TABLE_BYTES * rows * length if is_one_a_pass else 0
     needs = [
         _params(model, mesh, 1, "weights"),

@@ -55,7 +55,7 @@ def sample(
     prompts: str | None = None,
     with_trace: bool = False,
 ) -> tuple[dict, trace.Trace | None]:
-    """Samples config.sample.num texts, of each prompt if there are any.
+    """Samples config.sample.num_texts texts, of each prompt if there are any.
 
     Returns (the texts and how they were made, JSON-able; which pass revealed what, if asked for).
     """

@@ -76,22 +76,22 @@ def sizes() -> Iterator[Case]:
         ("train", dict(model__blocks=1024, model__width=2**16)),
         ("train", dict(model__mlp_width=2**20, model__width=2**15)),
         ("train", dict(model__cond_width=2**20, model__width=2**15)),
-        ("train", dict(model__positions=2**24, model__width=2**13)),
+        ("train", dict(model__max_positions=2**24, model__width=2**13)),
         ("train", dict(eval__batch_size=2**24)),
         ("train", dict(data__workers=256, data__seq_len=2**16)),
         ("evaluate", dict(eval__batch_size=2**24)),
         ("evaluate", dict(eval__num_orders=10**6, eval__batch_size=2**16)),
         ("evaluate", dict(model__width=2**20, model__heads=8)),
-        ("sample", dict(sample__num=2**24)),
-        ("sample", dict(sample__length=2**24, sample__num=2**6)),
-        ("sample", dict(sample__num=2**20, sample__length=2**20)),
+        ("sample", dict(sample__num_texts=2**24)),
+        ("sample", dict(sample__length=2**24, sample__num_texts=2**6)),
+        ("sample", dict(sample__num_texts=2**20, sample__length=2**20)),
     ]
     for verb, fields in large:
         yield f"{verb} {fields}", lambda v=verb, f=fields: _estimate(v, f), True
-    for name in ("train__batch_size", "eval__batch_size", "sample__num"):
+    for name in ("train__batch_size", "eval__batch_size", "sample__num_texts"):
         for value in (1, 16, 64):
             yield f"{name}={value}", lambda n=name, v=value: _estimate("train", {n: v}), False
-    beyond = {"sample.num": 10**8, "sample.length": 10**9, "eval.batch_size": 10**9}
+    beyond = {"sample.num_texts": 10**8, "sample.length": 10**9, "eval.batch_size": 10**9}
     beyond |= {"data.workers": 3000, "model.blocks": 10**5, "optimizer.warmup_steps": 2**31}
     beyond |= {"train.batch_size": 10**9, "data.seq_len": 10**9, "model.width": 10**9}
     assert beyond.keys() <= config_lib.flat(config_lib.default_config()).keys()
@@ -112,7 +112,7 @@ def _estimate(verb: str, fields: dict) -> None:
     mesh = sharding.make_mesh(config.mesh)
     model = build.model_config(config, planned_tokenizer(config), "cpu")
     if verb == "sample":
-        rows, length = config.sample.num, config.sample.length or config.data.seq_len
+        rows, length = config.sample.num_texts, config.sample.length or config.data.seq_len
         memory_limit.check_sampling(config, model, mesh, rows, length, prompted=False)
     else:
         check = {"train": memory_limit.check_training, "evaluate": memory_limit.check_evaluation}

@@ -38,7 +38,7 @@ def get_config():
     config.train.keep_best = 0
     config.eval.batch_size = 8
     config.eval.max_windows = 16
-    config.sample.num = 2
+    config.sample.num_texts = 2
     return config
 
 

@@ -60,7 +60,7 @@ def collective_bytes(config, model: ModelConfig, work: Work, mesh, params) -> di
     shape = mesh.shape
     compute = jax.numpy.dtype(model.dtype).itemsize
     sent = {"all-gather": 0.0, "reduce-scatter": 0.0, "all-reduce": 0.0}
-    micro = config.train.accumulation
+    micro = config.train.grad_accumulation
     for path, leaf in jax.tree.leaves_with_path(params):
         name = "/".join(key.key for key in path)
         axes = sharding.PARAMETERS[name]
@@ -80,7 +80,7 @@ def collective_bytes(config, model: ModelConfig, work: Work, mesh, params) -> di
         sent["all-reduce"] += 2 * gather_bytes(size * 4, others)
     parts = sharding.num_row_shards(mesh) * shape["sequence"]
     local = work.tokens / parts
-    embeddings = 2 if model.positions else 1
+    embeddings = 2 if model.max_positions else 1
     summed = (4 * model.blocks + embeddings) * local + work.predicted / parts
     summed *= model.width * compute
     sent["all-reduce"] += 2 * gather_bytes(summed, shape["tensor"])

@@ -36,11 +36,11 @@ def evaluation(config, training: Training):
 
 
 def sampler_step(config, training: Training):
-    """One pass of a sampler of config.sample.num texts: the newest token and a mask of each, over
-    a full KV cache."""
+    """One pass of a sampler of config.sample.num_texts: the newest token and a mask of each text,
+    over a full KV cache."""
     built = training.built
     model, mesh = built.model, built.mesh
-    batch, length = config.sample.num, config.data.seq_len
+    batch, length = config.sample.num_texts, config.data.seq_len
 
     def one_pass(network, token, position, filled, cache):
         rank = jnp.broadcast_to(jnp.arange(2)[None], token.shape)

@@ -77,7 +77,7 @@ def _padded(training: Training) -> float:
     work = necessary.step(training.config, training.phases)
     mesh = training.built.mesh
     local = work.predicted / (sharding.num_row_shards(mesh) * mesh.shape["sequence"])
-    per_step = local / training.config.train.accumulation
+    per_step = local / training.config.train.grad_accumulation
     return per_step / training.config.model.loss_chunk + 0.5
 
 
@@ -181,7 +181,7 @@ def report(training: Training, compiled, chip: Chip) -> dict:
 
 def _full_branch(training: Training) -> float:
     """Probability that a micro-batch of a step does not fit the trimmed pass."""
-    rows = training.config.train.batch_size // training.config.train.accumulation
+    rows = training.config.train.batch_size // training.config.train.grad_accumulation
     length = training.config.data.seq_len
     misses = [
         trim.exceeded(length, phase.predicts, round(phase.fraction * rows), queries)

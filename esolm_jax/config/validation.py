@@ -74,9 +74,9 @@ def _check_model(config: ConfigDict) -> None:
     )
     _fail_unless(model.width % 2 == 0, "model.width", model.width, "even")
     _fail_unless(
-        model.positions == 0 or model.positions >= config.data.seq_len,
-        "model.positions",
-        model.positions,
+        model.max_positions == 0 or model.max_positions >= config.data.seq_len,
+        "model.max_positions",
+        model.max_positions,
         f"0 (RoPE) or at least data.seq_len = {config.data.seq_len}",
     )
     _fail_unless(
@@ -127,7 +127,7 @@ def validate_training(config: ConfigDict, fractions: dict[str, float], row_shard
         config.low_variance,
         f"False unless alpha_0 is 1 (it is {config.alpha_0})",
     )
-    batch, accumulation = config.train.batch_size, config.train.accumulation
+    batch, accumulation = config.train.batch_size, config.train.grad_accumulation
     for phase, fraction in fractions.items():
         share = fraction * batch
         rows = round(share)
@@ -141,7 +141,7 @@ def validate_training(config: ConfigDict, fractions: dict[str, float], row_shard
         if rows % (accumulation * row_shards):
             raise UserError(
                 f"config.train.batch_size={batch}: {where}; must be a multiple of "
-                f"train.accumulation x devices (mesh.data x mesh.fsdp) = "
+                f"train.grad_accumulation x devices (mesh.data x mesh.fsdp) = "
                 f"{accumulation} x {row_shards}"
             )
 

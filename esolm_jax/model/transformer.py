@@ -51,10 +51,10 @@ class ModelConfig:
       norm_eps: ε under the square root of norms.
       qkv_bias: whether queries, keys and values have biases (Qwen 2, GPT-2).
       qk_norm: whether each query and key is RMS-normed, over K (Qwen 3).
-      positions: > 0 = a learned embedding of so many positions in place of RoPE (GPT-2).
+      max_positions: > 0 = a learned embedding of so many positions in place of RoPE (GPT-2).
       rope_base: of the angles position · base^(−2i/K).
-      rope_factor, rope_length: > 1 = frequencies of waves much longer than `rope_length` tokens are
-        divided by the factor (Llama 3.1); see rope_frequencies.
+      rope_factor, rope_original_length: > 1 = frequencies of waves much longer than
+        `rope_original_length` tokens are divided by the factor (Llama 3.1); see rope_frequencies.
       attention: which of attention.KINDS computes it.
       remat: which of REMAT.
     """
@@ -74,10 +74,10 @@ class ModelConfig:
     norm_eps: float = 1e-5
     qkv_bias: bool = False
     qk_norm: bool = False
-    positions: int = 0
+    max_positions: int = 0
     rope_base: float = 10_000.0
     rope_factor: float = 1.0
-    rope_length: int = 8192
+    rope_original_length: int = 8192
     attention: str = "lean"
     remat: str = "none"
 
@@ -178,14 +178,14 @@ def _dropout(key, rate: float, h):
 def rope_frequencies(config: ModelConfig):
     """base^(−2i/K), float32 [K/2]; with a rope_factor, as Llama 3.1 scales them.
 
-    Waves that fit more than four times in `rope_length` are kept, those longer than it are slowed
-    down by the factor, and those between are in between.
+    Waves that fit more than four times in `rope_original_length` are kept, those longer than it are
+    slowed down by the factor, and those between are in between.
     """
     width = config.head_width
     frequency = config.rope_base ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
     if config.rope_factor == 1.0:
         return frequency
-    waves = config.rope_length * frequency / (2 * math.pi)
+    waves = config.rope_original_length * frequency / (2 * math.pi)
     kept = jnp.clip((waves - 1) / (4 - 1), 0, 1)
     return frequency * (kept + (1 - kept) / config.rope_factor)
 
@@ -193,7 +193,7 @@ def rope_frequencies(config: ModelConfig):
 def rope_angles(position_BT, config: ModelConfig):
     """cos and sin, float32 [B, 1, T, K], of position · frequency, for both halves of K; the sine
     of the first half is negative. None if positions are learned."""
-    if config.positions:
+    if config.max_positions:
         return None
     frequency = rope_frequencies(config)
     angle = position_BT[:, None, :, None].astype(jnp.float32) * frequency[None, None, None]
@@ -360,8 +360,8 @@ class Transformer(nnx.Module):
         )
         where = Place(axes["positions/embedding"], config.dtype, mesh)
         self.positions = (
-            Embedding(config.positions, config.width, where, rngs, init=_uniform_width)
-            if config.positions
+            Embedding(config.max_positions, config.width, where, rngs, init=_uniform_width)
+            if config.max_positions
             else None
         )
 

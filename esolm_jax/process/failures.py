@@ -112,8 +112,9 @@ def _memory(error, place) -> Failure | None:
         return None
     what = "" if told == "no message" else f": {told}"
     return Failure(
-        f"out of memory{what}; lower config.train.batch_size (or raise config.train.accumulation), "
-        "config.eval.batch_size, config.sample.num or the length of texts",
+        f"out of memory{what}; lower config.train.batch_size (or raise "
+        "config.train.grad_accumulation), config.eval.batch_size, config.sample.num_texts or the "
+        "length of texts",
         NO_MEMORY,
     )
 

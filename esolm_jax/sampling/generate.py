@@ -20,7 +20,7 @@ from esolm_jax.sampling.plan.canvas import Canvas
 
 def check(config) -> None:
     """UserError unless the family can be sampled as config.sample says."""
-    s, positions = config.sample, config.model.positions
+    s, positions = config.sample, config.model.max_positions
     family = registry.get(config.objective)
     can = family.schedules or (s.schedule,)
     length, longest = s.length or config.data.seq_len, config.data.seq_len
@@ -32,12 +32,12 @@ def check(config) -> None:
             family.can_extrapolate or length <= longest,
             f"at most data.seq_len={longest} {named}",
         ),
-        "block": (
-            not family.is_blockwise or s.block in (0, config.block_length),
+        "block_length": (
+            not family.is_blockwise or s.block_length in (0, config.block_length),
             f"0 or block_length={config.block_length} {named}",
         ),
-        "speculate": (
-            not (family.no_speculation and s.speculate),
+        "draft_tokens": (
+            not (family.no_speculation and s.draft_tokens),
             f"0, for it has {family.no_speculation}, {named}",
         ),
     }
@@ -48,26 +48,26 @@ def check(config) -> None:
         "steps": (not (one_a_step and s.steps), f"0 {fixed}"),
         "length": (
             not positions or length <= positions,
-            f"at most model.positions={positions}, for there are no more",
+            f"at most model.max_positions={positions}, for there are no more",
         ),
-        "block": (
-            s.schedule == "blockwise" or not s.block,
+        "block_length": (
+            s.schedule == "blockwise" or not s.block_length,
             "0 unless sample.schedule is blockwise",
         ),
-        "confident": (by_confidence or s.confident == 1, f"1 {fixed}"),
-        "threshold": (
-            not s.threshold or (by_confidence and s.confident > 1),
-            "0 unless sample.schedule is confidence, and sample.confident above 1",
+        "tokens_per_pass": (by_confidence or s.tokens_per_pass == 1, f"1 {fixed}"),
+        "confidence_threshold": (
+            not s.confidence_threshold or (by_confidence and s.tokens_per_pass > 1),
+            "0 unless sample.schedule is confidence, and sample.tokens_per_pass above 1",
         ),
         "stop_at_eos": (not (by_confidence and s.stop_at_eos), f"False {fixed}"),
-        "speculate": (
-            not s.speculate or not (s.steps or by_confidence),
+        "draft_tokens": (
+            not s.draft_tokens or not (s.steps or by_confidence),
             "0, for it draws as one token per step does, unless sample.steps is 0, and "
             "sample.schedule not confidence",
         ),
         "speculate_adaptive": (
-            bool(s.speculate) or not s.speculate_adaptive,
-            "False without sample.speculate",
+            bool(s.draft_tokens) or not s.speculate_adaptive,
+            "False without sample.draft_tokens",
         ),
     }
     _check(s, of_others)
@@ -89,7 +89,7 @@ def make_schedule(config, canvas: Canvas) -> schedule.Schedule:
     if name == "ancestral" and too_long:
         name = "blockwise"
     own = config.block_length if family.is_blockwise else config.data.seq_len
-    settings = schedule.ScheduleSettings(config.alpha_0, s.steps, s.block or own)
+    settings = schedule.ScheduleSettings(config.alpha_0, s.steps, s.block_length or own)
     return schedule.make(name, canvas, settings)
 
 
@@ -126,16 +126,16 @@ class Generator:
             found = confident(
                 *args,
                 cached=registry.get(self.config.objective).keeps_cache,
-                most=s.confident,
-                threshold=s.threshold,
+                most=s.tokens_per_pass,
+                threshold=s.confidence_threshold,
                 **common,
             )
             return found, {}
         eos_id = eos_id if s.stop_at_eos else None
-        if not s.speculate:
+        if not s.draft_tokens:
             return decode.decode(*args, eos_id=eos_id, **common), {}
         found, counts = speculate(
-            *args, k=s.speculate, adaptive=s.speculate_adaptive, style=s.speculate_style,
+            *args, k=s.draft_tokens, adaptive=s.speculate_adaptive, style=s.speculate_style,
             eos_id=eos_id, **common,
         )  # fmt: skip
         return found, {name: np.asarray(n).sum(axis=0).tolist() for name, n in counts.items()}

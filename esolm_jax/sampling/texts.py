@@ -16,18 +16,18 @@ def length_of(config) -> int:
 
 
 def make_canvas(config, prompts: Sequence[prompts_lib.Prompt], special, vocab_size: int) -> Canvas:
-    """config.sample.num rows of each prompt; without prompts, rows without known tokens.
+    """config.sample.num_texts rows of each prompt; without prompts, rows without known tokens.
 
     Raises:
       UserError: a prompt does not fit.
     """
     s, length = config.sample, length_of(config)
     if not prompts:
-        return Canvas.empty(s.num, length, s.seed)
+        return Canvas.empty(s.num_texts, length, s.seed)
     rows, seeds = [], []
     for prompt in prompts:
         tokens = prompts_lib.complete(prompt, length)
-        for n in range(s.num):
+        for n in range(s.num_texts):
             rows.append(tokens)
             own = prompt.seed is not None
             seeds.append(Seed(prompt.seed, n) if own else Seed(s.seed, len(seeds)))
@@ -50,7 +50,7 @@ def sample_rows(config, generator: Generator, decoded, tokenizer, *, prompted: b
 
     Args:
       decoded: of generator.run, as NumPy arrays.
-      prompted: whether the canvas is of prompts, config.sample.num rows of each.
+      prompted: whether the canvas is of prompts, config.sample.num_texts rows of each.
     """
     rows, length, order = [], generator.schedule.length, generator.order(decoded)
     for b, ids in enumerate(decoded.text):
@@ -64,7 +64,7 @@ def sample_rows(config, generator: Generator, decoded, tokenizer, *, prompted: b
         rows.append(
             {
                 "text": tokenizer.decode(shown, bos_is_given=bool(known[0])),
-                "prompt": b // config.sample.num if prompted else None,
+                "prompt": b // config.sample.num_texts if prompted else None,
                 "token_ids": ids,
                 "seed": [seed.batch, seed.row],
                 "ended": bool(decoded.text_end[b] < length[b]),

@@ -21,7 +21,7 @@ def learning_rate(config) -> optax.Schedule:
 def make(config) -> optax.GradientTransformation:
     o = config.optimizer
     return optax.chain(
-        optax.clip_by_global_norm(o.clip),
+        optax.clip_by_global_norm(o.clip_norm),
         optax.adamw(
             learning_rate(config), b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay
         ),

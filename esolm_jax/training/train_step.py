@@ -169,7 +169,7 @@ class Objective:
 
 def make_objective(config, built, phases: Sequence[Phase]) -> Objective:
     """The objective of a training run: `built` is a build.BuiltModel."""
-    rows = config.train.batch_size // config.train.accumulation
+    rows = config.train.batch_size // config.train.grad_accumulation
     length = config.data.seq_len
     multiple = math.lcm(8, built.mesh.shape["sequence"])
     padded = config.data.packing == "pad"  # padding comes behind what is predicted
@@ -180,7 +180,7 @@ def make_objective(config, built, phases: Sequence[Phase]) -> Objective:
         for phase in phases
     ]
     kept = tuple(n if n < length else None for n in queries)
-    return Objective(built.apply, built.head, kept, config.train.accumulation, built.mesh)
+    return Objective(built.apply, built.head, kept, config.train.grad_accumulation, built.mesh)
 
 
 class Training:
@@ -267,7 +267,9 @@ class Training:
         with jax.named_scope("update"):
             updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-            ema = optimizer_lib.update_ema(state.ema, params, config.optimizer.ema, state.step + 1)
+            ema = optimizer_lib.update_ema(
+                state.ema, params, config.optimizer.ema_decay, state.step + 1
+            )
         metrics = {"loss": jnp.sum(losses), "grad_norm": optax.tree.norm(grads)}
         metrics |= {f"loss_{phase.name}": losses[i] for i, phase in enumerate(self.phases)}
         if config.train.anneal_steps:

@@ -107,7 +107,7 @@ def test_dimension_that_does_not_divide():
 def test_command_of_another_program(program, tmp_path, capsys, monkeypatch):
     pytest.importorskip("libtpu")
     monkeypatch.chdir(tmp_path)
-    fields = {"mesh.devices": 0, "mesh.fsdp": 2, "sample.num": 16}
+    fields = {"mesh.devices": 0, "mesh.fsdp": 2, "sample.num_texts": 16}
     fields |= {"train.batch_size": 32, "eval.batch_size": 16}
     arguments = tiny_run.arguments(fields)
     command = [f"--config={tiny_run.FILE}", "--topology=v5e:4x4", f"--program={program}"]

@@ -97,7 +97,7 @@ def test_removed_field_of_a_saved_config():
         ({"train": {}}, "runs/a: config.train.batch_size: missing, so it is not a config of"),
         ({"train": 3}, "runs/a: config.train: unknown field"),
         ({"seed": {"a": 1}}, "runs/a: config.seed.a: unknown field"),
-        ({"sample": {"num": {"a": 1}}}, "runs/a: config.sample.num: unknown field"),
+        ({"sample": {"top_k": {"a": 1}}}, "runs/a: config.sample.top_k: unknown field"),
     ],
 )
 def test_foreign_config(change, told):
@@ -189,7 +189,7 @@ def test_override_of_a_removed_field(run):
 def test_config_file_of_a_user(run, tmp_path, line, told):
     file = tmp_path / "mine.py"
     text = pathlib.Path(tiny_run.FILE).read_text()
-    file.write_text(text.replace("    config.sample.num = 2\n", f"    {line}\n"))
+    file.write_text(text.replace("    config.sample.num_texts = 2\n", f"    {line}\n"))
     code, config, stderr = run(file=file)
     assert stderr == told
     assert (code, config and config.sample.colour) == ((0, 4) if told == NOTICE else (2, None))

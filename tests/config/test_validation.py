@@ -79,10 +79,10 @@ OUT_OF_RANGE = [
     ("model.mlp_width", -1, "at least 0"),
     ("model.attention_width", -1, "at least 0"),
     ("model.norm_eps", 0.0, "above 0"),
-    ("model.positions", -1, "at least 0"),
+    ("model.max_positions", -1, "at least 0"),
     ("model.rope_base", 1.0, "above 1"),
     ("model.rope_factor", 0.5, "at least 1"),
-    ("model.rope_length", 0, "at least 1"),
+    ("model.rope_original_length", 0, "at least 1"),
     ("model.attention", "sparse", "one of auto, dense, lean, flash, splash"),
     ("model.remat", "some", "one of none, matmuls, attention, full"),
     ("model.loss_chunk", 0, "at least 1"),
@@ -101,12 +101,12 @@ OUT_OF_RANGE = [
     ("optimizer.b2", -0.1, "in [0, 1)"),
     ("optimizer.eps", 0.0, "above 0"),
     ("optimizer.weight_decay", -0.1, "at least 0"),
-    ("optimizer.clip", 0.0, "above 0"),
+    ("optimizer.clip_norm", 0.0, "above 0"),
     ("optimizer.warmup_steps", -1, "at least 0"),
     ("optimizer.schedule", "linear", "one of constant, cosine"),
-    ("optimizer.ema", 1.0, "in [0, 1)"),
+    ("optimizer.ema_decay", 1.0, "in [0, 1)"),
     ("train.batch_size", 0, "at least 1"),
-    ("train.accumulation", 0, "at least 1"),
+    ("train.grad_accumulation", 0, "at least 1"),
     ("train.steps", 0, "at least 1"),
     ("train.anneal_steps", -1, "at least 0"),
     ("train.log_every", 0, "at least 1"),
@@ -124,15 +124,15 @@ OUT_OF_RANGE = [
     ("eval.num_orders", -1, "at least 0"),
     ("eval.metrics", "perplexity", "comma-separated, each once, of nelbo, importance_weighted"),
     ("eval.weights", "averaged", "one of ema, raw"),
-    ("sample.num", 0, "at least 1"),
+    ("sample.num_texts", 0, "at least 1"),
     ("sample.schedule", "block", "one of ancestral, strided"),
     ("sample.length", -1, "at least 0"),
     ("sample.steps", -1, "at least 0"),
-    ("sample.block", -1, "at least 0"),
-    ("sample.speculate", 1, "0 (off) or in [2, 64]"),
+    ("sample.block_length", -1, "at least 0"),
+    ("sample.draft_tokens", 1, "0 (off) or in [2, 64]"),
     ("sample.speculate_style", "tree", "one of chain, staircase"),
-    ("sample.confident", 0, "at least 1"),
-    ("sample.threshold", 1.0, "in [0, 1)"),
+    ("sample.tokens_per_pass", 0, "at least 1"),
+    ("sample.confidence_threshold", 1.0, "in [0, 1)"),
     ("sample.temperature", -0.1, "at least 0"),
     ("sample.top_p", 0.0, "in (0, 1]"),
     ("sample.top_p", 1.1, "in (0, 1]"),
@@ -266,7 +266,7 @@ def test_missing_field_is_told():
     ],
 )
 def test_batch_that_can_be_shared_out(batch, fractions, accumulation, devices):
-    config = changed(train__batch_size=batch, train__accumulation=accumulation)
+    config = changed(train__batch_size=batch, train__grad_accumulation=accumulation)
     validate_training(config, fractions, devices)
 
 
@@ -287,7 +287,7 @@ def test_batch_that_can_be_shared_out(batch, fractions, accumulation, devices):
             HALVES,
             3,
             1,
-            "4 rows (kappa=0.5); must be a multiple of train.accumulation x devices "
+            "4 rows (kappa=0.5); must be a multiple of train.grad_accumulation x devices "
             "(mesh.data x mesh.fsdp) = 3 x 1",
         ),
         (
@@ -295,7 +295,7 @@ def test_batch_that_can_be_shared_out(batch, fractions, accumulation, devices):
             HALVES,
             1,
             8,
-            "4 rows (kappa=0.5); must be a multiple of train.accumulation x devices "
+            "4 rows (kappa=0.5); must be a multiple of train.grad_accumulation x devices "
             "(mesh.data x mesh.fsdp) = 1 x 8",
         ),
         (
@@ -303,13 +303,13 @@ def test_batch_that_can_be_shared_out(batch, fractions, accumulation, devices):
             HALVES,
             4,
             4,
-            "8 rows (kappa=0.5); must be a multiple of train.accumulation x devices "
+            "8 rows (kappa=0.5); must be a multiple of train.grad_accumulation x devices "
             "(mesh.data x mesh.fsdp) = 4 x 4",
         ),
     ],
 )
 def test_batch_that_cannot_be_shared_out_is_told(batch, fractions, accumulation, devices, told):
-    config = changed(train__batch_size=batch, train__accumulation=accumulation)
+    config = changed(train__batch_size=batch, train__grad_accumulation=accumulation)
     with pytest.raises(UserError) as error:
         validate_training(config, fractions, devices)
     message = str(error.value)
@@ -361,7 +361,7 @@ def test_integer_has_an_upper_bound_that_is_told(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["kappa", "model.dropout", "optimizer.b1", "optimizer.b2", "optimizer.ema"]
+    "name", ["kappa", "model.dropout", "optimizer.b1", "optimizer.b2", "optimizer.ema_decay"]
 )
 def test_float_below_1_is_below_1_in_32_bits(name):
     """float32 rounds 1 - 1e-12 to 1, with which Adam divides zero by zero."""
@@ -375,7 +375,7 @@ def test_integer_of_the_largest_size_is_allowed(name):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("data.workers", 3000), ("model.blocks", 10**5), ("sample.num", 10**8),
+    [("data.workers", 3000), ("model.blocks", 10**5), ("sample.num_texts", 10**8),
      ("sample.length", 10**9), ("eval.batch_size", 10**9), ("optimizer.warmup_steps", 2**31)],
 )  # fmt: skip
 def test_sizes_that_took_all_memory_or_time(name, value):

@@ -162,7 +162,7 @@ def test_a_span_has_as_many_tokens_as_it_has_in_the_text(kind):
 def printed(kind: str, prompt: str, generated: list[int], packing: str) -> str:
     """What `sample` prints of a prompt whose masks become these ids."""
     tokenizer, config = tokenizer_of(kind), default_config()
-    config.sample.num, config.data.packing = 1, packing
+    config.sample.num_texts, config.data.packing = 1, packing
     request = prompts.of_text(prompt, tokenizer)
     ids, rest = [], iter(generated)
     for token in request.tokens:
@@ -216,7 +216,7 @@ def test_samples_of_a_model_whose_tokenizer_puts_a_space_first(tmp_path):
     assert tiny_run.command("train", *args) == 0
     known = ["to be", " not", "t\u2581 "]
     asked = f"--prompt={known[0]}[MASK:2]{known[1]}[MASK]{known[2]}"
-    options = ["--config.sample.num=32", "--config.sample.stop_at_eos=True"]
+    options = ["--config.sample.num_texts=32", "--config.sample.stop_at_eos=True"]
     assert tiny_run.command("sample", f"--workdir={tmp_path}", asked, *options) == 0
     sizes = [len(known_text.encode(tokenizer, part, begins=not n, limit=99))
              for n, part in enumerate(known)]  # fmt: skip

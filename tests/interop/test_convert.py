@@ -219,7 +219,7 @@ def test_config_of_a_hub_model_beside_the_file(tmp_path):
 
 def test_sample_evaluate_and_train_go_on(converted, tmp_path, capsys):
     workdir = shutil.copytree(converted, tmp_path / "run")
-    assert command("sample", f"--workdir={workdir}", "--config.sample.num=2") == 0
+    assert command("sample", f"--workdir={workdir}", "--config.sample.num_texts=2") == 0
     assert json.loads((workdir / "samples.json").read_text())["step"] == STEP
     text = tiny_run.arguments(tiny_run.write_text(tmp_path / "text"))
     assert command("prepare", f"--workdir={workdir}", *text) == 0

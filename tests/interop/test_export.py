@@ -52,8 +52,8 @@ LENGTH, VOCAB = 12, 260
 ADALN = {"model.cond_width": 8, "model.blocks": 2}
 LLAMA = {"style": "llama", "kv_heads": 1, "blocks": 2, "mlp_width": 24}
 PRETRAINED = {  # as they come from the hub, and what training makes of them
-    "gpt2": {"style": "gpt2", "positions": 14, "qkv_bias": True, "blocks": 2, "norm_eps": 0.01},
-    "llama3": LLAMA | {"rope_base": 500.0, "rope_factor": 4.0, "rope_length": 16},
+    "gpt2": {"style": "gpt2", "max_positions": 14, "qkv_bias": True, "blocks": 2, "norm_eps": 0.01},
+    "llama3": LLAMA | {"rope_base": 500.0, "rope_factor": 4.0, "rope_original_length": 16},
     "qwen3": LLAMA
     | {"heads": 4, "kv_heads": 2, "attention_width": 24, "qk_norm": True}
     | {"cond_width": 8},
@@ -416,7 +416,7 @@ def test_shipped_scripts_draw_what_sample_draws(narrow, capsys):
     run, out = narrow
     ours = {}
     for name, args in {"greedy": ["--config.sample.temperature=0"], "drawn": []}.items():
-        seed = ["--config.sample.seed=11", "--config.sample.num=3"]
+        seed = ["--config.sample.seed=11", "--config.sample.num_texts=3"]
         assert command("sample", f"--workdir={run}", *seed, *args) == 0
         lines = (run / "samples.jsonl").read_text().splitlines()
         ours[name] = [json.loads(line)["token_ids"] for line in lines]

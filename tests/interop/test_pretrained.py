@@ -95,7 +95,7 @@ def test_our_objective_of_it_is_its_own(converted, family):
 def test_greedy_text_is_that_of_transformers(converted, family):
     """`sample` behind a prompt, which goes through the tokenizer that was carried over."""
     workdir, wanted = converted[family], np.load(HUB / family / "expected.npz")["greedy"]
-    args = "--config.sample.temperature=0", "--config.sample.num=1"
+    args = "--config.sample.temperature=0", "--config.sample.num_texts=1"
     length = f"--config.sample.length={len(wanted)}"
     prompt = "--prompt=he said, the"
     assert command("sample", f"--workdir={workdir}", prompt, length, "--trace", *args, ONE) == 0
@@ -110,7 +110,9 @@ def test_greedy_text_is_that_of_transformers(converted, family):
 def test_texts_longer_than_the_learned_positions_are_refused(converted, capsys):
     args = f"--workdir={converted['gpt2']}", "--config.sample.length=33", ONE
     assert command("sample", *args) == 2
-    assert "config.sample.length=33: must be at most model.positions=32" in capsys.readouterr().err
+    assert (
+        "config.sample.length=33: must be at most model.max_positions=32" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -125,11 +127,15 @@ def test_mask_is_the_mean_and_tied_embeddings_are_untied(converted, family):
 
 def test_config_is_that_of_the_folder(converted):
     model = {family: checkpoint.saved_config(converted[family]).model for family in FAMILIES}
-    assert (model["gpt2"].style, model["gpt2"].positions, model["gpt2"].qkv_bias) == (
+    assert (model["gpt2"].style, model["gpt2"].max_positions, model["gpt2"].qkv_bias) == (
         "gpt2", 32, True,
     )  # fmt: skip
     assert (model["llama"].norm_eps, model["llama"].kv_heads) == (1e-6, 2)
-    rope = model["llama3"].rope_base, model["llama3"].rope_factor, model["llama3"].rope_length
+    rope = (
+        model["llama3"].rope_base,
+        model["llama3"].rope_factor,
+        model["llama3"].rope_original_length,
+    )
     assert rope == (500.0, 4.0, 16)
     assert (model["qwen2"].qkv_bias, model["qwen2"].qk_norm) == (True, False)
     assert (model["qwen3"].qk_norm, model["qwen3"].attention_width) == (True, 32)
@@ -331,8 +337,8 @@ def test_other_misfits_are_told(refused, converted, tmp_path):
     refused(llama, "--weights=ema: a folder has one", args=["--weights=ema"])
     refused(
         llama,
-        "config.model.positions=16: must be 0 (RoPE) or at least",
-        args=["--config.model.positions=16"],
+        "config.model.max_positions=16: must be 0 (RoPE) or at least",
+        args=["--config.model.max_positions=16"],
     )
     refused(llama, "the bytes tokenizer has 259 ids", args=["--tokenizer=bytes"])
     refused(llama, "is not empty (checkpoints", workdir=converted["llama"])

@@ -20,7 +20,7 @@ MODELS = {
     "ar": dict(cond_width=0),
     "llama": dict(cond_width=0, style="llama", kv_heads=2),
     "llama_with_time": dict(cond_width=8, style="llama"),
-    "gpt2": dict(cond_width=0, style="gpt2", qkv_bias=True, positions=8),
+    "gpt2": dict(cond_width=0, style="gpt2", qkv_bias=True, max_positions=8),
     "qwen3": dict(cond_width=0, style="llama", qk_norm=True, attention_width=32),
 }
 

@@ -40,7 +40,13 @@ def trained(tmp_path_factory, quick):
     workdir = folder / "it's a run é"
     text = tiny_run.write_text(folder / "text") | {"train.steps": 2}
     args = ["--config", FILE, *arguments(text), "--noconfig.low_variance"]
-    args += ["--config.mesh.devices", "4", "--config.mesh.sequence=2", "--config.sample.num", "6"]
+    args += [
+        "--config.mesh.devices",
+        "4",
+        "--config.mesh.sequence=2",
+        "--config.sample.num_texts",
+        "6",
+    ]
     with contextlib.redirect_stdout(io.StringIO()) as out:
         assert command("prepare", "--workdir", str(workdir), *args) == 0
     line = next_of(out.getvalue(), "train")
@@ -57,11 +63,11 @@ def test_every_printed_command_can_be_run(trained, capsys):
 
     _, workdir, evaluate = trained
     saved = json.loads((workdir / "config.json").read_text())
-    assert saved["mesh"]["devices"] == 4 and saved["sample"]["num"] == 6
+    assert saved["mesh"]["devices"] == 4 and saved["sample"]["num_texts"] == 6
     assert run(evaluate) == 0
     line = printed("sample")
     assert "--config.mesh.sequence=1" in line  # sampling splits no text
-    assert "--config.sample.num=8" in line  # 4 devices, whole texts on each
+    assert "--config.sample.num_texts=8" in line  # 4 devices, whole texts on each
     assert run(f"{line} --prompt='to be' --prompt 'it'\\''s' --config.sample.top_k 3") == 0
     again = shlex.split(printed("sample"))
     assert again.count("--prompt=to be") == again.count("--prompt=it's") == 1
@@ -84,10 +90,10 @@ def test_convert_prints_the_way_back(trained, tmp_path, capsys, monkeypatch):
 
 def test_after_several_processes_the_next_command_is_for_one(monkeypatch):
     config = tiny_run.get_config()
-    config.mesh.devices, config.mesh.fsdp, config.sample.num = 0, 2, 3
+    config.mesh.devices, config.mesh.fsdp, config.sample.num_texts = 0, 2, 3
     mesh = sharding.make_mesh(config.mesh)
     assert cli.mesh_flags(config, mesh) == []
-    assert cli.mesh_flags(config, mesh, sampling=True) == ["--config.sample.num=8"]
+    assert cli.mesh_flags(config, mesh, sampling=True) == ["--config.sample.num_texts=8"]
     monkeypatch.setattr(distributed, "process_count", lambda: 2)
     flags = ["--config.mesh.fsdp=1", "--config.mesh.devices=1"]
     assert cli.mesh_flags(config, mesh) == cli.mesh_flags(config, mesh, sampling=True) == flags
@@ -141,7 +147,7 @@ def test_a_full_disk_damages_nothing_and_the_same_command_works_later(
         "train": [*args, "--config.train.steps=4"],
         "prepare": args,
         "convert": [f"--to={tmp_path / 'out.safetensors'}"],
-    }.get(verb, ["--config.mesh.sequence=1", "--config.sample.num=8"])
+    }.get(verb, ["--config.mesh.sequence=1", "--config.sample.num_texts=8"])
     line = fails_in_one_line(capsys, verb, f"--workdir={workdir}", *own)
     assert str(tmp_path) in line
     if verb != "prepare":

@@ -52,10 +52,10 @@ def go_on(halfway, args, workdir) -> dict:
     flag = f"--workdir={workdir}"
     assert command("train", flag, *args) == 0
     assert command("evaluate", flag) == 0
-    assert command("sample", flag, "--config.sample.num=3") == 0
+    assert command("sample", flag, "--config.sample.num_texts=3") == 0
     texts = [json.loads(line) for line in (workdir / "samples.jsonl").read_text().splitlines()]
     # A text is the same without its neighbours in the batch.
-    assert command("sample", flag, "--config.sample.num=1") == 0
+    assert command("sample", flag, "--config.sample.num_texts=1") == 0
     (alone,) = (json.loads(line) for line in (workdir / "samples.jsonl").read_text().splitlines())
     assert alone["token_ids"] == texts[0]["token_ids"]
     lines = (workdir / "metrics.jsonl").read_text().splitlines()

@@ -268,7 +268,7 @@ def _certain(objective, text, known, place, left, length):
 def test_confidence_ends_whatever_the_model_says():
     broken = NETWORK.replace(logits=NETWORK.logits * jnp.nan)
     config = toy.config("eso_b", 1.0, 12)
-    config.sample.update({"schedule": "confidence", "confident": 3})
+    config.sample.update({"schedule": "confidence", "tokens_per_pass": 3})
     generator = Generator.of(config, Canvas.empty(2, 12), toy.SPECIAL)
     assert int(generator.run(broken)[0].passes) == 4
 
@@ -282,7 +282,7 @@ def test_a_mesh_gives_the_same_texts(shape):
     mesh = Mesh(devices, AXES)
     canvas = canvas_of([[MASK] * 12, [0, 2, *[MASK] * 10], [MASK] * 9, [3, MASK, MASK]])
     generators = []
-    for fields in ({}, {"steps": 4}, {"speculate": 3}):
+    for fields in ({}, {"steps": 4}, {"draft_tokens": 3}):
         config = toy.config("eso_b", 0.5, 12)
         config.sample.update(fields)
         generators.append(Generator.of(config, canvas, toy.SPECIAL))
@@ -401,14 +401,18 @@ def test_an_infilling_that_the_family_cannot_do_is_refused(objective, known):
     ("objective", "fields", "told"),
     [
         ("ar", {"schedule": "confidence"}, "sample.schedule='confidence'"),
-        ("bd3", {"schedule": "blockwise", "block": 3}, "sample.block=3"),
+        ("bd3", {"schedule": "blockwise", "block_length": 3}, "sample.block_length=3"),
         ("mdlm", {"length": 9}, "sample.length=9"),
-        ("ar", {"speculate": 2}, "no mask to draft with"),
-        ("mdlm", {"speculate": 2}, "known tokens read later ones"),
-        ("eso_b", {"speculate": 2, "schedule": "confidence"}, "not confidence"),
+        ("ar", {"draft_tokens": 2}, "no mask to draft with"),
+        ("mdlm", {"draft_tokens": 2}, "known tokens read later ones"),
+        ("eso_b", {"draft_tokens": 2, "schedule": "confidence"}, "not confidence"),
         ("eso_b", {"steps": 3, "schedule": "left_to_right"}, "sample.steps=3"),
-        ("eso_b", {"confident": 2}, "sample.confident=2"),
-        ("eso_b", {"schedule": "confidence", "threshold": 0.5}, "sample.threshold=0.5"),
+        ("eso_b", {"tokens_per_pass": 2}, "sample.tokens_per_pass=2"),
+        (
+            "eso_b",
+            {"schedule": "confidence", "confidence_threshold": 0.5},
+            "sample.confidence_threshold=0.5",
+        ),
         ("eso_b", {"schedule": "confidence", "stop_at_eos": True}, "sample.stop_at_eos=True"),
         ("eso_b", {"speculate_adaptive": True}, "sample.speculate_adaptive=True"),
     ],

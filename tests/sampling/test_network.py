@@ -28,14 +28,16 @@ MODELS = {
     "dit, all parts": change(DIT, qkv_bias=True, qk_norm=True, norm_eps=0.3, attention_width=24),
     "gpt2": GPT2,
     "gpt2 with time": change(GPT2, cond_width=4),
-    "gpt2 with RoPE": change(GPT2, positions=0, kv_heads=2),
+    "gpt2 with RoPE": change(GPT2, max_positions=0, kv_heads=2),
     "llama": LLAMA,
     "llama with time": change(LLAMA, cond_width=4),
-    "llama 3": change(LLAMA, rope_factor=4.0, rope_length=16, norm_eps=0.3),
+    "llama 3": change(LLAMA, rope_factor=4.0, rope_original_length=16, norm_eps=0.3),
     "qwen 2": change(LLAMA, qkv_bias=True, norm_eps=0.3),
     "qwen 3": change(LLAMA, qk_norm=True, attention_width=32, norm_eps=0.3),
-    "llama, all parts": change(QWEN, cond_width=4, rope_factor=4.0, rope_length=16, positions=0),
-    "llama with positions": change(QWEN, positions=16),
+    "llama, all parts": change(
+        QWEN, cond_width=4, rope_factor=4.0, rope_original_length=16, max_positions=0
+    ),
+    "llama with positions": change(QWEN, max_positions=16),
 }
 
 

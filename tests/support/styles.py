@@ -28,7 +28,7 @@ DIT = model.ModelConfig(
 
 GPT2 = model.ModelConfig(
     vocab_size=VOCAB, width=16, blocks=2, heads=4, cond_width=0, style="gpt2", qkv_bias=True,
-    positions=16,
+    max_positions=16,
 )  # fmt: skip
 QWEN = dataclasses.replace(LLAMA, attention_width=32, qkv_bias=True, qk_norm=True)
 

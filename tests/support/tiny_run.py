@@ -82,7 +82,7 @@ def get_config():
     config.train.checkpoint_every = 2
     config.eval.batch_size = 8
     config.eval.max_windows = 16
-    config.sample.num = 2
+    config.sample.num_texts = 2
     return config
 
 

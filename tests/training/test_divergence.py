@@ -19,7 +19,8 @@ LOSS, GRADIENT = 200, 201  # bytes that are in no text: a batch of them has no f
 MESH = {"devices": 8, "data": 2, "fsdp": 2, "tensor": 2}
 MESHES = {
     "one device": {},
-    "a mesh": {f"mesh.{name}": size for name, size in MESH.items()} | {"train.accumulation": 2},
+    "a mesh": {f"mesh.{name}": size for name, size in MESH.items()}
+    | {"train.grad_accumulation": 2},
 }
 
 

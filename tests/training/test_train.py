@@ -104,7 +104,7 @@ def test_eight_devices_train_as_one(data, objective):
 def test_eight_devices_with_micro_batches_train_as_one_without(data):
     found = []
     for devices, accumulation in ((1, 1), (8, 2)):
-        fields = {"mesh.devices": devices, "train.accumulation": accumulation}
+        fields = {"mesh.devices": devices, "train.grad_accumulation": accumulation}
         fields |= {"objective": "mdlm"}  # all rows of the batch of 16 feed one loss
         _, values = tiny_run.steps(make_config(data | fields), 4)
         found.append([entry["loss"] for entry in values])
@@ -391,8 +391,8 @@ def test_run_goes_on_with_more_steps(data, longer, tmp_path, changes, tolerance)
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("optimizer.learning_rate", 0.5), ("optimizer.ema", 0.5), ("seed", 1), ("kappa", 0.25),
-        ("alpha_0", 0.25), ("train.batch_size", 8), ("train.accumulation", 2),
+        ("optimizer.learning_rate", 0.5), ("optimizer.ema_decay", 0.5), ("seed", 1),
+        ("kappa", 0.25), ("alpha_0", 0.25), ("train.batch_size", 8), ("train.grad_accumulation", 2),
         ("model.dropout", 0.3), ("model.width", 32),
     ],
 )  # fmt: skip

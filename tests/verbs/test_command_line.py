@@ -195,7 +195,7 @@ def test_training_on_data_prepared_otherwise(refused, data, tmp_path, name, valu
     ("name", "value"),
     [
         ("train.batch_size", 7),
-        ("train.accumulation", 3),
+        ("train.grad_accumulation", 3),
         ("mesh.devices", 64),
         ("mesh.data", 64),
         ("mesh.devices", 8),
@@ -426,10 +426,13 @@ def test_prompts_are_kept_and_the_rest_is_filled_in(eso_b, tmp_path, capsys):
         (["--prompt=a\n[MASK:0]"], "at least 1 token"),
         (["--prompt=" + "[MASK:999999]" * 3000], f"canvas of {LENGTH}"),
         (["--config.sample.temperature=inf"], "config.sample.temperature=inf"),
-        (["--config.sample.speculate=1"], "config.sample.speculate=1"),
-        (["--config.sample.speculate=2", "--config.sample.steps=4"], "config.sample.speculate=2"),
-        (["--config.sample.block=4"], "blockwise"),
-        (["--config.sample.confident=0"], "config.sample.confident=0"),
+        (["--config.sample.draft_tokens=1"], "config.sample.draft_tokens=1"),
+        (
+            ["--config.sample.draft_tokens=2", "--config.sample.steps=4"],
+            "config.sample.draft_tokens=2",
+        ),
+        (["--config.sample.block_length=4"], "blockwise"),
+        (["--config.sample.tokens_per_pass=0"], "config.sample.tokens_per_pass=0"),
     ],
 )
 def test_bad_sampling_is_refused(refused, eso_b, options, told):
@@ -506,10 +509,15 @@ def test_results_that_cannot_be_written_are_told_before(refused, eso_b, verb, na
 @pytest.mark.parametrize(
     "options",
     [
-        {"speculate": 3},
-        {"speculate": 3, "speculate_style": "staircase", "speculate_adaptive": True},
-        {"schedule": "confidence", "confident": 3, "threshold": 0.1},
-        {"schedule": "blockwise", "block": LENGTH // 2, "length": 2 * LENGTH, "stop_at_eos": True},
+        {"draft_tokens": 3},
+        {"draft_tokens": 3, "speculate_style": "staircase", "speculate_adaptive": True},
+        {"schedule": "confidence", "tokens_per_pass": 3, "confidence_threshold": 0.1},
+        {
+            "schedule": "blockwise",
+            "block_length": LENGTH // 2,
+            "length": 2 * LENGTH,
+            "stop_at_eos": True,
+        },
     ],
 )
 def test_ways_to_sample(eso_b, options):

@@ -83,7 +83,7 @@ def test_import_is_light():
 
 def test_samples_are_those_of_the_verb(workdir, model):
     asked = ["--prompt=to be[MASK:3]x[MASK]", "--prompt=or"]
-    settings = {"seed": 5, "num": 2, "top_p": 0.9, "steps": 4}
+    settings = {"seed": 5, "num_texts": 2, "top_p": 0.9, "steps": 4}
     flags = [f"--config.sample.{name}={value}" for name, value in settings.items()]
     assert command("sample", f"--workdir={workdir}", *asked, *flags) == 0
     lines = (workdir / "samples.jsonl").read_text(encoding="utf-8").splitlines()

@@ -46,7 +46,7 @@ def host(monkeypatch):
 STYLES = [
     *(dict(style=style, cond_width=cond) for style in ("dit", "gpt2", "llama") for cond in (0, 8)),
     *(dict(style=style, qkv_bias=True, kv_heads=1) for style in ("dit", "llama")),
-    *(dict(positions=20), dict(mlp_width=24), dict(attention_width=32), dict(qk_norm=True)),
+    *(dict(max_positions=20), dict(mlp_width=24), dict(attention_width=32), dict(qk_norm=True)),
     dict(blocks=3, width=24),
 ]
 
@@ -113,7 +113,11 @@ def test_evaluation_that_cannot_fit_is_refused(host, fields, named):
 
 @pytest.mark.parametrize(
     ("rows", "length", "named"),
-    [(2**24, 16, "sample.num"), (2, 2**24, "sample.length"), (2**24, 2**24, "sample.num")],
+    [
+        (2**24, 16, "sample.num_texts"),
+        (2, 2**24, "sample.length"),
+        (2**24, 2**24, "sample.num_texts"),
+    ],
 )
 @pytest.mark.parametrize("family", [
     {"objective": "ar"}, {"objective": "mdlm"}, {"objective": "bd3"}, {}, {"sample__steps": 9},
@@ -121,7 +125,7 @@ def test_evaluation_that_cannot_fit_is_refused(host, fields, named):
 def test_sampling_that_cannot_fit_is_refused(monkeypatch, family, rows, length, named):
     monkeypatch.setattr(memory_limit, "host_memory", lambda: (4e8, "this machine has"))
     config = configured(**family)
-    config.sample.num, config.sample.length = rows, length
+    config.sample.num_texts, config.sample.length = rows, length
     with pytest.raises(UserError, match=rf"^config\.{named}=\d+: needs at least .* GB"):
         memory_limit.check_sampling(config, model_of(config), mesh_of(config), rows, length, False)
 
@@ -172,8 +176,8 @@ def test_verbs_refuse_before_they_allocate(prepared, host, monkeypatch, capsys):
     for verb, changes in [
         ("train", {"train.batch_size": 2**24, "data.workers": 2}),
         ("evaluate", {"eval.batch_size": 2**24}),
-        ("sample", {"sample.num": 2**20, "sample.length": 2**12}),
-        ("sample", {"sample.length": 2**24, "sample.num": 2**8}),
+        ("sample", {"sample.num_texts": 2**20, "sample.length": 2**12}),
+        ("sample", {"sample.length": 2**24, "sample.num_texts": 2**8}),
     ]:
         capsys.readouterr()
         given = arguments(fields | changes)
@@ -215,7 +219,7 @@ def test_limit_of_the_control_group_is_known(tmp_path, monkeypatch, line, file):
 
 def test_estimates_of_sampling_are_below_what_is_allocated():
     """The tables and the canvas that the sampler makes take at least what is estimated."""
-    config = configured(sample__num=4)
+    config = configured(sample__num_texts=4)
     canvas = Canvas.empty(4, 16)
     passes = Generator.of(config, canvas, Special(mask=259, start=256)).passes
     arrays = [canvas.token, canvas.known, passes.order, passes.known]

@@ -29,19 +29,22 @@ DRAFT_STYLES = ("chain", "staircase")
 _field = functools.partial(Field, may_change_on_resume=True)
 
 SAMPLE = {
-    "num": _field(8, "Number of texts; of each prompt if there are any.", at_least(1, MAX_TEXTS)),
+    "num_texts": _field(8, "Number of texts; of each prompt if there are any.",
+                        at_least(1, MAX_TEXTS), formerly=("num",)),
     "length": _field(0, "Tokens of a text, prompt included; 0 = data.seq_len.", size(0)),
     "schedule": _field("ancestral", "Order in which positions are generated.", OneOf(SCHEDULES)),
     "steps": _field(0, "Steps T; 0 = one token per step.", at_least(0, MAX_STEPS)),
-    "block": _field(0, "Schedule blockwise: tokens of a block; 0 = data.seq_len, or bd3's "
-                   "block_length.", size(0)),
-    "speculate": _field(0, "eso_b: tokens drafted per pass, losslessly; 0 = off.",
-                       Check(lambda v: v == 0 or 2 <= v <= 64, "0 (off) or in [2, 64]")),
+    "block_length": _field(0, "Schedule blockwise: tokens of a block; 0 = data.seq_len, or bd3's "
+                           "config.block_length.", size(0), formerly=("block",)),
+    "draft_tokens": _field(0, "eso_b: tokens that a pass may yield, losslessly; 0 = off.",
+                           Check(lambda v: v == 0 or 2 <= v <= 64, "0 (off) or in [2, 64]"),
+                           formerly=("speculate",)),
     "speculate_style": _field("chain", "How tokens are drafted.", OneOf(DRAFT_STYLES)),
-    "speculate_adaptive": _field(False, "Makes the number of drafted tokens an upper bound."),
-    "confident": _field(1, "Schedule confidence: tokens per pass, at most.", size(1)),
-    "threshold": _field(0.0, "Schedule confidence: least probability of a token; 0 = none.",
-                       FRACTION),
+    "speculate_adaptive": _field(False, "Makes draft_tokens an upper bound."),
+    "tokens_per_pass": _field(1, "Schedule confidence: tokens per pass, at most.", size(1),
+                              formerly=("confident",)),
+    "confidence_threshold": _field(0.0, "Schedule confidence: least probability of a token; 0 = "
+                                   "none.", FRACTION, formerly=("threshold",)),
     "stop_at_eos": _field(False, "Ends a text at its first generated EOS after all known tokens."),
     "temperature": _field(1.0, "Temperature of the draws; 0 = greedy.", at_least(0)),
     "top_p": _field(1.0, "Probability mass of nucleus sampling; 1 = off.",

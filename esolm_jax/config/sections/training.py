@@ -15,15 +15,21 @@ OPTIMIZER = {
     "b2": Field(0.999, "Decay of the second moment.", FRACTION),
     "eps": Field(1e-8, "Epsilon of AdamW.", EPSILON),
     "weight_decay": Field(0.0, "Decoupled weight decay.", at_least(0)),
-    "clip": Field(1.0, "Largest global norm of the gradient.", above(0)),
+    "clip_norm": Field(1.0, "Largest global norm of the gradient.", above(0), formerly=("clip",)),
     "warmup_steps": Field(2500, "Steps of linear warm-up.", count(0)),
     "schedule": Field("constant", "Learning rate after warm-up.", OneOf(LR_SCHEDULES)),
-    "ema": Field(0.9999, "Decay of the exponential moving average of the weights.", FRACTION),
+    "ema_decay": Field(
+        0.9999,
+        "Decay of the exponential moving average of the weights.",
+        FRACTION,
+        formerly=("ema",),
+    ),
 }
 
 TRAIN = {
     "batch_size": Field(512, "Windows per step, over all devices.", size(1)),
-    "accumulation": Field(1, "Micro-batches per step.", size(1)),
+    "grad_accumulation": Field(1, "Micro-batches per step.", size(1),
+                               formerly=("accumulation",)),
     "steps": Field(1_000_000, "Steps of training.", count(1), **_FREE),
     "anneal_steps": Field(0, "Steps over which alpha_0 rises from 0 to its value; eso_a, eso_b.",
                           count(0)),

@@ -29,8 +29,8 @@ _STYLES = {
 }
 # What the exported functions follow, or need not know.
 _FIELDS = {"vocab_size", "width", "blocks", "heads", "cond_width", "style", "kv_heads", "mlp_width"}
-_FIELDS |= {"attention_width", "norm_eps", "qkv_bias", "qk_norm", "positions"}
-_FIELDS |= {"rope_base", "rope_factor", "rope_length"}
+_FIELDS |= {"attention_width", "norm_eps", "qkv_bias", "qk_norm", "max_positions"}
+_FIELDS |= {"rope_base", "rope_factor", "rope_original_length"}
 _FIELDS |= {"dropout", "dtype", "unroll", "attention", "remat"}
 
 
@@ -79,7 +79,7 @@ def shapes(config: ModelConfig, params) -> dict[str, tuple[int, ...]]:
     check(config)
     network = jax.eval_shape(lambda p: _fold(in_float32(config), p), params)
     named = {name: leaf.shape for name, leaf in _named(network).items()}
-    return named if config.positions else named | {ROPE: (config.head_width // 2,)}
+    return named if config.max_positions else named | {ROPE: (config.head_width // 2,)}
 
 
 def tensors(config: ModelConfig, params: dict) -> Iterator[tuple[str, np.ndarray]]:

@@ -70,12 +70,12 @@ def no_sampler(config) -> str:
     fine = s.schedule == "left_to_right"
     fine |= s.schedule == "strided"
     fine |= s.schedule == "ancestral" and s.steps == 0 and length <= config.data.seq_len
-    if not fine or s.speculate or s.stop_at_eos:
+    if not fine or s.draft_tokens or s.stop_at_eos:
         return (
-            f"config.sample.schedule={s.schedule!r} with sample.steps={s.steps}, speculate="
-            f"{s.speculate}, stop_at_eos={s.stop_at_eos}, {length} tokens: the exported sampler is "
-            "left_to_right, strided, or ancestral with steps=0 (one token a pass) up to "
-            f"data.seq_len={config.data.seq_len}, without speculate and stop_at_eos"
+            f"config.sample.schedule={s.schedule!r} with sample.steps={s.steps}, draft_tokens="
+            f"{s.draft_tokens}, stop_at_eos={s.stop_at_eos}, {length} tokens: the exported sampler "
+            "is left_to_right, strided, or ancestral with steps=0 (one token a pass) up to "
+            f"data.seq_len={config.data.seq_len}, without draft_tokens and stop_at_eos"
         )
     return ""
 

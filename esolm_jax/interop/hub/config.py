@@ -26,7 +26,7 @@ _GPT2 = {
     "blocks": ("n_layer", None),
     "heads": ("n_head", None),
     "mlp_width": ("n_inner", 0),
-    "positions": ("n_positions", None),
+    "max_positions": ("n_positions", None),
     "norm_eps": ("layer_norm_epsilon", 1e-5),
 }
 _LLAMA = {
@@ -151,7 +151,7 @@ def get_config(path: str) -> ConfigDict:
         config.data.source = "text"
         config.data.tokenizer = "tokenizers"
         longest = _number(hub, "max_position_embeddings", _LENGTH, int, where)
-        config.data.seq_len = min(_LENGTH, model.positions or longest)
+        config.data.seq_len = min(_LENGTH, model.max_positions or longest)
     return config
 
 
@@ -211,7 +211,7 @@ def _set_rope(model: ConfigDict, hub: dict, where: str) -> None:
             "(allowed: none, or llama3 with low_freq_factor 1 and high_freq_factor 4)"
         )
     model.rope_factor = _number(rope, "factor", None, float, where)
-    model.rope_length = _number(rope, "original_max_position_embeddings", None, int, where)
+    model.rope_original_length = _number(rope, "original_max_position_embeddings", None, int, where)
 
 
 def _rope_fields(fields: Any, where: str) -> dict:

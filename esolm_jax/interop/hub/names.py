@@ -65,8 +65,8 @@ def parts(model: ModelConfig, ids: int, *, tied: bool, prefix: str) -> list[Part
     ]
     if model.style == "gpt2":
         found.append(Part(final_norm + ".bias", (width,), "final_norm/bias"))
-    if model.positions:
-        shape = model.positions, width
+    if model.max_positions:
+        shape = model.max_positions, width
         found.append(Part(prefix + around["positions"], shape, "positions/embedding"))
     for i in range(model.blocks):
         for part in block(model):

@@ -71,7 +71,7 @@ def _kind(config) -> tuple[str, str]:
         "objective": (config.objective, "ar"),
         "model.style": (model.style, "llama"),
         "model.cond_width": (model.cond_width, 0),
-        "model.positions": (model.positions, 0),
+        "model.max_positions": (model.max_positions, 0),
     }
     for name, (value, wanted) in allowed.items():
         if value != wanted:
@@ -100,7 +100,7 @@ def _config_json(config, tokenizer: dict, kind: tuple[str, str]) -> dict:
             "factor": model.rope_factor,
             "low_freq_factor": 1.0,
             "high_freq_factor": 4.0,
-            "original_max_position_embeddings": model.rope_length,
+            "original_max_position_embeddings": model.rope_original_length,
         }
     return {
         "model_type": kind[0],

@@ -109,7 +109,7 @@ def _fold(config: ModelConfig, params: dict) -> Network:
         blocks.append({name: put(name, array) for name, array in found.items()})
     kernel, bias = _behind_norm(left["final_norm"], left["logits"], *of_head)
     embedding = left["embedding"].pop("embedding")
-    positions = left["positions"].pop("embedding") if config.positions else None
+    positions = left["positions"].pop("embedding") if config.max_positions else None
     _check_all_taken(left)
     return Network(
         embedding=put("embedding", embedding),
