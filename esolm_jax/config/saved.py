@@ -43,7 +43,7 @@ def from_saved(saved: Mapping, source: str = "the saved config") -> ConfigDict:
             f"{source}: its config has {VERSION_KEY} {version}, but this esolm_jax reads up to "
             f"{schema.VERSION}; install the esolm_jax that wrote it, or a later one"
         )
-    values = _with_current_names(_flat_saved(saved), source)
+    values, told = _with_current_names(_flat_saved(saved), source)
     config = schema.default_config()
     with config.ignore_type():
         for name, field in schema.fields().items():
@@ -53,6 +53,8 @@ def from_saved(saved: Mapping, source: str = "the saved config") -> ConfigDict:
                     f"{_OTHER_CODE}"
                 )
             _set(config, name, values.get(name, field.before))
+    if told:
+        announce(f"saved with earlier names of fields: {', '.join(told)}", f"{source}: ")
     return config
 
 
@@ -81,8 +83,8 @@ def renamed() -> dict[str, str]:
     }
 
 
-def _with_current_names(values: dict, source: str) -> dict:
-    """Values under today's names. One line on stderr names what was renamed."""
+def _with_current_names(values: dict, source: str) -> tuple[dict, list[str]]:
+    """Values under today's names, and what was renamed."""
     known, earlier, current, told = schema.fields(), renamed(), {}, []
     for name, value in values.items():
         if name in removed.REMOVED and name not in known:
@@ -102,9 +104,7 @@ def _with_current_names(values: dict, source: str) -> dict:
         if new != name:
             told.append(f"config.{name} is config.{new} now")
         current[new] = value
-    if told:
-        announce(f"saved with earlier names of fields: {', '.join(told)}", f"{source}: ")
-    return current
+    return current, told
 
 
 def with_current_names(argv: list[str]) -> list[str]:
