@@ -7,7 +7,8 @@ setup(
     version="0.1.0",
     description="Esoteric Language Models (Eso-LMs) in JAX: diffusion and autoregression in one",
     packages=find_packages(include=["esolm_jax", "esolm_jax.*"]),
-    package_data={"esolm_jax.sampling": ["trace.html"]},
+    package_data={"esolm_jax": ["py.typed"], "esolm_jax.sampling": ["trace.html"]},
+    license="Apache-2.0",
     python_requires=">=3.11",
     # Lower bounds are what the tests ran on; upper bounds end before what may break.
     install_requires=[
@@ -39,7 +40,9 @@ setup(
         "tpu": ["jax[tpu]>=0.10.2,<0.11"],  # brings the TPU compiler, which needs no TPU
         "test": [
             "flatbuffers>=25.12.19,<26",
+            "import-linter>=2.17,<3",
             "jax[tpu]>=0.10.2,<0.11",
+            "mypy>=2.4.1,<3",
             "onnx>=1.23.2,<2",
             "onnxruntime>=1.31.1,<2",
             "pytest>=9.2,<10",

@@ -1,9 +1,13 @@
 #!/usr/bin/env bash
-# Runs the tests, on the CPU.   bash launch/test.sh [pytest arguments]
+# Checks format, lint, import layers and types, then runs the tests, on the CPU.
+#   bash launch/test.sh [pytest arguments]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/install.sh test
 export JAX_PLATFORMS=cpu
 .venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/lint-imports
+.venv/bin/mypy
 # Files stay together on a worker, for what they set up, until one has nothing left to do.
 .venv/bin/python -m pytest -n 2 --dist worksteal "$@"
