@@ -74,7 +74,7 @@ def check_config(model) -> None:
         "norm_eps": (1e-5,),
         "qkv_bias": (False,),
         "qk_norm": (False,),
-        "positions": (0,),
+        "max_positions": (0,),
         "rope_base": (10_000.0,),
         "rope_factor": (1.0,),
     }
