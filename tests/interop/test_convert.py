@@ -171,7 +171,7 @@ def test_hyper_parameters_become_the_config(converted):
     assert model == dict(width=8, blocks=2, heads=2, cond_width=4, dropout=0.1)
     assert config["data"]["seq_len"] == 16 and config["data"]["tokenizer"] == "gpt2"
     assert config["optimizer"]["learning_rate"] == 2e-4 and config["optimizer"]["b2"] == 0.99
-    assert config["train"]["batch_size"] == 8 and config["optimizer"]["ema"] == 0.999
+    assert config["train"]["batch_size"] == 8 and config["optimizer"]["ema_decay"] == 0.999
     meta = checkpoint.read_meta(converted)
     assert meta["converted"] == {"file": "esolm.ckpt", "weights": "raw weights and EMA"}
     assert (meta["tokenizer"]["vocab_size"], meta["tokenizer"]["mask_id"]) == (257, 257)
