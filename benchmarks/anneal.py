@@ -14,7 +14,7 @@ import pathlib
 
 from absl import app, flags, logging
 
-from benchmarks import write_up
+from benchmarks import report_writer
 from configs import shakespeare
 from esolm_jax import config as config_lib
 from esolm_jax import evaluate, prepare, train
@@ -126,7 +126,7 @@ def table(rows: list[dict]) -> str:
     title = (
         "# From a pretrained AR model to an Eso-LM\n\nMade by `python -m benchmarks.anneal`.\n\n"
     )
-    return f"{title}{write_up.table(head, lines)}\n{note}\n"
+    return f"{title}{report_writer.table(head, lines)}\n{note}\n"
 
 
 def plot(rows: list[dict], unigram: float, path: pathlib.Path) -> None:
@@ -173,7 +173,7 @@ def main(argv) -> None:
     unigram = unigram_perplexity(load_manifest(workdir / "data"), "validation")
     figures = {"runs": rows, "unigram_perplexity": unigram}
     draw = functools.partial(plot, rows, unigram)
-    write_up.write(out / "anneal", figures, table(rows), draw)
+    report_writer.write(out / "anneal", figures, table(rows), draw)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 
-from benchmarks import turns, write_up
+from benchmarks import interleaved_timings, report_writer
 from esolm_jax.attention import attend as attention
 from esolm_jax.family.labels import Layout, Tokens
 
@@ -66,7 +66,7 @@ def measure(tokens: Tokens, arguments) -> dict[str, dict]:
     names = kinds(tokens, jax.default_backend())
     errors = {kind: error(step(tokens, *operands, kind=kind), exact) for kind in names}
     calls = [functools.partial(step, tokens, *operands, kind=kind) for kind in names]
-    seconds, _ = turns.timed(calls, arguments.repeats)
+    seconds, _ = interleaved_timings.timed(calls, arguments.repeats)
     return {k: {"ms": 1e3 * s, "error": errors[k]} for k, s in zip(names, seconds, strict=True)}
 
 
@@ -93,7 +93,7 @@ def main() -> None:
             figures = f"{cell['ms']:.2f}", f"{speed:.2f}", f"{cell['error']:.1e}"
             lines.append((name, kind, *figures))
     figures = {"device": device, "rows": found}
-    write_up.write(arguments.out, figures, text + write_up.table(head, lines))
+    report_writer.write(arguments.out, figures, text + report_writer.table(head, lines))
 
 
 if __name__ == "__main__":

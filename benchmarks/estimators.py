@@ -14,7 +14,7 @@ import pathlib
 
 import numpy as np
 
-from benchmarks import train_speed, write_up
+from benchmarks import report_writer, train_speed
 from esolm_jax import config as config_lib
 from esolm_jax import train
 from esolm_jax.data.manifest import load_data
@@ -182,7 +182,7 @@ def measure(workdir: pathlib.Path, others: pathlib.Path, steps: int, seeds: int,
     return {
         "seeds": seeds,
         "batch_size": BATCH,
-        "commit": write_up.commit(),
+        "commit": report_writer.commit(),
         "machine": train_speed.machine(),
         "rows": rows,
     }
@@ -207,7 +207,7 @@ def table(report: dict) -> str:
     m = report["machine"]
     where = m["cpu"] if m["device"] == "cpu" else m["device"]
     return NOTES.format(
-        table=write_up.table(head, rows),
+        table=report_writer.table(head, rows),
         parts=PARTS if "random" in report["rows"][-1]["split"] else "",
         commit=report["commit"],
         machine=where,
@@ -231,7 +231,7 @@ def main() -> None:
     a = parser.parse_args()
     cases = [case for case in CASES if not a.only or case.objective in a.only.split(",")]
     report = measure(a.workdir, a.others, a.other_steps, a.seeds, cases)
-    write_up.write(a.out, report, table(report))
+    report_writer.write(a.out, report, table(report))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import pathlib
 
 from absl import app, flags, logging
 
-from benchmarks import write_up
+from benchmarks import report_writer
 from configs.shakespeare import get_config
 from esolm_jax import config as config_lib
 from esolm_jax import evaluate, prepare, results, train
@@ -111,7 +111,7 @@ def table(rows: list[dict]) -> str:
         cells += [f"{row['standard_error_nats']:.4f}", weighted, f"{row['bits_per_byte']:.3f}"]
         lines.append(cells)
     title = "# The family, side by side\n\nMade by `python -m benchmarks.family`.\n\n"
-    return title + write_up.table(head, lines)
+    return title + report_writer.table(head, lines)
 
 
 def plot(rows: list[dict], path: pathlib.Path) -> None:
@@ -161,7 +161,7 @@ def main(argv) -> None:
     for i, (objective, alpha_0) in enumerate(RUNS, 1):
         print(f"[{i}/{len(RUNS)}] {objective}, alpha_0 = {alpha_0}", flush=True)
         rows.append(run(objective, alpha_0, workdir))
-    write_up.write(out / "family", rows, table(rows), functools.partial(plot, rows))
+    report_writer.write(out / "family", rows, table(rows), functools.partial(plot, rows))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
-from benchmarks import family, write_up
+from benchmarks import family, report_writer
 from esolm_jax import prepare
 from esolm_jax.data.manifest import load_manifest
 from esolm_jax.evaluation import likelihood
@@ -126,7 +126,7 @@ def table(report: dict) -> str:
     rows.append(["test windows", *"–––", f"{real['perplexity']:.1f}", f"{real['entropy']:.2f}"])
     head = "model", "passes", "NFE", "ms a text", "perplexity", "entropy, nats"
     return (
-        f"{_summary(report)}\n{write_up.table(head, rows)}\n"
+        f"{_summary(report)}\n{report_writer.table(head, rows)}\n"
         f"{report['texts']} texts of {report['length']} tokens each, in one batch, temperature 1; "
         "perplexity under an AR model trained with another seed; compiling is left out. T = steps "
         f"of the diffusion phase; k: speculation. {report['device']}.\n"
@@ -200,7 +200,7 @@ def main(argv) -> None:
         name = family.name_of(objective, alpha_0)
         if not _ONLY.value or name in _ONLY.value:
             report["models"][name] = frontier(objective, alpha_0, judge, workdir)
-    write_up.write(out / "frontier", report, table(report), functools.partial(plot, report))
+    report_writer.write(out / "frontier", report, table(report), functools.partial(plot, report))
 
 
 if __name__ == "__main__":

@@ -18,12 +18,12 @@ import pathlib
 import jax
 import jax.numpy as jnp
 
-from benchmarks import write_up
+from benchmarks import report_writer
 from esolm_jax import compile as compile_lib
 from esolm_jax import results
 from esolm_jax.aot import topology
 from esolm_jax.model.lm_head import token_nll
-from esolm_jax.training.train_step import Objective
+from esolm_jax.training.train_step import PhaseLoss
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "pod_cost"
@@ -97,7 +97,7 @@ SECTIONS = {
 }
 
 
-class FullLoss(Objective):
+class FullLoss(PhaseLoss):
     """The same objective through logits of all tokens that could be predicted: what is avoided."""
 
     def losses(self, params, labelled, num_tokens, dropout_key=None):
@@ -118,12 +118,12 @@ def measure(one: Case) -> dict:
     if not one.full_loss:
         return compile_lib.measure(config, one.topology, one.num_slices)
     training = compile_lib.make_training(config, one.topology)
-    fields = {f.name: getattr(training.objective, f.name) for f in dataclasses.fields(Objective)}
+    fields = {f.name: getattr(training.objective, f.name) for f in dataclasses.fields(PhaseLoss)}
     training.objective = FullLoss(**fields)
     figures = compile_lib.describe(config, training, one.topology, 1)
     try:
         stats = compile_lib.compile_step(training).memory_analysis()
-    except compile_lib.NoFit as error:
+    except compile_lib.OutOfMemory as error:
         return figures | {"message": str(error)}
     return figures | {"temporaries": stats.temp_size_in_bytes}
 
@@ -171,7 +171,7 @@ def table(found: dict) -> str:
     text += "memory, FLOPs and bytes are facts of the compiled programs, times are rooflines, not "
     text += "measurements. FLOPs are matrix products; of an attention kernel those of the blocks "
     text += "it computes; the head with half a chunk for rounding. Their ratio is to the "
-    text += "necessary ones (esolm_jax/aot/necessary.py: attention at the visible pairs, three "
+    text += "necessary ones (esolm_jax/aot/lower_bound.py: attention at the visible pairs, three "
     text += "times forward, no recomputation). Bytes sent are those of ring algorithms beside "
     text += "the ideal of the sharding.\n"
     parts = {
@@ -187,7 +187,7 @@ def table(found: dict) -> str:
 def _configs(found: dict) -> str:
     head = "config", "pod", "mesh", "batch x L", "remat", "HBM GiB", "FLOPs x", "sent x", "step ms"
     rows = [_cells(name, f) for name, f in found.get("configs", {}).items()]
-    return write_up.table([*head, "MFU <="], rows)
+    return report_writer.table([*head, "MFU <="], rows)
 
 
 def _work(found: dict) -> str:
@@ -198,7 +198,9 @@ def _work(found: dict) -> str:
         cells = [name.split()[0].split(":")[1], f"{flops['compiled'] / 1e12:.2f}"]
         cells += [f"{flops['ratio']:.3f}", f"{flops['compiled'] / mdlm:.3f}" if mdlm else ""]
         rows.append([*cells, f"{f['collectives']['ratio']:.3f}"])
-    return write_up.table(["objective", "TFLOPs a chip", "x necessary", "x mdlm", "sent x"], rows)
+    return report_writer.table(
+        ["objective", "TFLOPs a chip", "x necessary", "x mdlm", "sent x"], rows
+    )
 
 
 def _scaling(found: dict) -> str:
@@ -209,7 +211,7 @@ def _scaling(found: dict) -> str:
         cells += [f"{sum(sent['sent'].values()) / 1e6:.0f}", f"{sent['ratio']:.3f}"]
         rows.append([*cells, len(sent["stray_gathers"])])
     head = "pod", "chips", "mesh", "HBM GiB", "MB sent a chip", "sent x", "whole stacks"
-    return write_up.table(head, rows)
+    return report_writer.table(head, rows)
 
 
 def _lengths(found: dict) -> str:
@@ -221,7 +223,7 @@ def _lengths(found: dict) -> str:
         cells = [length, rows, f"{ours / GIB:.2f}", f"{ours / GIB / (length * rows / 8192):.3f}"]
         lines.append(cells + ([f"{full / GIB:.2f}", f"{ours / full:.2f}"] if full else ["", ""]))
     head = "L", "rows a chip", "GiB", "GiB / 8192 tokens", "with all logits", "ratio"
-    return write_up.table(head, lines)
+    return report_writer.table(head, lines)
 
 
 def _mesh(figures: dict) -> str:
@@ -293,7 +295,7 @@ def main() -> None:
     arguments = parser.parse_args()
     names = [name for name in arguments.only.split(",") if name]
     found = run(names, arguments.match, arguments.workers, arguments.out.with_suffix(".json"))
-    write_up.write(arguments.out, found, table(found), functools.partial(plot, found))
+    report_writer.write(arguments.out, found, table(found), functools.partial(plot, found))
 
 
 if __name__ == "__main__":

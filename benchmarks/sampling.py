@@ -23,7 +23,7 @@ import sys
 
 import jax
 
-from benchmarks import sampling_cases, sampling_limits, sampling_report, write_up
+from benchmarks import report_writer, sampling_cases, sampling_limits, sampling_report
 from benchmarks.sampling_cases import AR_CONFIG, CONFIG, MASK, Case, Ours
 from benchmarks.train_speed import Load, machine, num_threads, spread
 from esolm_jax import results
@@ -215,7 +215,7 @@ def main() -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     report = run(options)
     draw = functools.partial(sampling_report.plot, report["rows"])
-    write_up.write(options.out, report, sampling_report.table(report), draw)
+    report_writer.write(options.out, report, sampling_report.table(report), draw)
 
 
 if __name__ == "__main__":

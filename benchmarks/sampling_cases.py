@@ -13,7 +13,7 @@ from benchmarks import sampling_limits
 from esolm_jax.family.labels import Tokens
 from esolm_jax.model import transformer as model
 from esolm_jax.sampling.engine import network
-from esolm_jax.sampling.engine.choose import Choice
+from esolm_jax.sampling.engine.choose import TokenSampler
 from esolm_jax.sampling.loops import decode
 from esolm_jax.sampling.plan import passes, schedule
 from esolm_jax.sampling.plan.canvas import Canvas
@@ -55,7 +55,7 @@ class Case:
         alpha_0 = f", alpha_0 = {self.alpha_0:g}" if self.alpha_0 < 1 else ""
         return f"{self.family} {self.batch} x {self.length}, T = {self.num_steps or 'L'}{alpha_0}"
 
-    def plan(self, rows: int) -> passes.Passes:
+    def plan(self, rows: int) -> passes.DecodePlan:
         canvas = Canvas.empty(rows, self.length)
         if self.objective == "ar":
             found = schedule.left_to_right(canvas)
@@ -114,12 +114,12 @@ def _rows_that_fit(case: Case) -> int:
     return rows
 
 
-def spread_evenly(plan: passes.Passes, count: int) -> passes.Passes:
+def spread_evenly(plan: passes.DecodePlan, count: int) -> passes.DecodePlan:
     """`count` of the passes, one from each of as many equal stretches: from a random place in it,
     lest they fall in step with the blocks of bd3."""
     edges = np.arange(count) + np.random.default_rng(0).random(count)
     at = (edges * len(plan.size) / count).astype(int)
-    names = "start first size end bidirectional_below lowest_left".split()
+    names = "start first size end bidirectional_below leftmost_unknown".split()
     return plan.replace(**{name: getattr(plan, name)[at] for name in names})
 
 
@@ -155,7 +155,7 @@ class Ours:
         return 1e-3 + flops / 4e10 + (self.needed["bytes_per_pass"] + 8 * scores) / 1e10
 
     def _decode(self, dry_run=False):
-        choice = Choice(MASK)
+        choice = TokenSampler(MASK)
         out = decode.decode(self.net, self.plan, choice, self.keys, dry_run=dry_run)
         return jax.block_until_ready(out)
 

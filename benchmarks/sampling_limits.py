@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks.train_speed import Load, matmul_ceiling, num_threads
 from esolm_jax.model.transformer import ModelConfig
-from esolm_jax.sampling.plan.passes import Passes
+from esolm_jax.sampling.plan.passes import DecodePlan
 
 # Bytes: about the weights of the benchmark's network, with the cache of half of 8192 tokens, and
 # with that of eight such texts.
@@ -18,7 +18,7 @@ MATMUL = 2048
 FLOAT = 4  # bytes
 
 
-def needed(config: ModelConfig, passes: Passes) -> dict:
+def needed(config: ModelConfig, passes: DecodePlan) -> dict:
     """FLOPs and bytes of a pass, the mean over all passes.
 
     Matrix products only, for the tokens of the windows (not for what they are rounded up to) and

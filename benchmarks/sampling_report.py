@@ -4,7 +4,7 @@ import itertools
 import math
 import pathlib
 
-from benchmarks import published_ratios, sampling_cases, write_up
+from benchmarks import published_ratios, report_writer, sampling_cases
 
 LABELS = {
     "eso_b": "Eso-LM (B)",
@@ -116,7 +116,12 @@ def table(report: dict) -> str:
         elif has_published:
             cells += ["–"] * 3
         lines.append(cells)
-    parts = [_summary(report), write_up.table(head, lines), _targets(report), _notes(report) + "\n"]
+    parts = [
+        _summary(report),
+        report_writer.table(head, lines),
+        _targets(report),
+        _notes(report) + "\n",
+    ]
     return "\n".join(parts)
 
 
@@ -156,7 +161,7 @@ def _targets(report: dict) -> str:
         limits = [f"{t[of]:.2f}" if of in t else "–" for of in ("possible", "at_both_limits")]
         lines.append([t["what"], aim, f"{t['value']:.2f}", "yes" if t["met"] else "no", *limits])
     head = ["target", "", "measured", "met", "possible", "at both limits"]
-    return write_up.table(head, lines)
+    return report_writer.table(head, lines)
 
 
 def _notes(report: dict) -> str:

@@ -16,7 +16,7 @@ import pathlib
 import jax
 import numpy as np
 
-from benchmarks import turns, write_up
+from benchmarks import interleaved_timings, report_writer
 from esolm_jax.parallel import sharding
 from esolm_jax.sampling.engine.network import fold
 from esolm_jax.sampling.generate import Generator, passes_run
@@ -34,7 +34,10 @@ def timed(generators: list[Generator], network, mesh, repeats: int) -> list[dict
     for generator in generators:
         jax.block_until_ready(generator.run(network, mesh=mesh, dry_run=True)[0])
     runs = [functools.partial(generator.run, network, mesh=mesh) for generator in generators]
-    return [_row(*each) for each in zip(generators, *turns.timed(runs, repeats), strict=True)]
+    return [
+        _row(*each)
+        for each in zip(generators, *interleaved_timings.timed(runs, repeats), strict=True)
+    ]
 
 
 def _row(generator: Generator, seconds: float, found) -> dict:
@@ -91,7 +94,7 @@ def table(found: dict) -> str:
         rates = " ".join(f"{rate:.2f}" for rate in row["acceptance"][:7])
         cells = [f"{row['alpha_0']:g}", row["style"], k, f"{row['tokens_per_pass']:.2f}"]
         rows.append([*cells, f"{row['seconds']:.3f}", f"{row['speedup']:.2f}", rates])
-    return text + write_up.table(head, rows)
+    return text + report_writer.table(head, rows)
 
 
 def main() -> None:
@@ -102,7 +105,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("docs/speculation"))
     arguments = parser.parse_args()
     found = measure(arguments.workdir, arguments.num, arguments.repeats)
-    write_up.write(arguments.out, found, table(found))
+    report_writer.write(arguments.out, found, table(found))
 
 
 if __name__ == "__main__":

@@ -26,9 +26,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from benchmarks import published_ratios, write_up
+from benchmarks import published_ratios, report_writer
 from esolm_jax import config as config_lib
-from esolm_jax.aot import necessary
+from esolm_jax.aot import lower_bound
 from esolm_jax.errors import UserError
 from esolm_jax.family import registry
 from esolm_jax.model import build
@@ -126,7 +126,7 @@ class Ours:
         tokenizer = {"vocab_size": size, "mask_id": size, "bos_id": 0}
         mesh = sharding.make_mesh(self.config.mesh)
         self.built = build.build_model(self.config, tokenizer, mesh)
-        self.training = train_step.Training(self.config, self.built)
+        self.training = train_step.Trainer(self.config, self.built)
         begin = time.perf_counter()
         abstract = self.training.abstract_state(), self.training.abstract_batch()
         self.step = self.training.step_fn().lower(*abstract).compile()
@@ -145,8 +145,8 @@ class Ours:
 
     def flops(self) -> float:
         """That a step cannot do without (matrix products, forward and backward)."""
-        work = necessary.step(self.config, self.training.phases)
-        return sum(necessary.flops(self.built.model, work).values())
+        work = lower_bound.step(self.config, self.training.phases)
+        return sum(lower_bound.flops(self.built.model, work).values())
 
     def burst(self, states: dict, steps: int) -> float:
         """Seconds a step."""
@@ -313,7 +313,7 @@ def measure(ours: list[Ours], published: Published | None, names: list[str], loa
                 if not others > load.QUIET or load.patience <= 0:
                     break
             found[one.name].append((taken, others))
-        said = {n: [round(s, 3) for s in turns[-1][0]] for n, turns in found.items()}
+        said = {n: [round(s, 3) for s in bursts[-1][0]] for n, bursts in found.items()}
         print(f"round {index + 1}/{_ROUNDS.value}, seconds a step: {said}", flush=True)
     return found
 
@@ -329,11 +329,11 @@ def paired(a: list[float], b: list[float]) -> dict:
 
 
 def make_rows(ours: list[Ours], found: dict, ceiling: float) -> list[dict]:
-    mine = {name: [taken[0] for taken, _ in turns] for name, turns in found.items()}
+    mine = {name: [taken[0] for taken, _ in bursts] for name, bursts in found.items()}
     theirs = {
-        name: [taken[1] for taken, _ in turns]
-        for name, turns in found.items()
-        if len(turns[0][0]) > 1
+        name: [taken[1] for taken, _ in bursts]
+        for name, bursts in found.items()
+        if len(bursts[0][0]) > 1
     }
     rows = []
     for one in ours:
@@ -438,7 +438,7 @@ def table(report: dict) -> str:
             cells += ["–"] * 4
         lines.append(cells)
     title = "# Speed of training\n\nMade by `python -m benchmarks.train_speed`.\n\n"
-    return f"{title}{write_up.table(head, lines)}\n{_notes(report)}\n"
+    return f"{title}{report_writer.table(head, lines)}\n{_notes(report)}\n"
 
 
 def _notes(report: dict) -> str:
@@ -504,7 +504,7 @@ def main(argv) -> None:
     if _THREADS.value:  # before JAX and PyTorch count them
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: _THREADS.value])
     report = run()
-    write_up.write(pathlib.Path(_OUT.value), report, table(report))
+    report_writer.write(pathlib.Path(_OUT.value), report, table(report))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from esolm_jax.errors import UserError
 from esolm_jax.model import build
 from esolm_jax.model.transformer import REMAT
 from esolm_jax.parallel import sharding
-from esolm_jax.training.train_step import Training
+from esolm_jax.training.train_step import Trainer
 
 GIB = 2.0**30
 
@@ -38,7 +38,7 @@ def define_flags() -> None:
     flags.DEFINE_bool("sweep", False, "Try meshes and remat policies, and print a table.")
 
 
-def make_training(config, name: str, num_slices: int = 1) -> Training:
+def make_training(config, name: str, num_slices: int = 1) -> Trainer:
     """How `config` would train on a pod; the tokenizer is taken to be what config.data asks for.
 
     Raises:
@@ -46,34 +46,34 @@ def make_training(config, name: str, num_slices: int = 1) -> Training:
     """
     devices = topology.devices(name, num_slices)
     mesh = sharding.make_mesh(config.mesh, devices)
-    return Training(config, build.build_model(config, planned_tokenizer(config), mesh))
+    return Trainer(config, build.build_model(config, planned_tokenizer(config), mesh))
 
 
-def compile_step(training: Training):
+def compile_step(training: Trainer):
     """The compiled training step.
 
     Raises:
-      NoFit: the compiler found no way to fit it in memory.
+      OutOfMemory: the compiler found no way to fit it in memory.
     """
     arguments = training.abstract_state(), training.abstract_batch()
     return try_compile(training.step_fn().lower(*arguments))
 
 
-class NoFit(Exception):
+class OutOfMemory(Exception):
     """Needs more memory than a chip has; the message is the compiler's."""
 
 
 def try_compile(lowered):
-    """Compiles; NoFit if it would not fit."""
+    """Compiles; OutOfMemory if it would not fit."""
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise NoFit(" ".join(str(error).splitlines()[0].split()[1:])) from error
+        raise OutOfMemory(" ".join(str(error).splitlines()[0].split()[1:])) from error
 
 
-def describe(config, training: Training, name: str, num_slices: int) -> dict:
+def describe(config, training: Trainer, name: str, num_slices: int) -> dict:
     return {
         "objective": report_lib.objective_name(config),
         "topology": name,
@@ -99,7 +99,7 @@ def measure(config, name: str, num_slices: int = 1) -> dict:
     chip, _ = topology.parse(name)
     try:
         compiled = compile_step(training)
-    except NoFit as error:
+    except OutOfMemory as error:
         figures["hbm"] = {"fits": False, "available": chip.hbm_bytes, "message": str(error)}
     else:
         figures |= report_lib.report(training, compiled, chip)

@@ -172,7 +172,7 @@ class LanguageModel:
         given = [prompts] if isinstance(prompts, str) else list(prompts)
         length = texts_lib.length_of(config)
         parsed = prompts_lib.bounded(
-            prompts_lib.of_text(text, self.tokenizer, name=f"prompts[{i}]", length=length)
+            prompts_lib.parse_text(text, self.tokenizer, name=f"prompts[{i}]", length=length)
             for i, text in enumerate(given)
         )
         mesh, special = self._built.mesh, self._built.special

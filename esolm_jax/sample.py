@@ -42,9 +42,11 @@ def _prompts(given: list[str], file: str | None, tokenizer, length: int):
     common = {"tokenizer": tokenizer, "length": length}
     in_one_line = (ascii(text[:40])[1:-1] for text in given)
     named = zip(given, in_one_line, strict=True)
-    found = (prompts_lib.of_text(text, name=f"--prompt={name}", **common) for text, name in named)
-    of_file = [] if file is None else prompts_lib.of_file(pathlib.Path(file), **common)
-    return prompts_lib.bounded([*prompts_lib.bounded(found), *of_file])
+    found = (
+        prompts_lib.parse_text(text, name=f"--prompt={name}", **common) for text, name in named
+    )
+    from_file = [] if file is None else prompts_lib.parse_file(pathlib.Path(file), **common)
+    return prompts_lib.bounded([*prompts_lib.bounded(found), *from_file])
 
 
 def sample(

@@ -35,7 +35,7 @@ class Run:
         self.manifest: Manifest = load_data(config, workdir)
         mesh = sharding.make_mesh(config.mesh)
         self.built = build.build_model(config, self.manifest.tokenizer, mesh)
-        self.training = train_step.Training(config, self.built)
+        self.training = train_step.Trainer(config, self.built)
         config_lib.validate_evaluation(config, sharding.num_row_shards(mesh))
         self.metrics_entries = 0  # in the resumed checkpoint's meta
 

@@ -119,7 +119,7 @@ def _texts(rng: random.Random, folder: pathlib.Path, count: int, tokenizer):
     from esolm_jax.sampling.plan import prompts
 
     def attempt(text, length):
-        prompt = prompts.of_text(text, tokenizer, length=length)
+        prompt = prompts.parse_text(text, tokenizer, length=length)
         if len(prompts.complete(prompt, length)) != length and not prompt.is_whole:
             raise AssertionError("a prompt of another length")
 
@@ -145,7 +145,7 @@ def _lines(rng: random.Random, folder: pathlib.Path, count: int, tokenizer):
 
         def attempt(line=line):
             path.write_text(line, encoding="utf-8", errors="surrogatepass")
-            for prompt in prompts.of_file(path, tokenizer, length=64):
+            for prompt in prompts.parse_file(path, tokenizer, length=64):
                 prompts.complete(prompt, 64)
 
         yield line, attempt
@@ -164,4 +164,4 @@ def _files(rng: random.Random, folder: pathlib.Path, count: int, tokenizer):
     names = ("fifo", "link", "loop", "empty", "binary", "huge", ".", "missing", "a" * 300)
     paths = [folder / name for name in names]
     for path in (*paths, pathlib.Path("/dev/zero"), pathlib.Path("/dev/stdin/x")):
-        yield str(path), lambda path=path: prompts.of_file(path, tokenizer, length=64)
+        yield str(path), lambda path=path: prompts.parse_file(path, tokenizer, length=64)

@@ -235,7 +235,7 @@ def _request(rng: random.Random, text: str, tokenizer):
     ends = [0, *(at for span in spans for at in span), len(text)]
     known = [text[a:b] for a, b in zip(ends[::2], ends[1::2], strict=True)]
     asked = known[0] + "".join(f"[MASK:{rng.randint(1, 4)}]{part}" for part in known[1:])
-    return known, lambda: prompts.of_text(asked, tokenizer)
+    return known, lambda: prompts.parse_text(asked, tokenizer)
 
 
 def kept(tokens, known: list[str], tokenizer, rng: random.Random) -> bool:

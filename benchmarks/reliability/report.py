@@ -6,7 +6,7 @@ import pathlib
 import platform
 import subprocess
 
-from benchmarks import write_up
+from benchmarks import report_writer
 from benchmarks.reliability import cost
 from benchmarks.reliability.verbs import OUTCOMES
 
@@ -64,16 +64,18 @@ def write(out: pathlib.Path, sections: dict[str, dict]) -> int:
         measured = f"{section['seconds']:.0f} s, commit {section['commit']}.\n\n"
         text += f"## {TITLES[name]}\n\n"
         if name == "cost":
-            text += write_up.table(cost.COLUMNS, [[row[c] for c in cost.COLUMNS] for row in rows])
+            text += report_writer.table(
+                cost.COLUMNS, [[row[c] for c in cost.COLUMNS] for row in rows]
+            )
             text += f"\nMedians; runs with and without are interleaved. {measured}"
             continue
         faults += sum(row[fault] for row in rows for fault in FAULTS)
         columns = ["what", "attempts", *OUTCOMES]
         names = [RENAMED.get(name, {}).get(column, column) for column in columns]
-        text += write_up.table(names, [[row[c] for c in columns] for row in _with_sum(rows)])
+        text += report_writer.table(names, [[row[c] for c in columns] for row in _with_sum(rows)])
         text += f"\n{measured}"
     text += f"Measured on {machine['cpu']}, {machine['cores']} cores, two sections at a time.\n"
-    write_up.write(out, {"machine": machine, "sections": sections}, text)
+    report_writer.write(out, {"machine": machine, "sections": sections}, text)
     return faults
 
 

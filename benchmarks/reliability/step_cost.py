@@ -16,7 +16,7 @@ from esolm_jax.parallel import sharding
 from esolm_jax.training import train_step
 
 
-class _Unchecked(train_step.Training):
+class _Unchecked(train_step.Trainer):
     """Training steps without the check."""
 
     def _undo_if_not_finite(self, new, old, metrics):
@@ -45,7 +45,7 @@ def finite_check_cost(*, rounds: int = 20, width: int = 0, blocks: int = 0) -> d
     mesh = sharding.make_mesh(config.mesh)
     built = build.build_model(config, planned_tokenizer(config), mesh)
     programs, states = [], []
-    for kind in (train_step.Training, _Unchecked):
+    for kind in (train_step.Trainer, _Unchecked):
         training = kind(config, built)
         abstract = training.abstract_state(), training.abstract_batch()
         programs.append(training.step_fn().lower(*abstract).compile())

@@ -14,16 +14,16 @@ from esolm_jax.process import prng
 from esolm_jax.sampling.engine import cache as cache_lib
 from esolm_jax.sampling.engine import network as network_lib
 from esolm_jax.sampling.engine.network import Window
-from esolm_jax.training.train_step import Training
+from esolm_jax.training.train_step import Trainer
 
 OTHERS = ("evaluate", "sample")
 
 
-def _rows(training: Training, shape, dtype=jnp.int32):
+def _rows(training: Trainer, shape, dtype=jnp.int32):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.rows(training.built.mesh))
 
 
-def evaluation(config, training: Training):
+def evaluation(config, training: Trainer):
     """One draw of the NELBO for a batch of config.eval.batch_size windows, lowered."""
     built = training.built
     phases = make_phases(config, built.special, low_variance=False)
@@ -35,7 +35,7 @@ def evaluation(config, training: Training):
     return jax.jit(draw).lower(params, key, x, valid)
 
 
-def sampler_step(config, training: Training):
+def sampler_step(config, training: Trainer):
     """One pass of a sampler of config.sample.num_texts: the newest token and a mask of each text,
     over a full KV cache."""
     built = training.built
@@ -55,13 +55,13 @@ def sampler_step(config, training: Training):
     make = functools.partial(network_lib.fold, model, params)
     network = sharding.abstract(make, network_lib.shardings(jax.eval_shape(make), mesh))
     make = functools.partial(cache_lib.empty_cache, model, batch, length + 2, mesh)
-    rows = sharding.place(mesh, "rows", "heads")
+    rows = sharding.named_sharding(mesh, "rows", "heads")
     cache = sharding.abstract(make, jax.tree.map(lambda _: rows, jax.eval_shape(make)))
     two, filled = _rows(training, (batch, 2)), jax.ShapeDtypeStruct((batch,), jnp.int32)
     return jax.jit(one_pass, donate_argnums=4).lower(network, two, two, filled, cache)
 
 
-def measure(program: str, config, training: Training, chip: Chip) -> dict:
+def measure(program: str, config, training: Trainer, chip: Chip) -> dict:
     """HBM, FLOPs and collectives of a program on one chip."""
     lowered = {"evaluate": evaluation, "sample": sampler_step}[program](config, training)
     compiled = lowered.compile()

@@ -5,7 +5,7 @@ import re
 
 import jax
 
-from esolm_jax.aot import hlo, necessary
+from esolm_jax.aot import hlo, lower_bound
 from esolm_jax.aot.topology import Chip
 from esolm_jax.attention.splash import tiling
 from esolm_jax.family import registry, trim
@@ -13,7 +13,7 @@ from esolm_jax.family.labels import Layout
 from esolm_jax.family.phase import is_exact
 from esolm_jax.parallel import sharding
 from esolm_jax.process import prng
-from esolm_jax.training.train_step import Training
+from esolm_jax.training.train_step import Trainer
 
 KINDS = {"head|predicted_chunks|logits": "head", "splash|attend": "attention", "while": "blocks"}
 USUAL = {"conditional": 1}  # of train_step: the trimmed pass; see full_branch_probability
@@ -32,7 +32,7 @@ def local_bytes(tree) -> float:
     )
 
 
-def kernel_flops(training: Training, text: str) -> dict[str, float]:
+def kernel_flops(training: Trainer, text: str) -> dict[str, float]:
     """FLOPs of one execution of every splash kernel in a program, by its name.
 
     Counted are the blocks that the kernel computes: those of its layout with anything visible.
@@ -57,7 +57,7 @@ def kernel_flops(training: Training, text: str) -> dict[str, float]:
     return flops
 
 
-def _layouts(training: Training) -> list[Layout]:
+def _layouts(training: Trainer) -> list[Layout]:
     """The layouts of all passes of a training step, trimmed or not."""
     length = training.config.data.seq_len
     row = jax.ShapeDtypeStruct((1, length), "int32"), jax.ShapeDtypeStruct((1, length), "bool")
@@ -65,16 +65,16 @@ def _layouts(training: Training) -> list[Layout]:
     for phase, queries in zip(training.phases, training.objective.queries, strict=True):
         layout = jax.eval_shape(phase.label, key, *row).tokens.layout
         if layout is None:  # ranks depend on the row
-            layout = Layout(length, length) if phase.droppable else Layout(length)
-        if phase.droppable:
+            layout = Layout(length, length) if phase.can_trim_queries else Layout(length)
+        if phase.can_trim_queries:
             found.append(Layout(length, queries or length, layout.block))
         found.append(layout)
     return found
 
 
-def _padded(training: Training) -> float:
+def _padded(training: Trainer) -> float:
     """Chunks of the head that run in a step on one chip, on average: half of the last is empty."""
-    work = necessary.step(training.config, training.phases)
+    work = lower_bound.step(training.config, training.phases)
     mesh = training.built.mesh
     local = work.predicted / (sharding.num_row_shards(mesh) * mesh.shape["sequence"])
     per_step = local / training.config.train.grad_accumulation
@@ -95,7 +95,7 @@ def _activations(text: str, blocks: int, params: list[tuple[int, ...]]) -> float
     return most
 
 
-def memory(training: Training, compiled, chip: Chip) -> dict:
+def memory(training: Trainer, compiled, chip: Chip) -> dict:
     """HBM of one chip, in bytes, by what it holds."""
     stats = compiled.memory_analysis()
     state = training.abstract_state()
@@ -118,7 +118,7 @@ def memory(training: Training, compiled, chip: Chip) -> dict:
     }
 
 
-def cost(training: Training, text: str) -> hlo.Cost:
+def cost(training: Trainer, text: str) -> hlo.Cost:
     """The cost of a compiled training step; the usual branch is the trimmed one."""
     return hlo.analyse(
         text,
@@ -129,7 +129,7 @@ def cost(training: Training, text: str) -> hlo.Cost:
     )
 
 
-def stray_gathers(training: Training, found: hlo.Cost) -> list[str]:
+def stray_gathers(training: Trainer, found: hlo.Cost) -> list[str]:
     """Messages outside a loop that bring together a stacked parameter, all blocks of it."""
     blocks = training.built.model.blocks
     wholes = {
@@ -145,16 +145,16 @@ def stray_gathers(training: Training, found: hlo.Cost) -> list[str]:
     ]
 
 
-def report(training: Training, compiled, chip: Chip) -> dict:
+def report(training: Trainer, compiled, chip: Chip) -> dict:
     """All figures of a compiled training step, as JSON-able numbers per chip and step."""
     config, built = training.config, training.built
     text = compiled.as_text()
     found = cost(training, text)
-    work = necessary.step(config, training.phases)
+    work = lower_bound.step(config, training.phases)
     params = training.abstract_state().params
     chips = built.mesh.size
-    needed = {k: v / chips for k, v in necessary.flops(built.model, work).items()}
-    ideal = necessary.collective_bytes(config, built.model, work, built.mesh, params)
+    needed = {k: v / chips for k, v in lower_bound.flops(built.model, work).items()}
+    ideal = lower_bound.collective_bytes(config, built.model, work, built.mesh, params)
     sent, best = sum(found.collectives.values()), sum(ideal.values())
     flops = {"compiled": found.flops, "necessary": sum(needed.values())}
     hbm = memory(training, compiled, chip)
@@ -179,12 +179,12 @@ def report(training: Training, compiled, chip: Chip) -> dict:
     }
 
 
-def _full_branch(training: Training) -> float:
+def _full_branch(training: Trainer) -> float:
     """Probability that a micro-batch of a step does not fit the trimmed pass."""
     rows = training.config.train.batch_size // training.config.train.grad_accumulation
     length = training.config.data.seq_len
     misses = [
-        trim.exceeded(length, phase.predicts, round(phase.fraction * rows), queries)
+        trim.exceeded(length, phase.masked_fraction, round(phase.fraction * rows), queries)
         for phase, queries in zip(training.phases, training.objective.queries, strict=True)
         if queries
     ]

@@ -37,7 +37,9 @@ def flash(q_BHTK, k_BGSK, v_BGSK, *labels, layout: Layout | None, interpret: boo
     width = q_BHTK.shape[-1]
     wide = max(NARROWEST, pl.next_power_of_2(width))
     q_BHTK = q_BHTK * width**-0.5
-    q_BHTK, k_BGSK, v_BGSK = (attention_vjp.fill(a, 3, wide) for a in (q_BHTK, k_BGSK, v_BGSK))
+    q_BHTK, k_BGSK, v_BGSK = (
+        attention_vjp.pad_to_multiple(a, 3, wide) for a in (q_BHTK, k_BGSK, v_BGSK)
+    )
     way = _INTERPRETED if interpret else _COMPILED
     return attention_vjp.attend(way, layout, q_BHTK, k_BGSK, v_BGSK, labels)[..., :width]
 
@@ -82,17 +84,17 @@ def _forward_kernel(*refs):
     lse[...] = top + jnp.log(total)
 
 
-def _scores_gradient(q_TK, k_SK, v_SK, q_labels, k_labels, grad_TK, lse, along):
+def _scores_gradient(q_TK, k_SK, v_SK, q_labels, k_labels, grad_TK, lse, delta):
     """(probabilities, gradient of the scores), float32 [T, S]."""
     probs = jnp.exp(_scores(q_TK, k_SK, q_labels, k_labels) - lse[:, None])
-    return probs, probs * (_dot(grad_TK, v_SK, 1, 1) - along[:, None])
+    return probs, probs * (_dot(grad_TK, v_SK, 1, 1) - delta[:, None])
 
 
 def _queries_kernel(*refs):
     """The gradient of a block of queries."""
     blocks, count, q, k, v, q_rank, q_in_context, k_rank, k_in_context, *rest = refs
-    grad, lse, along, dq = rest
-    of_queries = grad[...], lse[...], along[...]
+    grad, lse, delta, dq = rest
+    of_queries = grad[...], lse[...], delta[...]
     q_TK, q_labels = q[...], (q_rank[...], q_in_context[...])
 
     def step(n, dq_TK):
@@ -108,7 +110,7 @@ def _queries_kernel(*refs):
 def _keys_kernel(*refs):
     """The gradients of a block of keys and values, over all query heads that read it."""
     blocks, count, q, k, v, q_rank, q_in_context, k_rank, k_in_context, *rest = refs
-    grad, lse, along, dk, dv = rest
+    grad, lse, delta, dk, dv = rest
     k_SK, v_SK, k_labels = k[...], v[...], (k_rank[...], k_in_context[...])
     heads = q.shape[0]
 
@@ -116,7 +118,7 @@ def _keys_kernel(*refs):
         dk_SK, dv_SK = carry
         i, head = blocks[jax.lax.div(n, heads)], jax.lax.rem(n, heads)
         at = head, pl.ds(i * len(k_SK), len(k_SK))
-        q_TK, *of_queries = (ref[at] for ref in (q, grad, lse, along))
+        q_TK, *of_queries = (ref[at] for ref in (q, grad, lse, delta))
         q_labels = _block((q_rank, q_in_context), i, len(k_SK))
         probs, dscores = _scores_gradient(q_TK, k_SK, v_SK, q_labels, k_labels, *of_queries)
         grad_TK = of_queries[0]
@@ -141,10 +143,14 @@ def _filled(layout, q, k, v, labels):
     see which of keys; tokens of a block)."""
     block = BLOCK_BYTES // q.dtype.itemsize
     labels = attention_vjp.fill_labels(labels, block)
-    table = attention_vjp.block_table(layout, labels, block)
-    fill = functools.partial(attention_vjp.fill, block=block)
+    table = attention_vjp.block_mask(layout, labels, block)
+    pad_to_multiple = functools.partial(attention_vjp.pad_to_multiple, block=block)
     labels = (label.astype(jnp.int32) for label in labels)
-    return (fill(q, 3, mode="edge"), fill(k, 2), fill(v, 2), *labels), table, block
+    return (
+        (pad_to_multiple(q, 3, mode="edge"), pad_to_multiple(k, 2), pad_to_multiple(v, 2), *labels),
+        table,
+        block,
+    )
 
 
 class _Programs(NamedTuple):
@@ -216,12 +222,12 @@ def _forward(interpret, layout, q, k, v, labels):
     return out[:, :, :, :length], lse[:, :, :, :length]
 
 
-def _backward(interpret, layout, q, k, v, labels, grad, lse, along):
+def _backward(interpret, layout, q, k, v, labels, grad, lse, delta):
     length, num_keys = q.shape[3], k.shape[2]
     operands, table, block = _filled(layout, q, k, v, labels)
     q, k, v = operands[:3]
-    fill = functools.partial(attention_vjp.fill, axis=3, block=block)
-    operands += fill(grad), fill(lse, mode="edge"), fill(along)
+    pad_to_multiple = functools.partial(attention_vjp.pad_to_multiple, axis=3, block=block)
+    operands += pad_to_multiple(grad), pad_to_multiple(lse, mode="edge"), pad_to_multiple(delta)
 
     programs = _programs(q, k, block, of_queries=True)
     outs = [(programs.q, q.shape, q.dtype)]
@@ -234,7 +240,7 @@ def _backward(interpret, layout, q, k, v, labels, grad, lse, along):
 
 
 _COMPILED, _INTERPRETED = (
-    attention_vjp.Way(
+    attention_vjp.AttentionImpl(
         functools.partial(_forward, interpret), functools.partial(_backward, interpret)
     )
     for interpret in (False, True)

@@ -46,11 +46,11 @@ def _scores(q, k, labels):
     return jnp.where(mask_BTS[:, None, None], scores, MASKED)
 
 
-def _gradients(q, k, v, labels, grad, lse, along):
+def _gradients(q, k, v, labels, grad, lse, delta):
     """float32 dq [B, G, R, T, K] and, transposed as the CPU likes it, dk and dv [B, G, K, S], of
-    these queries over these keys. `along`: Σ_k out·grad [B, G, R, T]."""
+    these queries over these keys. `delta`: Σ_k out·grad [B, G, R, T]."""
     probs = jnp.exp(_scores(q, k, labels) - lse[..., None])
-    dscores = probs * (_einsum("bgrtk,bgsk->bgrts", grad, v) - along[..., None])
+    dscores = probs * (_einsum("bgrtk,bgsk->bgrts", grad, v) - delta[..., None])
     dscores, scale = dscores.astype(q.dtype), q.shape[-1] ** -0.5
     dq = _einsum("bgrts,bgsk->bgrtk", dscores, k) * scale
     dk = _einsum("bgrtk,bgrts->bgks", q, dscores) * scale
@@ -108,17 +108,17 @@ def _add(total, part, first, last):
     return total.at[..., first:last].add(part)
 
 
-def _unrolled_backward(layout, q, k, v, labels, grad, lse, along):
+def _unrolled_backward(layout, q, k, v, labels, grad, lse, delta):
     dqs = []
     dk = dv = jnp.zeros_like(k.swapaxes(2, 3), jnp.float32)
     for start, stop, ranges in _chunks(layout, q.shape[3], k.shape[2]):
         near = _cut_labels(labels, start, stop, ranges)
-        q_near, grad_near, lse_near, along_near = (
-            a[:, :, :, start:stop] for a in (q, grad, lse, along)
+        q_near, grad_near, lse_near, delta_near = (
+            a[:, :, :, start:stop] for a in (q, grad, lse, delta)
         )
         k_near, v_near = _cut(k, ranges, 2), _cut(v, ranges, 2)
         dq, dk_near, dv_near = _gradients(
-            q_near, k_near, v_near, near, grad_near, lse_near, along_near
+            q_near, k_near, v_near, near, grad_near, lse_near, delta_near
         )
         dqs.append(dq)
         at = 0
@@ -132,12 +132,12 @@ def _unrolled_backward(layout, q, k, v, labels, grad, lse, along):
 
 # Long: a loop over pairs (chunk of queries, chunk of keys).
 
-_fill = functools.partial(attention_vjp.fill, block=CHUNK_LOOP)
+_pad = functools.partial(attention_vjp.pad_to_multiple, block=CHUNK_LOOP)
 
 
 def _pairs(layout, labels):
     """int32 [N, 2]: pairs of chunks with anything visible, then the rest; how many have."""
-    table = attention_vjp.block_table(layout, labels, CHUNK_LOOP)
+    table = attention_vjp.block_mask(layout, labels, CHUNK_LOOP)
     if isinstance(table, np.ndarray):
         pairs = np.argwhere(table).astype(np.int32)
         return jnp.asarray(pairs), len(pairs)
@@ -165,7 +165,7 @@ def _loop_forward(layout, q, k, v, labels):
     """The softmax is built up: every pair rescales what its queries have so far."""
     length = q.shape[3]
     labels = attention_vjp.fill_labels(labels, CHUNK_LOOP)
-    q, k, v = _fill(q, 3, mode="edge"), _fill(k, 2), _fill(v, 2)
+    q, k, v = _pad(q, 3, mode="edge"), _pad(k, 2), _pad(v, 2)
     pairs, count = _pairs(layout, labels)
 
     def step(n, carry):
@@ -190,20 +190,20 @@ def _loop_forward(layout, q, k, v, labels):
     return (out / total[..., None])[:, :, :, :length], lse[:, :, :, :length]
 
 
-def _loop_backward(layout, q, k, v, labels, grad, lse, along):
+def _loop_backward(layout, q, k, v, labels, grad, lse, delta):
     length, num_keys = q.shape[3], k.shape[2]
     labels = attention_vjp.fill_labels(labels, CHUNK_LOOP)
-    q, lse = _fill(q, 3, mode="edge"), _fill(lse, 3, mode="edge")
-    k, v, grad, along = _fill(k, 2), _fill(v, 2), _fill(grad, 3), _fill(along, 3)
+    q, lse = _pad(q, 3, mode="edge"), _pad(lse, 3, mode="edge")
+    k, v, grad, delta = _pad(k, 2), _pad(v, 2), _pad(grad, 3), _pad(delta, 3)
     pairs, count = _pairs(layout, labels)
 
     def step(n, carry):
         dq, dk, dv = carry
         i, j = pairs[n, 0], pairs[n, 1]
         near = _get_labels(labels, i, j)
-        q_near, grad_near, lse_near, along_near = (_get(a, i, 3) for a in (q, grad, lse, along))
+        q_near, grad_near, lse_near, delta_near = (_get(a, i, 3) for a in (q, grad, lse, delta))
         new_dq, new_dk, new_dv = _gradients(
-            q_near, _get(k, j, 2), _get(v, j, 2), near, grad_near, lse_near, along_near
+            q_near, _get(k, j, 2), _get(v, j, 2), near, grad_near, lse_near, delta_near
         )
         return (
             _put(dq, _get(dq, i, 3) + new_dq, i, 3),
@@ -218,5 +218,5 @@ def _loop_backward(layout, q, k, v, labels, grad, lse, along):
     return dq[:, :, :, :length], dk, dv
 
 
-_SHORT = attention_vjp.Way(_unrolled_forward, _unrolled_backward)
-_LONG = attention_vjp.Way(_loop_forward, _loop_backward)
+_SHORT = attention_vjp.AttentionImpl(_unrolled_forward, _unrolled_backward)
+_LONG = attention_vjp.AttentionImpl(_loop_forward, _loop_backward)

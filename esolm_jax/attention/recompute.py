@@ -1,8 +1,8 @@
 """Memory-efficient attention: the custom VJP shared by the chunked and Pallas implementations.
 
 Scores are recomputed in the backward pass. Only q, k, v, the result and the log of the softmax's
-denominator (lse) are saved. A `Way` computes them block by block (lean.py in XLA, flash.py in
-kernels); this module determines which blocks of queries and keys can be skipped.
+denominator (lse) are saved. An `AttentionImpl` computes them block by block (lean.py in XLA,
+flash.py in kernels); this module determines which blocks of queries and keys can be skipped.
 
 Shapes: q [B, G, R, T, K] (R query heads share a key/value head), k and v [B, G, S, K]; labels are
 (rank, in_context) [B, T] of the queries, then [B, S] of the keys.
@@ -21,13 +21,13 @@ from esolm_jax.family.labels import Layout
 from esolm_jax.family.rule import layout_mask, visible
 
 
-class Way(NamedTuple):
+class AttentionImpl(NamedTuple):
     """How both passes are computed.
 
     Attributes:
       forward: (layout, q, k, v, labels) → the result, float32 or v's dtype, and lse, float32
         [B, G, R, T].
-      backward: (layout, q, k, v, labels, grad, lse, along) → dq, dk, dv, where `along` is
+      backward: (layout, q, k, v, labels, grad, lse, delta) → dq, dk, dv, where `delta` is
         Σ_k out·grad, float32 [B, G, R, T].
     """
 
@@ -35,7 +35,7 @@ class Way(NamedTuple):
     backward: Callable
 
 
-def attend(way: Way, layout: Layout | None, q_BHTK, k_BGSK, v_BGSK, labels):
+def attend(way: AttentionImpl, layout: Layout | None, q_BHTK, k_BGSK, v_BGSK, labels):
     """attention.attend over these labels, [B, H, T, K] in the dtype of v."""
     batch, heads, length, width = q_BHTK.shape
     groups = k_BGSK.shape[1]
@@ -57,8 +57,8 @@ def _forward(way, layout, q, k, v, labels):
 
 def _backward(way, layout, saved, grad):
     q, k, v, labels, out, lse = saved
-    along = _sum_last(out.astype(jnp.float32) * grad.astype(jnp.float32))
-    gradients = way.backward(layout, q, k, v, labels, grad.astype(v.dtype), lse, along)
+    delta = _sum_last(out.astype(jnp.float32) * grad.astype(jnp.float32))
+    gradients = way.backward(layout, q, k, v, labels, grad.astype(v.dtype), lse, delta)
     return *(d.astype(a.dtype) for d, a in zip(gradients, (q, k, v), strict=True)), None
 
 
@@ -71,7 +71,7 @@ def _sum_last(x):
     return jnp.matmul(x, ones, precision=jax.lax.Precision.HIGHEST)[..., 0]
 
 
-def fill(array, axis: int, block: int, **how):
+def pad_to_multiple(array, axis: int, block: int, **how):
     """`array` padded along `axis` to whole blocks, as jnp.pad does it."""
     widths = [(0, 0)] * array.ndim
     widths[axis] = (0, -array.shape[axis] % block)
@@ -84,14 +84,14 @@ def fill_labels(labels, block: int):
     q_rank, q_in_context, k_rank, k_in_context = labels
     last = jnp.iinfo(jnp.int32).max
     return (
-        fill(q_rank, 1, block, mode="edge"),
-        fill(q_in_context, 1, block, mode="edge"),
-        fill(k_rank, 1, block, constant_values=last),
-        fill(k_in_context, 1, block, constant_values=True),
+        pad_to_multiple(q_rank, 1, block, mode="edge"),
+        pad_to_multiple(q_in_context, 1, block, mode="edge"),
+        pad_to_multiple(k_rank, 1, block, constant_values=last),
+        pad_to_multiple(k_in_context, 1, block, constant_values=True),
     )
 
 
-def block_table(layout: Layout | None, labels, block: int):
+def block_mask(layout: Layout | None, labels, block: int):
     """bool [T / block, S / block]: whether a block of queries may read anything of a block of
     keys, in any row of these filled labels. Of a layout: NumPy, known when tracing."""
     if layout is not None:

@@ -16,7 +16,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_mask,
 )
 
-from esolm_jax.attention.recompute import fill
+from esolm_jax.attention.recompute import pad_to_multiple
 from esolm_jax.family.labels import Layout
 from esolm_jax.family.rule import layout_mask, visible
 
@@ -73,8 +73,8 @@ def splash(
         part = jax.lax.axis_index(across)
         index += part * length
         kernel = _part_of(kernel, part, parts)
-    fill_q = functools.partial(fill, block=tiles.block_q, mode="edge")
-    fill_k = functools.partial(fill, block=tiles.block_k)
+    fill_q = functools.partial(pad_to_multiple, block=tiles.block_q, mode="edge")
+    fill_k = functools.partial(pad_to_multiple, block=tiles.block_k)
     k_segment = _segment(k_rank, layout, jnp.arange(num_keys))
     segments = splash_attention_kernel.SegmentIds(
         q=fill_q(_segment(q_rank, layout, index), 1),

@@ -6,12 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from esolm_jax.family.family import Export, Family, Windows, Work, refuse
-from esolm_jax.family.labels import Labelled
+from esolm_jax.family.labels import LabelledBatch
 from esolm_jax.family.phase import Phase, PhaseSettings
 from esolm_jax.family.streams import index, labelled, stream
 
 
-def label(x, valid, *, start: int) -> Labelled:
+def label(x, valid, *, start: int) -> LabelledBatch:
     """x shifted right behind a start token, rank = position."""
     shifted = jnp.concatenate([jnp.full_like(x[:, :1], start), x[:, :-1]], axis=1)
     order_BL = index(x)
@@ -19,7 +19,7 @@ def label(x, valid, *, start: int) -> Labelled:
     return labelled(tokens, x, valid, order_BL, valid)
 
 
-def _without_noise(label, key, x, valid) -> Labelled:
+def _without_noise(label, key, x, valid) -> LabelledBatch:
     del key
     return label(x, valid)
 
@@ -41,7 +41,7 @@ def windows(schedule, block_length: int) -> Windows:
 
 
 def work(phase: Phase, length: int, alpha_0: float, block_length: int) -> Work:
-    return Work(length, length * phase.predicts, length * (length + 1) / 2)
+    return Work(length, length * phase.masked_fraction, length * (length + 1) / 2)
 
 
 FAMILY = Family(

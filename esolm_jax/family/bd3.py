@@ -6,12 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from esolm_jax.family.family import Export, Family, Windows, Work, one_block, refuse
-from esolm_jax.family.labels import Labelled
+from esolm_jax.family.labels import LabelledBatch
 from esolm_jax.family.phase import Phase, PhaseSettings, diffusion_in_text_order
 from esolm_jax.family.streams import index, labelled, stream, two_streams
 
 
-def label(x, valid, masked, weight, *, mask: int, block_length: int) -> Labelled:
+def label(x, valid, masked, weight, *, mask: int, block_length: int) -> LabelledBatch:
     """z_t ‖ x, rank = position // block length; padding is of a rank after all blocks."""
     order_BL = index(x)
     num_blocks = x.shape[1] // block_length
@@ -55,7 +55,7 @@ def windows(schedule, block_length: int) -> Windows:
 
 
 def work(phase: Phase, length: int, alpha_0: float, block_length: int) -> Work:
-    return Work(2 * length, length * phase.predicts, length * (length + block_length))
+    return Work(2 * length, length * phase.masked_fraction, length * (length + block_length))
 
 
 FAMILY = Family(

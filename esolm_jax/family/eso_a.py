@@ -7,7 +7,7 @@ import numpy as np
 
 from esolm_jax.family import eso_b
 from esolm_jax.family.family import Export, Family, Windows, Work
-from esolm_jax.family.labels import Labelled
+from esolm_jax.family.labels import LabelledBatch
 from esolm_jax.family.phase import (
     Phase,
     PhaseSettings,
@@ -24,14 +24,14 @@ def _rank_clean_zero(valid, masked, order_BL):
     return jnp.where(clean, 0, index(order_BL))
 
 
-def label_diffusion(x, valid, masked, order_BL, weight, *, mask: int) -> Labelled:
+def label_diffusion(x, valid, masked, order_BL, weight, *, mask: int) -> LabelledBatch:
     """As (B), but clean tokens see each other."""
     rank = _rank_clean_zero(valid, masked, order_BL)
     tokens = stream(jnp.where(masked, mask, x), order_BL, rank, in_context=True)
     return labelled(tokens, x, valid, order_BL, weight)
 
 
-def label_sequential(x, valid, masked, order_BL, weight, *, mask: int) -> Labelled:
+def label_sequential(x, valid, masked, order_BL, weight, *, mask: int) -> LabelledBatch:
     """As (B), but the clean tokens of the x copy see each other."""
     z = stream(jnp.where(masked, mask, x), order_BL, index(order_BL), in_context=False)
     context = stream(x, order_BL, _rank_clean_zero(valid, masked, order_BL), in_context=True)
@@ -66,7 +66,9 @@ def windows(schedule, block_length: int) -> Windows:
 def work(phase: Phase, length: int, alpha_0: float, block_length: int) -> Work:
     """That of (B), and the pairs of clean tokens that read each other."""
     base = eso_b.work(phase, length, alpha_0, block_length)
-    both_clean = alpha_0**2 if phase.droppable else alpha_0**2 / 3  # α₀², or the mean of α_t²
+    both_clean = (
+        alpha_0**2 if phase.can_trim_queries else alpha_0**2 / 3
+    )  # α₀², or the mean of α_t²
     return Work(base.tokens, base.predicted, base.pairs + length * (length - 1) / 2 * both_clean)
 
 

@@ -9,11 +9,11 @@ import numpy as np
 from esolm_jax.family import noise
 from esolm_jax.family import order as orders
 from esolm_jax.family.family import Export, Family, Windows, Work
-from esolm_jax.family.labels import Labelled
+from esolm_jax.family.labels import LabelledBatch
 from esolm_jax.family.phase import (
     Phase,
     PhaseSettings,
-    Special,
+    SpecialIds,
     diffusion_shuffled,
     sequential,
     two_phases,
@@ -21,14 +21,14 @@ from esolm_jax.family.phase import (
 from esolm_jax.family.streams import index, labelled, stream, two_streams
 
 
-def label_diffusion(x, valid, masked, order_BL, weight, *, mask: int) -> Labelled:
+def label_diffusion(x, valid, masked, order_BL, weight, *, mask: int) -> LabelledBatch:
     """z_t in generation order, causal in it."""
     z, rank = jnp.where(masked, mask, x), index(order_BL)
     tokens = stream(z, order_BL, rank, in_context=True, block=1)
     return labelled(tokens, x, valid, order_BL, weight)
 
 
-def label_sequential(x, valid, masked, order_BL, weight, *, mask: int) -> Labelled:
+def label_sequential(x, valid, masked, order_BL, weight, *, mask: int) -> LabelledBatch:
     """z ‖ x in generation order, the same ranks for both copies.
 
     With everything masked this is the any-order likelihood: token r of z predicts x_σ(r) given
@@ -40,7 +40,7 @@ def label_sequential(x, valid, masked, order_BL, weight, *, mask: int) -> Labell
     return labelled(tokens, x, valid, order_BL, weight)
 
 
-def any_order(key, x, valid, *, alpha_0: float, special: Special) -> Labelled:
+def any_order(key, x, valid, *, alpha_0: float, special: SpecialIds) -> LabelledBatch:
     """A random order σ, every token predicted from those before it in σ: −log p_σ(x)."""
     key_mask, key_order = jax.random.split(key)
     late = noise.draw_masks(key_mask, alpha_0, valid)
@@ -70,10 +70,10 @@ def windows(schedule, block_length: int) -> Windows:
 
 
 def work(phase: Phase, length: int, alpha_0: float, block_length: int) -> Work:
-    predicted, causal = length * phase.predicts, length * (length + 1) / 2
-    if not phase.droppable:
+    predicted, causal = length * phase.masked_fraction, length * (length + 1) / 2
+    if not phase.can_trim_queries:
         return Work(length, predicted, causal)
-    queries = predicted * length - length * (length - 1) / 2 * phase.predicts**2
+    queries = predicted * length - length * (length - 1) / 2 * phase.masked_fraction**2
     return Work(length + predicted, predicted, causal + queries)
 
 

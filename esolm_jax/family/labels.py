@@ -52,14 +52,14 @@ class Tokens:
     in_context: jax.Array
     layout: Layout | None = flax.struct.field(pytree_node=False, default=None)
 
-    def beside(self, other: Self, layout: Layout | None = None) -> Self:
+    def concat(self, other: Self, layout: Layout | None = None) -> Self:
         """Concatenates two streams along the token axis."""
         pairs = zip(jax.tree.leaves(self), jax.tree.leaves(other), strict=True)
         return Tokens(*(jnp.concatenate(pair, axis=1) for pair in pairs), layout=layout)
 
 
 @flax.struct.dataclass
-class Labelled:
+class LabelledBatch:
     """Tokens with targets: what every objective returns and every loss reads.
 
     The loss is Σ weight · (−log p(target)) / Σ num_tokens, over the first P tokens of the pass.

@@ -6,12 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from esolm_jax.family.family import Export, Family, Windows, Work, whole_text
-from esolm_jax.family.labels import Labelled
+from esolm_jax.family.labels import LabelledBatch
 from esolm_jax.family.phase import Phase, PhaseSettings, diffusion_in_text_order
 from esolm_jax.family.streams import index, labelled, stream
 
 
-def label(x, valid, masked, weight, *, mask: int) -> Labelled:
+def label(x, valid, masked, weight, *, mask: int) -> LabelledBatch:
     """z_t, all of one rank; padding is of a later rank, so no token reads it."""
     order_BL = index(x)
     z, rank = jnp.where(masked, mask, x), jnp.where(valid, 0, 1)
@@ -36,7 +36,7 @@ def windows(schedule, block_length: int) -> Windows:
 
 
 def work(phase: Phase, length: int, alpha_0: float, block_length: int) -> Work:
-    return Work(length, length * phase.predicts, length**2)
+    return Work(length, length * phase.masked_fraction, length**2)
 
 
 FAMILY = Family(

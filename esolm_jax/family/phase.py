@@ -13,11 +13,11 @@ import jax.numpy as jnp
 
 from esolm_jax.family import noise, registry
 from esolm_jax.family import order as orders
-from esolm_jax.family.labels import Labelled
+from esolm_jax.family.labels import LabelledBatch
 
 
 @dataclasses.dataclass(frozen=True)
-class Special:
+class SpecialIds:
     """Ids with a role: `mask` stands for a token to be predicted, `start` begins an AR text."""
 
     mask: int
@@ -31,17 +31,17 @@ class Phase:
     Attributes:
       fraction: the part of a training batch that feeds it (evaluation feeds every row to every
         phase).
-      label: (key, x, valid) → Labelled.
-      predicts: probability that a token is predicted, on average.
-      droppable: whether query copies without a weight can be left out because no other token reads
-        them.
+      label: (key, x, valid) → LabelledBatch.
+      masked_fraction: probability that a token is predicted, on average.
+      can_trim_queries: whether query copies without a weight can be left out because no other
+        token reads them.
     """
 
     name: str
     fraction: float
-    label: Callable[[jax.Array, jax.Array, jax.Array], Labelled]
-    predicts: float = 1.0
-    droppable: bool = False
+    label: Callable[[jax.Array, jax.Array, jax.Array], LabelledBatch]
+    masked_fraction: float = 1.0
+    can_trim_queries: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ class PhaseSettings:
       low_variance: whether the ELBO weight of the diffusion phase is dropped (training only).
     """
 
-    special: Special
+    special: SpecialIds
     alpha_0: float
     noise_alpha_0: Any
     kappa: float
@@ -82,14 +82,16 @@ def _noise(s: PhaseSettings, key, valid, times_per_row: int):
     return masked, jnp.where(masked, weight, 0.0)
 
 
-def diffusion_in_text_order(s: PhaseSettings, label, key, x, valid, *, times_per_row=1) -> Labelled:
+def diffusion_in_text_order(
+    s: PhaseSettings, label, key, x, valid, *, times_per_row=1
+) -> LabelledBatch:
     """Masks are drawn; label(x, valid, masked, weight=…)."""
     key_noise, _ = jax.random.split(key)
     masked, weight = _noise(s, key_noise, valid, times_per_row)
     return label(x, valid, masked, weight=weight)
 
 
-def diffusion_shuffled(s: PhaseSettings, label, key, x, valid) -> Labelled:
+def diffusion_shuffled(s: PhaseSettings, label, key, x, valid) -> LabelledBatch:
     """Masks and a random order, clean tokens first; label(x, valid, masked, order, weight)."""
     key_noise, key_order = jax.random.split(key)
     masked, weight = _noise(s, key_noise, valid, times_per_row=1)
@@ -97,7 +99,9 @@ def diffusion_shuffled(s: PhaseSettings, label, key, x, valid) -> Labelled:
     return label(x, valid, masked, order_BL, weight)
 
 
-def sequential(s: PhaseSettings, label, key, x, valid, *, clean_in_text_order: bool) -> Labelled:
+def sequential(
+    s: PhaseSettings, label, key, x, valid, *, clean_in_text_order: bool
+) -> LabelledBatch:
     """1 − α₀ of the tokens are masked, and predicted from left to right after the clean ones."""
     key_mask, key_order = jax.random.split(key)
     masked = noise.draw_masks(key_mask, s.noise_alpha_0, valid)
@@ -116,12 +120,14 @@ def two_phases(s: PhaseSettings, diffusion, sequential) -> tuple[Phase, ...]:
     kappa = {0.0: 0.0, 1.0: 1.0}.get(s.alpha_0, s.kappa)
     both = (
         Phase("diffusion", kappa, diffusion, s.mean_masked),
-        Phase("sequential", 1 - kappa, sequential, 1 - s.alpha_0, droppable=True),
+        Phase("sequential", 1 - kappa, sequential, 1 - s.alpha_0, can_trim_queries=True),
     )
     return tuple(phase for phase in both if phase.fraction > 0)
 
 
-def make_phases(config, special: Special, *, low_variance: bool, alpha_0=None) -> tuple[Phase, ...]:
+def make_phases(
+    config, special: SpecialIds, *, low_variance: bool, alpha_0=None
+) -> tuple[Phase, ...]:
     """The phases of `config.objective`, without those that have no share of the batch.
 
     Reads objective, alpha_0, kappa, block_length and data.seq_len. `low_variance` drops the ELBO

@@ -5,7 +5,7 @@ Shapes: text, rank and weight [B, L] in text order; order int32 [B, L], the posi
 
 import jax.numpy as jnp
 
-from esolm_jax.family.labels import Labelled, Layout, Tokens
+from esolm_jax.family.labels import LabelledBatch, Layout, Tokens
 
 
 def take(a_BL, order_BL):
@@ -33,12 +33,12 @@ def stream(text_BL, order_BL, rank_BL, in_context: bool, block: int | None = Non
 def two_streams(z: Tokens, x: Tokens, block: int | None = None) -> Tokens:
     """Query copies ‖ context, of the same length."""
     length = x.token.shape[1]
-    return z.beside(x, Layout(length, length, block) if block else None)
+    return z.concat(x, Layout(length, length, block) if block else None)
 
 
-def labelled(tokens: Tokens, x, valid, order_BL, weight) -> Labelled:
+def labelled(tokens: Tokens, x, valid, order_BL, weight) -> LabelledBatch:
     """The tokens with their targets and weights, in generation order."""
-    return Labelled(
+    return LabelledBatch(
         tokens=tokens,
         target=take(x, order_BL),
         weight=take(weight, order_BL).astype(jnp.float32),

@@ -11,11 +11,11 @@ import math
 import jax.numpy as jnp
 from scipy import stats
 
-from esolm_jax.family.labels import Labelled, Layout
+from esolm_jax.family.labels import LabelledBatch, Layout
 
 
 @functools.cache
-def num_queries(length: int, predicts: float, rows: int, multiple: int = 8) -> int:
+def num_queries(length: int, masked_fraction: float, rows: int, multiple: int = 8) -> int:
     """How many query copies a row keeps: M, a multiple of `multiple`, or L.
 
     The M of the fewest tokens in expectation, L + M or, if any of `rows` rows has more than M of
@@ -24,24 +24,24 @@ def num_queries(length: int, predicts: float, rows: int, multiple: int = 8) -> i
     bounds = list(range(multiple, length, multiple))
 
     def tokens(bound: int) -> float:
-        return bound + (length - bound) * exceeded(length, predicts, rows, bound)
+        return bound + (length - bound) * exceeded(length, masked_fraction, rows, bound)
 
     return min([length, *bounds], key=tokens)  # of equals, all: nothing to decide at run time
 
 
-def exceeded(length: int, predicts: float, rows: int, bound: int) -> float:
+def exceeded(length: int, masked_fraction: float, rows: int, bound: int) -> float:
     """Probability that some row has more than `bound` tokens to predict."""
-    one = stats.binom.sf(bound, length, predicts)
+    one = stats.binom.sf(bound, length, masked_fraction)
     return 1.0 if one == 1 else -math.expm1(rows * math.log1p(-one))
 
 
-def fits(labelled: Labelled, queries: int):
+def fits(labelled: LabelledBatch, queries: int):
     """bool scalar: whether trimming to `queries` query copies leaves every prediction in place."""
     dropped = labelled.weight[:, : labelled.weight.shape[1] - queries]
     return ~jnp.any(dropped != 0)
 
 
-def trim(labelled: Labelled, queries: int) -> Labelled:
+def trim(labelled: LabelledBatch, queries: int) -> LabelledBatch:
     """The batch with the last `queries` query copies of each row, in front of the whole context."""
     length = labelled.target.shape[1]
     drop = length - queries
@@ -54,7 +54,7 @@ def trim(labelled: Labelled, queries: int) -> Labelled:
         in_context=tokens.in_context[:, drop:],
         layout=layout,
     )
-    return Labelled(
+    return LabelledBatch(
         tokens=tokens,
         target=labelled.target[:, drop:],
         weight=labelled.weight[:, drop:],

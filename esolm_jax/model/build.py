@@ -8,7 +8,7 @@ import jax
 from esolm_jax import config as config_lib
 from esolm_jax.attention import attend as attention
 from esolm_jax.errors import UserError
-from esolm_jax.family.phase import Special
+from esolm_jax.family.phase import SpecialIds
 from esolm_jax.model import transformer as model_lib
 from esolm_jax.model.lm_head import Head
 from esolm_jax.parallel import sharding
@@ -50,7 +50,7 @@ class BuiltModel:
     model: model_lib.ModelConfig
     apply: Callable
     head: Head
-    special: Special
+    special: SpecialIds
 
 
 def build_model(config, tokenizer: dict, mesh) -> BuiltModel:
@@ -68,7 +68,7 @@ def build_model(config, tokenizer: dict, mesh) -> BuiltModel:
             f"is for {attention.ON[model.attention].upper()}s, but these are {platform.upper()}s"
         )
     start = tokenizer["mask_id" if config.start_token == "mask" else "bos_id"]
-    special = Special(mask=tokenizer["mask_id"], start=start)
+    special = SpecialIds(mask=tokenizer["mask_id"], start=start)
     head = Head.of(model, special.mask, mesh, chunk=config.model.loss_chunk)
     return BuiltModel(mesh, model, model_lib.bind(model, mesh), head, special)
 

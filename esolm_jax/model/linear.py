@@ -22,7 +22,7 @@ from esolm_jax.parallel import sharding
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class ParamSpec:
     """How a kernel [D_in, …] or a table [V, D] computes.
 
     Attributes:
@@ -86,12 +86,12 @@ def _tokens(*features: str | None) -> PartitionSpec:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def matmul(place: Place, hs, kernel):
+def matmul(place: ParamSpec, hs, kernel):
     """h [B, T, D_in] · kernel [D_in, …] → [B, T, …] in the out dtype, for each h of a tuple."""
     return _matmul_forward(place, hs, kernel)[0]
 
 
-def _matmul_forward(place: Place, hs, kernel):
+def _matmul_forward(place: ParamSpec, hs, kernel):
     d_in, *d_out = place.gathered
     row_parallel = ["tensor"] if d_in else []  # the contraction is split: partial sums
     out = place.out_dtype or place.dtype
@@ -114,7 +114,7 @@ def _product(a, b, over: tuple[int, int], dtype):
     return jax.lax.dot_general(a, b, (axes, ((), ())), preferred_element_type=dtype)
 
 
-def _matmul_backward(place: Place, saved, gs):
+def _matmul_backward(place: ParamSpec, saved, gs):
     hs, kernel = saved
     d_in, *d_out = place.gathered
     column_parallel = ["tensor"] if any(d_out) else []
@@ -140,13 +140,13 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def lookup(place: Place, tokens, table):
+def lookup(place: ParamSpec, tokens, table):
     """Rows of table [V, D] at token int [B, T] → [B, T, D] in the compute dtype, for each of a
     tuple."""
     return _lookup_forward(place, tokens, table)[0]
 
 
-def _local_ids(place: Place, token, size: int):
+def _local_ids(place: ParamSpec, token, size: int):
     """Row of this device's part of the table, and whether it is there at all."""
     local = token
     if place.mesh is not None and place.mesh.shape["tensor"] > 1:
@@ -154,7 +154,7 @@ def _local_ids(place: Place, token, size: int):
     return local, (local >= 0) & (local < size)
 
 
-def _lookup_forward(place: Place, tokens, table):
+def _lookup_forward(place: ParamSpec, tokens, table):
     def body(tokens, table):
         table = place.gather(table)
         found = []
@@ -168,7 +168,7 @@ def _lookup_forward(place: Place, tokens, table):
     return place.run(body, specs, _tokens(None), tokens, table), (tokens, table)
 
 
-def _lookup_backward(place: Place, saved, gs):
+def _lookup_backward(place: ParamSpec, saved, gs):
     tokens, table = saved
 
     def body(tokens, table, gs):
@@ -191,7 +191,9 @@ class Linear(nnx.Module):
     """Tuple of h [B, T, D_in] → tuple of [B, T, …]: kernel [D_in, …] and, if `bias_init` is given,
     a bias […]."""
 
-    def __init__(self, d_in: int, d_out: tuple[int, ...], place: Place, rngs, *, init, bias_init):
+    def __init__(
+        self, d_in: int, d_out: tuple[int, ...], place: ParamSpec, rngs, *, init, bias_init
+    ):
         self.place = place
         self.kernel = nnx.Param(init(rngs.params(), (d_in, *d_out), jnp.float32))
         self.bias = bias_init and nnx.Param(bias_init(rngs.params(), d_out, jnp.float32))
@@ -207,7 +209,7 @@ class Linear(nnx.Module):
 class Embedding(nnx.Module):
     """Tuple of token ids [B, T] → tuple of [B, T, D]."""
 
-    def __init__(self, vocab_size: int, width: int, place: Place, rngs, *, init):
+    def __init__(self, vocab_size: int, width: int, place: ParamSpec, rngs, *, init):
         self.place = place
         self.embedding = nnx.Param(init(rngs.params(), (vocab_size, width), jnp.float32))
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esolm_jax.model.linear import Place
+from esolm_jax.model.linear import ParamSpec
 from esolm_jax.parallel import sharding
 
 
@@ -37,13 +37,13 @@ class Head:
 
     mask_id: int
     chunk: int
-    place: Place
+    place: ParamSpec
 
     @classmethod
     def of(cls, config, mask_id: int, mesh=None, *, chunk: int = 512):
         """Of a ModelConfig."""
         axes = sharding.PARAMETERS["logits/kernel"]
-        return cls(mask_id, chunk, Place(axes, config.dtype, mesh))
+        return cls(mask_id, chunk, ParamSpec(axes, config.dtype, mesh))
 
     def at_most(self, tokens: int) -> Self:
         """With no chunk longer than all there is."""

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from esolm_jax.attention.attend import attend
 from esolm_jax.family.labels import Tokens
-from esolm_jax.model.linear import Embedding, Linear, Place
+from esolm_jax.model.linear import Embedding, Linear, ParamSpec
 from esolm_jax.parallel import sharding
 
 TIME_FREQUENCIES = 256
@@ -121,7 +121,7 @@ _zeros = nnx.initializers.zeros
 
 def _linear(d_in: int, *d_out: int, name: str, config, mesh, rngs, bias=False):
     axes = sharding.PARAMETERS[f"blocks/{name}/kernel"][1:]
-    place = Place(axes, config.dtype, mesh)
+    place = ParamSpec(axes, config.dtype, mesh)
     bias_init = _uniform_bias(d_in) if bias else None
     return Linear(d_in, d_out, place, rngs, init=_uniform_fan_in, bias_init=bias_init)
 
@@ -130,17 +130,17 @@ def _rms_norm(size: int, config: ModelConfig, rngs):
     return nnx.RMSNorm(size, epsilon=config.norm_eps, dtype=jnp.float32, rngs=rngs)
 
 
-def over_rms(config: ModelConfig, x):
+def rms_normalize(config: ModelConfig, x):
     """x / √(mean(x²) + ε) over the last axis."""
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + config.norm_eps)
 
 
-def standardise(config: ModelConfig, h):
+def normalize(config: ModelConfig, h):
     """What LayerNorm, or RMSNorm, does before its scale and bias: float32."""
     h = h.astype(jnp.float32)
     if config.style != "llama":
         h = h - h.mean(axis=-1, keepdims=True)
-    return over_rms(config, h)
+    return rms_normalize(config, h)
 
 
 class Norm(nnx.Module):
@@ -161,7 +161,7 @@ class Norm(nnx.Module):
         by = self.scale[...][None, None] * (1 + scale)
         if self.bias is not None:
             shift = self.bias[...][None, None] * (1 + scale) + shift
-        return (standardise(self.config, h_BTD) * by + shift).astype(self.config.dtype)
+        return (normalize(self.config, h_BTD) * by + shift).astype(self.config.dtype)
 
 
 def _dropout(key, rate: float, h):
@@ -341,7 +341,7 @@ class Transformer(nnx.Module):
         self.embedding = Embedding(
             config.vocab_size,
             config.width,
-            Place(axes["embedding/embedding"], config.dtype, mesh),
+            ParamSpec(axes["embedding/embedding"], config.dtype, mesh),
             rngs,
             init=_uniform_width,
         )
@@ -353,12 +353,12 @@ class Transformer(nnx.Module):
         self.logits = Linear(
             config.width,
             (config.vocab_size,),
-            Place(axes["logits/kernel"], config.dtype, mesh, out_dtype="float32"),
+            ParamSpec(axes["logits/kernel"], config.dtype, mesh, out_dtype="float32"),
             rngs,
             init=_zeros,
             bias_init=_zeros if config.style == "dit" else None,
         )
-        where = Place(axes["positions/embedding"], config.dtype, mesh)
+        where = ParamSpec(axes["positions/embedding"], config.dtype, mesh)
         self.positions = (
             Embedding(config.max_positions, config.width, where, rngs, init=_uniform_width)
             if config.max_positions

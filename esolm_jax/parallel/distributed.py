@@ -38,7 +38,7 @@ from esolm_jax.parallel import peers
 from esolm_jax.parallel.relay import Relay
 from esolm_jax.process import failures
 
-TOLD_BY = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+ENV_VARS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 CLUSTER = "ESOLM_CLUSTER"  # "1": JAX itself is to find out which cluster this is
 _JAX_IS_SLOWER = 30  # seconds between peers.py's detection of a dead process and JAX's abort
 _TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES", "MEGASCALE_NUM_SLICES")
@@ -79,7 +79,7 @@ def start(
         # Collectives block threads of the pool that a process's CPU devices share. With the usual
         # one for each device, devices that are at different collectives wait for ever.
         os.environ.setdefault("PJRT_NPROC", str(8 * jax.config.jax_num_cpu_devices))
-    told = _told(os.environ)
+    told = _launcher_env(os.environ)
     if told is None and not _in_cluster(os.environ):
         if jax.process_count() > 1:
             raise UserError(
@@ -105,17 +105,17 @@ def start(
     _watch.start()
 
 
-def _told(environment: Mapping[str, str]) -> dict | None:
+def _launcher_env(environment: Mapping[str, str]) -> dict | None:
     """What the launcher says of this process: arguments of jax.distributed.initialize."""
-    missing = [name for name in TOLD_BY if not environment.get(name)]
-    if len(missing) == len(TOLD_BY):
+    missing = [name for name in ENV_VARS if not environment.get(name)]
+    if len(missing) == len(ENV_VARS):
         return None
     if missing:
         raise UserError(
             f"{', '.join(missing)}: missing from the environment; give all of "
-            f"{', '.join(TOLD_BY)}, or none for one process"
+            f"{', '.join(ENV_VARS)}, or none for one process"
         )
-    address, count, index = (environment[name] for name in TOLD_BY)
+    address, count, index = (environment[name] for name in ENV_VARS)
     if not re.fullmatch(r".+:\d+", address):
         raise UserError(f"JAX_COORDINATOR_ADDRESS={address}: must be host:port")
     if not count.isdecimal() or int(count) < 1:
@@ -135,7 +135,7 @@ def launched() -> str | None:
 
     The names of a TPU's hosts do not count: every process on such a host has them.
     """
-    told = _told(os.environ)
+    told = _launcher_env(os.environ)
     if told is not None:
         return f"JAX_NUM_PROCESSES={told['num_processes']}" if told["num_processes"] > 1 else None
     without_hosts = {k: v for k, v in os.environ.items() if k not in _TPU_HOSTS}
@@ -480,7 +480,7 @@ def _fail(error: BaseException):
             traceback.print_exception(error)
     peers.say(said)
     if _watch and not _watch.coordinator_is_lost:
-        leave = threading.Thread(target=_leave, args=(word, code == 2), daemon=True)
+        leave = threading.Thread(target=_announce_failure, args=(word, code == 2), daemon=True)
         leave.start()
         leave.join(peers.LINGER + 1)  # the coordinator may be lost
     peers.exit_now(code)
@@ -496,7 +496,7 @@ def _lost_a_peer(error: str) -> str:
     return f"{name} lost a peer, which was killed or crashed ({error})"
 
 
-def _leave(word: peers.Word, all_may_say_so: bool) -> None:
+def _announce_failure(word: peers.Word, all_may_say_so: bool) -> None:
     """Announces the failure; process 0, which runs the service, waits until the others read it."""
     _watch.tell(word)
     if all_may_say_so:

@@ -138,7 +138,7 @@ def spec(*logical: str | None) -> PartitionSpec:
     return PartitionSpec(*(RULES[name] if name else None for name in logical))
 
 
-def place(mesh: Mesh, *logical: str | None) -> NamedSharding:
+def named_sharding(mesh: Mesh, *logical: str | None) -> NamedSharding:
     return NamedSharding(mesh, spec(*logical))
 
 
@@ -146,7 +146,7 @@ def constrain(mesh: Mesh | None, array, *logical: str | None):
     """The array, laid out so inside jit; without a mesh, as it is."""
     if mesh is None:
         return array
-    return jax.lax.with_sharding_constraint(array, place(mesh, *logical))
+    return jax.lax.with_sharding_constraint(array, named_sharding(mesh, *logical))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -155,7 +155,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def rows(mesh: Mesh, *, axis: int = 0) -> NamedSharding:
     """Splits axis `axis` (the rows of a batch) over the devices."""
-    return place(mesh, *[None] * axis, "rows")
+    return named_sharding(mesh, *[None] * axis, "rows")
 
 
 def parameters(mesh: Mesh, params):
@@ -175,7 +175,7 @@ def parameters(mesh: Mesh, params):
                     f"config.mesh.{over}={mesh.shape[over]}: must divide every dimension that is "
                     f"split over it, but the `{axis}` dimension of {name} {leaf.shape} is {size}"
                 )
-        return place(mesh, *logical)
+        return named_sharding(mesh, *logical)
 
     return jax.tree.map_with_path(one, params)
 

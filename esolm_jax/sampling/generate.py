@@ -7,8 +7,8 @@ import numpy as np
 
 from esolm_jax.errors import UserError
 from esolm_jax.family import registry
-from esolm_jax.family.phase import Special
-from esolm_jax.sampling.engine.choose import Choice
+from esolm_jax.family.phase import SpecialIds
+from esolm_jax.sampling.engine.choose import TokenSampler
 from esolm_jax.sampling.engine.network import Network
 from esolm_jax.sampling.loops import decode
 from esolm_jax.sampling.loops.confident import confident
@@ -104,15 +104,15 @@ class Generator:
     config: object
     canvas: Canvas
     schedule: schedule.Schedule
-    passes: passes.Passes
-    choice: Choice
+    passes: passes.DecodePlan
+    choice: TokenSampler
 
     @classmethod
-    def of(cls, config, canvas: Canvas, special: Special) -> "Generator":
+    def of(cls, config, canvas: Canvas, special: SpecialIds) -> "Generator":
         """UserError if the family cannot generate so, before anything is compiled."""
         s, drawn = config.sample, make_schedule(config, canvas)
         plan = passes.plan(config, drawn, mask_id=special.mask, start_token=special.start)
-        choice = Choice(
+        choice = TokenSampler(
             mask_id=special.mask, temperature=s.temperature, top_p=s.top_p, top_k=s.top_k
         )
         return cls(config, canvas, drawn, plan, choice)

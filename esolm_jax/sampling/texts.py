@@ -36,7 +36,7 @@ def make_canvas(config, prompts: Sequence[prompts_lib.Prompt], special, vocab_si
 
 def before_eos(decoded) -> np.ndarray:
     """bool [B, L]: positions before the EOS that ended a text; all of them in other texts."""
-    return np.arange(decoded.text.shape[1])[None] < decoded.text_end[:, None]
+    return np.arange(decoded.text.shape[1])[None] < decoded.eos_position[:, None]
 
 
 def num_generated(decoded) -> int:
@@ -54,7 +54,7 @@ def sample_rows(config, generator: Generator, decoded, tokenizer, *, prompted: b
     """
     rows, length, order = [], generator.schedule.length, generator.order(decoded)
     for b, ids in enumerate(decoded.text):
-        ids = ids[: min(length[b], decoded.text_end[b])].tolist()
+        ids = ids[: min(length[b], decoded.eos_position[b])].tolist()
         known, shown = generator.canvas.known[b], ids
         # With one document per window, tokens after EOS are untrained; known ones are kept.
         behind = int(np.flatnonzero(known).max(initial=-1)) + 1
@@ -67,7 +67,7 @@ def sample_rows(config, generator: Generator, decoded, tokenizer, *, prompted: b
                 "prompt": b // config.sample.num_texts if prompted else None,
                 "token_ids": ids,
                 "seed": [seed.batch, seed.row],
-                "ended": bool(decoded.text_end[b] < length[b]),
+                "ended": bool(decoded.eos_position[b] < length[b]),
                 "order": [at for at in order[b].tolist() if at < len(ids)],
             }
         )

@@ -14,15 +14,15 @@ from esolm_jax.training import checkpoint
 MODEL_FIELDS = config_lib.names_with("fixes_weights")
 
 
-def check_same_fields(config, meta: dict, is_fixed, or_else: str = "another --workdir") -> None:
+def check_same_fields(config, meta: dict, is_fixed, advice: str = "another --workdir") -> None:
     """UserError if a field for which `is_fixed(name)` differs from the checkpoint's config; the
-    message advises to use the same or what `or_else` says."""
+    message advises to use the same or what `advice` says."""
     saved = config_lib.flat(checkpoint.config_in(meta))
     for name, value in config_lib.flat(config).items():
         if is_fixed(name) and saved[name] != value:
             raise UserError(
                 f"config.{name}={value!r}: the checkpoint was trained with {saved[name]!r}; "
-                f"use that, or {or_else}"
+                f"use that, or {advice}"
             )
 
 

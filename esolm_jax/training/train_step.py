@@ -11,7 +11,7 @@ import optax
 
 from esolm_jax import config as config_lib
 from esolm_jax.family import trim
-from esolm_jax.family.labels import Labelled
+from esolm_jax.family.labels import LabelledBatch
 from esolm_jax.family.phase import Phase, make_phases
 from esolm_jax.model import transformer as model_lib
 from esolm_jax.model.lm_head import Head, weighted_nll
@@ -69,7 +69,7 @@ def state_shardings(mesh, make_state: Callable, optimizer) -> TrainState:
     return TrainState(whole, params, params, opt_state, whole, Health(whole, whole, whole))
 
 
-def label_batch(phases: Sequence[Phase], key, x, valid) -> tuple[Labelled, ...]:
+def label_batch(phases: Sequence[Phase], key, x, valid) -> tuple[LabelledBatch, ...]:
     """Shares the rows of a global batch out among the phases, by their fractions, and labels them.
 
     Noise is drawn for the global batch at once: micro-batches are slices of the result, so each
@@ -84,7 +84,7 @@ def label_batch(phases: Sequence[Phase], key, x, valid) -> tuple[Labelled, ...]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Objective:
+class PhaseLoss:
     """What a step minimises, and how it is computed.
 
     Attributes:
@@ -119,7 +119,7 @@ class Objective:
         with jax.named_scope("head"):
             return weighted_nll(self.head, hidden, params["logits"], targets, weights)
 
-    def _micro(self, params, labelled, num_tokens, dropout_key):
+    def _microbatch_grads(self, params, labelled, num_tokens, dropout_key):
         """(gradient, losses) of one micro-batch; trimmed if every row of it allows that."""
 
         def loss_fn(params, labelled):
@@ -147,13 +147,13 @@ class Objective:
         """
         num_tokens = [jnp.maximum(jnp.sum(part.num_tokens), 1) for part in labelled]
         if self.accumulation == 1:
-            grads, losses = self._micro(params, labelled, num_tokens, dropout_key)
+            grads, losses = self._microbatch_grads(params, labelled, num_tokens, dropout_key)
             return losses, grads
 
         def one(carry, micro):
             part, index = micro
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-            grads, losses = self._micro(params, part, num_tokens, key)
+            grads, losses = self._microbatch_grads(params, part, num_tokens, key)
             return jax.tree.map(jnp.add, carry, (losses, grads)), None
 
         micros = jax.tree.map(
@@ -167,23 +167,23 @@ class Objective:
         return losses, grads
 
 
-def make_objective(config, built, phases: Sequence[Phase]) -> Objective:
+def make_objective(config, built, phases: Sequence[Phase]) -> PhaseLoss:
     """The objective of a training run: `built` is a build.BuiltModel."""
     rows = config.train.batch_size // config.train.grad_accumulation
     length = config.data.seq_len
     multiple = math.lcm(8, built.mesh.shape["sequence"])
     padded = config.data.packing == "pad"  # padding comes behind what is predicted
     queries = [
-        trim.num_queries(length, phase.predicts, round(phase.fraction * rows), multiple)
-        if phase.droppable and not padded
+        trim.num_queries(length, phase.masked_fraction, round(phase.fraction * rows), multiple)
+        if phase.can_trim_queries and not padded
         else length
         for phase in phases
     ]
     kept = tuple(n if n < length else None for n in queries)
-    return Objective(built.apply, built.head, kept, config.train.grad_accumulation, built.mesh)
+    return PhaseLoss(built.apply, built.head, kept, config.train.grad_accumulation, built.mesh)
 
 
-class Training:
+class Trainer:
     """How a config trains a model on a mesh: its state and its step.
 
     Attributes:
@@ -234,7 +234,7 @@ class Training:
             "valid": jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=where),
         }
 
-    def annealed(self, step):
+    def alpha_0_at(self, step):
         """α₀ at a step, float32: from 0 to the config's over train.anneal_steps."""
         share = jnp.minimum(step / self.config.train.anneal_steps, 1)
         return self.config.alpha_0 * share.astype(jnp.float32)
@@ -249,7 +249,7 @@ class Training:
             config,
             self.built.special,
             low_variance=config.low_variance,
-            alpha_0=self.annealed(step),
+            alpha_0=self.alpha_0_at(step),
         )
 
     def step(self, state: TrainState, batch: dict) -> tuple[TrainState, dict]:
@@ -273,7 +273,7 @@ class Training:
         metrics = {"loss": jnp.sum(losses), "grad_norm": optax.tree.norm(grads)}
         metrics |= {f"loss_{phase.name}": losses[i] for i, phase in enumerate(self.phases)}
         if config.train.anneal_steps:
-            metrics["alpha_0"] = self.annealed(state.step)
+            metrics["alpha_0"] = self.alpha_0_at(state.step)
         metrics["learning_rate"] = optimizer_lib.last_learning_rate(config, opt_state)
         new = TrainState(state.step + 1, params, ema, opt_state, state.key, state.health)
         return self._undo_if_not_finite(new, state, metrics), metrics

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 import toy
 
-from esolm_jax.aot import hlo, necessary, topology
+from esolm_jax.aot import hlo, lower_bound, topology
 from esolm_jax.config import default_config
 from esolm_jax.errors import UserError
 from esolm_jax.family.family import Work
-from esolm_jax.family.labels import Labelled, Layout, Tokens
+from esolm_jax.family.labels import LabelledBatch, Layout, Tokens
 from esolm_jax.family.phase import make_phases
 from esolm_jax.family.rule import dense_mask
 from esolm_jax.model import transformer as model
 from esolm_jax.model.lm_head import Head
 from esolm_jax.parallel import sharding
-from esolm_jax.training.train_step import Objective
+from esolm_jax.training.train_step import PhaseLoss
 
 LENGTH, ROWS, BLOCK = 12, 1024, 4
 CASES = [
@@ -39,12 +39,12 @@ def config_of(objective, alpha_0, rows=ROWS):
 
 def counted(labelled, two_streams_needed: bool) -> Work:
     """Of the tokens that a loss or another such token needs, a row on average."""
-    predicts = np.pad(np.asarray(labelled.weight) != 0, ((0, 0), (0, LENGTH)))
+    is_predicted = np.pad(np.asarray(labelled.weight) != 0, ((0, 0), (0, LENGTH)))
     tokens = labelled.tokens
-    predicts = predicts[:, : tokens.token.shape[1]]
-    needed = np.asarray(tokens.in_context) | predicts | two_streams_needed
+    is_predicted = is_predicted[:, : tokens.token.shape[1]]
+    needed = np.asarray(tokens.in_context) | is_predicted | two_streams_needed
     pairs = np.asarray(dense_mask(tokens, tokens)) & needed[:, :, None] & needed[:, None]
-    return Work(*(a.sum() / len(a) for a in (needed, predicts, pairs)))
+    return Work(*(a.sum() / len(a) for a in (needed, is_predicted, pairs)))
 
 
 @pytest.mark.parametrize(("objective", "alpha_0"), CASES)
@@ -56,7 +56,7 @@ def test_tokens_and_pairs_of_a_row_are_those_counted(objective, alpha_0):
         labelled = jax.jit(phase.label)(jax.random.key(0), x, x == 0)
         # In a block of BD3-LM the clean copies are read by the masked ones.
         wanted = counted(labelled, objective == "bd3")
-        found = necessary.row(config, phase)
+        found = lower_bound.row(config, phase)
         for a, b in zip(*map(dataclasses.astuple, (found, wanted)), strict=True):
             assert abs(a - b) <= 0.015 * b
 
@@ -65,8 +65,8 @@ def test_a_step_is_all_rows_of_all_phases():
     config = config_of("eso_b", 0.5, rows=8)
     config.kappa = 0.25
     first, second = phases = make_phases(config, toy.SPECIAL, low_variance=False)
-    a, b = (dataclasses.astuple(necessary.row(config, phase)) for phase in (first, second))
-    found = dataclasses.astuple(necessary.step(config, phases))
+    a, b = (dataclasses.astuple(lower_bound.row(config, phase)) for phase in (first, second))
+    found = dataclasses.astuple(lower_bound.step(config, phases))
     np.testing.assert_allclose(found, 2 * np.array(a) + 6 * np.array(b))
 
 
@@ -86,12 +86,12 @@ def labelled_shapes(rows, length, mesh=None):
 
     text = of(2 * length)
     tokens = Tokens(text, text, text, of(2 * length, dtype=jnp.bool_), Layout(length, length))
-    return Labelled(tokens, of(length), of(length, dtype=jnp.float32), of())
+    return LabelledBatch(tokens, of(length), of(length, dtype=jnp.float32), of())
 
 
 def compiled(config, chunk, labelled, mesh=None):
     """(what it costs, parameters' shapes) of losses and gradients."""
-    objective = Objective(model.bind(config, mesh), Head.of(config, 3, mesh, chunk=chunk), (None,))
+    objective = PhaseLoss(model.bind(config, mesh), Head.of(config, 3, mesh, chunk=chunk), (None,))
     params = jax.eval_shape(lambda: model.init(config, jax.random.key(0)))
     where = None
     if mesh is not None:
@@ -114,7 +114,7 @@ def test_flops_are_those_of_the_compiled_step():
         trip_counts={"predicted_chunks": predicted / chunk},
         kinds={"predicted_chunks": "head"},
     )
-    wanted = necessary.flops(DIT, Work(tokens, predicted, tokens * 2 * length))
+    wanted = lower_bound.flops(DIT, Work(tokens, predicted, tokens * 2 * length))
     assert cost.flops_by_kind["head"] == wanted["head"]
     assert cost.flops == sum(wanted.values())
 
@@ -128,14 +128,14 @@ def test_what_chips_send_and_compute_is_that_of_the_compiled_step():
     cost = hlo.analyse(text, trip_counts={"predicted_chunks": 1})
     tokens, predicted = 2 * rows * length, rows * length
     work = Work(tokens, predicted, tokens * 2 * length)
-    assert cost.flops == sum(necessary.flops(LLAMA, work).values()) / 8
-    wanted = necessary.collective_bytes(default_config(), LLAMA, work, mesh, params)
+    assert cost.flops == sum(lower_bound.flops(LLAMA, work).values()) / 8
+    wanted = lower_bound.collective_bytes(default_config(), LLAMA, work, mesh, params)
     assert cost.collectives["all-gather"] == wanted["all-gather"]
     assert cost.collectives["reduce-scatter"] == wanted["reduce-scatter"]
     # Beside that, three scalars, and three numbers a predicted token for a split softmax.
-    softmax = necessary.gather_bytes(2 * 3 * 4 * predicted / 4, 2)
+    softmax = lower_bound.gather_bytes(2 * 3 * 4 * predicted / 4, 2)
     more = cost.collectives["all-reduce"] - wanted["all-reduce"]
-    assert softmax < more <= softmax + 3 * necessary.gather_bytes(2 * 4, 8)
+    assert softmax < more <= softmax + 3 * lower_bound.gather_bytes(2 * 4, 8)
 
 
 # Pods.

@@ -43,7 +43,7 @@ def eso_a(length: int, two_streams: bool) -> Tokens:
     index = np.broadcast_to(np.arange(length, dtype=np.int32), (2, length))
     rank = np.where(index < clean, 0, index).astype(np.int32)
     x = Tokens(index, index, rank, index >= 0)
-    return Tokens(index, index, index, index < 0).beside(x) if two_streams else x
+    return Tokens(index, index, index, index < 0).concat(x) if two_streams else x
 
 
 def draw(tokens: Tokens, heads=2, groups=2, width=16, dtype=jnp.float32):
@@ -185,7 +185,7 @@ def test_labels_without_a_layout_on_a_mesh(kind):
 def test_fsdp_and_tensor_need_no_communication():
     mesh = mesh_of(1, 4, 2, 1)
     tokens = of_layout(Layout(20, queries=20), padding=(0, 2, 0, 1))
-    place = sharding.place(mesh, "rows", "heads", "tokens", None)
+    place = sharding.named_sharding(mesh, "rows", "heads", "tokens", None)
     q, k, v, _ = (jax.device_put(a, place) for a in draw(tokens))
     tokens = jax.device_put(tokens, sharding.rows(mesh))
 
@@ -255,7 +255,7 @@ def test_splash_compiles_for_a_tpu(monkeypatch):
     layout = Layout(1024, queries=500, block=4)
 
     def shape(size, dtype, *logical):
-        return jax.ShapeDtypeStruct(size, dtype, sharding=sharding.place(mesh, *logical))
+        return jax.ShapeDtypeStruct(size, dtype, sharding=sharding.named_sharding(mesh, *logical))
 
     total, split = 1524, ("rows", "heads", "tokens", None)
     q = shape((8, 12, total, 64), jnp.bfloat16, *split)
@@ -282,19 +282,19 @@ def test_flash_pads_the_width_of_a_head():
 def test_blocks_that_nobody_sees():
     """Two streams are two causal passes and a diagonal, of blocks of 32 as of 64."""
     for block in 32, 64:
-        causal = attention_vjp.block_table(Layout(4 * block), None, block).sum()
-        both = attention_vjp.block_table(Layout(4 * block, 4 * block), None, block).sum()
+        causal = attention_vjp.block_mask(Layout(4 * block), None, block).sum()
+        both = attention_vjp.block_mask(Layout(4 * block, 4 * block), None, block).sum()
         assert (causal, both) == (10, 24)
     tokens = eso_a(128, two_streams=False)
     labels = [jnp.asarray(a) for a in (tokens.rank, tokens.in_context) * 2]
-    found = attention_vjp.block_table(None, labels, 32)
+    found = attention_vjp.block_mask(None, labels, 32)
     mask = np.asarray(dense_mask(tokens, tokens)).any(axis=0).reshape(4, 32, 4, 32)
     np.testing.assert_array_equal(found, mask.any(axis=(1, 3)))
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["layout", "labels"])
 def test_flash_visits_what_is_seen_alone(known):
-    table = attention_vjp.block_table(Layout(256, queries=128), None, 32)
+    table = attention_vjp.block_mask(Layout(256, queries=128), None, 32)
     for seen in table, table.T:
         places, count = map(np.asarray, _visited(seen if known else jnp.asarray(seen)))
         for row, place, number in zip(seen, places, count, strict=True):

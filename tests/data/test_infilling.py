@@ -81,7 +81,7 @@ def test_no_space_is_added_to_a_part(kind):
     x = tokenizer.surfaces.by_bytes[b"x"]
     for text, wanted in [("to be[MASK] not", "to bex not"), ("n[MASK]t", "nxt"),
                          ("[MASK]t", "xt"), ("[MASK] t", "x t"), ("a [MASK]", "a x")]:  # fmt: skip
-        tokens = prompts.of_text(text, tokenizer).tokens
+        tokens = prompts.parse_text(text, tokenizer).tokens
         filled = [x if i == MASK else i for i in tokens]
         assert tokenizer.decode(filled) == wanted
 
@@ -92,24 +92,24 @@ def test_parts_have_the_tokens_that_the_text_has(kind):
     tokenizer = tokenizer_of(kind)
     whole = tokenizer.encode("to be or not to sleep")
     stop = len(tokenizer.encode("to be"))
-    tokens = prompts.of_text("to be[MASK] not to sleep", tokenizer).tokens
+    tokens = prompts.parse_text("to be[MASK] not to sleep", tokenizer).tokens
     if "hub, Llama" not in kind:  # without pre-tokens, its merges cross the spaces
         end = len(tokens) - stop - 1
         assert list(tokens) == [*whole[:stop], MASK, *whole[len(whole) - end :]]
-    assert list(prompts.of_text("to be or not to sleep", tokenizer).tokens) == whole
+    assert list(prompts.parse_text("to be or not to sleep", tokenizer).tokens) == whole
 
 
 def test_the_marker_of_a_space_is_kept_in_bytes():
     for kind in ("SentencePiece, Llama (identity, dummy prefix)", "hub, Llama (Prepend)"):
         tokenizer = tokenizer_of(kind)
-        tokens = prompts.of_text("a\u2581b", tokenizer).tokens
+        tokens = prompts.parse_text("a\u2581b", tokenizer).tokens
         assert tokenizer.decode(tokens) == "a\u2581b"
 
 
 def test_stray_bytes_do_not_spoil_what_is_known():
     """A decoder with byte fallback gives up on a whole run of bytes."""
     tokenizer = tokenizer_of("hub, Llama (Prepend)")
-    tokens = prompts.of_text("[MASK]한[MASK]", tokenizer).tokens
+    tokens = prompts.parse_text("[MASK]한[MASK]", tokenizer).tokens
     stray = tokenizer.surfaces.by_bytes[b"\xe4"]
     filled = [stray if i == MASK else i for i in tokens]
     assert tokenizer.decode(filled) == "\ufffd한\ufffd"
@@ -127,7 +127,7 @@ def test_stray_bytes_do_not_spoil_what_is_known():
 )
 def test_what_a_tokenizer_cannot_spell_is_named(kind, text, told):
     with pytest.raises(UserError) as error:
-        prompts.of_text(text, tokenizer_of(kind), name="here")
+        prompts.parse_text(text, tokenizer_of(kind), name="here")
     assert str(error.value).startswith("here: ") and told in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -139,8 +139,8 @@ def test_a_decoder_that_is_no_concatenation_is_refused():
     tokenizer._tokenizer.decoder = decoders.BPEDecoder("\u2581")  # but not of the last token
     assert tokenizer.surfaces is None
     with pytest.raises(UserError, match="must be kept as it is"):
-        prompts.of_text("a[MASK]", tokenizer)
-    assert prompts.of_text("[MASK:3]", tokenizer).tokens == (MASK,) * 3
+        prompts.parse_text("a[MASK]", tokenizer)
+    assert prompts.parse_text("[MASK:3]", tokenizer).tokens == (MASK,) * 3
 
 
 @pytest.mark.parametrize("kind", ["SentencePiece, own training", PREFIXED[0], "bytes"])
@@ -163,7 +163,7 @@ def printed(kind: str, prompt: str, generated: list[int], packing: str) -> str:
     """What `sample` prints of a prompt whose masks become these ids."""
     tokenizer, config = tokenizer_of(kind), default_config()
     config.sample.num_texts, config.data.packing = 1, packing
-    request = prompts.of_text(prompt, tokenizer)
+    request = prompts.parse_text(prompt, tokenizer)
     ids, rest = [], iter(generated)
     for token in request.tokens:
         ids.append(next(rest) if token == MASK else token)
@@ -175,7 +175,7 @@ def printed(kind: str, prompt: str, generated: list[int], packing: str) -> str:
         canvas=canvas,
         order=lambda _: np.arange(len(ids))[None],
     )
-    decoded = types.SimpleNamespace(text=np.array([ids]), text_end=np.array([2**31 - 1]))
+    decoded = types.SimpleNamespace(text=np.array([ids]), eos_position=np.array([2**31 - 1]))
     rows = texts.sample_rows(config, generator, decoded, tokenizer, prompted=True)
     return rows[0]["text"]
 
@@ -253,7 +253,7 @@ def test_hostile_prompts_are_refused_before_they_are_made(kind, name):
     tracemalloc.start()
     try:
         with pytest.raises(UserError) as error:
-            prompts.of_text(HOSTILE[name], tokenizer, name="here", length=BOUND)
+            prompts.parse_text(HOSTILE[name], tokenizer, name="here", length=BOUND)
         with pytest.raises(UserError):
             spans = [[i, i + 1] for i in range(BOUND + 1)]
             prompts.of_rewrite(HOSTILE[name], spans, tokenizer, name="here", length=BOUND)

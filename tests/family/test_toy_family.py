@@ -30,7 +30,7 @@ def label(special, key, x, valid):
 
 
 def phases(s):
-    return (Phase("only", 1.0, functools.partial(label, s.special), droppable=True),)
+    return (Phase("only", 1.0, functools.partial(label, s.special), can_trim_queries=True),)
 
 
 def from_the_right(canvas, settings):
@@ -40,7 +40,7 @@ def from_the_right(canvas, settings):
         order = unknown[::-1].astype(np.int32)
         return order, np.ones(len(order), np.int32), np.zeros(len(order), bool)
 
-    return schedule.of_rows(canvas, row)
+    return schedule.schedule_from_rows(canvas, row)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -95,7 +95,7 @@ def binomial_tail(length, p, bound):
 
 
 @pytest.mark.parametrize(
-    ("length", "predicts", "rows", "multiple"),
+    ("length", "masked_fraction", "rows", "multiple"),
     [
         (128, 0.5, 256, 8),
         (128, 0.875, 4, 8),
@@ -106,15 +106,15 @@ def binomial_tail(length, p, bound):
         (128, 0.95, 256, 8),
     ],
 )
-def test_as_many_as_cost_the_fewest_tokens(length, predicts, rows, multiple):
+def test_as_many_as_cost_the_fewest_tokens(length, masked_fraction, rows, multiple):
     tokens = {length: 2 * length}
     for bound in range(multiple, length, multiple):
-        exceeded = 1 - (1 - binomial_tail(length, predicts, bound)) ** rows
+        exceeded = 1 - (1 - binomial_tail(length, masked_fraction, bound)) ** rows
         np.testing.assert_allclose(
-            trim.exceeded(length, predicts, rows, bound), exceeded, rtol=1e-6, atol=1e-12
+            trim.exceeded(length, masked_fraction, rows, bound), exceeded, rtol=1e-6, atol=1e-12
         )
         tokens[bound] = (1 - exceeded) * (length + bound) + exceeded * 2 * length
-    found = trim.num_queries(length, predicts, rows, multiple)
+    found = trim.num_queries(length, masked_fraction, rows, multiple)
     assert found == length or found % multiple == 0
     assert tokens[found] <= min(tokens.values()) + 1e-9
 
@@ -124,9 +124,9 @@ def test_savings_of_a_large_batch():
 
 
 @pytest.mark.parametrize("rows", [1, 2, 256])
-@pytest.mark.parametrize("predicts", [1.0, 1 - 1e-9])
-def test_all_are_kept_where_all_are_predicted(rows, predicts):
-    assert trim.num_queries(128, predicts, rows) == 128
+@pytest.mark.parametrize("masked_fraction", [1.0, 1 - 1e-9])
+def test_all_are_kept_where_all_are_predicted(rows, masked_fraction):
+    assert trim.num_queries(128, masked_fraction, rows) == 128
 
 
 def test_how_often_a_batch_does_not_fit():
@@ -179,7 +179,7 @@ def test_fits_says_whether_a_prediction_would_be_lost():
 @pytest.mark.usefixtures("quick")
 def test_trimming_changes_neither_losses_nor_gradients():
     """Of (A) and (B) in one pass; whether both fit or one of them must be run whole."""
-    whole = train_step.Objective(model.bind(MODEL), HEAD, (None, None))
+    whole = train_step.PhaseLoss(model.bind(MODEL), HEAD, (None, None))
     trimmed = dataclasses.replace(whole, queries=(12, 12))
     run, run_trimmed = jax.jit(whole.loss_and_grads), jax.jit(trimmed.loss_and_grads)
     fits = []
@@ -207,7 +207,7 @@ def test_a_batch_that_does_not_fit_is_run_whole(accumulation):
         return (h[:, : predict[0][1]],)
 
     params = {"one": jnp.ones(()), "logits": {"kernel": jnp.zeros((1, 4)).at[0, 0].set(1.0)}}
-    objective = train_step.Objective(apply, HEAD, (8,), accumulation)
+    objective = train_step.PhaseLoss(apply, HEAD, (8,), accumulation)
     weight = jnp.zeros((4, LENGTH)).at[:, -1].set(1)
     tail = label("eso_b", 0.5, "sequential", (LENGTH,) * 4).replace(
         weight=weight, target=jnp.full((4, LENGTH), 2)

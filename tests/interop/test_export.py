@@ -42,7 +42,7 @@ from esolm_jax.parallel import sharding
 from esolm_jax.sampling import generate
 from esolm_jax.sampling.engine import choose
 from esolm_jax.sampling.engine import network as network_lib
-from esolm_jax.sampling.engine.choose import Choice
+from esolm_jax.sampling.engine.choose import TokenSampler
 from esolm_jax.sampling.plan.canvas import Canvas
 from esolm_jax.training import checkpoint, optimizer, train_step
 
@@ -376,7 +376,7 @@ def test_orders_are_those_of_sample(run, fields):
 def test_distribution_of_a_step_is_the_same_in_every_runtime(temperature, top_k, top_p):
     logits = np.random.default_rng(0).normal(0, 3, (2, 3, VOCAB)).astype(np.float32)
     mask_id = VOCAB - 1
-    choice = Choice(mask_id=mask_id, temperature=temperature, top_p=top_p, top_k=top_k)
+    choice = TokenSampler(mask_id=mask_id, temperature=temperature, top_p=top_p, top_k=top_k)
     want = np.exp(np.asarray(choice.log_probs(logits), np.float64))
     plan = {"mask_id": mask_id, "top_k": top_k, "top_p": top_p}
     of_numpy = decode_loop.filtered(plan, logits, temperature)  # and of run_onnx.py

@@ -18,7 +18,7 @@ from esolm_jax.data import hub_tokenizer
 from esolm_jax.errors import UserError
 from esolm_jax.family import ar
 from esolm_jax.family.labels import Tokens
-from esolm_jax.family.phase import Special, make_phases
+from esolm_jax.family.phase import SpecialIds, make_phases
 from esolm_jax.interop.hub import config as hub_config
 from esolm_jax.interop.hub import names as hub_names
 from esolm_jax.model import build
@@ -476,7 +476,7 @@ def test_alpha_0_rises_from_0_and_then_stays(prepared):
 
 def test_annealed_labels_are_those_of_a_config_with_that_alpha_0(prepared):
     """Also at 0: what is masked, weighted and predicted."""
-    special = Special(mask=IDS, start=59)
+    special = SpecialIds(mask=IDS, start=59)
     x = np.random.default_rng(0).integers(0, IDS, (4, 16)).astype(np.int32)
     valid = np.ones(x.shape, bool)
     for alpha_0 in (0.125, 0.5):

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh
 
-from esolm_jax.model.linear import Embedding, Linear, Place, lookup, matmul
+from esolm_jax.model.linear import Embedding, Linear, ParamSpec, lookup, matmul
 from esolm_jax.parallel import sharding
 
 VOCAB, WIDTH = 16, 8
@@ -63,10 +63,10 @@ def results_and_gradients(mesh, dtype, tokens, hs, kernels, table, out):
 
     def run(hs, kernels, table):
         found = {
-            name: matmul(Place(KERNELS[name][0], dtype, mesh), hs[name], kernels[name])
+            name: matmul(ParamSpec(KERNELS[name][0], dtype, mesh), hs[name], kernels[name])
             for name in KERNELS
         }
-        return found | {"table": lookup(Place(TABLE[0], dtype, mesh), tokens, table)}
+        return found | {"table": lookup(ParamSpec(TABLE[0], dtype, mesh), tokens, table)}
 
     results, pull = jax.vjp(run, hs, kernels, table)
     return results, pull(out)
@@ -122,7 +122,7 @@ def test_bfloat16_computes_low_and_sums_gradients_high(name):
 
 
 def test_results_in_another_dtype_than_the_products():
-    place = Place(("embed", "vocab"), "bfloat16", None, out_dtype="float32")
+    place = ParamSpec(("embed", "vocab"), "bfloat16", None, out_dtype="float32")
     _, hs, kernels, _, _ = draw(jnp.bfloat16)
     found = matmul(place, hs["logits"], kernels["logits"])
     rounded = np.asarray(kernels["logits"].astype(jnp.bfloat16), np.float64)
@@ -136,7 +136,7 @@ def test_modules_add_a_bias_and_keep_their_parameters():
 
     tokens, hs, *_ = draw()
     axes, (width, *wide) = KERNELS["mlp_in"]
-    place = Place(axes, "float32", None)
+    place = ParamSpec(axes, "float32", None)
     linear = Linear(width, tuple(wide), place, nnx.Rngs(0), init=init, bias_init=init)
     kernel, bias = linear.kernel[...], linear.bias[...]
     assert kernel.shape == (width, *wide) and bias.shape == tuple(wide)
@@ -146,7 +146,7 @@ def test_modules_add_a_bias_and_keep_their_parameters():
     assert bare.bias is None
     wanted = tuple(np.tensordot(h, bare.kernel[...], 1) for h in hs["mlp_in"])
     assert_close(bare(hs["mlp_in"]), wanted, 2e-6)
-    table = Embedding(VOCAB, width, Place(TABLE[0], "float32", None), nnx.Rngs(0), init=init)
+    table = Embedding(VOCAB, width, ParamSpec(TABLE[0], "float32", None), nnx.Rngs(0), init=init)
     found, rows = table(tokens), np.asarray(table.embedding[...])
     jax.tree.map(np.testing.assert_array_equal, found, tuple(rows[token] for token in tokens))
 
@@ -165,10 +165,12 @@ def compiled(name, shape, gradient: bool):
     axes, kernel_shape = KERNELS[name]
 
     def of(dims, *logical):
-        return jax.ShapeDtypeStruct(dims, np.float32, sharding=sharding.place(mesh, *logical))
+        return jax.ShapeDtypeStruct(
+            dims, np.float32, sharding=sharding.named_sharding(mesh, *logical)
+        )
 
     def run(hs, kernel):
-        return sum(jnp.sum(y * y) for y in matmul(Place(axes, "float32", mesh), hs, kernel))
+        return sum(jnp.sum(y * y) for y in matmul(ParamSpec(axes, "float32", mesh), hs, kernel))
 
     kernel = of(kernel_shape, *axes)
     feature = "mlp" if name == "mlp_out" else None
@@ -190,7 +192,7 @@ def test_fsdp_gathers_a_kernel_once_for_two_batches_and_scatters_one_gradient():
 def test_kernels_are_gathered_in_the_compute_dtype_and_gradients_summed_in_float32():
     mesh = make_mesh((2, 4, 1, 1))
     axes, shape = KERNELS["mlp_in"]
-    place = Place(axes, "bfloat16", mesh)
+    place = ParamSpec(axes, "bfloat16", mesh)
 
     def run(hs, kernel):
         return sum(jnp.sum(y.astype(jnp.float32)) for y in matmul(place, hs, kernel))
@@ -203,7 +205,7 @@ def test_kernels_are_gathered_in_the_compute_dtype_and_gradients_summed_in_float
 
 
 def test_a_place_says_what_is_split():
-    place = Place(("embed", "vocab"), "float32", make_mesh((2, 4, 1, 1)))
+    place = ParamSpec(("embed", "vocab"), "float32", make_mesh((2, 4, 1, 1)))
     assert place.gathered == (None, "vocab")
     assert [axis for axis in sharding.AXES if place.splits(axis)] == ["data", "fsdp"]
-    assert not Place(("embed", "vocab"), "float32", None).splits("data")
+    assert not ParamSpec(("embed", "vocab"), "float32", None).splits("data")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from esolm_jax.model.linear import Place
+from esolm_jax.model.linear import ParamSpec
 from esolm_jax.model.lm_head import Head, nll, sequence_nll, token_nll, weighted_nll
 from esolm_jax.parallel import sharding
 
@@ -27,7 +27,7 @@ MESHES = {
 
 
 def head(chunk, mask_id=MASK, dtype="float32", mesh=None):
-    return Head(mask_id, chunk, Place(sharding.PARAMETERS["logits/kernel"], dtype, mesh))
+    return Head(mask_id, chunk, ParamSpec(sharding.PARAMETERS["logits/kernel"], dtype, mesh))
 
 
 def draw(density=0.5, sizes=SIZES, mask_id=MASK, bias=True, dtype=jnp.float32, rows=None):

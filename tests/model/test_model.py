@@ -12,11 +12,11 @@ from styles import DIT, GPT2, LENGTH, LLAMA, QWEN, VOCAB, params_of
 from tiny_run import quick  # noqa: F401
 
 from esolm_jax.config import default_config
-from esolm_jax.family.labels import Labelled, Layout, Tokens
+from esolm_jax.family.labels import LabelledBatch, Layout, Tokens
 from esolm_jax.model import transformer as model
 from esolm_jax.model.lm_head import Head
 from esolm_jax.parallel import sharding
-from esolm_jax.training.train_step import Objective
+from esolm_jax.training.train_step import PhaseLoss
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -159,7 +159,7 @@ def test_kinds_of_attention_give_the_same_logits(config):
 def loss_and_grads(config, batches, mesh=None, dropout_key=None):
     """Of the first half of the tokens, which predict random ones."""
     apply = model.bind(config, mesh)
-    objective = Objective(apply, Head.of(config, 3, mesh, chunk=8), (None,) * len(batches))
+    objective = PhaseLoss(apply, Head.of(config, 3, mesh, chunk=8), (None,) * len(batches))
     labelled = []
     for tokens in batches:
         rng = np.random.default_rng(7)
@@ -167,7 +167,7 @@ def loss_and_grads(config, batches, mesh=None, dropout_key=None):
         target = rng.integers(4, VOCAB, shape).astype(np.int32)
         weight = ((rng.random(shape) < 0.6) * 1.5).astype(np.float32)
         count = np.full(shape[:1], shape[1], np.int32)
-        labelled.append(Labelled(tokens, *map(jnp.asarray, (target, weight, count))))
+        labelled.append(LabelledBatch(tokens, *map(jnp.asarray, (target, weight, count))))
     run = jax.jit(lambda params, parts: objective.loss_and_grads(params, parts, dropout_key))
     return run, tuple(labelled)
 

@@ -300,21 +300,21 @@ def test_nobody_there():
 
 
 def test_environment_of_a_launcher(monkeypatch):
-    whole = dict(zip(distributed.TOLD_BY, ("host:1234", "4", "3"), strict=True))
-    assert distributed._told({}) is None
-    assert distributed._told(whole) == {
+    whole = dict(zip(distributed.ENV_VARS, ("host:1234", "4", "3"), strict=True))
+    assert distributed._launcher_env({}) is None
+    assert distributed._launcher_env(whole) == {
         "coordinator_address": "host:1234",
         "num_processes": 4,
         "process_id": 3,
         "cluster_detection_method": "deactivate",
     }
-    for name in distributed.TOLD_BY:
+    for name in distributed.ENV_VARS:
         part = {k: v for k, v in whole.items() if k != name}
         with pytest.raises(UserError, match=f"^{name}: missing from the environment"):
-            distributed._told(part)
-    for name, bad in zip(distributed.TOLD_BY, ("host", "0", "4"), strict=True):
+            distributed._launcher_env(part)
+    for name, bad in zip(distributed.ENV_VARS, ("host", "0", "4"), strict=True):
         with pytest.raises(UserError, match=f"{name}={bad}: must"):
-            distributed._told(whole | {name: bad})
+            distributed._launcher_env(whole | {name: bad})
 
 
 SLURM = {
@@ -347,7 +347,7 @@ def test_clusters_are_known_by_their_environment(environment, several):
 
 def test_one_process(monkeypatch):
     """Nothing to join: every call does nothing, and errors pass through guard()."""
-    for name in (*distributed.TOLD_BY, distributed.CLUSTER):
+    for name in (*distributed.ENV_VARS, distributed.CLUSTER):
         monkeypatch.delenv(name, raising=False)
     timeouts = dict(init_timeout=1, heartbeat_timeout=1, barrier_timeout=1)
     distributed.start(**timeouts, stoppable=True)
@@ -392,15 +392,15 @@ def test_hashes():
     "environment, said",
     [
         ({}, None),
-        (dict(zip(distributed.TOLD_BY, ("host:1", "1", "0"), strict=True)), None),
-        (dict(zip(distributed.TOLD_BY, ("host:1", "4", "3"), strict=True)), "JAX_NUM_PROCESSES=4"),
+        (dict(zip(distributed.ENV_VARS, ("host:1", "1", "0"), strict=True)), None),
+        (dict(zip(distributed.ENV_VARS, ("host:1", "4", "3"), strict=True)), "JAX_NUM_PROCESSES=4"),
         (SLURM, "the environment of this process"),
         ({"ESOLM_CLUSTER": "1"}, "the environment of this process"),
         ({"TPU_WORKER_HOSTNAMES": "t-0,t-1"}, None),  # of any process on such a host
     ],
 )
 def test_whether_a_launcher_started_several(environment, said, monkeypatch):
-    for name in (*distributed.TOLD_BY, distributed.CLUSTER):
+    for name in (*distributed.ENV_VARS, distributed.CLUSTER):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -408,7 +408,7 @@ def test_whether_a_launcher_started_several(environment, said, monkeypatch):
 
 
 def test_a_verb_of_one_process_refuses_a_launcher(monkeypatch, capsys, tmp_path):
-    for name, value in zip(distributed.TOLD_BY, ("host:1", "4", "3"), strict=True):
+    for name, value in zip(distributed.ENV_VARS, ("host:1", "4", "3"), strict=True):
         monkeypatch.setenv(name, value)
     path = pathlib.Path(tiny_run.FILE)
     code = tiny_run.command("compile", f"--config={path}", "--topology=v5e:2x2")

@@ -15,7 +15,7 @@ from esolm_jax.errors import UserError
 from esolm_jax.family import eso_b, mdlm
 from esolm_jax.parallel.sharding import AXES
 from esolm_jax.sampling.engine import network
-from esolm_jax.sampling.engine.choose import Choice
+from esolm_jax.sampling.engine.choose import TokenSampler
 from esolm_jax.sampling.generate import Generator, make_schedule
 from esolm_jax.sampling.loops import decode
 from esolm_jax.sampling.loops.confident import confident
@@ -24,7 +24,7 @@ from esolm_jax.sampling.plan import passes, schedule
 from esolm_jax.sampling.plan.canvas import MASK, Canvas, Seed
 
 NETWORK = network.fold(toy.CONFIG, toy.PARAMS)
-CHOICE, GREEDY = Choice(toy.MASK), Choice(toy.MASK, temperature=0)
+CHOICE, GREEDY = TokenSampler(toy.MASK), TokenSampler(toy.MASK, temperature=0)
 L = toy.LENGTH
 MANY = 40_000
 
@@ -102,7 +102,7 @@ def test_a_prompt_is_not_cut_inside_a_block_of_bd3(monkeypatch):
     canvas = canvas_of([[(0, 2, 3)[b % 3] for b in range(10)] + [MASK] * 2])
     drawn = schedule.left_to_right(canvas)
     whole = run("bd3", drawn, canvas.seeds, GREEDY, with_logits=True)
-    monkeypatch.setattr(passes, "PREFILL", 2 * toy.BLOCK + 1)
+    monkeypatch.setattr(passes, "PREFILL_CHUNK", 2 * toy.BLOCK + 1)
     cut = run("bd3", drawn, canvas.seeds, GREEDY, with_logits=True)
     assert int(cut.passes) > int(whole.passes)
     np.testing.assert_allclose(cut.logits[:, 10:], whole.logits[:, 10:], atol=1e-5)
@@ -111,7 +111,7 @@ def test_a_prompt_is_not_cut_inside_a_block_of_bd3(monkeypatch):
 def test_an_edit_of_one_text_leaves_the_others_whole():
     canvas = canvas_of([[MASK] * 12] * 2)
     text = np.asarray(run("eso_b", schedule.ancestral(canvas, 0.5, 0), canvas.seeds).text)
-    edit = canvas.filled(text).forget(0, 3, 6)
+    edit = canvas.filled(text).remask(0, 3, 6)
     for steps in (0, 2):
         new = np.asarray(run("eso_b", schedule.ancestral(edit, 0.5, steps), edit.seeds).text)
         np.testing.assert_array_equal(new[edit.known], text[edit.known])
@@ -122,7 +122,7 @@ def test_an_edit_of_one_text_leaves_the_others_whole():
 def test_an_edit_keeps_the_rest_and_depends_on_all_of_it():
     canvas = canvas_of([[MASK] * 12] * 2)
     text = np.asarray(run("eso_b", schedule.ancestral(canvas, 0.5, 0), canvas.seeds).text)
-    edit = canvas.filled(text).forget(0, 3, 6).forget(0, 9, 10).forget(1, 0, 2)
+    edit = canvas.filled(text).remask(0, 3, 6).remask(0, 9, 10).remask(1, 0, 2)
     drawn = schedule.ancestral(edit, 0.5, 0)
     assert (np.sort(drawn.order[0, 8:]) == [3, 4, 5, 9]).all()
     new = np.asarray(run("eso_b", drawn, edit.seeds, GREEDY).text)
@@ -134,7 +134,7 @@ def test_an_edit_keeps_the_rest_and_depends_on_all_of_it():
     same = run("eso_b", schedule.ancestral(fresh, 0.5, 0), fresh.seeds, GREEDY)
     np.testing.assert_array_equal(same.text, new)
     with pytest.raises(UserError, match="span 3:3"):
-        canvas.forget(0, 3, 3)
+        canvas.remask(0, 3, 3)
 
 
 def test_rows_of_other_prompts_and_lengths_do_not_matter():
@@ -161,7 +161,7 @@ def test_a_text_ends_at_its_first_eos_and_the_loop_with_the_last_text(objective)
     ended = run(objective, drawn, canvas.seeds, eos_id=eos)
     first = np.argmax(whole == eos, axis=1)
     assert (whole == eos).any(axis=1).all()
-    np.testing.assert_array_equal(ended.text_end, first)
+    np.testing.assert_array_equal(ended.eos_position, first)
     for row, end in enumerate(first):
         np.testing.assert_array_equal(np.asarray(ended.text)[row, :end], whole[row, :end])
     assert int(ended.passes) == first.max() + 1 < length
@@ -172,7 +172,7 @@ def test_an_eos_of_the_diffusion_phase_ends_a_text_once_all_before_it_is_known()
     drawn = schedule.ancestral(canvas, 0.5, 0)
     ended = run("eso_b", drawn, canvas.seeds, eos_id=3)
     whole = np.asarray(run("eso_b", drawn, canvas.seeds).text)
-    revealed, end = np.asarray(ended.revealed), np.asarray(ended.text_end)
+    revealed, end = np.asarray(ended.revealed), np.asarray(ended.eos_position)
     for row in range(8):
         assert (revealed[row, : end[row]] < int(ended.passes)).all()
         np.testing.assert_array_equal(
@@ -195,7 +195,7 @@ def test_an_eos_before_what_is_known_ends_nothing(draft_tokens):
         whole, _ = speculate(*args, k=draft_tokens)
     else:
         ended, whole = decode.decode(*args, eos_id=eos), decode.decode(*args)
-    text, end = np.asarray(whole.text), np.asarray(ended.text_end)
+    text, end = np.asarray(whole.text), np.asarray(ended.eos_position)
     assert (text[:, :10] == eos).any(axis=1).sum() > 4
     is_end = (text == eos) & (np.arange(len(row)) > 11)
     wanted = np.where(is_end.any(axis=1), is_end.argmax(axis=1), decode.NEVER)
@@ -297,7 +297,7 @@ def test_a_mesh_gives_the_same_texts(shape):
 def compiled(plan, keys, mesh=None):
     """(state before the first pass, text of the program) of a plan of one segment."""
     (segment,) = plan.segments()
-    (index, shapes), net = plan.classes(*segment), network.fold(toy.CONFIG, toy.PARAMS, mesh)
+    (index, shapes), net = plan.shape_buckets(*segment), network.fold(toy.CONFIG, toy.PARAMS, mesh)
     state = decode.start_state(net, plan, 4, mesh, with_logits=False, cached=True)
     tables = plan.padded(4)
     order, known, keys = (decode.over_rows(mesh, a) for a in (tables.order, tables.known, keys))
@@ -333,7 +333,7 @@ def test_another_seed_runs_the_same_programs(alpha_0):
     for seed in range(40):
         drawn = schedule.ancestral(Canvas.empty(1, 64, seed), alpha_0, 16)
         plan = passes.make_plan(eso_b.FAMILY, drawn, mask_id=toy.MASK)
-        shapes = tuple(plan.classes(*segment)[1] for segment in plan.segments())
+        shapes = tuple(plan.shape_buckets(*segment)[1] for segment in plan.segments())
         found.add((shapes, plan.rows_of_tables))
     assert len(found) <= 5, found
 

@@ -8,7 +8,7 @@ import pytest
 import toy
 
 from esolm_jax.interop.export import exported_sampler
-from esolm_jax.sampling.engine.choose import Choice, argmax, at_temperature, gumbel, keys_of
+from esolm_jax.sampling.engine.choose import TokenSampler, argmax, at_temperature, gumbel, keys_of
 
 KEY = jax.random.key(0)
 SMALL, LARGE = (1e-3, 1e-20, 1e-37, 1e-40, 1e-45, 1e-300), (1e30, 1e37, 1e39, 1e300)
@@ -42,18 +42,18 @@ def exported(temperature, mask_id, **filters):
     return choose
 
 
-@pytest.mark.parametrize("make", [lambda t, m: Choice(m, temperature=t), exported])
+@pytest.mark.parametrize("make", [lambda t, m: TokenSampler(m, temperature=t), exported])
 @pytest.mark.parametrize("temperature", SMALL)
 @pytest.mark.parametrize("name", EXTREMES)
 def test_the_limit_of_small_temperatures_is_greedy(make, temperature, name):
     logits, mask_id = EXTREMES[name], 4
     if name == "close" and temperature > 1e-10:
         pytest.skip("the logits lie closer together than the temperature")
-    (best,) = set(draws(Choice(mask_id, temperature=0), logits, 2))
+    (best,) = set(draws(TokenSampler(mask_id, temperature=0), logits, 2))
     assert set(draws(make(temperature, mask_id), logits)) == {best} == {1}
 
 
-@pytest.mark.parametrize("make", [lambda t, m: Choice(m, temperature=t), exported])
+@pytest.mark.parametrize("make", [lambda t, m: TokenSampler(m, temperature=t), exported])
 @pytest.mark.parametrize("temperature", [*LARGE, float("inf")])
 @pytest.mark.parametrize("mask_id", [1, 4, 5])
 def test_the_limit_of_large_temperatures_is_uniform_and_has_no_mask(make, temperature, mask_id):
@@ -67,7 +67,7 @@ def test_the_limit_of_large_temperatures_is_uniform_and_has_no_mask(make, temper
 @pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.9}, {"top_k": 6, "top_p": 1e-9}])
 def test_what_is_drawn_from_has_no_mask_and_sums_to_one(temperature, filters):
     for mask_id in range(6):
-        choice = Choice(mask_id, temperature=temperature, **filters)
+        choice = TokenSampler(mask_id, temperature=temperature, **filters)
         log_p = np.asarray(choice.log_probs(jnp.asarray(LOGITS, jnp.float32)[None, None]))[0, 0]
         assert log_p[mask_id] == -np.inf and not np.isnan(log_p).any()
         np.testing.assert_allclose(np.exp(log_p.astype(np.float64)).sum(), 1, rtol=1e-5)
@@ -78,7 +78,7 @@ def test_what_is_drawn_from_has_no_mask_and_sums_to_one(temperature, filters):
                                      {"top_k": 2}])  # fmt: skip
 @pytest.mark.parametrize("mask_id", range(4))
 def test_the_mask_is_not_chosen_from_broken_logits(logits, options, mask_id):
-    choice = Choice(mask_id, **options)
+    choice = TokenSampler(mask_id, **options)
     drawn = set(draws(choice, logits, 50))
     assert mask_id not in drawn and drawn <= set(range(4))
     log_p = choice.log_probs(jnp.asarray(logits, jnp.float32)[None, None])

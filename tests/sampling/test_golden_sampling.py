@@ -10,7 +10,7 @@ from golden_files import close, model, vectors
 
 from esolm_jax.family import ar, eso_b
 from esolm_jax.sampling.engine import network
-from esolm_jax.sampling.engine.choose import Choice, keep_top_k, nucleus
+from esolm_jax.sampling.engine.choose import TokenSampler, keep_top_k, top_p_filter
 from esolm_jax.sampling.loops import decode, speculate
 from esolm_jax.sampling.plan import passes, schedule
 from esolm_jax.sampling.plan.canvas import Canvas
@@ -32,7 +32,7 @@ class Forced:
 
 
 @dataclasses.dataclass(frozen=True)
-class Recorded(Choice):
+class Recorded(TokenSampler):
     """Draws with the recorded uniforms, which are stored by rank."""
 
     case: str = ""
@@ -43,9 +43,9 @@ class Recorded(Choice):
         by_rank = -np.log(-np.log(u))
         batch, length, _ = u.shape
         order = golden.get("sort_idx", np.tile(np.arange(length), (batch, 1)))
-        by_position = np.zeros_like(by_rank)
-        np.put_along_axis(by_position, order[..., None], by_rank, axis=1)
-        noise = jnp.asarray(by_position, jnp.float32)
+        unpermute = np.zeros_like(by_rank)
+        np.put_along_axis(unpermute, order[..., None], by_rank, axis=1)
+        noise = jnp.asarray(unpermute, jnp.float32)
         noise = noise[jnp.arange(batch)[:, None], position_BP]
         return super().__call__(logits, position_BP, noise)
 
@@ -85,7 +85,7 @@ def test_teacher_forced(case):
 @pytest.mark.parametrize("case", CASES)
 def test_greedy(case):
     golden = vectors(case)
-    text, logits = run(golden, eso_b_plan(golden), Choice(MASK, temperature=0))
+    text, logits = run(golden, eso_b_plan(golden), TokenSampler(MASK, temperature=0))
     np.testing.assert_array_equal(text, golden["greedy_samples"])
     close(logits, golden["greedy_logits"], tolerance(case))
     assert len(eso_b_plan(golden).size) == golden["nfe"]
@@ -101,7 +101,10 @@ def test_greedy(case):
 def test_greedy_speculation_is_greedy_one_token_a_pass(case, k, style):
     """And where the published schedule is one token a step, the published tokens."""
     golden = vectors(case)
-    plan, greedy = eso_b_plan(golden, np.ones(golden["sort_idx"].shape[1], int)), Choice(MASK, 0)
+    plan, greedy = (
+        eso_b_plan(golden, np.ones(golden["sort_idx"].shape[1], int)),
+        TokenSampler(MASK, 0),
+    )
     want, _ = run(golden, plan, greedy)
     keys = jax.random.split(KEY, len(want))
     found, _ = speculate.speculate(folded(golden), plan, greedy, keys, k=k, style=style)
@@ -124,7 +127,9 @@ def test_strided_order():
     length = len(golden["sort_idx"])
     plan = schedule.strided(Canvas.empty(3, length), 1.0, int(golden["nfe"]), shuffle=False)
     np.testing.assert_array_equal(plan.order[0], golden["sort_idx"])
-    text, logits = run(golden, passes.make_plan(eso_b.FAMILY, plan, mask_id=MASK), Choice(MASK, 0))
+    text, logits = run(
+        golden, passes.make_plan(eso_b.FAMILY, plan, mask_id=MASK), TokenSampler(MASK, 0)
+    )
     np.testing.assert_array_equal(text, golden["greedy_samples"])
     close(logits, golden["greedy_logits"])
 
@@ -138,7 +143,7 @@ def test_ar(start, greedy):
     batch, length, _ = golden["greedy_step_logits"].shape
     plan = schedule.left_to_right(Canvas.empty(batch, length))
     plan = passes.make_plan(ar.FAMILY, plan, mask_id=MASK, start_token=first[start])
-    choice = Choice(MASK, 0) if greedy else Recorded(MASK, top_p=0.9, case=case)
+    choice = TokenSampler(MASK, 0) if greedy else Recorded(MASK, top_p=0.9, case=case)
     text, logits = run(golden, plan, choice)
     if start == "none":  # the start token is the first of the text
         text = np.insert(text, 0, first[start], axis=1)
@@ -166,8 +171,8 @@ def test_ancestral_schedule(alpha_0, num_steps):
 
 
 FILTERS = {
-    "filtered_p09": lambda logits: nucleus(logits, 0.9),
-    "filtered_p05": lambda logits: nucleus(logits, 0.5),
+    "filtered_p09": lambda logits: top_p_filter(logits, 0.9),
+    "filtered_p05": lambda logits: top_p_filter(logits, 0.5),
     "filtered_k5": lambda logits: keep_top_k(logits, 5),
 }
 

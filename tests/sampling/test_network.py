@@ -15,7 +15,7 @@ from esolm_jax.family.labels import Tokens
 from esolm_jax.model import transformer as model
 from esolm_jax.parallel import sharding
 from esolm_jax.sampling.engine import cache as cache_lib
-from esolm_jax.sampling.engine import network, products
+from esolm_jax.sampling.engine import cpu_kernels, network
 from esolm_jax.sampling.engine.network import Window
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -76,11 +76,11 @@ def assert_near(found, want):
     np.testing.assert_allclose(found, want, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("key_slots", [1, products.KEY_SLOTS])
+@pytest.mark.parametrize("key_slots", [1, cpu_kernels.KEY_SLOTS])
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_those_of_the_model(name, key_slots, monkeypatch):
     """In one pass without a cache, and in pieces with one, its keys as on any device."""
-    monkeypatch.setattr(products, "key_slots", lambda mesh: key_slots)
+    monkeypatch.setattr(cpu_kernels, "key_slots", lambda mesh: key_slots)
     config = MODELS[name]
     net = network.fold(config, params_of(config))
     want = np.asarray(wanted(config))

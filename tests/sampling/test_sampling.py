@@ -11,7 +11,7 @@ import toy
 
 from esolm_jax.errors import UserError
 from esolm_jax.sampling.engine import choose, network
-from esolm_jax.sampling.engine.choose import Choice, gumbel, keep_top_k, keys_of, nucleus
+from esolm_jax.sampling.engine.choose import TokenSampler, gumbel, keep_top_k, keys_of, top_p_filter
 from esolm_jax.sampling.loops import decode
 from esolm_jax.sampling.plan import passes, schedule
 from esolm_jax.sampling.plan.canvas import Canvas, Seed
@@ -19,7 +19,7 @@ from esolm_jax.sampling.plan.schedule import Schedule
 
 KEY = jax.random.key(0)
 NETWORK = network.fold(toy.CONFIG, toy.PARAMS)
-CHOICE = Choice(toy.MASK)
+CHOICE = TokenSampler(toy.MASK)
 L = toy.LENGTH
 
 
@@ -191,11 +191,11 @@ LOGITS = np.log([0.4, 0.3, 0.2, 0.07, 0.03])  # the mask is id 1
 
 def test_temperature_zero_is_argmax_without_the_mask():
     plan = schedule.left_to_right(Canvas.empty(3, LENGTH))
-    greedy = Choice(toy.MASK, temperature=0)
+    greedy = TokenSampler(toy.MASK, temperature=0)
     text, logits = sample("eso_b", plan, choice=greedy, with_logits=True)
     np.testing.assert_array_equal(text, toy.log_probs(logits).argmax(axis=-1))
     np.testing.assert_array_equal(text, sample("eso_b", plan, choice=greedy, seed=1))
-    assert set(draws(Choice(0, temperature=0), LOGITS, 10)) == {1}
+    assert set(draws(TokenSampler(0, temperature=0), LOGITS, 10)) == {1}
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def test_temperature_zero_is_argmax_without_the_mask():
 )
 def test_tokens_are_drawn_with_their_filtered_probabilities(options, probabilities):
     probabilities = np.array(probabilities) / np.sum(probabilities)
-    tokens = draws(Choice(1, **options), LOGITS)
+    tokens = draws(TokenSampler(1, **options), LOGITS)
     counts = np.bincount(tokens, minlength=5)
     assert (counts[probabilities == 0] == 0).all()
     if (probabilities > 0).sum() > 1:
@@ -226,31 +226,31 @@ def test_tokens_are_drawn_with_their_filtered_probabilities(options, probabiliti
 def test_filters_keep_the_likeliest_wherever_they_stand():
     logits = jnp.log(jnp.array([[[0.1, 0.5, 0.15, 0.25]]]))
     kept = lambda filtered: np.isfinite(np.asarray(filtered))[0, 0].tolist()  # noqa: E731
-    assert kept(nucleus(logits, 0.7)) == [False, True, False, True]
-    assert kept(nucleus(logits, 0.8)) == [False, True, True, True]
-    assert kept(nucleus(logits, 1e-9)) == [False, True, False, False]
+    assert kept(top_p_filter(logits, 0.7)) == [False, True, False, True]
+    assert kept(top_p_filter(logits, 0.8)) == [False, True, True, True]
+    assert kept(top_p_filter(logits, 1e-9)) == [False, True, False, False]
     assert kept(keep_top_k(logits, 3)) == [False, True, True, True]
     np.testing.assert_array_equal(keep_top_k(logits, 4), logits)
 
 
 def test_the_mask_is_never_drawn_however_likely():
-    tokens = draws(Choice(1), [0.0, 50.0, 0.0, 0.0, 0.0], 1000)
+    tokens = draws(TokenSampler(1), [0.0, 50.0, 0.0, 0.0, 0.0], 1000)
     assert set(tokens) == {0, 2, 3, 4}
 
 
 @pytest.mark.parametrize("ahead", [0, 2**26])
 def test_noise_of_slots_is_that_of_their_positions(ahead, monkeypatch):
     """Drawn when asked for and, three slots at a time, before; of slots that are wanted."""
-    monkeypatch.setattr(choose, "AHEAD", ahead)
+    monkeypatch.setattr(choose, "MAX_PRECOMPUTED_BYTES", ahead)
     monkeypatch.setattr(choose, "AT_ONCE", 3 * 2 * 5)
     rows = jax.random.split(KEY, 2)
     position = jnp.asarray(np.random.default_rng(0).permuted([range(10)] * 2, axis=1))
     slot = jnp.array([[9, 2, 4], [3, 9, 5]])
     is_wanted = jnp.arange(10) >= 2
-    noise = choose.noise_of(rows, position, is_wanted, 5)(slot)
+    noise = choose.precomputed_gumbel(rows, position, is_wanted, 5)(slot)
     expected = gumbel(keys_of(rows, jnp.take_along_axis(position, slot, axis=1)), 5)
     np.testing.assert_allclose(noise, expected, rtol=1e-6, atol=1e-6)
-    none = choose.noise_of(rows, position, jnp.zeros(10, bool), 5)(slot)
+    none = choose.precomputed_gumbel(rows, position, jnp.zeros(10, bool), 5)(slot)
     assert (none == 0).all() == (ahead > 0)
 
 

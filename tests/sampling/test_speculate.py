@@ -11,7 +11,7 @@ from thorough import thorough
 
 from esolm_jax.family import eso_b
 from esolm_jax.sampling.engine import network
-from esolm_jax.sampling.engine.choose import Choice
+from esolm_jax.sampling.engine.choose import TokenSampler
 from esolm_jax.sampling.loops import decode, speculate
 from esolm_jax.sampling.loops.speculate import STYLES
 from esolm_jax.sampling.plan import passes, schedule
@@ -22,7 +22,7 @@ NETWORK = network.fold(toy.CONFIG, toy.PARAMS)
 SHARP = network.fold(
     toy.CONFIG, toy.PARAMS | {"logits": jax.tree.map(lambda a: 4 * a, toy.PARAMS["logits"])}
 )
-CHOICE = Choice(toy.MASK)
+CHOICE = TokenSampler(toy.MASK)
 L = toy.LENGTH
 
 
@@ -132,7 +132,7 @@ def test_greedy_is_greedy_however_many_tokens_a_pass(style):
     ]
     seeds = [Seed(0, b) for b in range(len(rows))]
     canvas = Canvas.of(rows, seeds, vocab_size=4, mask_id=toy.MASK)
-    greedy, keys = Choice(toy.MASK, temperature=0), decode.row_keys(canvas.seeds)
+    greedy, keys = TokenSampler(toy.MASK, temperature=0), decode.row_keys(canvas.seeds)
     want = decode.decode(SHARP, plan(canvas), greedy, keys)
     for k, adaptive in ((2, False), (5, False), (5, True)):
         texts, found, counts = run(

@@ -58,7 +58,7 @@ class Processes:
         self, script, *, count=2, indices=None, host="127.0.0.1", port=None, **environment
     ):
         address = f"{host}:{port or free_port()}"
-        hidden = ("XLA_FLAGS", *distributed.TOLD_BY)
+        hidden = ("XLA_FLAGS", *distributed.ENV_VARS)
         base = {k: v for k, v in os.environ.items() if k not in hidden}
         base |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": ROOT, "JAX_NUM_PROCESSES": str(count)}
         self.address, self.begin = address, time.time()

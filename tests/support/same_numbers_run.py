@@ -39,7 +39,7 @@ def train(run: train_lib.Run, steps: int) -> dict:
     return {"losses": losses, "trimmed": trimmed}
 
 
-def trimming(training: train_step.Training):
+def trimming(training: train_step.Trainer):
     """(state, batch) → whether Training.step will trim: its noise, drawn here once more."""
 
     @jax.jit

@@ -65,7 +65,7 @@ def test_loss_gradients_and_steps(case):
     start = model(str(golden["weights"]))
     apply = model_lib.bind(start.config)
     head = loss.Head.of(start.config, MASK, chunk=8)
-    objective = train_step.Objective(apply, head, (None,) * len(labelled))
+    objective = train_step.PhaseLoss(apply, head, (None,) * len(labelled))
     step = jax.jit(lambda params: objective.loss_and_grads(params, labelled))
     losses, grads = step(start.params)
     close(losses.sum(), golden["loss"].reshape(()))

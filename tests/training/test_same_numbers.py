@@ -83,7 +83,7 @@ class Processes:
 
     def __init__(self, cut: tuple[int, int], args, cache):
         count, devices = cut
-        hidden = (*distributed.TOLD_BY, distributed.CLUSTER, "PJRT_NPROC")
+        hidden = (*distributed.ENV_VARS, distributed.CLUSTER, "PJRT_NPROC")
         base = {k: v for k, v in os.environ.items() if k not in hidden}
         base |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
         base |= QUICK_XLA | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests/support'}"}
@@ -95,7 +95,7 @@ class Processes:
         each = args if isinstance(args[0], list) else [args] * count
         self.all = []
         for index, args in enumerate(each):
-            told = zip(distributed.TOLD_BY, (address, str(count), str(index)), strict=True)
+            told = zip(distributed.ENV_VARS, (address, str(count), str(index)), strict=True)
             self.all.append(
                 subprocess.Popen(
                     [sys.executable, *args], env=base | (dict(told) if count > 1 else {}),

@@ -8,7 +8,7 @@ import shlex
 import pytest
 from absl import flags
 
-from benchmarks import published_ratios, write_up
+from benchmarks import published_ratios, report_writer
 from esolm_jax import config as config_lib
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -86,9 +86,9 @@ def test_pages_with_figures_say_what_made_them_and_at_which_commit():
 
 
 def test_a_page_that_is_written_now_ends_with_commit_and_machine(tmp_path, capsys):
-    write_up.write(tmp_path / "page", {}, "# Title\n")
+    report_writer.write(tmp_path / "page", {}, "# Title\n")
     assert re.search(r"\nRecorded at commit \w+ on .+, \d+ CPU threads\.\n$", page_of(tmp_path))
-    write_up.write(tmp_path / "page", {}, "# Title, of commit 123\n")
+    report_writer.write(tmp_path / "page", {}, "# Title, of commit 123\n")
     assert page_of(tmp_path) == "# Title, of commit 123\n"
 
 

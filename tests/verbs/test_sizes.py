@@ -12,7 +12,7 @@ from esolm_jax import memory_limit
 from esolm_jax.data.manifest import planned_tokenizer
 from esolm_jax.data.tokenizer import Bytes
 from esolm_jax.errors import UserError
-from esolm_jax.family.phase import Special
+from esolm_jax.family.phase import SpecialIds
 from esolm_jax.model import build
 from esolm_jax.model import transformer as model_lib
 from esolm_jax.parallel import sharding
@@ -221,10 +221,10 @@ def test_estimates_of_sampling_are_below_what_is_allocated():
     """The tables and the canvas that the sampler makes take at least what is estimated."""
     config = configured(sample__num_texts=4)
     canvas = Canvas.empty(4, 16)
-    passes = Generator.of(config, canvas, Special(mask=259, start=256)).passes
+    passes = Generator.of(config, canvas, SpecialIds(mask=259, start=256)).passes
     arrays = [canvas.token, canvas.known, passes.order, passes.known]
     assert sum(a.nbytes for a in arrays) >= (memory_limit.CANVAS_BYTES - 1) * 64
-    names = "start first size end bidirectional_below lowest_left".split()
+    names = "start first size end bidirectional_below leftmost_unknown".split()
     tables = sum(getattr(passes, name).nbytes for name in names) + passes.size.nbytes
     assert tables >= memory_limit.TABLE_BYTES * 64
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from esolm_jax.family.labels import Tokens
-from esolm_jax.family.phase import Special
+from esolm_jax.family.phase import SpecialIds
 from esolm_jax.interop import memory, safetensors_file
 from esolm_jax.interop.export import (
     exported_sampler,
@@ -42,7 +42,7 @@ class Source:
 
     config: object
     model: ModelConfig
-    special: Special
+    special: SpecialIds
     plan: Plan
     folder: pathlib.Path
     parts: tuple[str, ...]

@@ -52,7 +52,7 @@ def filtered(logits, temperature, *, top_k, top_p):
     """Filters logits (without the mask) as choose.Choice does; temperature 0 as temperature 1."""
     drawn = choose.at_temperature(logits, jnp.where(temperature > 0, temperature, 1.0))
     drawn = choose.keep_top_k(drawn, top_k) if top_k else drawn
-    return choose.nucleus(drawn, top_p) if top_p < 1 else drawn
+    return choose.top_p_filter(drawn, top_p) if top_p < 1 else drawn
 
 
 def _runs(plan: Plan):

@@ -10,14 +10,14 @@ import numpy as np
 
 from esolm_jax.errors import UserError
 from esolm_jax.family.labels import Tokens
-from esolm_jax.family.phase import Special
+from esolm_jax.family.phase import SpecialIds
 from esolm_jax.interop import memory
 from esolm_jax.interop.export import plain
 from esolm_jax.interop.export.sampling_plan import Plan
 from esolm_jax.interop.export.shipped import decode_loop
 from esolm_jax.model import transformer as model_lib
 from esolm_jax.process import prng
-from esolm_jax.sampling.engine.choose import Choice
+from esolm_jax.sampling.engine.choose import TokenSampler
 from esolm_jax.sampling.loops import decode
 from esolm_jax.sampling.plan import passes
 from esolm_jax.sampling.plan.schedule import Schedule
@@ -91,7 +91,7 @@ def _difference(got, want) -> float:
 class Texts:
     """Our own samples, from the folded network."""
 
-    def __init__(self, config, plan: Plan, special: Special, network):
+    def __init__(self, config, plan: Plan, special: SpecialIds, network):
         self.config, self.plan, self.special, self.network = config, plan, special, network
 
     def of(self, order, num_diffusion, keys=None, *, sizes=None, temperature=0.0) -> np.ndarray:
@@ -101,7 +101,7 @@ class Texts:
         drawn = Schedule(order, np.array(sizes), num_diffusion=np.asarray(num_diffusion))
         mask, start, s = self.special.mask, self.special.start, self.config.sample
         table = passes.plan(self.config, drawn, mask_id=mask, start_token=start)
-        choice = Choice(mask_id=mask, temperature=temperature, top_p=s.top_p, top_k=s.top_k)
+        choice = TokenSampler(mask_id=mask, temperature=temperature, top_p=s.top_p, top_k=s.top_k)
         keys = np.zeros((len(order), 2), np.uint32) if keys is None else keys
         keys = prng.wrap(keys)
         text = np.asarray(decode.decode(self.network, table, choice, keys).text)

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from esolm_jax.attention.dense import MASKED
-from esolm_jax.attention.recompute import fill
+from esolm_jax.attention.recompute import pad_to_multiple
 from esolm_jax.model.transformer import ModelConfig
 from esolm_jax.parallel import sharding
-from esolm_jax.sampling.engine import products
+from esolm_jax.sampling.engine import cpu_kernels
 
 SLOTS, FEW_SLOTS = 64, 8  # caches are of multiples of these, so that parts of them are alike
 PREFIXES = 8
@@ -52,7 +52,7 @@ def round_up(slots: int) -> int:
 def empty_cache(config: ModelConfig, batch: int, slots: int, mesh: Mesh | None = None) -> Cache:
     """A cache for B = `batch` rows of at least `slots`, a window's margin included; rows are
     sharded over the mesh as their tokens are."""
-    together, width, slots = products.key_slots(mesh), config.head_width, round_up(slots)
+    together, width, slots = cpu_kernels.key_slots(mesh), config.head_width, round_up(slots)
 
     def zeros(*shape):
         zero = jnp.zeros((batch, config.groups, *shape), config.dtype)
@@ -85,8 +85,8 @@ def _attend_prefix(q_BGRWK, k, v, mask_BWW, filled_B, prefix: int, past):
     if parts == 1:
         return run(q_BGRWK, mask_BWW)
     size = -(-width // parts)
-    q = fill(q_BGRWK, 3, size).reshape(*heads, parts, size, head_width)
-    mask = fill(mask_BWW, 1, size).reshape(-1, parts, size, width)
+    q = pad_to_multiple(q_BGRWK, 3, size).reshape(*heads, parts, size, head_width)
+    mask = pad_to_multiple(mask_BWW, 1, size).reshape(-1, parts, size, width)
     each = jnp.moveaxis(q, 3, 0), jnp.moveaxis(mask, 1, 0)
     out = jnp.moveaxis(jax.lax.map(lambda part: run(*part), each), 0, 3)
     return out.reshape(*heads, parts * size, head_width)[:, :, :, :width]
@@ -97,13 +97,13 @@ def _attend_at_once(q_BGRWK, mask_BWW, *, k, v, filled_B, prefix: int, past):
     batch, groups, per_group, width, head_width = q_BGRWK.shape
     window = k.shape[2]
     q = q_BGRWK.reshape(batch, groups, per_group * width, head_width)
-    here = products.scores(q, k[..., None], window).reshape(q_BGRWK.shape[:4] + (window,))
+    here = cpu_kernels.scores(q, k[..., None], window).reshape(q_BGRWK.shape[:4] + (window,))
     here = jnp.where(mask_BWW[:, None, None], here, MASKED).reshape(*q.shape[:3], window)
-    parts = [(here, lambda p: products.weighted(p, v, window))]
+    parts = [(here, lambda p: cpu_kernels.weighted(p, v, window))]
     if prefix:
         keys, values = past
         score = _scores_of_cache(q, keys, prefix, filled_B)
-        parts.append((score, lambda p: products.weighted(p, values, prefix)))
+        parts.append((score, lambda p: cpu_kernels.weighted(p, values, prefix)))
     top = functools.reduce(jnp.maximum, [score.max(-1, keepdims=True) for score, _ in parts])
     total, out = 0.0, 0.0
     for score, weigh in parts:
@@ -121,7 +121,7 @@ def _scores_of_cache(q_BGTK, keys_BGJKI, prefix: int, filled_B):
 
     def some():
         seen = slot < filled_B[:, None, None]
-        score = products.scores(q_BGTK, keys_BGJKI, parts)
+        score = cpu_kernels.scores(q_BGTK, keys_BGJKI, parts)
         return jnp.where(seen[:, None, None], score, MASKED)
 
     none = functools.partial(jnp.full, (*q_BGTK.shape[:3], parts, together), MASKED, jnp.float32)

@@ -11,10 +11,13 @@ from esolm_jax.model.lm_head import exclude_mask_token
 # What a draw at a position is for: each has noise of its own.
 TOKEN, ACCEPT, RESIDUAL = range(3)
 BOUNDS, SMALL = (1e-30, 1e30), 1e-2  # of temperatures: see at_temperature
-AHEAD, AT_ONCE = 2**26, 2**15  # bytes of noise that a loop may have ready; draws of it at a time
+MAX_PRECOMPUTED_BYTES, AT_ONCE = (
+    2**26,
+    2**15,
+)  # bytes of noise that a loop may have ready; draws of it at a time
 
 
-def nucleus(logits_BPV, top_p: float):
+def top_p_filter(logits_BPV, top_p: float):
     """Keeps the smallest set of tokens whose probability reaches `top_p` (and ties of the last);
     −∞ elsewhere. The likeliest token is always kept. Returns float32 of the same shape.
     """
@@ -56,7 +59,7 @@ def gumbel(keys_BP, vocab_size: int):
     return jax.vmap(jax.vmap(one))(keys_BP)
 
 
-def noise_when_asked(row_keys_B, position_BS, vocab_size: int, purpose: int = TOKEN):
+def lazy_gumbel(row_keys_B, position_BS, vocab_size: int, purpose: int = TOKEN):
     """A function of slots [B, P], integers below S, to their noise, float32 [B, P, V]."""
 
     def of_slots(slot_BP):
@@ -66,14 +69,14 @@ def noise_when_asked(row_keys_B, position_BS, vocab_size: int, purpose: int = TO
     return of_slots
 
 
-def noise_of(row_keys_B, position_BS, is_wanted_S, vocab_size: int):
+def precomputed_gumbel(row_keys_B, position_BS, is_wanted_S, vocab_size: int):
     """As noise_when_asked for tokens, but up to AHEAD bytes are drawn at once, for a loop to read:
     on a CPU one token's costs three to six times as much alone as among many. Slots that are not
     wanted may have none.
     """
     batch, slots = position_BS.shape
-    if 4 * batch * slots * vocab_size > AHEAD:
-        return noise_when_asked(row_keys_B, position_BS, vocab_size)
+    if 4 * batch * slots * vocab_size > MAX_PRECOMPUTED_BYTES:
+        return lazy_gumbel(row_keys_B, position_BS, vocab_size)
     few = min(slots, max(1, AT_ONCE // (batch * vocab_size)))
     rest = -slots % few  # few at a time: what they pass through stays in a CPU's cache
 
@@ -134,7 +137,7 @@ def at_temperature(logits_BPV, temperature):
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class TokenSampler:
     """How a token is chosen; hashable, so it is a static argument of the jitted loop.
 
     Attributes:
@@ -172,5 +175,5 @@ class Choice:
         if self.top_k:
             logits_BPV = keep_top_k(logits_BPV, self.top_k)
         if self.top_p < 1:
-            logits_BPV = nucleus(logits_BPV, self.top_p)
+            logits_BPV = top_p_filter(logits_BPV, self.top_p)
         return logits_BPV

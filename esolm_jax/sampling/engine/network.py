@@ -18,7 +18,7 @@ from esolm_jax.family.rule import dense_mask
 from esolm_jax.model import transformer as model_lib
 from esolm_jax.model.transformer import ModelConfig
 from esolm_jax.parallel import sharding
-from esolm_jax.sampling.engine import products
+from esolm_jax.sampling.engine import cpu_kernels
 from esolm_jax.sampling.engine.cache import Cache, attend
 
 
@@ -45,7 +45,7 @@ class Network:
     config: ModelConfig = flax.struct.field(pytree_node=False)
 
 
-_PLACES = {  # logical axes; rows are split, so no weights are over fsdp
+_LOGICAL_AXES = {  # logical axes; rows are split, so no weights are over fsdp
     "embedding": (None, None),
     "positions": (None, None),
     "qkv": (None, "heads", None, None),
@@ -68,7 +68,7 @@ def shardings(network: Network, mesh: Mesh) -> Network:
     def place(path, array):
         key = path[-1]
         name = key.name if isinstance(key, jax.tree_util.GetAttrKey) else key.key
-        return sharding.place(mesh, *_PLACES[name])
+        return sharding.named_sharding(mesh, *_LOGICAL_AXES[name])
 
     return jax.tree.map_with_path(place, network)
 
@@ -213,7 +213,7 @@ def forward(network: Network, window: Window, cache: Cache | None):
     if window.pick.shape[1] == 0:
         return None, keys, values
     h = jnp.take_along_axis(h, window.pick[..., None], axis=1)
-    logits = products.dense(_norm(config, h), network.logits, jnp.float32)
+    logits = cpu_kernels.dense(_norm(config, h), network.logits, jnp.float32)
     if network.logits_bias is not None:
         logits = logits + network.logits_bias[None, None]
     return logits, keys, values
@@ -229,11 +229,11 @@ def _embed(network, window):
 
 def _norm(config, h_BWD):
     """The model's, whose scale and bias are in the weights."""
-    return model_lib.standardise(config, h_BWD).astype(config.dtype)
+    return model_lib.normalize(config, h_BWD).astype(config.dtype)
 
 
 def _linear(block, name, h_BWD):
-    y = products.dense(h_BWD, block[name])
+    y = cpu_kernels.dense(h_BWD, block[name])
     bias = block.get(f"{name}_bias")
     return y if bias is None else y + bias.astype(y.dtype).reshape(1, 1, *bias.shape)
 
@@ -245,7 +245,7 @@ def _heads(config, block, normed, angles):
     qk, v = qkv_BGRWK[:, :, :-1], qkv_BGRWK[:, :, -1]
     if "qk_norm_scale" in block:
         scale = block["qk_norm_scale"][None, None, :, None]
-        qk = (model_lib.over_rms(config, qk.astype(jnp.float32)) * scale).astype(qk.dtype)
+        qk = (model_lib.rms_normalize(config, qk.astype(jnp.float32)) * scale).astype(qk.dtype)
     if angles is not None:
         angles = [part[:, None] for part in angles]
     rotated = model_lib.rotate(qk, angles)

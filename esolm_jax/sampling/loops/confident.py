@@ -17,11 +17,11 @@ from esolm_jax.model.lm_head import exclude_mask_token
 from esolm_jax.sampling.engine import cache as cache_lib
 from esolm_jax.sampling.engine import network as network_lib
 from esolm_jax.sampling.engine.cache import Cache
-from esolm_jax.sampling.engine.choose import Choice, noise_of
+from esolm_jax.sampling.engine.choose import TokenSampler, precomputed_gumbel
 from esolm_jax.sampling.engine.network import Network, Window
 from esolm_jax.sampling.loops import decode as decode_lib
-from esolm_jax.sampling.loops.decode import NEVER, UNREAD, Decoded
-from esolm_jax.sampling.plan.passes import Passes
+from esolm_jax.sampling.loops.decode import NEVER, Decoded
+from esolm_jax.sampling.plan.passes import DecodePlan
 
 
 @flax.struct.dataclass
@@ -53,7 +53,7 @@ def _window(p: Progress, length, unknown: int) -> Window:
     position = jnp.broadcast_to(jnp.arange(size)[None], (batch, size))
     inside = position < length[:, None]
     if p.cache is None:
-        rank = jnp.where(inside, 0, UNREAD)
+        rank = jnp.where(inside, 0, NEVER)
         return Window(
             token=p.text,
             position=position,
@@ -66,7 +66,7 @@ def _window(p: Progress, length, unknown: int) -> Window:
     is_real = p.recent < size
     recent = jnp.minimum(p.recent, size - 1)
     step = jnp.broadcast_to(jnp.arange(k)[None], (batch, k))
-    rank = jnp.concatenate([jnp.where(is_real, step, UNREAD), k + position], axis=1)
+    rank = jnp.concatenate([jnp.where(is_real, step, NEVER), k + position], axis=1)
     in_context = jnp.arange(k + size)[None] < k
     known = jnp.take_along_axis(p.text, recent, axis=1)
     return Window(
@@ -87,17 +87,19 @@ def _window(p: Progress, length, unknown: int) -> Window:
 def _run(network, p: Progress, keys, length, *, choice, most, threshold, unknown):
     size = p.text.shape[1]
     position = jnp.broadcast_to(jnp.arange(size)[None], p.text.shape)
-    noise = noise_of(keys, position, position[0] < length.max(), network.config.vocab_size)
+    noise = precomputed_gumbel(
+        keys, position, position[0] < length.max(), network.config.vocab_size
+    )
 
-    def one_pass(p: Progress):
+    def body_fn(p: Progress):
         window = _window(p, length, unknown)
         logits, new_keys, new_values = network_lib.forward(network, window, p.cache)
-        open_ = (p.revealed == NEVER) & (position < length[:, None])
+        is_masked = (p.revealed == NEVER) & (position < length[:, None])
         # Of the model itself, independent of the temperature.
         log_p = jax.nn.log_softmax(exclude_mask_token(logits, choice.mask_id), axis=-1)
         # Finite, even of broken weights: the loop ends only when nothing is open.
         certain = jnp.nan_to_num(log_p.max(axis=-1), nan=jnp.finfo(jnp.float32).min)
-        certain, chosen = jax.lax.top_k(jnp.where(open_, certain, -jnp.inf), most)
+        certain, chosen = jax.lax.top_k(jnp.where(is_masked, certain, -jnp.inf), most)
         keep = jnp.isfinite(certain)
         if threshold:
             keep &= (certain >= jnp.log(threshold)) | (jnp.arange(most)[None] == 0)
@@ -119,16 +121,16 @@ def _run(network, p: Progress, keys, length, *, choice, most, threshold, unknown
             next=p.next + 1,
         )
 
-    def goes_on(p: Progress):
+    def cond_fn(p: Progress):
         return ((p.revealed == NEVER) & (position < length[:, None])).any()
 
-    return jax.lax.while_loop(goes_on, one_pass, p)
+    return jax.lax.while_loop(cond_fn, body_fn, p)
 
 
 def confident(
     network: Network,
-    passes: Passes,
-    choice: Choice,
+    passes: DecodePlan,
+    choice: TokenSampler,
     keys,
     *,
     cached: bool,
@@ -159,7 +161,7 @@ def confident(
     is_given = np.arange(length)[None] < passes.given[:, None]
     known = np.where(is_given, passes.known, passes.unknown).astype(np.int32)
     revealed = np.where(is_given, -1, NEVER).astype(np.int32)
-    text, revealed = decode_lib.by_position(passes.order, known, revealed)
+    text, revealed = decode_lib.unpermute(passes.order, known, revealed)
     by_row = {
         "text": text,
         "revealed": revealed,
@@ -174,7 +176,7 @@ def confident(
     return Decoded(
         text=p.text,
         revealed=p.revealed,
-        text_end=np.full(len(passes.order), NEVER, np.int32),
+        eos_position=np.full(len(passes.order), NEVER, np.int32),
         passes=p.next,
         logits=None,
     )

@@ -17,12 +17,9 @@ from esolm_jax.process import prng
 from esolm_jax.sampling.engine import cache as cache_lib
 from esolm_jax.sampling.engine import network as network_lib
 from esolm_jax.sampling.engine.cache import Cache
-from esolm_jax.sampling.engine.choose import noise_of
+from esolm_jax.sampling.engine.choose import precomputed_gumbel
 from esolm_jax.sampling.engine.network import Network, Window
-from esolm_jax.sampling.plan.passes import NONE, Passes
-
-UNREAD = NONE  # the rank of padding, which no token reads
-NEVER = NONE  # a pass, or a place, that does not come
+from esolm_jax.sampling.plan.passes import NEVER, DecodePlan
 
 
 @flax.struct.dataclass
@@ -33,7 +30,7 @@ class State:
       known: int32 [B, S + 1], the tokens in generation order (behind the start token if AR).
       cache: Cache of S slots, or None where no pass reads one.
       revealed: int32 [B, S], the pass that generated a slot; −1 where it was given.
-      text_end: int32 [B], the position of the first EOS that was generated so far.
+      eos_position: int32 [B], the position of the first EOS that was generated so far.
       next: int32, the pass to come.
       logits: float32 [B, S, V] at each rank when it was generated, or None.
     """
@@ -41,7 +38,7 @@ class State:
     known: jax.Array
     cache: Cache | None
     revealed: jax.Array
-    text_end: jax.Array
+    eos_position: jax.Array
     next: jax.Array
     logits: jax.Array | None
 
@@ -54,25 +51,25 @@ class Decoded:
       text: int32 [B, L].
       revealed: int32 [B, L], the pass (counting the prompt's) that generated each token; −1 =
         given, NEVER = not generated, because the text had ended.
-      text_end: int32 [B], the position of the first EOS, or NEVER.
+      eos_position: int32 [B], the position of the first EOS, or NEVER.
       passes: int32, how many passes were run, those of the prompt included.
       logits: float32 [B, L, V] by rank, or None.
     """
 
     text: jax.Array
     revealed: jax.Array
-    text_end: jax.Array
+    eos_position: jax.Array
     passes: jax.Array
     logits: jax.Array | None
 
 
-def _window(passes: Passes, state: State, i, width: int, picked: int):
+def _window(passes: DecodePlan, state: State, i, width: int, picked: int):
     """What pass i runs, in `width` slots of each row, with logits of `picked` of them."""
     start, first = passes.start[i], passes.first[i]
     slot = start[:, None] + jnp.arange(width)[None]
     position, token = (jnp.take_along_axis(a, slot, axis=1) for a in (passes.order, state.known))
     rank = jnp.where(slot < passes.bidirectional_below[i][:, None], 0, passes.rank[slot])
-    rank = jnp.where(slot < passes.end[i][:, None], rank, UNREAD)
+    rank = jnp.where(slot < passes.end[i][:, None], rank, NEVER)
     token = jnp.where(slot < first[:, None] + passes.shift, token, passes.unknown)
     pick = (first - start)[:, None] + jnp.arange(picked)[None]
     return Window(
@@ -129,9 +126,9 @@ def run(network, passes, index, state, row_keys, high, *, choice, shapes, aligne
     slot, first, last = jnp.arange(passes.order.shape[1]), state.next, high - 1
     is_wanted = (first <= last) & (slot >= passes.first[first].min())
     is_wanted &= slot < (passes.first[last] + passes.size[last]).max()
-    noise = noise_of(row_keys, passes.order, is_wanted, network.config.vocab_size)
+    noise = precomputed_gumbel(row_keys, passes.order, is_wanted, network.config.vocab_size)
 
-    def one_pass(state):
+    def body_fn(state):
         i = state.next
         common = {"noise": noise, "choice": choice, "widest": widest}
         branches = [functools.partial(_run_shape, shape=shape, **common) for shape in shapes]
@@ -150,31 +147,31 @@ def run(network, passes, index, state, row_keys, high, *, choice, shapes, aligne
             state = state.replace(cache=cache)
         return state.replace(next=i + 1)
 
-    def goes_on(state):
-        left = passes.lowest_left[state.next]
-        ended = (left == NEVER) | (state.text_end < left)
+    def cond_fn(state):
+        left = passes.leftmost_unknown[state.next]
+        ended = (left == NEVER) | (state.eos_position < left)
         return (state.next < high) & ~ended.all()
 
-    return jax.lax.while_loop(goes_on, one_pass, state)
+    return jax.lax.while_loop(cond_fn, body_fn, state)
 
 
 def _reveal(state: State, passes, i, slot, keep, chosen, logits, eos_id) -> State:
-    text_end = state.text_end
+    eos_position = state.eos_position
     if eos_id is not None:
         position = jnp.take_along_axis(passes.order, slot, axis=1)
         is_end = keep & (chosen == eos_id) & (position > last_given(passes))
         at = jnp.where(is_end, position, NEVER)
-        text_end = jnp.minimum(text_end, at.min(axis=1))
+        eos_position = jnp.minimum(eos_position, at.min(axis=1))
     if state.logits is not None:
         state = state.replace(logits=put(state.logits, logits, slot, keep))
     return state.replace(
         known=put(state.known, chosen, slot + passes.shift, keep),
         revealed=put(state.revealed, jnp.broadcast_to(i, slot.shape), slot, keep),
-        text_end=text_end,
+        eos_position=eos_position,
     )
 
 
-def last_given(passes: Passes):
+def last_given(passes: DecodePlan):
     """int32 [B, 1]: the last given position, −1 for none; an EOS before it does not end a text."""
     is_given = jnp.arange(passes.order.shape[1])[None] < passes.given[:, None]
     return jnp.where(is_given, passes.order, -1).max(axis=1, keepdims=True)
@@ -192,7 +189,7 @@ def _row_keys(batch, row):
     return jax.random.fold_in(prng.key(batch), row)
 
 
-def start_state(network: Network, passes: Passes, margin: int, mesh, *, with_logits, cached):
+def start_state(network: Network, passes: DecodePlan, margin: int, mesh, *, with_logits, cached):
     """The state before the first pass. `passes` are not padded."""
     batch, length = passes.order.shape
     config, slots = network.config, length + margin
@@ -203,7 +200,7 @@ def start_state(network: Network, passes: Passes, margin: int, mesh, *, with_log
     by_row = {  # NumPy: a program takes it at once, where jnp would run one for each
         "known": known,
         "revealed": np.where(is_given, -1, NEVER).astype(np.int32),
-        "text_end": np.full(batch, NEVER, np.int32),
+        "eos_position": np.full(batch, NEVER, np.int32),
         "logits": jnp.zeros((batch, slots, config.vocab_size)) if with_logits else None,
     }
     cache = empty() if cached else None
@@ -217,7 +214,7 @@ def over_rows(mesh: Mesh | None, by_row):
 
 def decode(
     network: Network,
-    passes: Passes,
+    passes: DecodePlan,
     choice,
     keys,
     *,
@@ -247,7 +244,7 @@ def decode(
     return in_text_order(state, passes)
 
 
-def prefill(network: Network, passes: Passes, keys, *, margin: int, mesh, dry_run: bool):
+def prefill(network: Network, passes: DecodePlan, keys, *, margin: int, mesh, dry_run: bool):
     """(tables padded by at least `margin` slots, state with a cache) behind the passes of the
     prompt; for loops that find the order or the steps of the rest themselves."""
     segments = passes.segments()[:1] if passes.prompt_passes else []
@@ -261,16 +258,16 @@ def _run_segments(
     network, passes, keys, segments, choice, *, margin, mesh, eos_id, cached, with_logits, dry_run
 ):
     """(padded tables, state) after these segments from the start, one program for each."""
-    classes = [passes.classes(*segment) for segment in segments]
+    shape_buckets = [passes.shape_buckets(*segment) for segment in segments]
     length = passes.order.shape[1]
     slots = length + margin
-    for (low, high), (_, shapes) in zip(segments, classes, strict=True):
+    for (low, high), (_, shapes) in zip(segments, shape_buckets, strict=True):
         slots = max(slots, int(passes.start[low:high].max()) + max(width for width, _ in shapes))
     margin = cache_lib.round_up(slots) - length  # of plans alike, the same
     state = start_state(network, passes, margin, mesh, with_logits=with_logits, cached=cached)
     tables = passes.padded(margin)
     tables = tables.replace(**over_rows(mesh, {"order": tables.order, "known": tables.known}))
-    for (_, high), (index, shapes) in zip(segments, classes, strict=True):
+    for (_, high), (index, shapes) in zip(segments, shape_buckets, strict=True):
         state = run(
             network, tables, index, state, keys, 0 if dry_run else high,
             choice=choice, shapes=shapes, aligned=passes.aligned, eos_id=eos_id,
@@ -279,20 +276,20 @@ def _run_segments(
 
 
 @jax.jit
-def by_position(order, *by_rank):
+def unpermute(order, *by_rank):
     """Of each, its first L from by rank to by position in the text: [B, L] by `order` [B, L]."""
     parts = [array[:, : order.shape[1]] for array in by_rank]
     return [jnp.put_along_axis(jnp.zeros_like(a), order, a, axis=1, inplace=False) for a in parts]
 
 
-def in_text_order(state: State, passes: Passes) -> Decoded:
+def in_text_order(state: State, passes: DecodePlan) -> Decoded:
     length = passes.order.shape[1]
     known = state.known[:, passes.shift :] if passes.shift else state.known
-    text, revealed = by_position(passes.order, known, state.revealed)
+    text, revealed = unpermute(passes.order, known, state.revealed)
     return Decoded(
         text=text,
         revealed=revealed,
-        text_end=state.text_end,
+        eos_position=state.eos_position,
         passes=state.next,
         logits=None if state.logits is None else state.logits[:, :length],
     )

@@ -31,17 +31,17 @@ from esolm_jax.sampling.engine import network as network_lib
 from esolm_jax.sampling.engine.choose import (
     ACCEPT,
     RESIDUAL,
-    Choice,
+    TokenSampler,
     argmax,
     keys_of,
+    lazy_gumbel,
     log_uniform,
-    noise_of,
-    noise_when_asked,
+    precomputed_gumbel,
 )
 from esolm_jax.sampling.engine.network import Network, Window
 from esolm_jax.sampling.loops import decode as decode_lib
-from esolm_jax.sampling.loops.decode import NEVER, UNREAD, Decoded, State
-from esolm_jax.sampling.plan.passes import Passes, leftmost
+from esolm_jax.sampling.loops.decode import NEVER, Decoded, State
+from esolm_jax.sampling.plan.passes import DecodePlan, leftmost
 
 STYLES = ("chain", "staircase")
 
@@ -56,7 +56,7 @@ class Speculation:
       filled: int32 [B], slots of the cache that are.
       drafted: int32 [B], drafts behind them, and log_q: float32 [B, n, V], what they were drawn
         from.
-      reach: int32 [B], how many tokens a pass may yield.
+      draft_budget: int32 [B], how many tokens a pass may yield.
       tested, accepted: int32 [B, n], how many drafts were put to the test at each place behind the
         last token that stood, and passed. (A draft behind a rejected one is not tested.)
     """
@@ -66,7 +66,7 @@ class Speculation:
     filled: jax.Array
     drafted: jax.Array
     log_q: jax.Array
-    reach: jax.Array
+    draft_budget: jax.Array
     tested: jax.Array
     accepted: jax.Array
 
@@ -81,7 +81,7 @@ def _labels(style: str, k: int, s: Speculation):
     if style == "chain":
         query, mask = count + step[:, :n], count + drafted + step
         slot = jnp.concatenate([context, query, mask], axis=1)
-        rank = jnp.concatenate([jnp.where(is_real, context, UNREAD), query, mask], axis=1)
+        rank = jnp.concatenate([jnp.where(is_real, context, NEVER), query, mask], axis=1)
         in_context = [np.ones(k, bool), np.zeros(n, bool), np.ones(k, bool)]
     else:
         query = count + step
@@ -91,18 +91,18 @@ def _labels(style: str, k: int, s: Speculation):
         apart = k * query[:, :, None] - 1 - jnp.arange(n)[None, None]
         batch = len(query)
         slot = jnp.concatenate([context, query, behind.reshape(batch, k * n)], axis=1)
-        context = jnp.where(is_real, k * context, UNREAD)
+        context = jnp.where(is_real, k * context, NEVER)
         rank = jnp.concatenate([context, k * query, apart.reshape(batch, k * n)], axis=1)
         in_context = [np.ones(k, bool), np.zeros(k + k * n, bool)]
     return slot, rank, jnp.asarray(np.concatenate(in_context))[None]
 
 
-def _read(passes: Passes, array, slot):
+def _read(passes: DecodePlan, array, slot):
     """[B, W]: positions or tokens of these slots; behind the last slot, of the last."""
     return jnp.take_along_axis(array, jnp.minimum(slot, passes.order.shape[1] - 1), axis=1)
 
 
-def _predict(network, passes: Passes, s: Speculation, style: str, k: int):
+def _predict(network, passes: DecodePlan, s: Speculation, style: str, k: int):
     """Runs a pass: logits [B, P, V] of the k that stand or fall and, behind them, of drafts in
     groups of n (one group in a chain); and what enters the cache."""
     slot, rank, in_context = _labels(style, k, s)
@@ -143,7 +143,7 @@ def _verify(s: Speculation, log_p, token, log_u):
     return accepted, jnp.where(rejected[:, None], log_rest, log_p), rejected
 
 
-def _draw(choice: Choice, log_p, slot, noise, rejected):
+def _draw(choice: TokenSampler, log_p, slot, noise, rejected):
     """int32 [B, P]; with other noise for the first where a draft was rejected."""
     if choice.temperature == 0:
         return argmax(log_p, choice.mask_id)
@@ -180,7 +180,7 @@ def _one_pass(network, passes, s: Speculation, log_u, *, noise, choice, style, k
     to = count[:, None] - 1 + jnp.arange(k)[None]
     log_p = jnp.concatenate([log_p[:, None], log_q], axis=1)
     tokens = _draw(choice, log_p, jnp.minimum(to, passes.order.shape[1] - 1), noise, rejected)
-    more = jnp.minimum(s.reach - 1, n)
+    more = jnp.minimum(s.draft_budget - 1, n)
     if style == "chain":
         more = jnp.where(rejected, 0, more)
     state = s.state.replace(
@@ -214,50 +214,54 @@ def _filled_up(array, size: int):
     static_argnames=("choice", "style", "sizes", "eos_id"),
     donate_argnames="state",
 )
-def _run(network, passes, state, row_keys, length, lowest_left, *, choice, style, sizes, eos_id):
+def _run(
+    network, passes, state, row_keys, length, leftmost_unknown, *, choice, style, sizes, eos_id
+):
     s = _start(state, passes.given, sizes, network.config.vocab_size)
     slot, vocab_size = jnp.arange(passes.order.shape[1]), network.config.vocab_size
     is_wanted = (slot >= passes.given.min()) & (slot < length.max())
     noise = (
-        noise_of(row_keys, passes.order, is_wanted, vocab_size),
-        noise_when_asked(row_keys, passes.order, vocab_size, RESIDUAL),  # rarely used
+        precomputed_gumbel(row_keys, passes.order, is_wanted, vocab_size),
+        lazy_gumbel(row_keys, passes.order, vocab_size, RESIDUAL),  # rarely used
     )
     log_u = log_uniform(keys_of(row_keys, passes.order, ACCEPT))
 
-    def one_pass(s: Speculation):
+    def body_fn(s: Speculation):
         before = s.count
         common = dict(noise=noise, choice=choice, style=style, most=sizes[-1], length=length)
         branches = [functools.partial(_one_pass, k=k, **common) for k in sizes]
         args = network, passes, s, log_u
         if len(sizes) > 1:
-            need = jnp.maximum(s.reach, s.drafted + 1).max()
+            need = jnp.maximum(s.draft_budget, s.drafted + 1).max()
             which = jnp.searchsorted(jnp.array(sizes), need)
             drafted = s.drafted
             s, accepted, rejected = jax.lax.switch(which, branches, *args)
-            grown = jnp.where(drafted > 0, jnp.minimum(2 * s.reach, sizes[-1]), s.reach)
-            s = s.replace(reach=jnp.where(rejected, jnp.maximum(accepted + 1, 2), grown))
+            grown = jnp.where(
+                drafted > 0, jnp.minimum(2 * s.draft_budget, sizes[-1]), s.draft_budget
+            )
+            s = s.replace(draft_budget=jnp.where(rejected, jnp.maximum(accepted + 1, 2), grown))
         else:
             s, _, _ = branches[0](*args)
         return s.replace(state=_reveal(s.state, passes, before, s.count, eos_id))
 
-    def goes_on(s: Speculation):
-        left = jnp.take_along_axis(lowest_left, s.count[:, None], axis=1)[:, 0]
-        return ~((s.count >= length) | (s.state.text_end < left)).all()
+    def cond_fn(s: Speculation):
+        left = jnp.take_along_axis(leftmost_unknown, s.count[:, None], axis=1)[:, 0]
+        return ~((s.count >= length) | (s.state.eos_position < left)).all()
 
-    return jax.lax.while_loop(goes_on, one_pass, s)
+    return jax.lax.while_loop(cond_fn, body_fn, s)
 
 
 def _reveal(state: State, passes, before, count, eos_id) -> State:
     """Marks the tokens from `before` on as generated by this pass."""
     slot = jnp.arange(state.revealed.shape[1])[None]
     new = (slot >= before[:, None]) & (slot < count[:, None])
-    text_end = state.text_end
+    eos_position = state.eos_position
     if eos_id is not None:
         is_end = new & (state.known[:, : slot.shape[1]] == eos_id)
         is_end &= passes.order > decode_lib.last_given(passes)
-        text_end = jnp.minimum(text_end, jnp.where(is_end, passes.order, NEVER).min(axis=1))
+        eos_position = jnp.minimum(eos_position, jnp.where(is_end, passes.order, NEVER).min(axis=1))
     revealed = jnp.where(new, state.next, state.revealed)
-    return state.replace(revealed=revealed, text_end=text_end, next=state.next + 1)
+    return state.replace(revealed=revealed, eos_position=eos_position, next=state.next + 1)
 
 
 def _start(state: State, given, sizes, vocab_size: int) -> Speculation:
@@ -269,7 +273,7 @@ def _start(state: State, given, sizes, vocab_size: int) -> Speculation:
         filled=given,
         drafted=jnp.zeros(batch, jnp.int32),
         log_q=jnp.zeros((batch, most, vocab_size)),
-        reach=jnp.full(batch, sizes[0], jnp.int32),
+        draft_budget=jnp.full(batch, sizes[0], jnp.int32),
         tested=jnp.zeros((batch, most), jnp.int32),
         accepted=jnp.zeros((batch, most), jnp.int32),
     )
@@ -277,8 +281,8 @@ def _start(state: State, given, sizes, vocab_size: int) -> Speculation:
 
 def speculate(
     network: Network,
-    passes: Passes,
-    choice: Choice,
+    passes: DecodePlan,
+    choice: TokenSampler,
     keys,
     *,
     k: int,

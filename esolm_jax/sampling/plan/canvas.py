@@ -84,7 +84,7 @@ class Canvas:
         """The places to be generated, ascending."""
         return np.nonzero(~self.known[row, : self.length[row]])[0]
 
-    def forget(self, row: int, start: int, stop: int) -> Self:
+    def remask(self, row: int, start: int, stop: int) -> Self:
         """This canvas with the places [start, stop) of a row to be generated anew. All else is
         kept: the order puts what is forgotten last, so nothing stale is ever read."""
         if not 0 <= row < len(self.length):
@@ -97,12 +97,12 @@ class Canvas:
         known[row, start:stop] = False
         return dataclasses.replace(self, known=known)
 
-    def filled(self, token: np.ndarray, text_end: np.ndarray | None = None) -> Self:
+    def filled(self, token: np.ndarray, eos_position: np.ndarray | None = None) -> Self:
         """With all tokens known: the canvas for an edit of what was generated. Texts that ended
-        early are as long as `text_end` [B] says, if given."""
+        early are as long as `eos_position` [B] says, if given."""
         if token.shape != self.token.shape:
             raise UserError(f"tokens {token.shape}: must be {self.token.shape}, as the canvas is")
-        length = self.length if text_end is None else np.minimum(self.length, text_end)
+        length = self.length if eos_position is None else np.minimum(self.length, eos_position)
         known = np.arange(token.shape[1])[None] < length[:, None]
         return dataclasses.replace(
             self, token=np.asarray(token, np.int32), known=known, length=length

@@ -27,13 +27,13 @@ from esolm_jax.family import registry
 from esolm_jax.family.family import Family, Windows
 from esolm_jax.sampling.plan.schedule import Schedule
 
-PREFILL = 256
+PREFILL_CHUNK = 256
 MANY = 16  # narrow passes that are worth a program of their own
-NONE = np.iinfo(np.int32).max  # no position, rank or pass
+NEVER = np.iinfo(np.int32).max  # a position, rank or pass that does not exist
 
 
 @flax.struct.dataclass
-class Passes:
+class DecodePlan:
     """Tables of the passes, all int32; a pytree, so that the decoding loop takes it as it is.
 
     Attributes:
@@ -42,7 +42,7 @@ class Passes:
       start, first, size, end, bidirectional_below: [steps, B], slots as described above; slots
         below `bidirectional_below` are of rank 0.
       given: [B], how many leading slots hold given tokens.
-      lowest_left: [steps, B], the leftmost position that is still unknown before a pass, or
+      leftmost_unknown: [steps, B], the leftmost position that is still unknown before a pass, or
         NONE.
       unknown: the token that stands for what is not known yet.
       shift: 0, or 1 where slot j holds text token j−1 and predicts token j (AR).
@@ -57,7 +57,7 @@ class Passes:
     size: np.ndarray
     end: np.ndarray
     bidirectional_below: np.ndarray
-    lowest_left: np.ndarray
+    leftmost_unknown: np.ndarray
     given: np.ndarray
     unknown: int = flax.struct.field(pytree_node=False)
     shift: int = flax.struct.field(pytree_node=False, default=0)
@@ -101,9 +101,9 @@ class Passes:
         names = "start first size end bidirectional_below".split()
         tables = {name: np.pad(getattr(self, name), ((0, more), (0, 0))) for name in names}
         # One row more, for the end of the loop looks at the pass to come.
-        left = np.pad(self.lowest_left, ((0, more + 1), (0, 0)), constant_values=NONE)
+        left = np.pad(self.leftmost_unknown, ((0, more + 1), (0, 0)), constant_values=NEVER)
         rank = np.pad(self.rank, (0, margin))
-        return self.replace(order=order, known=known, rank=rank, lowest_left=left, **tables)
+        return self.replace(order=order, known=known, rank=rank, leftmost_unknown=left, **tables)
 
     def segments(self) -> list[tuple[int, int]]:
         """Runs of passes (from, to) that share a compiled program: the prompt's, up to the last
@@ -116,7 +116,7 @@ class Passes:
         ends = [0, self.prompt_passes, cut, steps]
         return [(a, b) for a, b in zip(ends, ends[1:], strict=False) if b > a]
 
-    def classes(self, low: int, high: int) -> tuple[np.ndarray, tuple[tuple[int, int], ...]]:
+    def shape_buckets(self, low: int, high: int) -> tuple[np.ndarray, tuple[tuple[int, int], ...]]:
         """Which shape each pass of a segment runs in: index [rows_of_tables], and the shapes,
         ascending, as (window, tokens generated), both rounded up to few sizes. The shapes hardly
         depend on what was drawn, so that another seed runs the same program."""
@@ -152,17 +152,17 @@ def leftmost(order: np.ndarray, length: np.ndarray) -> np.ndarray:
     """int32 [B, L + 1]: of the texts of `length` [B], the leftmost position of those at this rank
     and later, or NONE."""
     inside = np.arange(order.shape[1])[None] < length[:, None]
-    position = np.pad(np.where(inside, order, NONE), ((0, 0), (0, 1)), constant_values=NONE)
+    position = np.pad(np.where(inside, order, NEVER), ((0, 0), (0, 1)), constant_values=NEVER)
     return np.minimum.accumulate(position[:, ::-1], axis=1)[:, ::-1].astype(np.int32)
 
 
-def _tables(schedule: Schedule, windows: Windows, mask_id: int) -> Passes:
+def _tables(schedule: Schedule, windows: Windows, mask_id: int) -> DecodePlan:
     """The passes that fill the cache, then those of the windows. Slots of one rank are not
     divided."""
     prefill, rank = windows.prefill, windows.rank
     together = int(np.bincount(rank).max(initial=1)) if prefill.any() else 1
     most = int(prefill.max(initial=0))
-    parts = -(-most // (max(1, PREFILL // together) * together)) or 1
+    parts = -(-most // (max(1, PREFILL_CHUNK // together) * together)) or 1
     size = -(-most // (parts * together)) * together  # all alike
     chunk = size * np.arange(parts if most else 0)[:, None]
     low, high = (np.minimum(c, prefill[None]) for c in (chunk, chunk + size))
@@ -177,9 +177,9 @@ def _tables(schedule: Schedule, windows: Windows, mask_id: int) -> Passes:
         "size": (np.zeros_like(low), schedule.sizes),
         "end": (high, end),
         "bidirectional_below": (np.zeros_like(low), below),
-        "lowest_left": (np.zeros_like(low), np.take_along_axis(behind.T, first, axis=0)),
+        "leftmost_unknown": (np.zeros_like(low), np.take_along_axis(behind.T, first, axis=0)),
     }
-    return Passes(
+    return DecodePlan(
         order=schedule.order.astype(np.int32),
         known=schedule.known.astype(np.int32),
         rank=rank.astype(np.int32),
@@ -191,7 +191,7 @@ def _tables(schedule: Schedule, windows: Windows, mask_id: int) -> Passes:
 
 def make_plan(
     family: Family, schedule: Schedule, *, mask_id: int, start_token: int = 0, block_length: int = 1
-) -> Passes:
+) -> DecodePlan:
     """The passes of a family for a schedule.
 
     Raises:
@@ -203,7 +203,7 @@ def make_plan(
     return tables.replace(shift=1, start_token=start_token) if family.is_shifted else tables
 
 
-def plan(config, schedule: Schedule, *, mask_id: int, start_token: int) -> Passes:
+def plan(config, schedule: Schedule, *, mask_id: int, start_token: int) -> DecodePlan:
     """make_plan of config.objective. Reads objective and block_length."""
     return make_plan(
         registry.get(config.objective),

@@ -48,7 +48,7 @@ class Prompt:
     name: str
 
 
-def of_text(
+def parse_text(
     text: str, tokenizer, *, seed: int | None = None, name: str = "prompt", length: int = MAX_TOKENS
 ) -> Prompt:
     """The tokens of a text with [MASK] and [MASK:n] in it, for a canvas of `length`."""
@@ -207,7 +207,7 @@ def _ascending(spans, text: str, name: str) -> list:
     return found
 
 
-def of_file(path: pathlib.Path, tokenizer, *, length: int = MAX_TOKENS) -> list[Prompt]:
+def parse_file(path: pathlib.Path, tokenizer, *, length: int = MAX_TOKENS) -> list[Prompt]:
     """The prompts of a .jsonl file, or the one of any other file, for a canvas of `length`.
 
     Raises:
@@ -222,7 +222,7 @@ def of_file(path: pathlib.Path, tokenizer, *, length: int = MAX_TOKENS) -> list[
     if not lines:
         raise UserError(f"{where}: holds no prompts")
     if path.suffix != ".jsonl":
-        return [of_text(text, tokenizer, name=str(path), length=length)]
+        return [parse_text(text, tokenizer, name=str(path), length=length)]
     if len(lines) > MAX_PROMPTS:
         raise UserError(f"{where}: holds {len(lines):,} prompts; must be at most {MAX_PROMPTS:,}")
     return bounded(_of_line(line, tokenizer, f"{path}:{n}", length) for n, line in lines)
@@ -260,7 +260,7 @@ def _of_line(line: str, tokenizer, name: str, length: int) -> Prompt:
         raise UserError(f"{name}: seed={str(seed)[:80]}: must be in [0, 2**32)")
     common = {"seed": seed, "name": name, "length": length}
     if fields.keys() == {"prompt"}:
-        return of_text(fields["prompt"], tokenizer, **common)
+        return parse_text(fields["prompt"], tokenizer, **common)
     if fields.keys() != {"text", "rewrite"}:
         raise UserError(wanted)
     return of_rewrite(fields["text"], fields["rewrite"], tokenizer, **common)

@@ -104,7 +104,7 @@ def _check(num_steps: int, alpha_0: float, block_length: int = 1) -> None:
         )
 
 
-def of_rows(canvas: Canvas, row: Callable[[int, np.ndarray], Row]) -> Schedule:
+def schedule_from_rows(canvas: Canvas, row: Callable[[int, np.ndarray], Row]) -> Schedule:
     """The schedule of a batch, from row(b, positions to be generated)."""
     batch, length = canvas.token.shape
     order = np.zeros((batch, length), np.int32)
@@ -186,7 +186,7 @@ def ancestral(canvas: Canvas, alpha_0: float, num_steps: int) -> Schedule:
         seed = canvas.seeds[b]
         return _ancestral(seed.of_row(), seed, len(unknown), unknown, alpha_0, num_steps)
 
-    return of_rows(canvas, row)
+    return schedule_from_rows(canvas, row)
 
 
 def strided(canvas: Canvas, alpha_0: float, num_steps: int, *, shuffle: bool) -> Schedule:
@@ -204,7 +204,7 @@ def strided(canvas: Canvas, alpha_0: float, num_steps: int, *, shuffle: bool) ->
         sizes = np.array([len(group) for group in groups[: round(alpha_0 * n)]], np.int32)
         return _then_left_to_right(np.concatenate([*groups, unknown[:0]]), sizes)
 
-    return of_rows(canvas, row)
+    return schedule_from_rows(canvas, row)
 
 
 def blockwise(canvas: Canvas, block_length: int, alpha_0: float, num_steps: int) -> Schedule:
@@ -227,13 +227,13 @@ def blockwise(canvas: Canvas, block_length: int, alpha_0: float, num_steps: int)
             found.append(_ancestral(rng, seed, number, here, alpha_0, steps))
         return tuple(map(np.concatenate, zip(*found, strict=True)))
 
-    return of_rows(canvas, row)
+    return schedule_from_rows(canvas, row)
 
 
 def left_to_right(canvas: Canvas) -> Schedule:
     """One token per step, in text order."""
     none = np.zeros(0, np.int32)
-    return of_rows(canvas, lambda b, unknown: _then_left_to_right(unknown, none))
+    return schedule_from_rows(canvas, lambda b, unknown: _then_left_to_right(unknown, none))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import pytest
 
 from esolm_jax.config import default_config
 from esolm_jax.parallel import sharding
-from esolm_jax.sampling.engine import products
+from esolm_jax.sampling.engine import cpu_kernels
 
 NEAR = {"float32": 3e-6, "bfloat16": 1e-2}  # relative to the largest
 
@@ -27,14 +27,14 @@ def as64(array):
 
 
 @pytest.mark.parametrize("dtype", NEAR)
-@pytest.mark.parametrize("together", [1, products.KEY_SLOTS])
-@pytest.mark.parametrize("queries", [1, 2, products.FEW_QUERIES, products.FEW_QUERIES + 1])
+@pytest.mark.parametrize("together", [1, cpu_kernels.KEY_SLOTS])
+@pytest.mark.parametrize("queries", [1, 2, cpu_kernels.FEW_QUERIES, cpu_kernels.FEW_QUERIES + 1])
 def test_scores_are_those_with_the_first_keys(queries, together, dtype):
     q, parts = draw(0, (2, 3, queries, 8), dtype), 24 // together
     keys = draw(1, (2, 3, 40, 8), dtype)
     stored = keys.reshape(2, 3, -1, together, 8).swapaxes(3, 4)
     want = np.einsum("bgtk,bgsk->bgts", as64(q), as64(keys[:, :, :24]))
-    for run in (products.scores, products._scores):
+    for run in (cpu_kernels.scores, cpu_kernels._scores):
         found = jax.jit(run, static_argnums=2)(q, stored, parts)
         assert found.dtype == jnp.float32 and found.shape[3:] == (parts, together)
         assert_near(found.reshape(want.shape), want, "float32")
@@ -42,18 +42,18 @@ def test_scores_are_those_with_the_first_keys(queries, together, dtype):
 
 @pytest.mark.parametrize("dtype", NEAR)
 @pytest.mark.parametrize("n", [1, 12, 16, 24, 40, 2048])
-@pytest.mark.parametrize("queries", [2, products.FEW_QUERIES + 1])
+@pytest.mark.parametrize("queries", [2, cpu_kernels.FEW_QUERIES + 1])
 def test_the_first_values_are_weighted(queries, n, dtype):
     p, values = draw(0, (2, 3, queries, n), dtype), draw(1, (2, 3, n + 8, 8), dtype)
     want = np.einsum("bgts,bgsk->bgtk", as64(p), as64(values[:, :, :n]))
-    for run in (products.weighted, products._weighted):
+    for run in (cpu_kernels.weighted, cpu_kernels._weighted):
         found = jax.jit(run, static_argnums=2)(p, values, n)
         assert found.dtype == jnp.float32
         assert_near(found, want, "float32")
 
 
 @pytest.mark.parametrize("dtype", NEAR)
-@pytest.mark.parametrize("rows", [(1, 1), (1, 2), (2, 1), (1, products.FEW_ROWS), (3, 3)])
+@pytest.mark.parametrize("rows", [(1, 1), (1, 2), (2, 1), (1, cpu_kernels.FEW_ROWS), (3, 3)])
 @pytest.mark.parametrize(
     "shape", [(256, 4, 3, 64), (1024, 256), (256, 1, 1024), (16, 5000), (40, 8)]
 )
@@ -61,10 +61,10 @@ def test_a_product_with_a_kernel_is_the_same_for_few_rows(shape, rows, dtype):
     h, kernel = draw(0, (*rows, shape[0]), dtype), draw(1, shape, dtype)
     want = np.tensordot(as64(h), as64(kernel), 1)
     for wanted in (dtype, "float32"):  # the default, and more than it
-        found = jax.jit(products.dense, static_argnums=2)(h, kernel, jnp.dtype(wanted))
+        found = jax.jit(cpu_kernels.dense, static_argnums=2)(h, kernel, jnp.dtype(wanted))
         assert found.dtype == wanted
         assert_near(found, want, wanted)
-    assert jax.jit(products.dense)(h, kernel).dtype == dtype
+    assert jax.jit(cpu_kernels.dense)(h, kernel).dtype == dtype
 
 
 def test_few_rows_are_run_as_a_loop():
@@ -72,21 +72,25 @@ def test_few_rows_are_run_as_a_loop():
 
     def products_of(rows, width=256):
         h, kernel = draw(0, (1, rows, 1024), "float32"), draw(1, (1024, width), "float32")
-        text = jax.jit(products.dense).lower(h, kernel).as_text()
+        text = jax.jit(cpu_kernels.dense).lower(h, kernel).as_text()
         return text.count(f"1024x{width}xf32>) -> tensor<1x")
 
-    assert products_of(products.FEW_ROWS) == 0 < products_of(products.FEW_ROWS + 1)
-    wide = products.TERMS // 1024
-    assert products_of(products.FEWER_ROWS, wide) == 0 < products_of(products.FEWER_ROWS + 1, wide)
+    assert products_of(cpu_kernels.FEW_ROWS) == 0 < products_of(cpu_kernels.FEW_ROWS + 1)
+    wide = cpu_kernels.TERMS // 1024
+    assert (
+        products_of(cpu_kernels.FEWER_ROWS, wide)
+        == 0
+        < products_of(cpu_kernels.FEWER_ROWS + 1, wide)
+    )
 
 
 @pytest.mark.parametrize("axes", [(None, "heads"), ("heads", None)])
 def test_a_kernel_that_is_split_over_a_mesh(axes):
     settings = default_config().mesh
     settings.update({"data": 2, "fsdp": 1, "tensor": 4, "sequence": 1})
-    where = sharding.place(sharding.make_mesh(settings), *axes)
+    where = sharding.named_sharding(sharding.make_mesh(settings), *axes)
     h, kernel = draw(0, (1, 2, 512), "float32"), draw(1, (512, 512), "float32")
-    found = jax.jit(products.dense)(h, jax.device_put(kernel, where))
+    found = jax.jit(cpu_kernels.dense)(h, jax.device_put(kernel, where))
     assert_near(found, np.tensordot(as64(h), as64(kernel), 1), "float32")
 
 
@@ -95,4 +99,4 @@ def test_where_keys_lie_follows_the_device():
         class devices:
             flat = (type("Device", (), {"platform": "tpu"}),)
 
-    assert products.key_slots(None) == products.KEY_SLOTS and products.key_slots(Mesh) == 1
+    assert cpu_kernels.key_slots(None) == cpu_kernels.KEY_SLOTS and cpu_kernels.key_slots(Mesh) == 1
