@@ -2,20 +2,19 @@
 
 import os
 
-from thorough import ALL, QUICK_XLA
-
-quick = {} if ALL else QUICK_XLA
-given = [settings.get("XLA_FLAGS", "") for settings in (os.environ, quick)]
-flags = " ".join([*given, "--xla_force_host_platform_device_count=8"])
-os.environ |= quick | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+os.environ |= {"XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu"}
 os.environ.setdefault("PJRT_NPROC", "64")  # for why, see distributed.start
 
+import compilation  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 from absl import logging  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "standard")
+compilation.install()
+jax.config.update(compilation.FAST_SETTING, True)  # while modules are imported
 
 
 @pytest.fixture(autouse=True)
@@ -24,8 +23,25 @@ def _quiet_libraries():
     logging.set_verbosity(logging.ERROR)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def compilation_cache(tmp_path_factory):
+    """Settings of JAX: one cache of compiled programs for all tests, and all workers of xdist."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    settings = compilation.cache_in(folder / "compiled")
+    with compilation.configured(settings):
+        yield settings
+
+
 @pytest.fixture(autouse=True, scope="module")
-def _drop_programs():
-    """Compiled programs of one file are of no use to the next, and take gigabytes."""
-    yield
+def _compilation(request, compilation_cache):
+    """Compiles as for users, or fast with the mark `fast_compile`.
+
+    Loaded programs of one module are of no use to the next, and take gigabytes.
+    """
+    is_fast = request.node.get_closest_marker("fast_compile") is not None
+    if not is_fast:
+        jax.clear_caches()  # of what was compiled fast when the module was imported
+    with compilation.compiling(fast=is_fast):
+        yield
     jax.clear_caches()

@@ -32,13 +32,6 @@ def make_config(**fields):
     return config
 
 
-@pytest.fixture(autouse=True, scope="module")
-def as_on_a_pod():
-    """The tests of what XLA makes of a step take what it makes for users."""
-    with tiny_run.configured({"jax_disable_most_optimizations": False}):
-        yield
-
-
 @pytest.fixture(scope="module")
 def eso_b():
     pytest.importorskip("libtpu")

@@ -11,6 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 from esolm_jax.aot import hlo
 
+pytestmark = pytest.mark.fast_compile
+
 BF16, F32 = jnp.bfloat16, jnp.float32
 
 

@@ -21,6 +21,8 @@ from esolm_jax.model.lm_head import Head
 from esolm_jax.parallel import sharding
 from esolm_jax.training.train_step import PhaseLoss
 
+pytestmark = pytest.mark.fast_compile
+
 LENGTH, ROWS, BLOCK = 12, 1024, 4
 CASES = [
     ("ar", 0.0),

@@ -17,6 +17,8 @@ from esolm_jax.family.labels import Layout, Tokens
 from esolm_jax.family.rule import dense_mask
 from esolm_jax.parallel import sharding
 
+pytestmark = pytest.mark.fast_compile
+
 LAYOUTS = {
     "causal": Layout(150),  # AR, diffusion phase of (B)
     "mdlm": Layout(100, block=100),

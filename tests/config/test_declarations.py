@@ -16,6 +16,8 @@ from esolm_jax.errors import UserError
 from esolm_jax.model import build, transformer
 from esolm_jax.training import restore
 
+pytestmark = pytest.mark.fast_compile
+
 
 def test_the_page_is_current():
     """If it is not: python -m esolm_jax.config.page docs/config.md"""

@@ -15,6 +15,8 @@ from esolm_jax.config.field import Field
 from esolm_jax.config.removed import Removed
 from esolm_jax.errors import UserError
 
+pytestmark = pytest.mark.fast_compile
+
 NOTICE = "config.sample.hue: is called config.sample.colour now; use the new name\n"
 
 

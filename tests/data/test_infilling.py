@@ -19,6 +19,8 @@ from esolm_jax.sampling import texts
 from esolm_jax.sampling.plan import prompts
 from esolm_jax.sampling.plan.canvas import MASK, Canvas, Seed
 
+pytestmark = pytest.mark.fast_compile
+
 KINDS = list(infilling.KINDS)
 PREFIXED = [  # tokenizers that put a space in front of a text
     kind

@@ -14,6 +14,8 @@ from esolm_jax.data.manifest import MANIFEST_FILE, UNIGRAM_FILE, load_data, load
 from esolm_jax.data.reader import TrainReader, eval_batches, unigram_perplexity
 from esolm_jax.errors import UserError
 
+pytestmark = pytest.mark.fast_compile
+
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):

@@ -11,14 +11,19 @@ from esolm_jax.model import lm_head as loss
 
 MASK = 66
 
+# One program each, not one per operation.
+token_nll = jax.jit(loss.token_nll, static_argnums=2)
+mask_of = jax.jit(lambda tokens: dense_mask(tokens, tokens))
+label_ar = jax.jit(ar.label, static_argnames="start")
+
 
 def run(golden, labelled):
     """Logits [B, P, V] and unweighted −log p [B, P] of a labelled batch."""
     reference = model(str(golden["weights"]))
     tokens = labelled.tokens
     logits = reference.logits(tokens.token, tokens.position, tokens.rank, tokens.in_context)
-    logits = logits[:, : labelled.target.shape[1]]
-    return logits, loss.token_nll(logits, labelled.target, MASK)
+    logits = np.asarray(logits)[:, : labelled.target.shape[1]]
+    return logits, token_nll(logits, labelled.target, MASK)
 
 
 def inverse(order):
@@ -37,6 +42,11 @@ DIFFUSION = {
 }
 
 
+@jax.jit
+def _log_probs(logits):
+    return jax.nn.log_softmax(loss.exclude_mask_token(logits, MASK), axis=-1)
+
+
 @pytest.mark.parametrize("case", DIFFUSION)
 def test_diffusion(case):
     golden = vectors(case)
@@ -46,11 +56,12 @@ def test_diffusion(case):
     close(noise.alpha(golden["t"], alpha_0), golden["alpha_t"])
     close(noise.dalpha(alpha_0), golden["dalpha_t"])
     weight = np.where(masked, noise.elbo_weight(golden["t"][:, None], alpha_0), 0)
-    labelled = DIFFUSION[case](x, valid, masked, order, weight, mask=MASK)
-    np.testing.assert_array_equal(dense_mask(labelled.tokens, labelled.tokens), golden["attn_mask"])
+    label = jax.jit(DIFFUSION[case], static_argnames="mask")
+    labelled = label(x, valid, masked, order, weight, mask=MASK)
+    np.testing.assert_array_equal(mask_of(labelled.tokens), golden["attn_mask"])
     logits, nll = run(golden, labelled)
     close(logits, golden["logits"])
-    log_probs = jax.nn.log_softmax(loss.exclude_mask_token(logits, MASK), axis=-1)
+    log_probs = np.asarray(_log_probs(logits))
     is_masked = np.take_along_axis(masked, order, axis=1)
     close(log_probs[is_masked][:, :MASK], golden["log_probs"][is_masked][:, :MASK])
     close(labelled.weight * nll, golden["nll_elbo"])
@@ -71,12 +82,13 @@ SEQUENTIAL = {
 def test_sequential(case):
     golden = vectors(case)
     x, order, masked = golden["x0"], golden["sort_idx"], golden["z0"] == MASK
-    labelled = SEQUENTIAL[case](x, np.ones_like(masked), masked, order, masked, mask=MASK)
+    label = jax.jit(SEQUENTIAL[case], static_argnames="mask")
+    labelled = label(x, np.ones_like(masked), masked, order, masked, mask=MASK)
     predicted = np.take_along_axis(masked, order, axis=1)
     logits, nll = run(golden, labelled)
     close(logits[predicted], golden["logits"][predicted])
     close(labelled.weight * nll, golden["recon_loss"])
-    mask = np.asarray(dense_mask(labelled.tokens, labelled.tokens))
+    mask = np.asarray(mask_of(labelled.tokens))
     length = x.shape[1]
     np.testing.assert_array_equal(
         mask[:, :length][predicted], golden["attn_mask"][:, :length][predicted]
@@ -118,7 +130,7 @@ def test_time_embedding():
         np.zeros(golden["x0"].shape),
         mask=MASK,
     )
-    logits = model_lib.bind(reference.config)(
+    logits = jax.jit(model_lib.bind(reference.config))(
         reference.params, labelled.tokens, sigma_B=golden["sigma_nonzero"]
     )
     close(logits, golden["logits_sigma_nonzero"])
@@ -128,7 +140,7 @@ def test_time_embedding():
 def test_ar(start):
     golden = vectors(f"07_ar_{start}")
     x, valid = golden["output_tokens"], golden["valid_out"].astype(bool)
-    labelled = ar.label(x, valid, start=0)
+    labelled = label_ar(x, valid, start=0)
     tokens = labelled.tokens.replace(
         token=labelled.tokens.token.at[:, 0].set(golden["input_tokens"][:, 0])
     )
@@ -143,6 +155,7 @@ def test_any_order_likelihood(case):
     golden = vectors(case)
     x = golden["x0"]
     everything = np.ones(x.shape, bool)
+    label = jax.jit(objectives.label_eso_b_sequential, static_argnames="mask")
     log_p = []
     for k, sigma in enumerate(golden["sort_idx"]):
         order = np.broadcast_to(sigma, x.shape)

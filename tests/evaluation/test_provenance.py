@@ -11,7 +11,7 @@ from esolm_jax.data.manifest import load_manifest
 from esolm_jax.evaluation import provenance
 from esolm_jax.training import checkpoint
 
-pytestmark = pytest.mark.usefixtures(quick.__name__)
+pytestmark = [pytest.mark.fast_compile, pytest.mark.usefixtures(quick.__name__)]
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,8 @@ import toy
 from esolm_jax.family import eso_b, noise
 from esolm_jax.family.phase import make_phases
 
+pytestmark = pytest.mark.fast_compile
+
 KEY = jax.random.key(0)
 BATCH = 256
 LENGTH = 12

@@ -18,6 +18,8 @@ from esolm_jax.errors import UserError
 from esolm_jax.files import workdir_lock
 from esolm_jax.files.workdir_lock import Lease, Lock, hold
 
+pytestmark = pytest.mark.fast_compile
+
 ROOT = str(pathlib.Path(__file__).parents[2])
 PREAMBLE = """
 import os, pathlib, sys, time

@@ -25,7 +25,7 @@ from esolm_jax.model import build
 from esolm_jax.parallel import sharding
 from esolm_jax.training import checkpoint, restore
 
-pytestmark = pytest.mark.usefixtures(quick.__name__)
+pytestmark = [pytest.mark.fast_compile, pytest.mark.usefixtures(quick.__name__)]
 CKPT = FOLDER / "esolm.ckpt"
 ONE = "--config.mesh.devices=1"
 

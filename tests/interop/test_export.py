@@ -46,7 +46,7 @@ from esolm_jax.sampling.engine.choose import TokenSampler
 from esolm_jax.sampling.plan.canvas import Canvas
 from esolm_jax.training import checkpoint, optimizer, train_step
 
-pytestmark = pytest.mark.usefixtures(quick.__name__)
+pytestmark = [pytest.mark.fast_compile, pytest.mark.usefixtures(quick.__name__)]
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LENGTH, VOCAB = 12, 260
 ADALN = {"model.cond_width": 8, "model.blocks": 2}

@@ -25,6 +25,8 @@ from esolm_jax.interop.published import config as published_config
 from esolm_jax.interop.published import file as published_file
 from esolm_jax.interop.torch_file import archive as torch_archive
 
+pytestmark = pytest.mark.fast_compile
+
 HUB = pathlib.Path(__file__).parents[1] / "fixtures" / "hf"
 ONE = "--config.mesh.devices=1"
 

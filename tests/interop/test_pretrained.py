@@ -25,7 +25,7 @@ from esolm_jax.model import build
 from esolm_jax.parallel import sharding
 from esolm_jax.training import checkpoint, restore
 
-pytestmark = pytest.mark.usefixtures(quick.__name__)
+pytestmark = [pytest.mark.fast_compile, pytest.mark.usefixtures(quick.__name__)]
 HUB = pathlib.Path(__file__).parents[1] / "fixtures" / "hf"
 FAMILIES = ("gpt2", "llama", "llama3", "qwen2", "qwen3")  # see data/make_hf.py
 TIED = ("gpt2", "llama3", "qwen2")

@@ -8,6 +8,8 @@ from golden_files import HEADS, vectors
 from esolm_jax.errors import UserError
 from esolm_jax.interop.published import reference
 
+pytestmark = pytest.mark.fast_compile
+
 
 def weights(name="weights_dit"):
     return dict(vectors(name))

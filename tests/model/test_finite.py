@@ -19,6 +19,8 @@ from esolm_jax.model import finite
 from esolm_jax.training import metrics
 from esolm_jax.training.checkpoint import OnDisk
 
+pytestmark = pytest.mark.fast_compile
+
 # The check of a tree of arrays.
 
 

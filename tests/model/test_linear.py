@@ -13,6 +13,8 @@ from jax.sharding import Mesh
 from esolm_jax.model.linear import Embedding, Linear, ParamSpec, lookup, matmul
 from esolm_jax.parallel import sharding
 
+pytestmark = pytest.mark.fast_compile
+
 VOCAB, WIDTH = 16, 8
 SIZES = ((8, 8), (16, 16))  # rows and tokens of two batches
 KERNELS = {  # all kinds there are: axes and shape

@@ -15,6 +15,8 @@ from esolm_jax.model.linear import ParamSpec
 from esolm_jax.model.lm_head import Head, nll, sequence_nll, token_nll, weighted_nll
 from esolm_jax.parallel import sharding
 
+pytestmark = pytest.mark.fast_compile
+
 WIDTH, VOCAB, MASK = 6, 16, 3  # the mask token is not the last one
 SIZES = ((4, 7), (2, 12))  # rows and tokens of two batches
 DENSITIES = {"none": 0.0, "few": 0.1, "half": 0.5, "all": 1.0}

@@ -18,7 +18,7 @@ from esolm_jax.model.lm_head import Head
 from esolm_jax.parallel import sharding
 from esolm_jax.training.train_step import PhaseLoss
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = [pytest.mark.fast_compile, pytest.mark.usefixtures("quick")]
 
 
 @functools.cache

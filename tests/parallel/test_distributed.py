@@ -16,6 +16,8 @@ from processes import Processes, free_port
 from esolm_jax.errors import UserError
 from esolm_jax.parallel import distributed
 
+pytestmark = pytest.mark.fast_compile
+
 
 def test_processes_meet_agree_and_part():
     script = """

@@ -15,6 +15,8 @@ from esolm_jax.model import build
 from esolm_jax.model import transformer as model
 from esolm_jax.parallel import sharding
 
+pytestmark = pytest.mark.fast_compile
+
 MODELS = {
     "dit": dict(cond_width=8),
     "ar": dict(cond_width=0),

@@ -16,7 +16,7 @@ from tiny_run import FILE, arguments, command, quick
 from esolm_jax import cli
 from esolm_jax.parallel import distributed, sharding
 
-pytestmark = pytest.mark.usefixtures(quick.__name__)
+pytestmark = [pytest.mark.fast_compile, pytest.mark.usefixtures(quick.__name__)]
 
 
 def run(line: str) -> int:

@@ -7,13 +7,14 @@ import jax
 import numpy as np
 import pytest
 import tiny_run
-from tiny_run import FILE, arguments, command, configured, quick
+from compilation import configured
+from tiny_run import FILE, arguments, command, quick
 
 from esolm_jax.errors import UserError
 from esolm_jax.process import jax_settings, prng
 from esolm_jax.training import checkpoint
 
-pytestmark = pytest.mark.usefixtures(quick.__name__)
+pytestmark = [pytest.mark.fast_compile, pytest.mark.usefixtures(quick.__name__)]
 
 # Under each of these a seed meant other numbers, or a verb ended with a traceback.
 SETTINGS = {

@@ -16,6 +16,8 @@ from esolm_jax.sampling.plan import passes, schedule
 from esolm_jax.sampling.plan.canvas import Canvas
 from esolm_jax.sampling.plan.schedule import Schedule
 
+pytestmark = pytest.mark.fast_compile
+
 MASK = 66
 KEY = jax.random.key(0)
 

@@ -18,7 +18,7 @@ from esolm_jax.sampling.engine import cache as cache_lib
 from esolm_jax.sampling.engine import cpu_kernels, network
 from esolm_jax.sampling.engine.network import Window
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = [pytest.mark.fast_compile, pytest.mark.usefixtures("quick")]
 
 LENGTH = 12
 change = dataclasses.replace

@@ -13,6 +13,8 @@ from matplotlib import pyplot
 from esolm_jax.data.tokenizer import Bytes, SentencePiece, train_sentencepiece
 from esolm_jax.sampling.trace import GIVEN, NEVER, TEMPLATE, Trace, write_html, write_png
 
+pytestmark = pytest.mark.fast_compile
+
 CORPUS = ["Shall I compare thee to a summer's day?\n  Thou art  more lovely,\tand é.\n"] * 50
 HOSTILE = [
     "</script>",

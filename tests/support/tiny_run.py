@@ -3,7 +3,6 @@
 This file is a config file too: --config=tests/support/tiny_run.py.
 """
 
-import contextlib
 import importlib
 import json
 import pathlib
@@ -33,31 +32,11 @@ FLAGS += ("formats", "parts", "tolerance", "step", "verify")
 FILE = str(pathlib.Path(__file__).resolve())
 WORDS = "to be or not that is the question whether tis nobler in mind suffer slings".split()
 
-# Most of the time of these tests is compilation: none of it twice.
-QUICK = {
-    "jax_persistent_cache_min_compile_time_secs": 0.0,
-    "jax_persistent_cache_min_entry_size_bytes": 0,
-}
-
-
-@contextlib.contextmanager
-def configured(settings: dict):
-    """JAX's settings are these meanwhile."""
-    before = {name: jax.config.values[name] for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory):
-    """Keeps what is compiled; yields the same as environment variables."""
-    cache = tmp_path_factory.getbasetemp() / "compiled"
-    settings = QUICK | {"jax_compilation_cache_dir": str(cache)}
-    with configured(settings):
-        yield {name.upper(): str(value) for name, value in settings.items()}
+def quick(compilation_cache):
+    """The cache of compiled programs, as environment variables."""
+    return {name.upper(): str(value) for name, value in compilation_cache.items()}
 
 
 def get_config():

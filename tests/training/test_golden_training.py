@@ -61,12 +61,13 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_loss_gradients_and_steps(case):
     golden = vectors(case)
-    labelled = labelled_batch(golden, *CASES[case])
+    labelled = jax.jit(lambda: labelled_batch(golden, *CASES[case]))()
     start = model(str(golden["weights"]))
     apply = model_lib.bind(start.config)
     head = loss.Head.of(start.config, MASK, chunk=8)
     objective = train_step.PhaseLoss(apply, head, (None,) * len(labelled))
-    step = jax.jit(lambda params: objective.loss_and_grads(params, labelled))
+    loss_and_grads = jax.jit(objective.loss_and_grads)
+    step = lambda params: loss_and_grads(params, labelled)  # noqa: E731
     losses, grads = step(start.params)
     close(losses.sum(), golden["loss"].reshape(()))
     published = reference.to_published(grads)
@@ -76,13 +77,23 @@ def test_loss_gradients_and_steps(case):
     params, ema = start.params, start.params
     adam = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(3e-4, eps=1e-8, weight_decay=0))
     state = adam.init(params)
+
+    @jax.jit
+    def update(params, ema, state, grads, n):
+        updates, state = adam.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        return (
+            params,
+            optimizer.update_ema(ema, params, 0.9999, n + 1),
+            state,
+            optax.tree.norm(grads),
+        )
+
     for n in range(3):
         losses, grads = step(params)
         close(losses.sum(), golden["losses"][n], 1e-4)
-        close(optax.tree.norm(grads), golden["grad_norms"][n], 1e-4)
-        updates, state = adam.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
-        ema = optimizer.update_ema(ema, params, 0.9999, np.asarray(n + 1))
+        params, ema, state, norm = update(params, ema, state, grads, n)
+        close(norm, golden["grad_norms"][n], 1e-4)
     for prefix, tree in (("w3:", params), ("ema3:", ema)):
         for name, got in reference.to_published(tree).items():
             if prefix + name in golden:  # tiny gradients may differ by O(lr) after Adam

@@ -16,6 +16,8 @@ from esolm_jax.interop.published import out_of_workdir
 from esolm_jax.training import checkpoint, checkpoint_digests, checkpoint_steps
 from esolm_jax.training.checkpoint_digests import FILE as DIGESTS
 
+pytestmark = pytest.mark.fast_compile
+
 STEPS = {2: 4.0, 4: 3.0, 6: 5.0}
 KEEP = {"keep_last": 3, "keep_best": 1}
 
@@ -337,12 +339,11 @@ def test_a_named_step_that_vanishes_is_one_error(workdir, monkeypatch):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
-    with tiny_run.configured(tiny_run.QUICK | {"jax_compilation_cache_dir": str(folder / "cache")}):
-        fields = tiny_run.write_text(folder / "text") | {"objective": "ar", "train.eval_every": 4}
-        args = [f"--config={tiny_run.FILE}", *tiny_run.arguments(fields)]
-        for verb in ("prepare", "train"):
-            assert tiny_run.command(verb, f"--workdir={folder / 'run'}", *args) == 0
-        yield folder / "run", args
+    fields = tiny_run.write_text(folder / "text") | {"objective": "ar", "train.eval_every": 4}
+    args = [f"--config={tiny_run.FILE}", *tiny_run.arguments(fields)]
+    for verb in ("prepare", "train"):
+        assert tiny_run.command(verb, f"--workdir={folder / 'run'}", *args) == 0
+    yield folder / "run", args
 
 
 @pytest.fixture

@@ -2,7 +2,10 @@
 
 import json
 
+import pytest
 from processes import Processes
+
+pytestmark = pytest.mark.fast_compile
 
 SCRIPT = """
 import jax, numpy as np, optax, pathlib

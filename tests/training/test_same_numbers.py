@@ -20,8 +20,9 @@ import jax
 import numpy as np
 import pytest
 import tiny_run
-from thorough import ALL, QUICK_XLA
-from tiny_run import FILE, QUICK, arguments, command, make_config, quick
+from compilation import FAST_ENVIRONMENT
+from thorough import ALL
+from tiny_run import FILE, arguments, command, make_config, quick
 
 from esolm_jax import config as config_lib
 from esolm_jax import train as train_lib
@@ -32,7 +33,7 @@ from esolm_jax.parallel import distributed, sharding
 from esolm_jax.training import checkpoint, metrics, restore
 
 ROOT = pathlib.Path(__file__).parents[2]
-pytestmark = pytest.mark.usefixtures(quick.__name__)
+pytestmark = [pytest.mark.fast_compile, pytest.mark.usefixtures(quick.__name__)]
 
 OBJECTIVES = ("ar", "mdlm", "bd3", "eso_a", "eso_b")
 MESHES = {
@@ -81,14 +82,12 @@ def of(objective: str, mesh: dict, **more) -> dict:
 class Processes:
     """`python ARGS` in several processes of some devices each; `args` of all or one per process."""
 
-    def __init__(self, cut: tuple[int, int], args, cache):
+    def __init__(self, cut: tuple[int, int], args):
         count, devices = cut
-        hidden = (*distributed.ENV_VARS, distributed.CLUSTER, "PJRT_NPROC")
+        hidden = (*distributed.ENV_VARS, distributed.CLUSTER, "PJRT_NPROC", "XLA_FLAGS")
         base = {k: v for k, v in os.environ.items() if k not in hidden}
         base |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
-        base |= QUICK_XLA | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests/support'}"}
-        base |= {name.upper(): str(value) for name, value in QUICK.items()}
-        base |= {"JAX_COMPILATION_CACHE_DIR": str(cache)}
+        base |= FAST_ENVIRONMENT | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests/support'}"}
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{s.getsockname()[1]}"
@@ -117,11 +116,6 @@ class Processes:
             assert code == 0, out + err
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.getbasetemp() / "compiled by processes"
-
-
 # Training on every mesh.
 
 
@@ -134,11 +128,11 @@ def jobs_of(cut) -> list[str]:
     return [*plain, *(f"{o} dropout {m}" for o in ("mdlm", "eso_b") for m in meshes)]
 
 
-def train(cut, jobs: dict[str, dict], folder: pathlib.Path, cache) -> dict:
+def train(cut, jobs: dict[str, dict], folder: pathlib.Path) -> dict:
     folder.mkdir()
     out, file = folder / "out.json", folder / "jobs.json"
     file.write_text(json.dumps({"steps": STEPS, "jobs": jobs, "out": str(out)}))
-    Processes(cut, ["tests/support/same_numbers_run.py", str(file)], cache).succeed(120 * len(jobs))
+    Processes(cut, ["tests/support/same_numbers_run.py", str(file)]).succeed(120 * len(jobs))
     return json.loads(out.read_text())
 
 
@@ -150,12 +144,12 @@ def fields_of(job: str, data: dict) -> dict:
 
 
 @pytest.fixture(scope="module")
-def alone(data, tmp_path_factory, cache):
+def alone(data, tmp_path_factory):
     """What one device finds: "eso_b" and "eso_b dropout" → its losses."""
     names = sorted({re.sub(" [^ ]*=.*", "", job) for cut in CUTS for job in jobs_of(cut)})
     names = sorted({*names, *OBJECTIVES})
     jobs = {name: fields_of(f"{name} ", data) for name in names}
-    return train((1, 1), jobs, tmp_path_factory.mktemp("alone") / "run", cache)
+    return train((1, 1), jobs, tmp_path_factory.mktemp("alone") / "run")
 
 
 def test_one_device_learns_and_trims(alone):
@@ -169,9 +163,9 @@ def test_one_device_learns_and_trims(alone):
 
 
 @pytest.mark.parametrize("cut", CUTS, ids=lambda cut: "{}x{}".format(*cut))
-def test_same_losses(data, alone, tmp_path, cache, cut):
+def test_same_losses(data, alone, tmp_path, cut):
     jobs = jobs_of(cut)
-    found = train(cut, {job: fields_of(job, data) for job in jobs}, tmp_path / "run", cache)
+    found = train(cut, {job: fields_of(job, data) for job in jobs}, tmp_path / "run")
     far = {}
     for job in jobs:
         assert found[job]["mesh"].startswith("8 cpu devices (")
@@ -230,9 +224,9 @@ ANEW = {  # cut → mesh that the run goes on with
 }
 
 
-def verb(name: str, cut, workdir, fields: dict, cache) -> Processes:
+def verb(name: str, cut, workdir, fields: dict) -> Processes:
     args = ["-u", "-m", f"esolm_jax.{name}", f"--workdir={workdir}", f"--config={FILE}"]
-    return Processes(cut, [*args, *arguments(fields)], cache)
+    return Processes(cut, [*args, *arguments(fields)])
 
 
 def losses(workdir) -> list[float]:
@@ -247,11 +241,11 @@ def objective(request):
 
 
 @pytest.fixture(scope="module")
-def stopped(data, objective, tmp_path_factory, cache):
+def stopped(data, objective, tmp_path_factory):
     """A run of 2 x 4, of which one process got SIGTERM."""
     workdir = tmp_path_factory.mktemp(objective) / "stopped"
     fields = data | LATE | of(objective, ANEW[2, 4], **{"train.steps": 10**6})
-    processes, log = verb("train", (2, 4), workdir, fields, cache), workdir / metrics.FILE
+    processes, log = verb("train", (2, 4), workdir, fields), workdir / metrics.FILE
     try:
         deadline = time.monotonic() + 240
         while time.monotonic() < deadline and processes.all[0].poll() is None:
@@ -272,11 +266,11 @@ def stopped(data, objective, tmp_path_factory, cache):
 
 
 @pytest.fixture(scope="module")
-def whole(data, objective, stopped, tmp_path_factory, cache):
+def whole(data, objective, stopped, tmp_path_factory):
     """A run of one device that nothing happened to, MORE steps longer than the stopped one."""
     workdir, steps = tmp_path_factory.mktemp(objective) / "whole", len(losses(stopped)) + MORE
     fields = data | LATE | of(objective, {}, **{"train.steps": steps})
-    verb("train", (1, 1), workdir, fields, cache).succeed()
+    verb("train", (1, 1), workdir, fields).succeed()
     assert len(losses(workdir)) == steps
     return workdir
 
@@ -284,13 +278,11 @@ def whole(data, objective, stopped, tmp_path_factory, cache):
 @pytest.mark.parametrize(
     "cut", ANEW if ALL else [(4, 1), (1, 1)], ids=lambda cut: "{}x{}".format(*cut)
 )
-def test_stopped_run_goes_on_however_it_is_cut(
-    data, objective, whole, stopped, tmp_path, cache, cut
-):
+def test_stopped_run_goes_on_however_it_is_cut(data, objective, whole, stopped, tmp_path, cut):
     workdir, done = tmp_path / "anew", len(losses(stopped))
     shutil.copytree(stopped, workdir)
     fields = data | LATE | of(objective, ANEW[cut], **{"train.steps": done + MORE})
-    verb("train", cut, workdir, fields, cache).succeed()
+    verb("train", cut, workdir, fields).succeed()
     found, wanted = losses(workdir), losses(whole)
     assert found[:done] == losses(stopped) and len(found) == done + MORE
     np.testing.assert_allclose(found, wanted, rtol=TOLERANCE)
@@ -331,10 +323,10 @@ def test_weights_alone_are_read_on_one_device(objective, stopped, tmp_path, weig
 # What must not happen.
 
 
-def test_configs_that_differ_are_one_error_on_every_host(data, tmp_path, cache):
+def test_configs_that_differ_are_one_error_on_every_host(data, tmp_path):
     common = ["-m", "esolm_jax.train", f"--workdir={tmp_path / 'run'}", f"--config={FILE}"]
     common += arguments(data | of("ar", {"data": 8}))
-    ends = Processes((2, 4), [common, [*common, "--config.seed=1"]], cache).wait()
+    ends = Processes((2, 4), [common, [*common, "--config.seed=1"]]).wait()
     assert [code for code, _, _ in ends] == [2, 2]
     assert ends[0][2] == ends[1][2]
     pattern = r"error: config differs between hosts: (\w{12}) on process 0, (\w{12}) on process 1\n"

@@ -16,7 +16,7 @@ from tiny_run import FILE, LENGTH, arguments, command, quick
 from esolm_jax.sampling.plan import prompts
 
 ROOT = pathlib.Path(__file__).parents[2]
-pytestmark = pytest.mark.usefixtures(quick.__name__)
+pytestmark = [pytest.mark.fast_compile, pytest.mark.usefixtures(quick.__name__)]
 
 
 @pytest.fixture(scope="module")

@@ -5,18 +5,20 @@ import os
 import subprocess
 import sys
 
-from thorough import ALL, QUICK_XLA
+import pytest
+from compilation import FAST_ENVIRONMENT
 
 from benchmarks.reliability import report
 from benchmarks.reliability.verbs import Child, Row
+
+pytestmark = pytest.mark.fast_compile
 
 SECTIONS = "kills,corruption,prompts"  # other tests start several runs, and read during one
 
 
 def test_nothing_is_silent_crashes_or_hangs(tmp_path):
     command = [sys.executable, "-m", "benchmarks.reliability", "--quick", f"--only={SECTIONS}"]
-    environment = {name: v for name, v in os.environ.items() if name != "XLA_FLAGS"}
-    environment |= {} if ALL else QUICK_XLA
+    environment = os.environ | FAST_ENVIRONMENT
     done = subprocess.run(
         [*command, "--jobs=1", f"--out={tmp_path / 'table'}"],
         env=environment,

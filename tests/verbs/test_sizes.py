@@ -21,6 +21,8 @@ from esolm_jax.sampling.plan import schedule
 from esolm_jax.sampling.plan.canvas import Canvas
 from esolm_jax.training import checkpoint, restore
 
+pytestmark = pytest.mark.fast_compile
+
 TOKENIZER = {"vocab_size": 259, "mask_id": 259, "bos_id": 256}
 HOST = 16e9
 
