@@ -155,11 +155,11 @@ def test_any_order_likelihood(case):
     golden = vectors(case)
     x = golden["x0"]
     everything = np.ones(x.shape, bool)
-    label = jax.jit(objectives.label_eso_b_sequential, static_argnames="mask")
+    label = jax.jit(eso_b.label_sequential, static_argnames="mask")
     log_p = []
     for k, sigma in enumerate(golden["sort_idx"]):
         order = np.broadcast_to(sigma, x.shape)
-        labelled = eso_b.label_sequential(x, everything, everything, order, everything, mask=MASK)
+        labelled = label(x, everything, everything, order, everything, mask=MASK)
         logits, nll = run(golden, labelled)
         log_p.append(-nll)
         if k == 0:
