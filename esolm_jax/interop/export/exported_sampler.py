@@ -49,7 +49,7 @@ def _pick(logits, position, *, row_keys, temperature, mask_id, top_k, top_p):
 
 
 def filtered(logits, temperature, *, top_k, top_p):
-    """Filters logits (without the mask) as choose.TokenSampler does; temperature 0 as temperature 1."""
+    """Filters logits (without the mask) as TokenSampler does; temperature 0 counts as 1."""
     drawn = choose.at_temperature(logits, jnp.where(temperature > 0, temperature, 1.0))
     drawn = choose.keep_top_k(drawn, top_k) if top_k else drawn
     return choose.top_p_filter(drawn, top_p) if top_p < 1 else drawn
