@@ -293,9 +293,9 @@ def hold(folder: pathlib.Path, *, name: str, file: str = FILE) -> Iterator[Lock]
                 folder.rmdir()
 
 
-def files(file: str = FILE) -> set[str]:
-    """Names of the files of a lock."""
-    return {file, f"{file}.json"}
+def is_file_of_lock(name: str, file: str = FILE) -> bool:
+    """Whether a file of this name belongs to a lock; drafts of a killed writer do, too."""
+    return name == file or name.startswith(f"{file}.json")
 
 
 def _read_text(path: str) -> str:

@@ -17,6 +17,7 @@ import pytest
 from esolm_jax.errors import UserError
 from esolm_jax.files import workdir_lock
 from esolm_jax.files.workdir_lock import Lease, Lock, hold
+from esolm_jax.interop.published import into_workdir
 
 pytestmark = pytest.mark.fast_compile
 
@@ -274,3 +275,12 @@ MOUNTS = """\
 )
 def test_which_file_systems_share_their_locks(path, shared):
     assert workdir_lock._locks_are_shared(pathlib.Path(path), MOUNTS) == shared
+
+
+def test_what_a_killed_writer_left_does_not_make_a_workdir_full(tmp_path):
+    for name in (workdir_lock.FILE, f"{workdir_lock.FILE}.json", f"{workdir_lock.FILE}.json.0a1b"):
+        (tmp_path / name).touch()
+    into_workdir.check_empty(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="is not empty \\(checkpoints\\)"):
+        into_workdir.check_empty(tmp_path)

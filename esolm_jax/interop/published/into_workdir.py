@@ -85,7 +85,7 @@ def convert(config, source: str, workdir: pathlib.Path, tokenizer: str, weights:
 def check_empty(workdir: pathlib.Path) -> None:
     """UserError unless the workdir is empty or holds only prepared data."""
     there = [path.name for path in workdir.iterdir()] if workdir.exists() else []
-    if others := sorted(set(there) - {"data"} - workdir_lock.files()):
+    if others := sorted(n for n in there if n != "data" and not workdir_lock.is_file_of_lock(n)):
         raise UserError(
             f"--workdir={workdir}: is not empty ({', '.join(others[:5])}); it must be new, or "
             "hold nothing but data/"
