@@ -16,7 +16,7 @@ from esolm_jax.family.family import Family
 from esolm_jax.family.phase import Phase
 from esolm_jax.sampling.plan import schedule
 
-pytestmark = pytest.mark.usefixtures(quick.__name__)
+pytestmark = [pytest.mark.usefixtures(quick.__name__), pytest.mark.fast_compile]
 ROOT = pathlib.Path(__file__).parents[2]
 NAME = "from_right"
 

@@ -62,19 +62,17 @@ PRETRAINED = {
     name: {f"model.{field}": value for field, value in fields.items()}
     for name, fields in PRETRAINED.items()
 }
-FAMILIES = {  # fields, formats
+# Fields and formats. StableHLO is traced from the same source as NumPy runs: not every style needs
+# both. ONNX graphs are built node by node: every style has one.
+FAMILIES = {
     "eso_b": ({"objective": "eso_b", **ADALN}, "safetensors,stablehlo,onnx"),
-    "eso_b_strided": (
-        {"objective": "eso_b", "sample.schedule": "strided", "sample.steps": 5},
-        "stablehlo",
-    ),
-    "gpt2": ({"objective": "ar", **PRETRAINED["gpt2"]}, "safetensors,stablehlo,onnx"),
+    "gpt2": ({"objective": "ar", **PRETRAINED["gpt2"]}, "safetensors,onnx"),
     "llama3": (
         {"objective": "ar", "start_token": "mask", "sample.top_k": 9, "sample.top_p": 0.9}
         | PRETRAINED["llama3"],
         "safetensors,stablehlo,onnx",
     ),
-    "qwen3": ({"objective": "eso_b", **PRETRAINED["qwen3"]}, "safetensors,stablehlo,onnx"),
+    "qwen3": ({"objective": "eso_b", **PRETRAINED["qwen3"]}, "safetensors,onnx"),
     "bd3": ({"objective": "bd3", "block_length": 4}, "safetensors,stablehlo"),
     "eso_a": ({"objective": "eso_a", "model.cond_width": 8}, "stablehlo"),
     "mdlm": (
@@ -401,7 +399,8 @@ def narrow(tmp_path_factory, quick):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parity, "BATCHES", (3,))
         patch.setattr(stablehlo, "PLATFORMS", ("cpu",))
-        export(run, folder / "out")
+        found = measured(export(run, folder / "out"))
+    assert found["sample.stablehlo", "sample"]["sampled_identical"]
     return run, folder / "out"
 
 

@@ -13,7 +13,7 @@ from esolm_jax.data.source import Source
 from esolm_jax.evaluation import metrics
 from esolm_jax.evaluation.metric import Metric, Result
 
-pytestmark = pytest.mark.usefixtures(quick.__name__)
+pytestmark = [pytest.mark.usefixtures(quick.__name__), pytest.mark.fast_compile]
 ROOT = pathlib.Path(__file__).parents[2]
 SOURCE, METRIC = "multiplication_table", "share_of_vowels"
 COUNTS = {"train": 90, "validation": 20, "test": 20}
