@@ -24,10 +24,10 @@ FAST_ENVIRONMENT = {  # of a process of its own
 
 
 def cache_in(folder: pathlib.Path) -> dict:
-    """Settings of JAX that keep every compiled program in the folder."""
+    """Settings of JAX that keep compiled programs in the folder."""
     return {
         "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_compile_time_secs": 0.1,  # smaller ones cost more to keep
         "jax_persistent_cache_min_entry_size_bytes": 0,
     }
 

@@ -112,6 +112,7 @@ def command(verb: str, *args: str) -> int:
     module = importlib.import_module(f"esolm_jax.{verb}")
     argv, handlers = sys.argv, {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
     sys.argv = [f"{verb}.py", *map(str, args)]
+    _forget_flags()  # those of benchmarks that a test imports
     try:
         cli.run(module.main, **module.CLI)
     except SystemExit as end:
@@ -120,11 +121,16 @@ def command(verb: str, *args: str) -> int:
         sys.argv = argv
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        flags.FLAGS.unparse_flags()
-        for name in list(flags.FLAGS):
-            if name in FLAGS or name.split(".")[0] == "config":
-                delattr(flags.FLAGS, name)
+        _forget_flags()
     raise AssertionError("app.run returned")
+
+
+def _forget_flags() -> None:
+    """Removes the flags of all verbs, so that a verb can define them again."""
+    flags.FLAGS.unparse_flags()
+    for name in list(flags.FLAGS):
+        if name in FLAGS or name.split(".")[0] == "config":
+            delattr(flags.FLAGS, name)
 
 
 def train(config, workdir: pathlib.Path) -> None:
