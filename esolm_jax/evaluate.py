@@ -20,8 +20,9 @@ from esolm_jax import config as config_lib
 from esolm_jax.data.manifest import Manifest, load_data
 from esolm_jax.data.reader import num_windows
 from esolm_jax.errors import UserError
-from esolm_jax.evaluation import bounds, metrics, provenance
+from esolm_jax.evaluation import metrics, provenance
 from esolm_jax.evaluation.batches import eval_batches
+from esolm_jax.evaluation.metric import check_finite
 from esolm_jax.model import build
 from esolm_jax.parallel import distributed, sharding
 from esolm_jax.process import jax_settings
@@ -62,7 +63,7 @@ def evaluate(config, workdir: pathlib.Path) -> dict:
             progress=metric.name,
             total=math.ceil(windows / e.batch_size),
         )
-        bounds.check_finite(found, metric.name)
+        check_finite(found, metric.name)
         entries.append(found.figures | {"summary": found.line})
     return {
         "split": e.split,

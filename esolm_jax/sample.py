@@ -14,7 +14,6 @@ from absl import flags
 
 from esolm_jax import cli, language_model, results
 from esolm_jax.data.manifest import open_tokenizer
-from esolm_jax.errors import UserError
 from esolm_jax.parallel import sharding
 from esolm_jax.process import jax_settings
 from esolm_jax.sampling import texts as texts_lib
@@ -68,10 +67,7 @@ def sample(
     found = _prompts(prompt, prompts, tokenizer, texts_lib.length_of(config))
     language_model.check_sampling_fits(config, tokenizer, found, mesh)
     trained = restore.load_trained(config, workdir, config.sample.weights, mesh, cli.step_flag())
-    if tokenizer.fingerprint != trained.meta["tokenizer"]["fingerprint"]:
-        raise UserError(
-            f"{workdir}/tokenizer: not the tokenizer that the checkpoint was trained on"
-        )
+    restore.check_tokenizer(tokenizer, workdir, trained.meta)
     special, model = trained.built.special, trained.built.model
     canvas = texts_lib.make_canvas(config, found, special, model.vocab_size)
     generator = Generator.of(config, canvas, special)

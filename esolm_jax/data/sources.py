@@ -75,7 +75,8 @@ def documents(config: Any, split: str) -> Iterator[str]:
 
     Raises UserError (while iterating) for unreadable input, and for a split without documents.
     """
-    source, given = get(config), _given(config)
+    source = get(config)
+    given = source.given(config) if source.given else {}
     count = 0
     for text in _split_documents(config, source, given, split):
         if text.strip():
@@ -116,17 +117,10 @@ def notes(config: Any) -> list[str]:
     return get(config).notes(config)
 
 
-def _given(config: Any) -> dict[str, str]:
-    """What the config names for each split, '' for a split to be held out of train; {} if the
-    source has its own splits."""
-    source = get(config)
-    return source.given(config) if source.given else {}
-
-
 def _split_documents(
     config: Any, source: Source, given: dict[str, str], split: str
 ) -> Iterator[str]:
-    if not given:
+    if not given:  # the source has its own splits
         yield from source.documents(config, split, "")
         return
     if given[split] and split != "train":

@@ -2,7 +2,6 @@
 
 import math
 
-from esolm_jax.errors import UserError
 from esolm_jax.evaluation import likelihood
 from esolm_jax.evaluation.likelihood import Estimate
 from esolm_jax.evaluation.metric import Metric, Result
@@ -66,16 +65,6 @@ def _result(bound: str, estimate: Estimate, split: dict, **settings) -> Result:
         return Result(estimate.nll, {}, f"{bound}: is {estimate.nll}")
     figures = _figures(bound, estimate, split, **settings)
     return Result(estimate.nll, figures, _line(figures))
-
-
-def check_finite(result: Result, name: str) -> Result:
-    """The result. UserError if its value is not finite."""
-    if not math.isfinite(result.value):
-        raise UserError(
-            f"{name}: is {result.value}, although all weights are finite: activations "
-            "overflow; evaluate an earlier step (--step=N), or with --config.model.dtype=float32"
-        )
-    return result
 
 
 def _make_nelbo(config, model, draws: int | None):

@@ -164,6 +164,14 @@ def _estimate(
     )
 
 
+def _compiled(draw, built: BuiltModel):
+    """`draw` of (params, keys, x, valid) as one program of all processes; replicated results."""
+    rows = sharding.rows(built.mesh)
+    everywhere = sharding.replicated(built.mesh)
+    jitted = jax.jit(draw, in_shardings=(None, None, rows, rows), out_shardings=everywhere)
+    return distributed.together(jitted)
+
+
 def make_nelbo(config, built: BuiltModel):
     """Returns estimate(params, batches, *, num_samples, seed, …) → Estimate of the NELBO.
 
@@ -173,14 +181,7 @@ def make_nelbo(config, built: BuiltModel):
     """
     phases = make_phases(config, built.special, low_variance=False)
     exact = is_exact(config)
-    placed = sharding.rows(built.mesh)
-    draw = distributed.together(
-        jax.jit(
-            functools.partial(nelbo, built.apply, phases, built.head),
-            in_shardings=(None, None, placed, placed),
-            out_shardings=sharding.replicated(built.mesh),
-        )
-    )
+    draw = _compiled(functools.partial(nelbo, built.apply, phases, built.head), built)
 
     def estimate(params, batches, *, num_samples: int, seed: int, progress=None, total=None):
         draws = 1 if exact else num_samples
@@ -211,14 +212,7 @@ def make_importance_weighted(config, built: BuiltModel):
     Every window draws its own orders, so that the variances of windows add up. The error is that of
     the bound with this K, not the distance to the likelihood, which is below it."""
     label = functools.partial(eso_b.any_order, alpha_0=config.alpha_0, special=built.special)
-    placed = sharding.rows(built.mesh)
-    draw = distributed.together(
-        jax.jit(
-            functools.partial(any_order_log_p, built.apply, label, built.head),
-            in_shardings=(None, None, placed, placed),
-            out_shardings=sharding.replicated(built.mesh),
-        )
-    )
+    draw = _compiled(functools.partial(any_order_log_p, built.apply, label, built.head), built)
 
     def estimate(params, batches, *, num_orders: int, seed: int, progress=None, total=None):
         nll = variance = 0.0

@@ -1,9 +1,11 @@
 """Metric: one figure of a trained model on a split. The registry is in metrics.py."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from esolm_jax.errors import UserError
 from esolm_jax.model.build import BuiltModel
 
 
@@ -20,6 +22,16 @@ class Result:
     value: float
     figures: dict[str, Any]
     line: str
+
+
+def check_finite(result: Result, name: str) -> Result:
+    """The result. UserError if its value is not finite."""
+    if not math.isfinite(result.value):
+        raise UserError(
+            f"{name}: is {result.value}, although all weights are finite: activations "
+            "overflow; evaluate an earlier step (--step=N), or with --config.model.dtype=float32"
+        )
+    return result
 
 
 class Estimator(Protocol):

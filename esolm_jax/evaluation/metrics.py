@@ -1,4 +1,8 @@
-"""The metrics by name. A new metric is one file and one entry here (or one call of `register`)."""
+"""The metrics by name.
+
+A new metric is one file, one entry here and its name in config/sections/evaluation.py, which must
+not import this module; or one call of `register`.
+"""
 
 from esolm_jax.config import METRICS
 from esolm_jax.evaluation.bounds import IMPORTANCE_WEIGHTED, NELBO

@@ -1,7 +1,5 @@
 """Eso-LM (A): as (B), but clean tokens of the diffusion phase read each other."""
 
-import functools
-
 import jax.numpy as jnp
 import numpy as np
 
@@ -11,8 +9,6 @@ from esolm_jax.family.labels import LabelledBatch
 from esolm_jax.family.phase import (
     Phase,
     PhaseSettings,
-    diffusion_shuffled,
-    sequential,
     two_phases,
 )
 from esolm_jax.family.streams import index, labelled, stream, take, two_streams
@@ -39,14 +35,7 @@ def label_sequential(x, valid, masked, order_BL, weight, *, mask: int) -> Labell
 
 
 def phases(s: PhaseSettings) -> tuple[Phase, ...]:
-    first, second = (
-        functools.partial(f, mask=s.special.mask) for f in (label_diffusion, label_sequential)
-    )
-    return two_phases(
-        s,
-        functools.partial(diffusion_shuffled, s, first),
-        functools.partial(sequential, s, second, clean_in_text_order=True),
-    )
+    return two_phases(s, label_diffusion, label_sequential, clean_in_text_order=True)
 
 
 def windows(schedule, block_length: int) -> Windows:

@@ -1,7 +1,5 @@
 """Eso-LM (B): both phases are causal in the generation order, so the KV cache is exact in both."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,8 +12,6 @@ from esolm_jax.family.phase import (
     Phase,
     PhaseSettings,
     SpecialIds,
-    diffusion_shuffled,
-    sequential,
     two_phases,
 )
 from esolm_jax.family.streams import index, labelled, stream, two_streams
@@ -49,14 +45,7 @@ def any_order(key, x, valid, *, alpha_0: float, special: SpecialIds) -> Labelled
 
 
 def phases(s: PhaseSettings) -> tuple[Phase, ...]:
-    first, second = (
-        functools.partial(f, mask=s.special.mask) for f in (label_diffusion, label_sequential)
-    )
-    return two_phases(
-        s,
-        functools.partial(diffusion_shuffled, s, first),
-        functools.partial(sequential, s, second, clean_in_text_order=False),
-    )
+    return two_phases(s, label_diffusion, label_sequential, clean_in_text_order=False)
 
 
 def windows(schedule, block_length: int) -> Windows:

@@ -5,6 +5,7 @@ Shapes: x int32 [B, L]; valid bool [B, L] (False = padding, at the end of the ro
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -91,7 +92,7 @@ def diffusion_in_text_order(
     return label(x, valid, masked, weight=weight)
 
 
-def diffusion_shuffled(s: PhaseSettings, label, key, x, valid) -> LabelledBatch:
+def _diffusion_shuffled(s: PhaseSettings, label, key, x, valid) -> LabelledBatch:
     """Masks and a random order, clean tokens first; label(x, valid, masked, order, weight)."""
     key_noise, key_order = jax.random.split(key)
     masked, weight = _noise(s, key_noise, valid, times_per_row=1)
@@ -99,7 +100,7 @@ def diffusion_shuffled(s: PhaseSettings, label, key, x, valid) -> LabelledBatch:
     return label(x, valid, masked, order_BL, weight)
 
 
-def sequential(
+def _sequential(
     s: PhaseSettings, label, key, x, valid, *, clean_in_text_order: bool
 ) -> LabelledBatch:
     """1 − α₀ of the tokens are masked, and predicted from left to right after the clean ones."""
@@ -112,11 +113,19 @@ def sequential(
     return label(x, valid, masked, order_BL, masked)
 
 
-def two_phases(s: PhaseSettings, diffusion, sequential) -> tuple[Phase, ...]:
+def two_phases(
+    s: PhaseSettings, label_diffusion, label_sequential, *, clean_in_text_order: bool
+) -> tuple[Phase, ...]:
     """A diffusion and a sequential phase, without one that has no share of the batch.
 
-    α₀ = 1 ⇒ κ = 1 and α₀ = 0 ⇒ κ = 0.
+    α₀ = 1 ⇒ κ = 1 and α₀ = 0 ⇒ κ = 0. `clean_in_text_order`: of the sequential phase.
     """
+    first, second = (
+        functools.partial(label, mask=s.special.mask)
+        for label in (label_diffusion, label_sequential)
+    )
+    diffusion = functools.partial(_diffusion_shuffled, s, first)
+    sequential = functools.partial(_sequential, s, second, clean_in_text_order=clean_in_text_order)
     kappa = {0.0: 0.0, 1.0: 1.0}.get(s.alpha_0, s.kappa)
     both = (
         Phase("diffusion", kappa, diffusion, s.mean_masked),

@@ -40,11 +40,17 @@ def check_same_tokenizer(manifest: Manifest, meta: dict) -> None:
 def load_tokenizer(workdir: pathlib.Path, meta: dict):
     """The tokenizer in a workdir. UserError: it is damaged, or differs from the tokenizer in the
     checkpoint's meta."""
-    folder = workdir / "tokenizer"
-    tokenizer = open_tokenizer(folder)
-    if tokenizer.fingerprint != meta["tokenizer"]["fingerprint"]:
-        raise UserError(f"{folder}: not the tokenizer that the checkpoint was trained on")
+    tokenizer = open_tokenizer(workdir / "tokenizer")
+    check_tokenizer(tokenizer, workdir, meta)
     return tokenizer
+
+
+def check_tokenizer(tokenizer, workdir: pathlib.Path, meta: dict) -> None:
+    """UserError if the tokenizer in a workdir differs from the one in the checkpoint's meta."""
+    if tokenizer.fingerprint != meta["tokenizer"]["fingerprint"]:
+        raise UserError(
+            f"{workdir / 'tokenizer'}: not the tokenizer that the checkpoint was trained on"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

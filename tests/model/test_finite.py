@@ -15,6 +15,7 @@ from esolm_jax import results
 from esolm_jax.errors import UserError
 from esolm_jax.evaluation import bounds
 from esolm_jax.evaluation.likelihood import Estimate
+from esolm_jax.evaluation.metric import check_finite
 from esolm_jax.model import finite
 from esolm_jax.training import metrics
 from esolm_jax.training.checkpoint import OnDisk
@@ -134,7 +135,7 @@ def test_a_perplexity_beyond_all_numbers_is_infinite():
 @pytest.mark.parametrize("nll", [math.nan, math.inf])
 def test_a_bound_that_is_not_finite_is_no_result(nll):
     with pytest.raises(UserError, match=f"^nelbo: is {nll}, although all weights are finite"):
-        bounds.check_finite(bounds._result("nelbo", estimate(nll), {}), "nelbo")
+        check_finite(bounds._result("nelbo", estimate(nll), {}), "nelbo")
 
 
 @pytest.mark.filterwarnings("error")

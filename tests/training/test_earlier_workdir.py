@@ -1,9 +1,8 @@
 """A workdir written by commit 947f88e resumes, evaluates and samples to the same figures.
 
 tests/fixtures/workdir_947f88e was made with that commit: `run` by prepare and train (4 steps of the
-tiny config with sample.num, optimizer.clip, optimizer.ema and train.accumulation set); the files
-beside it are what that commit then printed: evaluate.json, samples.jsonl, and the metrics.jsonl of
-two more steps.
+tiny config with sample.num, optimizer.clip, optimizer.ema and train.accumulation set).
+evaluate.json, samples.jsonl and metrics.jsonl hold its figures; the last includes two more steps.
 """
 
 import json
