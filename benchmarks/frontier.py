@@ -23,7 +23,7 @@ from esolm_jax.evaluation import likelihood
 from esolm_jax.evaluation.batches import eval_batches
 from esolm_jax.parallel import sharding
 from esolm_jax.sampling.engine.network import fold
-from esolm_jax.sampling.generate import Generator, passes_run
+from esolm_jax.sampling.generate import Generator
 from esolm_jax.sampling.plan.canvas import Canvas
 from esolm_jax.training import restore
 
@@ -69,16 +69,16 @@ def entropy(text_BL: np.ndarray) -> float:
 
 def point(generator: Generator, network, judge: Judge) -> dict:
     """Generates the texts a few times and judges them."""
-    jax.block_until_ready(generator.run(network, dry_run=True)[0])
+    run = generator.compile(network)
     seconds = []
     for _ in range(REPEATS):
         begin = time.perf_counter()
-        decoded, _ = generator.run(network)
+        decoded = run(network)
         jax.block_until_ready(decoded)
         seconds.append(time.perf_counter() - begin)
     text = np.asarray(decoded.text)
     return {
-        "nfe": passes_run(generator, decoded),
+        "nfe": generator.nfe(decoded),
         "seconds_per_text": statistics.median(seconds) / len(text),
         "perplexity": judge.perplexity(text),
         "entropy": entropy(text),

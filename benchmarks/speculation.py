@@ -13,13 +13,12 @@ import argparse
 import functools
 import pathlib
 
-import jax
 import numpy as np
 
 from benchmarks import interleaved_timings, report_writer
 from esolm_jax.parallel import sharding
 from esolm_jax.sampling.engine.network import fold
-from esolm_jax.sampling.generate import Generator, passes_run
+from esolm_jax.sampling.generate import Generator, draft_figures
 from esolm_jax.sampling.plan.canvas import Canvas
 from esolm_jax.training import checkpoint, restore
 
@@ -29,26 +28,23 @@ WAYS += [(style, k, False) for style in ("chain", "staircase") for k in (2, 3, 4
 WAYS += [("chain", k, False) for k in (6, 8, 12)] + [("chain", 12, True)]
 
 
-def timed(generators: list[Generator], network, mesh, repeats: int) -> list[dict]:
+def timed(generators: list[Generator], network, repeats: int) -> list[dict]:
     """Of each, taking turns: median seconds of a run, its passes and acceptance."""
-    for generator in generators:
-        jax.block_until_ready(generator.run(network, mesh=mesh, dry_run=True)[0])
-    runs = [functools.partial(generator.run, network, mesh=mesh) for generator in generators]
+    runs = [functools.partial(generator.compile(network), network) for generator in generators]
     return [
         _row(*each)
         for each in zip(generators, *interleaved_timings.timed(runs, repeats), strict=True)
     ]
 
 
-def _row(generator: Generator, seconds: float, found) -> dict:
-    decoded, counts = found
-    nfe = passes_run(generator, decoded)
-    tested, accepted = (np.array(counts.get(name, [])) for name in ("tested", "accepted"))
+def _row(generator: Generator, seconds: float, decoded) -> dict:
+    nfe, drafts = generator.nfe(decoded), draft_figures(decoded)
+    proposed, accepted = (np.array(drafts.get(name, [])) for name in ("proposed", "accepted"))
     return {
         "seconds": seconds,
         "nfe": nfe,
         "tokens_per_pass": int(generator.schedule.length.max()) / nfe,
-        "acceptance": (accepted / np.maximum(tested, 1)).tolist(),
+        "acceptance": (accepted / np.maximum(proposed, 1)).tolist(),
     }
 
 
@@ -65,12 +61,13 @@ def measure(workdir: pathlib.Path, num: int, repeats: int) -> dict:
         for style, k, adaptive in WAYS:
             with config.unlocked():
                 config.alpha_0, config.sample.draft_tokens = alpha_0, k
-                config.sample.speculate_adaptive = adaptive
-                config.sample.speculate_style = "chain" if style == "plain" else style
+                config.sample.draft_adaptive = adaptive
+                config.sample.draft_style = "chain" if style == "plain" else style
             canvas = Canvas.empty(num, config.data.seq_len)
             special = trained.built.special
-            generators.append(Generator.of(config.copy_and_resolve_references(), canvas, special))
-        found = timed(generators, network, mesh, repeats)
+            resolved = config.copy_and_resolve_references()
+            generators.append(Generator.of(resolved, canvas, special, mesh=mesh))
+        found = timed(generators, network, repeats)
         for (style, k, adaptive), row in zip(WAYS, found, strict=True):
             row |= {"alpha_0": alpha_0, "style": style, "k": k, "adaptive": adaptive}
             rows.append(row | {"speedup": found[0]["seconds"] / row["seconds"]})

@@ -143,7 +143,7 @@ class LanguageModel:
                 f"tokens: text {complete.argmax()}: must have a mask (id {self.mask_id})"
             )
         slot = np.arange(ids.shape[1])[None]
-        token = np.where(slot < plan.given[:, None], plan.known, plan.unknown)
+        token = np.where(slot < plan.num_known[:, None], plan.known, plan.unknown)
         if plan.shift:
             token = np.insert(token[:, :-1], 0, plan.start_token, axis=1)
         first = plan.bidirectional_below[plan.prompt_passes :][:1].T
@@ -178,8 +178,8 @@ class LanguageModel:
         mesh, special = self._built.mesh, self._built.special
         check_sampling_fits(config, self.tokenizer, parsed, mesh)
         canvas = texts_lib.make_canvas(config, parsed, special, self._built.model.vocab_size)
-        generator = Generator.of(config, canvas, special)
-        decoded, _ = generator.run(self._network, mesh=mesh, eos_id=self.tokenizer.eos_id)
+        generator = Generator.of(config, canvas, special, mesh=mesh, eos_id=self.tokenizer.eos_id)
+        decoded = generator.run(self._network)
         rows = texts_lib.sample_rows(
             config, generator, jax.device_get(decoded), self.tokenizer, prompted=bool(parsed)
         )

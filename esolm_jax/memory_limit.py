@@ -17,6 +17,7 @@ from esolm_jax.errors import UserError
 from esolm_jax.family import registry
 from esolm_jax.model.transformer import TIME_FREQUENCIES, ModelConfig
 from esolm_jax.parallel import sharding
+from esolm_jax.sampling import generate
 
 GB = 1e9
 FLOAT = 4
@@ -146,7 +147,8 @@ def check_sampling(config, model: ModelConfig, mesh, rows: int, length: int, pro
     family = registry.get(config.objective)
     block = family.rank_span(length, config.block_length)
     is_cached = family.keeps_cache and length > 2 * block and not s.steps
-    is_one_a_pass = not (s.steps or prompted or s.draft_tokens)
+    is_plain = generate.loop_name(config) == "plain"
+    is_one_a_pass = is_plain and not (s.steps or prompted)
     tables = TABLE_BYTES * rows * length if is_one_a_pass else 0
     needs = [
         _params(model, mesh, 1, "weights"),

@@ -19,9 +19,9 @@ from esolm_jax.process import jax_settings
 from esolm_jax.sampling import texts as texts_lib
 from esolm_jax.sampling import trace
 from esolm_jax.sampling.engine.network import fold
-from esolm_jax.sampling.generate import Generator, check, passes_run
-from esolm_jax.sampling.loops.decode import NEVER
+from esolm_jax.sampling.generate import Generator, check, draft_figures
 from esolm_jax.sampling.plan import prompts as prompts_lib
+from esolm_jax.sampling.plan.passes import NEVER
 from esolm_jax.training import restore
 
 
@@ -70,18 +70,16 @@ def sample(
     restore.check_tokenizer(tokenizer, workdir, trained.meta)
     special, model = trained.built.special, trained.built.model
     canvas = texts_lib.make_canvas(config, found, special, model.vocab_size)
-    generator = Generator.of(config, canvas, special)
+    generator = Generator.of(config, canvas, special, mesh=mesh, eos_id=tokenizer.eos_id)
     network = fold(model, trained.params, mesh)
     loaded = time.perf_counter()
-    run = {"mesh": mesh, "eos_id": tokenizer.eos_id}
     total = int(generator.schedule.sizes.sum())
     print(f"compiling, then {total:,} tokens for {len(canvas.token)} texts …", flush=True)
-    jax.block_until_ready(generator.run(network, dry_run=True, **run)[0])
+    run = generator.compile(network)
     compiled = time.perf_counter()
-    decoded, speculation = generator.run(network, **run)
-    decoded = jax.device_get(decoded)
+    decoded = jax.device_get(run(network))
     end = time.perf_counter()
-    nfe, generated = passes_run(generator, decoded), texts_lib.num_generated(decoded)
+    nfe, generated = generator.nfe(decoded), texts_lib.num_generated(decoded)
     rows = texts_lib.sample_rows(config, generator, decoded, tokenizer, prompted=bool(found))
     figures = {
         "samples": rows,
@@ -93,7 +91,7 @@ def sample(
         "seconds": end - compiled,
         "first_sample_seconds": end - begin,
         "tokens_per_second": generated / (end - compiled),
-        "speculation": speculation,
+        "speculation": draft_figures(decoded),
         "objective": config.objective,
         "alpha_0": config.alpha_0,
         "sample": config.sample.to_dict(),
@@ -105,15 +103,15 @@ def sample(
 
 
 def _trace(config, generator: Generator, decoded, tokenizer, nfe: int) -> trace.Trace:
-    revealed = decoded.revealed.astype(np.int64)
-    numbered = np.where(revealed == -1, trace.GIVEN, revealed - generator.passes.prompt_passes)
+    revealed = decoded.revealed_at.astype(np.int64)
+    numbered = np.where(revealed == -1, trace.GIVEN, revealed - generator.plan.prompt_passes)
     title = f"{config.objective}, α₀ = {config.alpha_0:g}, {revealed.shape[1]} tokens, NFE {nfe}"
     return trace.Trace(
         pieces=[
             tokenizer.pieces(row.tolist(), bos_is_given=bool(known[0]))
             for row, known in zip(decoded.text, generator.canvas.known, strict=True)
         ],
-        revealed=np.where(
+        revealed_at=np.where(
             (revealed == NEVER) | ~texts_lib.before_eos(decoded), trace.NEVER, numbered
         ),
         is_diffusion=generator.is_diffusion(),

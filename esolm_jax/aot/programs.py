@@ -46,15 +46,13 @@ def sampler_step(config, training: Trainer):
         rank = jnp.broadcast_to(jnp.arange(2)[None], token.shape)
         pick = jnp.ones((batch, 1), jnp.int32)
         window = Window(token, position, rank, jnp.ones_like(token, bool), filled, pick)
-        logits, keys, values = network_lib.forward(network, window, cache)
-        return logits, cache_lib.write(
-            cache, keys, values, filled, logits.argmax(axis=-1), aligned=True
-        )
+        logits, entries = network_lib.forward(network, window, cache)
+        return logits, cache.write(entries, filled)
 
     params = training.abstract_state().params
     make = functools.partial(network_lib.fold, model, params)
     network = sharding.abstract(make, network_lib.shardings(jax.eval_shape(make), mesh))
-    make = functools.partial(cache_lib.empty_cache, model, batch, length + 2, mesh)
+    make = functools.partial(cache_lib.empty_cache, model, batch, length + 2, mesh, aligned=True)
     rows = sharding.named_sharding(mesh, "rows", "heads")
     cache = sharding.abstract(make, jax.tree.map(lambda _: rows, jax.eval_shape(make)))
     two, filled = _rows(training, (batch, 2)), jax.ShapeDtypeStruct((batch,), jnp.int32)

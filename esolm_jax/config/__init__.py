@@ -16,7 +16,7 @@ from esolm_jax.config.renames import begin_command
 from esolm_jax.config.saved import from_saved, to_saved, with_current_names
 from esolm_jax.config.schema import default_config, fields, flat, is_allowed, names_with
 from esolm_jax.config.sections.evaluation import METRICS
-from esolm_jax.config.sections.sampling import SCHEDULES
+from esolm_jax.config.sections.sampling import DRAFT_STYLES, SCHEDULES
 from esolm_jax.config.validation import (
     validate,
     validate_evaluation,
@@ -25,6 +25,7 @@ from esolm_jax.config.validation import (
 )
 
 __all__ = [
+    "DRAFT_STYLES",
     "METRICS",
     "SCHEDULES",
     "begin_command",

@@ -37,7 +37,7 @@ def windows(schedule, block_length: int) -> Windows:
         "objective ar generates in text order, one token per step, behind a prompt at the start",
     )
     first = schedule.first
-    return Windows(schedule.given, start=first, end=first + 1, rank=slot)
+    return Windows(schedule.num_known, start=first, end=first + 1, rank=slot)
 
 
 def work(phase: Phase, length: int, alpha_0: float, block_length: int) -> Work:

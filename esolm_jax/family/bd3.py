@@ -44,7 +44,7 @@ def windows(schedule, block_length: int) -> Windows:
         ~(inside | (schedule.sizes == 0)).all(axis=0),
         f"step_sizes: no step may cross a block of block_length={block_length}",
     )
-    whole = schedule.given // block_length
+    whole = schedule.num_known // block_length
     new_block = np.diff(block, axis=0, prepend=whole[None]) > 0
     return Windows(
         prefill=whole * block_length,

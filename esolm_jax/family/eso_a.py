@@ -44,7 +44,7 @@ def windows(schedule, block_length: int) -> Windows:
     first, prefix = schedule.first, schedule.num_diffusion[None]
     cached = first > prefix  # the prefix, with its final ranks
     return Windows(
-        prefill=np.zeros_like(schedule.given),
+        prefill=np.zeros_like(schedule.num_known),
         start=np.where(cached, schedule.new_context, 0),
         end=first + schedule.sizes,
         rank=np.arange(schedule.order.shape[1]),

@@ -51,7 +51,7 @@ def phases(s: PhaseSettings) -> tuple[Phase, ...]:
 def windows(schedule, block_length: int) -> Windows:
     """Each pass holds what the last one generated (as context) and its own masks."""
     return Windows(
-        prefill=schedule.given,
+        prefill=schedule.num_known,
         start=schedule.new_context,
         end=schedule.first + schedule.sizes,
         rank=np.arange(schedule.order.shape[1]),
@@ -71,6 +71,7 @@ FAMILY = Family(
     phases=phases,
     windows=windows,
     work=work,
+    has_confidence_order=True,
     has_any_order_likelihood=True,
     export=Export(cached=True),
 )

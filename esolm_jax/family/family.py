@@ -15,7 +15,7 @@ class GenerationSteps(Protocol):
 
     Attributes:
       order: [B, L], the position at each rank. sizes: [steps, B], tokens generated in each step.
-      given: [B], how many leading ranks are known. length: [B], tokens of each text.
+      num_known: [B], how many leading ranks are known. length: [B], tokens of each text.
       num_diffusion: [B], how many leading ranks are known or of the diffusion phase.
       first: [steps, B], the first rank that a step generates.
       new_context: [steps, B], the first rank that the step before generated.
@@ -23,7 +23,7 @@ class GenerationSteps(Protocol):
 
     order: np.ndarray
     sizes: np.ndarray
-    given: np.ndarray
+    num_known: np.ndarray
     length: np.ndarray
     num_diffusion: np.ndarray
     first: np.ndarray
@@ -123,6 +123,7 @@ class Family:
       can_extrapolate: texts may be longer than data.seq_len.
       no_parallel: why a step generates one token only, or "".
       no_speculation: why it cannot speculate, or "".
+      has_confidence_order: whether the model's confidence may choose the generation order.
       has_any_order_likelihood: whether config.eval.num_orders may ask for the importance-weighted
         bound.
       export: how exported artefacts decode.
@@ -142,6 +143,7 @@ class Family:
     can_extrapolate: bool = True
     no_parallel: str = ""
     no_speculation: str = ""
+    has_confidence_order: bool = False
     has_any_order_likelihood: bool = False
     export: Export = Export()
 

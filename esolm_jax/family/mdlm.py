@@ -28,7 +28,7 @@ def phases(s: PhaseSettings) -> tuple[Phase, ...]:
 def windows(schedule, block_length: int) -> Windows:
     """Every pass runs the whole canvas, and nothing stays in the cache."""
     return Windows(
-        prefill=np.zeros_like(schedule.given),
+        prefill=np.zeros_like(schedule.num_known),
         start=np.int32(0),
         end=schedule.length[None],
         rank=np.zeros(schedule.order.shape[1]),
@@ -46,7 +46,8 @@ FAMILY = Family(
     work=work,
     fixed_alpha_0=1.0,
     rank_span=whole_text,
-    schedules=("ancestral", "strided", "shuffled_strided", "left_to_right", "confidence"),
+    schedules=("ancestral", "strided", "shuffled_strided", "left_to_right"),
+    has_confidence_order=True,
     keeps_cache=False,
     can_extrapolate=False,
     no_speculation="known tokens read later ones",

@@ -1,6 +1,7 @@
 """What config.sample asks for, carried out: a schedule, and the loop that follows it."""
 
 import dataclasses
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -10,26 +11,69 @@ from esolm_jax.family import registry
 from esolm_jax.family.phase import SpecialIds
 from esolm_jax.sampling.engine.choose import TokenSampler
 from esolm_jax.sampling.engine.network import Network
-from esolm_jax.sampling.loops import decode
-from esolm_jax.sampling.loops.confident import confident
-from esolm_jax.sampling.loops.decode import Decoded
-from esolm_jax.sampling.loops.speculate import speculate
+from esolm_jax.sampling.loops.confidence import Confidence
+from esolm_jax.sampling.loops.loop import Decoded, Loop, Task, row_keys
+from esolm_jax.sampling.loops.plain import Plain
+from esolm_jax.sampling.loops.speculative import Speculative
 from esolm_jax.sampling.plan import passes, schedule
 from esolm_jax.sampling.plan.canvas import Canvas
+
+DRAFT_TOKENS = 4  # for sample.draft_tokens=0
+
+Rules = dict[str, tuple[bool, str]]  # field of config.sample → (is it right, what is allowed)
+
+
+def loop_name(config) -> str:
+    """The loop of config.sample: a key of LOOPS."""
+    s = config.sample
+    if s.loop != "auto":
+        return s.loop
+    return "speculative" if s.draft_tokens else "plain"
+
+
+def _plain(config, task: Task) -> Loop:
+    return Plain(task)
+
+
+def _speculative(config, task: Task) -> Loop:
+    s = config.sample
+    return Speculative(task, s.draft_tokens or DRAFT_TOKENS, s.draft_adaptive, s.draft_style)
+
+
+def _confidence(config, task: Task) -> Loop:
+    cached = registry.get(config.objective).keeps_cache
+    s = config.sample
+    return Confidence(task, cached, s.tokens_per_pass, s.confidence_threshold)
+
+
+LOOPS: Mapping[str, Callable[[object, Task], Loop]] = {
+    "plain": _plain,
+    "speculative": _speculative,
+    "confidence": _confidence,
+}
 
 
 def check(config) -> None:
     """UserError unless the family can be sampled as config.sample says."""
-    s, positions = config.sample, config.model.max_positions
+    for rules in (_rules_of_family(config), _rules_of_schedule(config), _rules_of_loop(config)):
+        for field, (is_right, allowed) in rules.items():
+            if not is_right:
+                raise UserError(
+                    f"config.sample.{field}={config.sample[field]!r}: must be {allowed}"
+                )
+
+
+def _rules_of_family(config) -> Rules:
+    s, loop, longest = config.sample, loop_name(config), config.data.seq_len
     family = registry.get(config.objective)
     can = family.schedules or (s.schedule,)
-    length, longest = s.length or config.data.seq_len, config.data.seq_len
     named = f"with objective {family.name}"
-    of_family = {
+    speculates = loop == "speculative"
+    return {
         "schedule": (s.schedule in can, f"one of {', '.join(can)} {named}"),
         "steps": (not (family.no_parallel and s.steps), f"0, {family.no_parallel}, {named}"),
         "length": (
-            family.can_extrapolate or length <= longest,
+            family.can_extrapolate or (s.length or longest) <= longest,
             f"at most data.seq_len={longest} {named}",
         ),
         "block_length": (
@@ -37,46 +81,70 @@ def check(config) -> None:
             f"0 or block_length={config.block_length} {named}",
         ),
         "draft_tokens": (
-            not (family.no_speculation and s.draft_tokens),
-            f"0, for it has {family.no_speculation}, {named}",
+            not (family.no_speculation and speculates and s.draft_tokens),
+            f"0 {named} ({family.no_speculation})",
+        ),
+        "loop": (
+            not (family.no_speculation and speculates)
+            and (family.has_confidence_order or loop != "confidence"),
+            f"plain {named}"
+            + (f" ({family.no_speculation})" if speculates else " (it has no confidence order)"),
         ),
     }
-    _check(s, of_family)
-    by_confidence, fixed = s.schedule == "confidence", f"with sample.schedule {s.schedule}"
-    one_a_step = by_confidence or s.schedule == "left_to_right"
-    of_others = {
-        "steps": (not (one_a_step and s.steps), f"0 {fixed}"),
+
+
+def _rules_of_schedule(config) -> Rules:
+    s, positions = config.sample, config.model.max_positions
+    return {
+        "steps": (
+            not (s.schedule == "left_to_right" and s.steps),
+            "0 with sample.schedule left_to_right",
+        ),
         "length": (
-            not positions or length <= positions,
-            f"at most model.max_positions={positions}, for there are no more",
+            not positions or (s.length or config.data.seq_len) <= positions,
+            f"at most model.max_positions={positions}",
         ),
         "block_length": (
             s.schedule == "blockwise" or not s.block_length,
             "0 unless sample.schedule is blockwise",
         ),
-        "tokens_per_pass": (by_confidence or s.tokens_per_pass == 1, f"1 {fixed}"),
+    }
+
+
+def _rules_of_loop(config) -> Rules:
+    s, loop = config.sample, loop_name(config)
+    is_plain, by_confidence, speculates = (
+        loop == name for name in ("plain", "confidence", "speculative")
+    )
+    fixed = f"with sample.loop {loop}"
+    return {
+        "schedule": (
+            not by_confidence or s.schedule == "ancestral",
+            f"ancestral {fixed} (the model chooses the order)",
+        ),
+        "steps": (
+            is_plain or not s.steps,
+            f"0 {fixed}"
+            + (" (it draws like one token per step)" if speculates else " (see tokens_per_pass)"),
+        ),
+        "tokens_per_pass": (
+            by_confidence or s.tokens_per_pass == 1,
+            "1 unless sample.loop is confidence",
+        ),
         "confidence_threshold": (
             not s.confidence_threshold or (by_confidence and s.tokens_per_pass > 1),
-            "0 unless sample.schedule is confidence, and sample.tokens_per_pass above 1",
+            "0 unless sample.loop is confidence and sample.tokens_per_pass is above 1",
         ),
         "stop_at_eos": (not (by_confidence and s.stop_at_eos), f"False {fixed}"),
         "draft_tokens": (
-            not s.draft_tokens or not (s.steps or by_confidence),
-            "0, for it draws as one token per step does, unless sample.steps is 0, and "
-            "sample.schedule not confidence",
+            speculates or not s.draft_tokens,
+            "0 unless sample.loop is speculative or auto",
         ),
-        "speculate_adaptive": (
-            bool(s.draft_tokens) or not s.speculate_adaptive,
-            "False without sample.draft_tokens",
+        "draft_adaptive": (
+            speculates or not s.draft_adaptive,
+            "False unless sample.loop is speculative or sample.draft_tokens is set",
         ),
     }
-    _check(s, of_others)
-
-
-def _check(settings, rules: dict[str, tuple[bool, str]]) -> None:
-    for field, (is_right, allowed) in rules.items():
-        if not is_right:
-            raise UserError(f"config.sample.{field}={settings[field]!r}: must be {allowed}")
 
 
 def make_schedule(config, canvas: Canvas) -> schedule.Schedule:
@@ -86,7 +154,9 @@ def make_schedule(config, canvas: Canvas) -> schedule.Schedule:
     family = registry.get(config.objective)
     name = family.replaced_schedules.get(s.schedule, s.schedule)
     too_long = canvas.token.shape[1] > config.data.seq_len
-    if name == "ancestral" and too_long:
+    if loop_name(config) == "confidence":
+        name = "left_to_right"  # replaced by the order that the model chooses
+    elif name == "ancestral" and too_long:
         name = "blockwise"
     own = config.block_length if family.is_blockwise else config.data.seq_len
     settings = schedule.ScheduleSettings(config.alpha_0, s.steps, s.block_length or own)
@@ -95,68 +165,70 @@ def make_schedule(config, canvas: Canvas) -> schedule.Schedule:
 
 @dataclasses.dataclass(frozen=True)
 class Generator:
-    """A plan for a canvas, to be run as often as wanted.
+    """The texts of a canvas, to be generated as often as wanted.
 
     Attributes:
-      schedule, passes: what `config.sample` makes of the canvas.
+      schedule: of config.sample for the canvas.
+      loop: of config.sample, with the passes of the schedule.
     """
 
-    config: object
     canvas: Canvas
     schedule: schedule.Schedule
-    passes: passes.DecodePlan
-    choice: TokenSampler
+    loop: Loop
 
     @classmethod
-    def of(cls, config, canvas: Canvas, special: SpecialIds) -> "Generator":
-        """UserError if the family cannot generate so, before anything is compiled."""
-        s, drawn = config.sample, make_schedule(config, canvas)
-        plan = passes.plan(config, drawn, mask_id=special.mask, start_token=special.start)
-        choice = TokenSampler(
-            mask_id=special.mask, temperature=s.temperature, top_p=s.top_p, top_k=s.top_k
-        )
-        return cls(config, canvas, drawn, plan, choice)
+    def of(
+        cls, config, canvas: Canvas, special: SpecialIds, *, mesh=None, eos_id: int | None = None
+    ) -> "Generator":
+        """UserError if the family cannot generate so, before anything is compiled.
 
-    def run(self, network: Network, *, mesh=None, eos_id=None, dry_run=False):
-        """(Decoded, figures of speculation as lists); with dry_run only compiles."""
-        s, keys = self.config.sample, decode.row_keys(self.canvas.seeds)
-        common = {"mesh": mesh, "dry_run": dry_run}
-        args = network, self.passes, self.choice, keys
-        if s.schedule == "confidence":
-            found = confident(
-                *args,
-                cached=registry.get(self.config.objective).keeps_cache,
-                most=s.tokens_per_pass,
-                threshold=s.confidence_threshold,
-                **common,
-            )
-            return found, {}
-        eos_id = eos_id if s.stop_at_eos else None
-        if not s.draft_tokens:
-            return decode.decode(*args, eos_id=eos_id, **common), {}
-        found, counts = speculate(
-            *args, k=s.draft_tokens, adaptive=s.speculate_adaptive, style=s.speculate_style,
-            eos_id=eos_id, **common,
-        )  # fmt: skip
-        return found, {name: np.asarray(n).sum(axis=0).tolist() for name, n in counts.items()}
+        Args:
+          mesh: None = one device.
+          eos_id: of the tokenizer; used if config.sample.stop_at_eos.
+        """
+        s, drawn = config.sample, make_schedule(config, canvas)
+        task = Task(
+            plan=passes.plan(config, drawn, mask_id=special.mask, start_token=special.start),
+            sampler=TokenSampler(
+                mask_id=special.mask, temperature=s.temperature, top_p=s.top_p, top_k=s.top_k
+            ),
+            row_keys=row_keys(canvas.seeds),
+            mesh=mesh,
+            eos_id=eos_id if s.stop_at_eos else None,
+        )
+        return cls(canvas, drawn, LOOPS[loop_name(config)](config, task))
+
+    @property
+    def plan(self) -> passes.DecodePlan:
+        """The passes of the schedule."""
+        return self.loop.task.plan
+
+    def run(self, network: Network) -> Decoded:
+        """Generates the texts; compiles what is new."""
+        return self.loop.run(network)
+
+    def compile(self, network: Network) -> Callable[[Network], Decoded]:
+        """`run`, compiled ahead of time."""
+        return self.loop.compile(network)
 
     def order(self, decoded: Decoded) -> np.ndarray:
-        """int32 [B, L]: positions as they were generated, after what was given; where confidence
-        decides, those of one pass from left to right."""
-        if self.config.sample.schedule == "confidence":
-            return np.argsort(decoded.revealed, axis=1, kind="stable").astype(np.int32)
-        return self.schedule.order
+        """int32 [B, L]: positions as they were generated, the known ones first."""
+        return self.loop.order(decoded)
 
     def is_diffusion(self) -> np.ndarray:
-        """bool [B, L]: what the diffusion phase generates, by position."""
+        """bool [B, L]: the positions that the diffusion phase generates."""
         drawn, by_rank = self.schedule, self.schedule.is_diffusion
-        if self.config.sample.schedule == "confidence":
-            by_rank = np.arange(drawn.order.shape[1])[None] >= drawn.given[:, None]
-        found = np.zeros_like(by_rank)
-        np.put_along_axis(found, drawn.order, by_rank, axis=1)
-        return found
+        if self.loop.decides_order:
+            by_rank = np.arange(drawn.order.shape[1])[None] >= drawn.num_known[:, None]
+        by_position = np.zeros_like(by_rank)
+        np.put_along_axis(by_position, drawn.order, by_rank, axis=1)
+        return by_position
+
+    def nfe(self, decoded: Decoded) -> int:
+        """The number of function evaluations: passes that generated something."""
+        return int(jax.device_get(decoded.passes)) - self.plan.prompt_passes
 
 
-def passes_run(generator: Generator, decoded: Decoded) -> int:
-    """The NFE: passes that generated something."""
-    return int(jax.device_get(decoded.passes)) - generator.passes.prompt_passes
+def draft_figures(decoded: Decoded) -> dict[str, list[int]]:
+    """Decoded.drafts, summed over the texts."""
+    return {name: np.asarray(n).sum(axis=0).tolist() for name, n in decoded.drafts.items()}

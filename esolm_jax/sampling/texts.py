@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from esolm_jax.sampling.generate import Generator
-from esolm_jax.sampling.loops.decode import NEVER
 from esolm_jax.sampling.plan import prompts as prompts_lib
 from esolm_jax.sampling.plan.canvas import Canvas, Seed
+from esolm_jax.sampling.plan.passes import NEVER
 
 
 def length_of(config) -> int:
@@ -41,7 +41,7 @@ def before_eos(decoded) -> np.ndarray:
 
 def num_generated(decoded) -> int:
     """Generated tokens of all texts, known ones not counted."""
-    is_new = (decoded.revealed >= 0) & (decoded.revealed != NEVER)
+    is_new = (decoded.revealed_at >= 0) & (decoded.revealed_at != NEVER)
     return int((is_new & before_eos(decoded)).sum())
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from esolm_jax import results
 
-GIVEN, NEVER = -1, -2  # in Trace.revealed
+GIVEN, NEVER = -1, -2  # in Trace.revealed_at
 PICTURED = 8  # texts in a picture at most
 TEMPLATE = pathlib.Path(__file__).with_name("trace.html")
 # Told apart when colour-blind, or without colour: sequential marks are hollow and bars hatched.
@@ -30,21 +30,21 @@ class Trace:
 
     Attributes:
       pieces: for each of B texts, the string of each of its tokens, at most L.
-      revealed: int [B, L], the pass (0, 1, …) that generated each token; GIVEN by the prompt;
+      revealed_at: int [B, L], the pass (0, 1, …) that generated each token; GIVEN by the prompt;
         NEVER generated, or beyond the text's end.
       is_diffusion: bool [B, L], whether that was in the diffusion phase, not the sequential one.
       title: one line.
     """
 
     pieces: list[list[str]]
-    revealed: np.ndarray
+    revealed_at: np.ndarray
     is_diffusion: np.ndarray
     title: str
 
     def text(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """(revealed, is_diffusion) of a text without filler, each int [tokens]."""
+        """(revealed_at, is_diffusion) of a text without filler, each int [tokens]."""
         length = len(self.pieces[row])
-        found = (np.asarray(a)[row, :length] for a in (self.revealed, self.is_diffusion))
+        found = (np.asarray(a)[row, :length] for a in (self.revealed_at, self.is_diffusion))
         return tuple(a.astype(int) for a in found)
 
 

@@ -432,9 +432,9 @@ def test_manifest_says_what_is_drawn_from(narrow, run, tmp_path, one_batch_size)
     names = "schedule", "temperature", "top_k", "top_p", "schedule_note"
     assert [plan[name] for name in names] == ["strided", 0.6, 7, 0.8, ""]
     assert plan["passes"] == [[3, 2], [1, 6]] or sum(s * n for s, n in plan["passes"]) == LENGTH
-    args = "--formats=safetensors", "--parts=step", "--config.sample.schedule=confidence"
+    args = "--formats=safetensors", "--parts=step", "--config.sample.loop=confidence"
     plan = export(run, tmp_path / "out", *args)["sampling"]
-    assert plan["schedule"] == "ancestral" and "'confidence'" in plan["schedule_note"]
+    assert plan["schedule"] == "ancestral" and "loop=confidence" in plan["schedule_note"]
 
 
 @pytest.mark.parametrize("temperature", ["nan", "-1", "inf"])
@@ -483,7 +483,7 @@ def test_bad_flags(refused, run, tmp_path):
     refused([work, out, "--parts=train"], "--parts=train: must be of score, step, sample")
     refused([work, out, "--tolerance=0"], "--tolerance=0.0: must be above 0")
     refused([work, out, "--formats=onnx", "--parts=sample"], "is of the format stablehlo")
-    schedule = "--config.sample.schedule=confidence"
+    schedule = "--config.sample.loop=confidence"
     refused([work, out, schedule, "--parts=sample"], "--parts=sample: can't be exported")
     refused([work, out, "--config.model.heads=1"], "config.model.heads=1")
 

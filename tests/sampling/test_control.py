@@ -5,6 +5,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import loops
 import numpy as np
 import pytest
 import toy
@@ -17,9 +18,8 @@ from esolm_jax.parallel.sharding import AXES
 from esolm_jax.sampling.engine import network
 from esolm_jax.sampling.engine.choose import TokenSampler
 from esolm_jax.sampling.generate import Generator, make_schedule
-from esolm_jax.sampling.loops import decode
-from esolm_jax.sampling.loops.confident import confident
-from esolm_jax.sampling.loops.speculate import speculate
+from esolm_jax.sampling.loops.loop import Task, row_keys
+from esolm_jax.sampling.loops.plain import Plain
 from esolm_jax.sampling.plan import passes, schedule
 from esolm_jax.sampling.plan.canvas import MASK, Canvas, Seed
 
@@ -39,7 +39,7 @@ def canvas_of(rows, seeds=None) -> Canvas:
 def run(objective, drawn, seeds, choice=CHOICE, **kwargs):
     config = toy.config(objective, 0.5, drawn.order.shape[1])
     plan = passes.plan(config, drawn, mask_id=toy.MASK, start_token=toy.START)
-    return decode.decode(NETWORK, plan, choice, decode.row_keys(seeds), **kwargs)
+    return loops.decode(NETWORK, plan, choice, row_keys(seeds), **kwargs)
 
 
 # What is known, and what follows from it.
@@ -72,7 +72,7 @@ def test_what_is_generated_follows_the_exact_conditional(objective, known, order
     among = toy.TEXTS[(toy.TEXTS[:, places] == list(known.values())).all(axis=1)]
     log_p = toy.text_log_p(objective, among, orders, num_diffusion=0, given=len(known))
     assert toy.p_of_texts(found.text, log_p, among) > 1e-3
-    revealed = np.asarray(found.revealed)
+    revealed = np.asarray(found.revealed_at)
     assert (revealed[:, places] == -1).all()
     assert (np.delete(revealed, places, axis=1) >= 0).all()
 
@@ -113,18 +113,18 @@ def test_a_prompt_is_not_cut_inside_a_block_of_bd3(monkeypatch):
 def test_an_edit_of_one_text_leaves_the_others_whole():
     canvas = canvas_of([[MASK] * 12] * 2)
     text = np.asarray(run("eso_b", schedule.ancestral(canvas, 0.5, 0), canvas.seeds).text)
-    edit = canvas.filled(text).remask(0, 3, 6)
+    edit = canvas.with_all_known(text).remask(0, 3, 6)
     for steps in (0, 2):
         new = np.asarray(run("eso_b", schedule.ancestral(edit, 0.5, steps), edit.seeds).text)
         np.testing.assert_array_equal(new[edit.known], text[edit.known])
-    ended = canvas.filled(text, np.array([4, 100]))
-    assert ended.length.tolist() == [4, 12] and ended.given.tolist() == [4, 12]
+    ended = canvas.with_all_known(text, np.array([4, 100]))
+    assert ended.length.tolist() == [4, 12] and ended.num_known.tolist() == [4, 12]
 
 
 def test_an_edit_keeps_the_rest_and_depends_on_all_of_it():
     canvas = canvas_of([[MASK] * 12] * 2)
     text = np.asarray(run("eso_b", schedule.ancestral(canvas, 0.5, 0), canvas.seeds).text)
-    edit = canvas.filled(text).remask(0, 3, 6).remask(0, 9, 10).remask(1, 0, 2)
+    edit = canvas.with_all_known(text).remask(0, 3, 6).remask(0, 9, 10).remask(1, 0, 2)
     drawn = schedule.ancestral(edit, 0.5, 0)
     assert (np.sort(drawn.order[0, 8:]) == [3, 4, 5, 9]).all()
     new = np.asarray(run("eso_b", drawn, edit.seeds, GREEDY).text)
@@ -174,7 +174,7 @@ def test_an_eos_of_the_diffusion_phase_ends_a_text_once_all_before_it_is_known()
     drawn = schedule.ancestral(canvas, 0.5, 0)
     ended = run("eso_b", drawn, canvas.seeds, eos_id=3)
     whole = np.asarray(run("eso_b", drawn, canvas.seeds).text)
-    revealed, end = np.asarray(ended.revealed), np.asarray(ended.eos_position)
+    revealed, end = np.asarray(ended.revealed_at), np.asarray(ended.eos_position)
     for row in range(8):
         assert (revealed[row, : end[row]] < int(ended.passes)).all()
         np.testing.assert_array_equal(
@@ -191,16 +191,16 @@ def test_an_eos_before_what_is_known_ends_nothing(draft_tokens):
         toy.config("eso_b", 0.5, len(row)), schedule.ancestral(canvas, 0.5, 0),
         mask_id=toy.MASK, start_token=toy.START,
     )  # fmt: skip
-    args = NETWORK, plan, CHOICE, decode.row_keys(canvas.seeds)
+    args = NETWORK, plan, CHOICE, row_keys(canvas.seeds)
     if draft_tokens:
-        ended, _ = speculate(*args, k=draft_tokens, eos_id=eos)
-        whole, _ = speculate(*args, k=draft_tokens)
+        ended, _ = loops.speculate(*args, k=draft_tokens, eos_id=eos)
+        whole, _ = loops.speculate(*args, k=draft_tokens)
     else:
-        ended, whole = decode.decode(*args, eos_id=eos), decode.decode(*args)
+        ended, whole = loops.decode(*args, eos_id=eos), loops.decode(*args)
     text, end = np.asarray(whole.text), np.asarray(ended.eos_position)
     assert (text[:, :10] == eos).any(axis=1).sum() > 4
     is_end = (text == eos) & (np.arange(len(row)) > 11)
-    wanted = np.where(is_end.any(axis=1), is_end.argmax(axis=1), decode.NEVER)
+    wanted = np.where(is_end.any(axis=1), is_end.argmax(axis=1), passes.NEVER)
     np.testing.assert_array_equal(end, wanted)
     for found, want, stop in zip(np.asarray(ended.text), text, end, strict=True):
         np.testing.assert_array_equal(found[:stop], want[:stop])
@@ -215,9 +215,9 @@ def test_beyond_the_trained_length_block_follows_block():
     np.testing.assert_array_equal(np.sort(drawn.order[:, :8]), np.tile(np.arange(8), (3, 1)))
     np.testing.assert_array_equal(np.sort(drawn.order[:, 8:16]), np.tile(np.arange(8, 16), (3, 1)))
     generator = Generator.of(config, canvas, toy.SPECIAL)
-    text = np.asarray(generator.run(NETWORK)[0].text)
+    text = np.asarray(generator.run(NETWORK).text)
     short = Generator.of(config, Canvas.empty(3, 8), toy.SPECIAL)
-    np.testing.assert_array_equal(np.asarray(short.run(NETWORK)[0].text), text[:, :8])
+    np.testing.assert_array_equal(np.asarray(short.run(NETWORK).text), text[:, :8])
 
 
 # Confidence.
@@ -233,11 +233,11 @@ def test_the_most_certain_come_first(objective, most, threshold):
         toy.config(objective, 1.0, 12), schedule.left_to_right(canvas),
         mask_id=toy.MASK, start_token=toy.START,
     )  # fmt: skip
-    found = confident(
-        NETWORK, plan, GREEDY, decode.row_keys(canvas.seeds), cached=objective == "eso_b",
-        most=most, threshold=threshold,
+    found = loops.by_confidence(
+        NETWORK, plan, GREEDY, row_keys(canvas.seeds), cached=objective == "eso_b",
+        tokens_per_pass=most, threshold=threshold,
     )  # fmt: skip
-    text, revealed = np.asarray(found.text), np.asarray(found.revealed)
+    text, revealed = np.asarray(found.text), np.asarray(found.revealed_at)
     first = revealed[revealed >= 0].min()
     for b, row in enumerate(rows):
         order = sorted((p for p in range(len(row)) if row[p] == MASK), key=lambda p: revealed[b, p])
@@ -270,9 +270,9 @@ def _certain(objective, text, known, place, left, length):
 def test_confidence_ends_whatever_the_model_says():
     broken = NETWORK.replace(logits=NETWORK.logits * jnp.nan)
     config = toy.config("eso_b", 1.0, 12)
-    config.sample.update({"schedule": "confidence", "tokens_per_pass": 3})
+    config.sample.update({"loop": "confidence", "tokens_per_pass": 3})
     generator = Generator.of(config, Canvas.empty(2, 12), toy.SPECIAL)
-    assert int(generator.run(broken)[0].passes) == 4
+    assert int(generator.run(broken).passes) == 4
 
 
 # On a mesh.
@@ -283,31 +283,31 @@ def test_a_mesh_gives_the_same_texts(shape):
     devices = np.array(jax.devices()[: np.prod(shape)]).reshape(shape)
     mesh = Mesh(devices, AXES)
     canvas = canvas_of([[MASK] * 12, [0, 2, *[MASK] * 10], [MASK] * 9, [3, MASK, MASK]])
-    generators = []
-    for fields in ({}, {"steps": 4}, {"draft_tokens": 3}):
+    on_mesh = network.fold(toy.CONFIG, toy.PARAMS, mesh)
+    fields_of_loops = (
+        {},
+        {"steps": 4},
+        {"loop": "speculative", "draft_tokens": 3},
+        {"loop": "confidence", "tokens_per_pass": 2},
+    )
+    for fields in fields_of_loops:
         config = toy.config("eso_b", 0.5, 12)
         config.sample.update(fields)
-        generators.append(Generator.of(config, canvas, toy.SPECIAL))
-    on_mesh = network.fold(toy.CONFIG, toy.PARAMS, mesh)
-    for generator in generators:
-        want = np.asarray(generator.run(NETWORK)[0].text)
-        found = np.asarray(generator.run(on_mesh, mesh=mesh)[0].text)
+        want = np.asarray(Generator.of(config, canvas, toy.SPECIAL).run(NETWORK).text)
+        generator = Generator.of(config, canvas, toy.SPECIAL, mesh=mesh)
         inside = np.arange(12)[None] < canvas.length[:, None]
-        np.testing.assert_array_equal(found[inside], want[inside])
+        # As `sample` runs it, and as the Python API does.
+        for run_texts in (generator.compile(on_mesh), generator.run):
+            found = np.asarray(run_texts(on_mesh).text)
+            np.testing.assert_array_equal(found[inside], want[inside])
 
 
 def compiled(plan, keys, mesh=None):
     """(state before the first pass, text of the program) of a plan of one segment."""
-    (segment,) = plan.segments()
-    (index, shapes), net = plan.shape_buckets(*segment), network.fold(toy.CONFIG, toy.PARAMS, mesh)
-    state = decode.start_state(net, plan, 4, mesh, with_logits=False, cached=True)
-    tables = plan.padded(4)
-    order, known, keys = (decode.over_rows(mesh, a) for a in (tables.order, tables.known, keys))
-    lowered = decode.run.lower(
-        net, tables.replace(order=order, known=known), index, state, keys, segment[1],
-        choice=CHOICE, shapes=shapes, aligned=plan.aligned, eos_id=None,
-    )  # fmt: skip
-    return state, lowered.compile().as_text()
+    net = network.fold(toy.CONFIG, toy.PARAMS, mesh)
+    state, programs = Plain(Task(plan, CHOICE, keys, mesh)).start(net)
+    run_passes, _ = programs
+    return state, run_passes.compile(net, state)[0].function.as_text()
 
 
 def test_each_device_has_its_rows_and_no_others():
@@ -316,7 +316,7 @@ def test_each_device_has_its_rows_and_no_others():
     canvas = Canvas.empty(batch, 20)
     drawn = schedule.left_to_right(canvas)
     plan = passes.plan(toy.config("eso_b", 0.5, 20), drawn, mask_id=toy.MASK, start_token=toy.START)
-    state, text = compiled(plan, decode.row_keys(canvas.seeds), mesh)
+    state, text = compiled(plan, row_keys(canvas.seeds), mesh)
     for array in (*state.cache.keys, *state.cache.values):
         assert array.sharding.shard_shape(array.shape)[0] == batch // 4
         everyone = ",".join(map(str, array.shape))
@@ -366,7 +366,7 @@ def test_the_cache_is_not_copied():
         toy.config("eso_b", 0.5, length), schedule.left_to_right(canvas),
         mask_id=toy.MASK, start_token=toy.START,
     )  # fmt: skip
-    state, text = compiled(plan, decode.row_keys(canvas.seeds))
+    state, text = compiled(plan, row_keys(canvas.seeds))
     assert config.blocks == len(state.cache.keys) and len(state.cache.prefixes) > 1
     for shape in {array.shape for array in (*state.cache.keys, *state.cache.values)}:
         name = "f32[" + ",".join(map(str, shape)) + "]"
@@ -402,21 +402,25 @@ def test_an_infilling_that_the_family_cannot_do_is_refused(objective, known):
 @pytest.mark.parametrize(
     ("objective", "fields", "told"),
     [
-        ("ar", {"schedule": "confidence"}, "sample.schedule='confidence'"),
+        ("ar", {"loop": "confidence"}, "sample.loop='confidence': must be plain with objective ar"),
         ("bd3", {"schedule": "blockwise", "block_length": 3}, "sample.block_length=3"),
         ("mdlm", {"length": 9}, "sample.length=9"),
         ("ar", {"draft_tokens": 2}, "no mask to draft with"),
+        ("ar", {"loop": "speculative"}, "sample.loop='speculative': must be plain .*no mask"),
         ("mdlm", {"draft_tokens": 2}, "known tokens read later ones"),
-        ("eso_b", {"draft_tokens": 2, "schedule": "confidence"}, "not confidence"),
+        ("eso_b", {"draft_tokens": 2, "loop": "confidence"}, "sample.draft_tokens=2"),
+        ("eso_b", {"draft_tokens": 2, "loop": "plain"}, "sample.draft_tokens=2"),
+        ("eso_b", {"draft_tokens": 2, "steps": 4}, "sample.steps=4"),
+        ("eso_b", {"schedule": "strided", "loop": "confidence"}, "sample.schedule='strided'"),
         ("eso_b", {"steps": 3, "schedule": "left_to_right"}, "sample.steps=3"),
         ("eso_b", {"tokens_per_pass": 2}, "sample.tokens_per_pass=2"),
         (
             "eso_b",
-            {"schedule": "confidence", "confidence_threshold": 0.5},
+            {"loop": "confidence", "confidence_threshold": 0.5},
             "sample.confidence_threshold=0.5",
         ),
-        ("eso_b", {"schedule": "confidence", "stop_at_eos": True}, "sample.stop_at_eos=True"),
-        ("eso_b", {"speculate_adaptive": True}, "sample.speculate_adaptive=True"),
+        ("eso_b", {"loop": "confidence", "stop_at_eos": True}, "sample.stop_at_eos=True"),
+        ("eso_b", {"draft_adaptive": True}, "sample.draft_adaptive=True"),
     ],
 )
 def test_ways_that_the_family_has_not_are_refused(objective, fields, told):

@@ -36,7 +36,7 @@ def test_scores_are_those_with_the_first_keys(queries, together, dtype):
     keys = draw(1, (2, 3, 40, 8), dtype)
     stored = keys.reshape(2, 3, -1, together, 8).swapaxes(3, 4)
     want = np.einsum("bgtk,bgsk->bgts", as64(q), as64(keys[:, :, :24]))
-    for run in (cpu_kernels.scores, cpu_kernels._scores):
+    for run in (cpu_kernels.attention_scores, cpu_kernels._scores):
         found = jax.jit(run, static_argnums=2)(q, stored, parts)
         assert found.dtype == jnp.float32 and found.shape[3:] == (parts, together)
         assert_near(found.reshape(want.shape), want, "float32")
@@ -48,7 +48,7 @@ def test_scores_are_those_with_the_first_keys(queries, together, dtype):
 def test_the_first_values_are_weighted(queries, n, dtype):
     p, values = draw(0, (2, 3, queries, n), dtype), draw(1, (2, 3, n + 8, 8), dtype)
     want = np.einsum("bgts,bgsk->bgtk", as64(p), as64(values[:, :, :n]))
-    for run in (cpu_kernels.weighted, cpu_kernels._weighted):
+    for run in (cpu_kernels.weighted_values, cpu_kernels._weighted):
         found = jax.jit(run, static_argnums=2)(p, values, n)
         assert found.dtype == jnp.float32
         assert_near(found, want, "float32")
@@ -63,10 +63,10 @@ def test_a_product_with_a_kernel_is_the_same_for_few_rows(shape, rows, dtype):
     h, kernel = draw(0, (*rows, shape[0]), dtype), draw(1, shape, dtype)
     want = np.tensordot(as64(h), as64(kernel), 1)
     for wanted in (dtype, "float32"):  # the default, and more than it
-        found = jax.jit(cpu_kernels.dense, static_argnums=2)(h, kernel, jnp.dtype(wanted))
+        found = jax.jit(cpu_kernels.matmul, static_argnums=2)(h, kernel, jnp.dtype(wanted))
         assert found.dtype == wanted
         assert_near(found, want, wanted)
-    assert jax.jit(cpu_kernels.dense)(h, kernel).dtype == dtype
+    assert jax.jit(cpu_kernels.matmul)(h, kernel).dtype == dtype
 
 
 def test_few_rows_are_run_as_a_loop():
@@ -74,7 +74,7 @@ def test_few_rows_are_run_as_a_loop():
 
     def products_of(rows, width=256):
         h, kernel = draw(0, (1, rows, 1024), "float32"), draw(1, (1024, width), "float32")
-        text = jax.jit(cpu_kernels.dense).lower(h, kernel).as_text()
+        text = jax.jit(cpu_kernels.matmul).lower(h, kernel).as_text()
         return text.count(f"1024x{width}xf32>) -> tensor<1x")
 
     assert products_of(cpu_kernels.FEW_ROWS) == 0 < products_of(cpu_kernels.FEW_ROWS + 1)
@@ -92,7 +92,7 @@ def test_a_kernel_that_is_split_over_a_mesh(axes):
     settings.update({"data": 2, "fsdp": 1, "tensor": 4, "sequence": 1})
     where = sharding.named_sharding(sharding.make_mesh(settings), *axes)
     h, kernel = draw(0, (1, 2, 512), "float32"), draw(1, (512, 512), "float32")
-    found = jax.jit(cpu_kernels.dense)(h, jax.device_put(kernel, where))
+    found = jax.jit(cpu_kernels.matmul)(h, jax.device_put(kernel, where))
     assert_near(found, np.tensordot(as64(h), as64(kernel), 1), "float32")
 
 

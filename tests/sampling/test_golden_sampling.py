@@ -4,14 +4,15 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import loops
 import numpy as np
 import pytest
 from golden_files import close, model, vectors
 
+from esolm_jax.config import DRAFT_STYLES
 from esolm_jax.family import ar, eso_b
 from esolm_jax.sampling.engine import network
 from esolm_jax.sampling.engine.choose import TokenSampler, keep_top_k, top_p_filter
-from esolm_jax.sampling.loops import decode, speculate
 from esolm_jax.sampling.plan import passes, schedule
 from esolm_jax.sampling.plan.canvas import Canvas
 from esolm_jax.sampling.plan.schedule import Schedule
@@ -72,7 +73,7 @@ def folded(golden):
 
 def run(golden, plan, choice):
     keys = jax.random.split(KEY, len(plan.order))
-    found = decode.decode(folded(golden), plan, choice, keys, with_logits=True)
+    found = loops.decode(folded(golden), plan, choice, keys, with_logits=True)
     return np.asarray(found.text), found.logits
 
 
@@ -97,7 +98,7 @@ def test_greedy(case):
     np.testing.assert_array_equal(public, golden["greedy_samples"])
 
 
-@pytest.mark.parametrize("style", speculate.STYLES)
+@pytest.mark.parametrize("style", DRAFT_STYLES)
 @pytest.mark.parametrize("k", [2, 5])
 @pytest.mark.parametrize("case", CASES)
 def test_greedy_speculation_is_greedy_one_token_a_pass(case, k, style):
@@ -109,7 +110,7 @@ def test_greedy_speculation_is_greedy_one_token_a_pass(case, k, style):
     )
     want, _ = run(golden, plan, greedy)
     keys = jax.random.split(KEY, len(want))
-    found, _ = speculate.speculate(folded(golden), plan, greedy, keys, k=k, style=style)
+    found, _ = loops.speculate(folded(golden), plan, greedy, keys, k=k, style=style)
     np.testing.assert_array_equal(found.text, want)
     assert int(found.passes) < plan.nfe
     if (golden["schedule"] == 1).all():

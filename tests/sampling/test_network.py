@@ -66,10 +66,8 @@ def run(net, cache, low, width):
     start = jnp.full(len(token), low, jnp.int32)
     pick = jnp.tile(jnp.arange(width), (len(token), 1))
     window = Window(token, position, rank, jnp.ones_like(token, bool), start, pick)
-    logits, keys, values = network.forward(net, window, cache)
-    if cache is not None:
-        cache = cache_lib.write(cache, keys, values, start, start, aligned=True)
-    return logits, cache
+    logits, entries = network.forward(net, window, cache)
+    return logits, cache.write(entries, start)
 
 
 def assert_near(found, want):
@@ -85,8 +83,8 @@ def test_logits_are_those_of_the_model(name, key_slots, monkeypatch):
     net = network.fold(config, params_of(config))
     want = np.asarray(wanted(config))
     assert np.ptp(want, axis=(0, 1)).min() > 0.1  # they depend on what is read
-    assert_near(run(net, None, 0, LENGTH)[0], want)
-    cache = cache_lib.empty_cache.__wrapped__(config, len(want), LENGTH + 5)
+    assert_near(run(net, cache_lib.NoCache(), 0, LENGTH)[0], want)
+    cache = cache_lib.empty_cache.__wrapped__(config, len(want), LENGTH + 5, aligned=True)
     assert {keys.shape[4] for keys in cache.keys} == {key_slots}
     for low, width in ((0, 5), (5, 5), (10, 2)):
         logits, cache = run(net, cache, low, width)
@@ -105,20 +103,22 @@ def on_a_mesh(config):
 def test_logits_on_a_mesh_are_those_of_the_model(name):
     config = MODELS[name]
     _, net = on_a_mesh(config)
-    assert_near(run(net, None, 0, LENGTH)[0], np.asarray(wanted(config)))
+    assert_near(run(net, cache_lib.NoCache(), 0, LENGTH)[0], np.asarray(wanted(config)))
 
 
 @pytest.mark.parametrize("has_mesh", [False, True])
 @pytest.mark.parametrize("name", ["dit", "llama, all parts"])
 def test_a_long_window_attends_in_parts(name, has_mesh, monkeypatch):
     """Of equal size, and with a rest."""
-    monkeypatch.setattr(cache_lib, "TOKENS", 4)
+    monkeypatch.setattr(cache_lib, "QUERY_CHUNK", 4)
     fresh = jax.jit(lambda *args: run.__wrapped__(*args), static_argnums=3)  # lest it is known
     config, want = MODELS[name], np.asarray(wanted(MODELS[name]))
     mesh, net = on_a_mesh(config) if has_mesh else (None, network.fold(config, params_of(config)))
-    assert f"<{LENGTH // 4}x{len(want)}x" in fresh.lower(net, None, 0, LENGTH).as_text()
-    assert_near(fresh(net, None, 0, LENGTH)[0], want)
-    cache = cache_lib.empty_cache(config, len(want), LENGTH, mesh)
+    assert (
+        f"<{LENGTH // 4}x{len(want)}x" in fresh.lower(net, cache_lib.NoCache(), 0, LENGTH).as_text()
+    )
+    assert_near(fresh(net, cache_lib.NoCache(), 0, LENGTH)[0], want)
+    cache = cache_lib.empty_cache(config, len(want), LENGTH, mesh, aligned=True)
     for low, width in ((0, 5), (5, 7)):
         logits, cache = fresh(net, cache, low, width)
         assert_near(logits, want[:, low : low + width])
@@ -156,12 +156,12 @@ def test_parameters_that_it_does_not_know_are_refused(place, monkeypatch):
 @pytest.mark.parametrize("aligned", [True, False])
 def test_what_a_pass_returned_lies_in_its_slots(slots, aligned):
     config = dataclasses.replace(DIT, blocks=2)
-    cache = cache_lib.empty_cache(config, 3, slots)
+    cache = cache_lib.empty_cache(config, 3, slots, aligned=aligned)
     wide = [np.random.default_rng(i).random((3, config.groups, 4, 8)) for i in range(4)]
     wide = [jnp.asarray(np.repeat(a, config.head_width // 8, 3), jnp.float32) for a in wide]
     keys, values = wide[:2], wide[2:]
     start = jnp.array([7, 7, 7] if aligned else [0, slots - 4, 9])
-    found = cache_lib.write(cache, keys, values, start, start, aligned=aligned)
+    found = cache.write(cache.pending(keys, values, start), start)
     for row, at in enumerate(start.tolist()):
         want = np.zeros((2, config.groups, slots, config.head_width), np.float32)
         want[:, :, at : at + 4] = [value[row] for value in values]

@@ -5,6 +5,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import loops
 import numpy as np
 import pytest
 import toy
@@ -12,7 +13,7 @@ import toy
 from esolm_jax.errors import UserError
 from esolm_jax.sampling.engine import choose, network
 from esolm_jax.sampling.engine.choose import TokenSampler, gumbel, keep_top_k, keys_of, top_p_filter
-from esolm_jax.sampling.loops import decode
+from esolm_jax.sampling.loops.loop import row_keys
 from esolm_jax.sampling.plan import passes, schedule
 from esolm_jax.sampling.plan.canvas import Canvas, Seed
 from esolm_jax.sampling.plan.schedule import Schedule
@@ -27,8 +28,8 @@ L = toy.LENGTH
 def sample(objective, plan, *, choice=CHOICE, seed=0, with_logits=False):
     config = toy.config(objective, 0.5, plan.order.shape[1])
     run = passes.plan(config, plan, mask_id=toy.MASK, start_token=toy.START)
-    keys = decode.row_keys([Seed(seed, row) for row in range(len(plan.order))])
-    found = decode.decode(NETWORK, run, choice, keys, with_logits=with_logits)
+    keys = row_keys([Seed(seed, row) for row in range(len(plan.order))])
+    found = loops.decode(NETWORK, run, choice, keys, with_logits=with_logits)
     assert int(found.passes) == len(run.size)
     text = np.asarray(found.text)
     return (text, np.asarray(found.logits)) if with_logits else text

@@ -4,16 +4,18 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import loops
 import numpy as np
 import pytest
 import toy
 from thorough import thorough
 
+from esolm_jax.config import DRAFT_STYLES
 from esolm_jax.family import eso_b
 from esolm_jax.sampling.engine import network
 from esolm_jax.sampling.engine.choose import TokenSampler
-from esolm_jax.sampling.loops import decode, speculate
-from esolm_jax.sampling.loops.speculate import STYLES
+from esolm_jax.sampling.loops import drafts, speculative
+from esolm_jax.sampling.loops.loop import row_keys
 from esolm_jax.sampling.plan import passes, schedule
 from esolm_jax.sampling.plan.canvas import MASK, Canvas, Seed
 
@@ -34,8 +36,8 @@ def plan(canvas, alpha_0=0.5):
 
 
 def run(canvas, *, alpha_0=0.5, choice=CHOICE, of=NETWORK, **kwargs):
-    keys = decode.row_keys(canvas.seeds)
-    found, counts = speculate.speculate(of, plan(canvas, alpha_0), choice, keys, **kwargs)
+    keys = row_keys(canvas.seeds)
+    found, counts = loops.speculate(of, plan(canvas, alpha_0), choice, keys, **kwargs)
     return np.asarray(found.text), found, jax.tree.map(np.asarray, counts)
 
 
@@ -53,7 +55,7 @@ def run(canvas, *, alpha_0=0.5, choice=CHOICE, of=NETWORK, **kwargs):
 def test_texts_follow_the_distribution_of_one_token_a_pass(alpha_0, style, k, seed):
     texts, _, counts = run(Canvas.empty(40_000, L, seed), alpha_0=alpha_0, style=style, k=k)
     assert toy.p_of_texts(texts, toy.exact_log_p(alpha_0)[None]) > 1e-3
-    assert 0.5 < counts["accepted"].sum() / counts["tested"].sum() < 0.98
+    assert 0.5 < counts["accepted"].sum() / counts["proposed"].sum() < 0.98
 
 
 def test_the_test_would_see_drafts_that_nobody_verified():
@@ -61,8 +63,8 @@ def test_the_test_would_see_drafts_that_nobody_verified():
     drawn = schedule.ancestral(Canvas.empty(40_000, L), 0.5, 0)
     parallel = schedule.Schedule(drawn.order, np.array([L]), drawn.num_diffusion)
     tables = passes.make_plan(eso_b.FAMILY, parallel, mask_id=toy.MASK)
-    keys = decode.row_keys(Canvas.empty(40_000, L).seeds)
-    texts = decode.decode(NETWORK, tables, CHOICE, keys).text
+    keys = row_keys(Canvas.empty(40_000, L).seeds)
+    texts = loops.decode(NETWORK, tables, CHOICE, keys).text
     assert toy.p_of_texts(texts, toy.exact_log_p(0.5)[None]) < 1e-9
 
 
@@ -71,15 +73,15 @@ def test_the_test_would_see_a_wrong_verification(monkeypatch, always):
     """Accept everything; or redraw from p in place of (p − q)₊."""
     if always:
         wrong = lambda keys_BP: jnp.full(keys_BP.shape, -jnp.inf)  # noqa: E731
-        monkeypatch.setattr(speculate, "log_uniform", wrong)
+        monkeypatch.setattr(speculative, "log_uniform", wrong)
     else:
-        true = speculate._verify
+        true = drafts._verify
 
         def verify(s, log_p, token, log_u):
             accepted, _, rejected = true(s, log_p, token, log_u)
             return accepted, log_p[jnp.arange(len(token)), accepted], rejected
 
-        monkeypatch.setattr(speculate, "_verify", verify)
+        monkeypatch.setattr(drafts, "_verify", verify)
     jax.clear_caches()
     texts, _, _ = run(Canvas.empty(40_000, L), k=3)
     jax.clear_caches()
@@ -93,7 +95,7 @@ def test_filtered_choices_are_followed(style):
     canvas = Canvas.empty(60_000, L)
     texts, _, _ = run(canvas, choice=choice, style=style, k=3)
     other = Canvas.empty(60_000, L, seed=1)
-    plain = decode.decode(NETWORK, plan(other), choice, decode.row_keys(other.seeds)).text
+    plain = loops.decode(NETWORK, plan(other), choice, row_keys(other.seeds)).text
     base = toy.CONFIG.vocab_size ** np.arange(L)
     counts = [np.bincount(np.asarray(t) @ base, minlength=4**L) for t in (texts, plain)]
     both = np.sum(counts, axis=0)
@@ -114,16 +116,16 @@ def test_prompts_are_given_and_the_rest_follows_them_exactly():
     p = np.exp(log_p)
     exact = 0.25 * p[0] + 0.5 * p.mean(axis=0) + 0.25 * p.mean(axis=0)  # n = 0, 1, 2 by diffusion
     # n = 1: either position first; n = 0: left to right.
-    for style in STYLES:
+    for style in DRAFT_STYLES:
         texts, found, _ = run(canvas, style=style, k=2)
-        assert (np.asarray(found.revealed)[:, [1, 3]] == -1).all()
+        assert (np.asarray(found.revealed_at)[:, [1, 3]] == -1).all()
         assert toy.p_of_texts(texts, np.log(exact)[None], among) > 1e-3
 
 
 LENGTH = 24
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", DRAFT_STYLES)
 def test_greedy_is_greedy_however_many_tokens_a_pass(style):
     """On a model of which most drafts fail, with rows of different prompts."""
     rows = [
@@ -133,21 +135,21 @@ def test_greedy_is_greedy_however_many_tokens_a_pass(style):
     ]
     seeds = [Seed(0, b) for b in range(len(rows))]
     canvas = Canvas.of(rows, seeds, vocab_size=4, mask_id=toy.MASK)
-    greedy, keys = TokenSampler(toy.MASK, temperature=0), decode.row_keys(canvas.seeds)
-    want = decode.decode(SHARP, plan(canvas), greedy, keys)
+    greedy, keys = TokenSampler(toy.MASK, temperature=0), row_keys(canvas.seeds)
+    want = loops.decode(SHARP, plan(canvas), greedy, keys)
     for k, adaptive in ((2, False), (5, False), (5, True)):
         texts, found, counts = run(
             canvas, choice=greedy, of=SHARP, k=k, style=style, adaptive=adaptive
         )
         np.testing.assert_array_equal(texts, want.text)
-        assert (counts["accepted"] <= counts["tested"]).all()
-        assert counts["tested"].sum() > 0
+        assert (counts["accepted"] <= counts["proposed"]).all()
+        assert counts["proposed"].sum() > 0
         # Passes number the tokens one after the other, at most k of a row in each.
-        revealed = np.asarray(found.revealed)
+        revealed = np.asarray(found.revealed_at)
         for row, length in enumerate(canvas.length):
             passes_of = revealed[row, :length][revealed[row, :length] >= 0]
             assert np.bincount(passes_of).max() <= k
-            assert len(passes_of) == length - canvas.given[row]
+            assert len(passes_of) == length - canvas.num_known[row]
 
 
 def test_a_row_depends_on_itself_alone():

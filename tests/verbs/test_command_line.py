@@ -429,7 +429,7 @@ def test_prompts_are_kept_and_the_rest_is_filled_in(eso_b, tmp_path, capsys):
         (["--config.sample.draft_tokens=1"], "config.sample.draft_tokens=1"),
         (
             ["--config.sample.draft_tokens=2", "--config.sample.steps=4"],
-            "config.sample.draft_tokens=2",
+            "config.sample.steps=4: must be 0 with sample.loop speculative",
         ),
         (["--config.sample.block_length=4"], "blockwise"),
         (["--config.sample.tokens_per_pass=0"], "config.sample.tokens_per_pass=0"),
@@ -510,8 +510,8 @@ def test_results_that_cannot_be_written_are_told_before(refused, eso_b, verb, na
     "options",
     [
         {"draft_tokens": 3},
-        {"draft_tokens": 3, "speculate_style": "staircase", "speculate_adaptive": True},
-        {"schedule": "confidence", "tokens_per_pass": 3, "confidence_threshold": 0.1},
+        {"loop": "speculative", "draft_style": "staircase", "draft_adaptive": True},
+        {"loop": "confidence", "tokens_per_pass": 3, "confidence_threshold": 0.1},
         {
             "schedule": "blockwise",
             "block_length": LENGTH // 2,
@@ -529,7 +529,7 @@ def test_ways_to_sample(eso_b, options):
     assert all(sorted(s["order"]) == list(range(len(s["token_ids"]))) for s in samples)
     assert 1 <= figures["nfe"] <= length
     assert figures["num_generated"] == sum(len(s["token_ids"]) for s in samples)
-    if options.get("schedule") == "confidence":
+    if options.get("loop") == "confidence":
         assert all(s["order"] != sorted(s["order"]) for s in samples)
         assert figures["num_diffusion"] == [length] * len(samples)
 

@@ -223,7 +223,7 @@ def test_estimates_of_sampling_are_below_what_is_allocated():
     """The tables and the canvas that the sampler makes take at least what is estimated."""
     config = configured(sample__num_texts=4)
     canvas = Canvas.empty(4, 16)
-    passes = Generator.of(config, canvas, SpecialIds(mask=259, start=256)).passes
+    passes = Generator.of(config, canvas, SpecialIds(mask=259, start=256)).plan
     arrays = [canvas.token, canvas.known, passes.order, passes.known]
     assert sum(a.nbytes for a in arrays) >= (memory_limit.CANVAS_BYTES - 1) * 64
     names = "start first size end bidirectional_below leftmost_unknown".split()

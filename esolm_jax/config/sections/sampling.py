@@ -22,8 +22,8 @@ SCHEDULES = [  # made by sampling/plan/schedule.py, which can register more
     "shuffled_strided",
     "left_to_right",
     "blockwise",
-    "confidence",
 ]
+LOOPS = ("auto", "plain", "speculative", "confidence")  # sampling/generate.py
 DRAFT_STYLES = ("chain", "staircase")
 
 _field = functools.partial(Field, may_change_on_resume=True)
@@ -36,15 +36,21 @@ SAMPLE = {
     "steps": _field(0, "Steps T; 0 = one token per step.", at_least(0, MAX_STEPS)),
     "block_length": _field(0, "Schedule blockwise: tokens of a block; 0 = data.seq_len, or bd3's "
                            "config.block_length.", size(0), formerly=("block",)),
-    "draft_tokens": _field(0, "eso_b: tokens that a pass may yield, losslessly; 0 = off.",
-                           Check(lambda v: v == 0 or 2 <= v <= 64, "0 (off) or in [2, 64]"),
+    "loop": _field("auto", "plain follows the schedule. speculative (eso_b) yields several tokens "
+                   "per pass from the distribution of one. confidence (eso_b, mdlm) generates the "
+                   "most confident tokens first. auto = speculative if draft_tokens is set, else "
+                   "plain.", OneOf(LOOPS), before="auto"),
+    "draft_tokens": _field(0, "Loop speculative: tokens that a pass may yield; 0 = 4.",
+                           Check(lambda v: v == 0 or 2 <= v <= 64, "0 or in [2, 64]"),
                            formerly=("speculate",)),
-    "speculate_style": _field("chain", "How tokens are drafted.", OneOf(DRAFT_STYLES)),
-    "speculate_adaptive": _field(False, "Makes draft_tokens an upper bound."),
-    "tokens_per_pass": _field(1, "Schedule confidence: tokens per pass, at most.", size(1),
+    "draft_style": _field("chain", "Loop speculative: how tokens are drafted.",
+                          OneOf(DRAFT_STYLES), formerly=("speculate_style",)),
+    "draft_adaptive": _field(False, "Loop speculative: makes draft_tokens an upper bound.",
+                             formerly=("speculate_adaptive",)),
+    "tokens_per_pass": _field(1, "Loop confidence: tokens per pass, at most.", size(1),
                               formerly=("confident",)),
-    "confidence_threshold": _field(0.0, "Schedule confidence: least probability of a token; 0 = "
-                                   "none.", FRACTION, formerly=("threshold",)),
+    "confidence_threshold": _field(0.0, "Loop confidence: least probability of a token; 0 = none.",
+                                   FRACTION, formerly=("threshold",)),
     "stop_at_eos": _field(False, "Ends a text at its first generated EOS after all known tokens."),
     "temperature": _field(1.0, "Temperature of the draws; 0 = greedy.", at_least(0)),
     "top_p": _field(1.0, "Probability mass of nucleus sampling; 1 = off.",

@@ -18,7 +18,8 @@ from esolm_jax.interop.export.shipped import decode_loop
 from esolm_jax.model import transformer as model_lib
 from esolm_jax.process import prng
 from esolm_jax.sampling.engine.choose import TokenSampler
-from esolm_jax.sampling.loops import decode
+from esolm_jax.sampling.loops.loop import Task
+from esolm_jax.sampling.loops.plain import Plain
 from esolm_jax.sampling.plan import passes
 from esolm_jax.sampling.plan.schedule import Schedule
 
@@ -101,10 +102,10 @@ class Texts:
         drawn = Schedule(order, np.array(sizes), num_diffusion=np.asarray(num_diffusion))
         mask, start, s = self.special.mask, self.special.start, self.config.sample
         table = passes.plan(self.config, drawn, mask_id=mask, start_token=start)
-        choice = TokenSampler(mask_id=mask, temperature=temperature, top_p=s.top_p, top_k=s.top_k)
+        sampler = TokenSampler(mask_id=mask, temperature=temperature, top_p=s.top_p, top_k=s.top_k)
         keys = np.zeros((len(order), 2), np.uint32) if keys is None else keys
-        keys = prng.wrap(keys)
-        text = np.asarray(decode.decode(self.network, table, choice, keys).text)
+        loop = Plain(Task(table, sampler, prng.wrap(keys)))
+        text = np.asarray(loop.run(self.network).text)
         memory.release()  # the program of these shapes, which is not run again
         return text
 

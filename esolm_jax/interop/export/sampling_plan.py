@@ -70,12 +70,12 @@ def no_sampler(config) -> str:
     fine = s.schedule == "left_to_right"
     fine |= s.schedule == "strided"
     fine |= s.schedule == "ancestral" and s.steps == 0 and length <= config.data.seq_len
-    if not fine or s.draft_tokens or s.stop_at_eos:
+    if not fine or generate.loop_name(config) != "plain" or s.stop_at_eos:
         return (
-            f"config.sample.schedule={s.schedule!r} with sample.steps={s.steps}, draft_tokens="
-            f"{s.draft_tokens}, stop_at_eos={s.stop_at_eos}, {length} tokens: the exported sampler "
-            "is left_to_right, strided, or ancestral with steps=0 (one token a pass) up to "
-            f"data.seq_len={config.data.seq_len}, without draft_tokens and stop_at_eos"
+            f"config.sample.schedule={s.schedule!r} with sample.loop={generate.loop_name(config)}, "
+            f"steps={s.steps}, stop_at_eos={s.stop_at_eos}, {length} tokens: the exported sampler "
+            "is the plain loop, left_to_right, strided, or ancestral with steps=0 (one token per "
+            f"pass) up to data.seq_len={config.data.seq_len}, without stop_at_eos"
         )
     return ""
 

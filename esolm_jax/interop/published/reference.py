@@ -16,7 +16,8 @@ from esolm_jax.model import transformer as model_lib
 from esolm_jax.process import prng
 from esolm_jax.sampling.engine import network
 from esolm_jax.sampling.engine.choose import TokenSampler
-from esolm_jax.sampling.loops import decode
+from esolm_jax.sampling.loops.loop import Task
+from esolm_jax.sampling.loops.plain import Plain
 from esolm_jax.sampling.plan import passes
 from esolm_jax.sampling.plan.schedule import Schedule
 
@@ -222,9 +223,10 @@ class Reference:
         schedule = Schedule(order, np.asarray(step_sizes), num_diffusion=order.shape[1])
         schedule.check()
         plan = passes.make_plan(eso_b.FAMILY, schedule, mask_id=self.mask_id)
-        choice = TokenSampler(mask_id=self.mask_id, temperature=temperature, top_p=top_p)
+        sampler = TokenSampler(mask_id=self.mask_id, temperature=temperature, top_p=top_p)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(order)))
-        return decode.decode(network.fold(self.config, self.params), plan, choice, keys).text
+        loop = Plain(Task(plan, sampler, keys))
+        return loop.run(network.fold(self.config, self.params)).text
 
 
 def load(

@@ -30,12 +30,12 @@ def key_slots(mesh: Mesh | None) -> int:
     return KEY_SLOTS if sharding.platform(mesh) == "cpu" else 1
 
 
-def scores(q_BGTK, keys_BGJKI, parts: int):
+def attention_scores(q_BGTK, keys_BGJKI, parts: int):
     """float32 [B, G, T, parts, I]: of T queries with the first I · parts keys."""
     return _of_queries(_multiply_add, _scores, q_BGTK, keys_BGJKI, parts)
 
 
-def weighted(p_BGTS, values_BGSK, n: int):
+def weighted_values(p_BGTS, values_BGSK, n: int):
     """float32 [B, G, T, K]: the first n values, weighted by p [B, G, T, n]."""
     return _of_queries(_weighted_sum, _weighted, p_BGTS, values_BGSK, n)
 
@@ -81,7 +81,7 @@ def _weighted_sum(p, values_BGSK, n: int):
     return out[:, :, :, 0]
 
 
-def dense(h_BWD, kernel, dtype=None):
+def matmul(h_BWD, kernel, dtype=None):
     """[B, W, …] in `dtype`, or that of h: its product with the kernel's first axis."""
     dtype = h_BWD.dtype if dtype is None else dtype
     whole = functools.partial(jnp.tensordot, axes=1, preferred_element_type=dtype)

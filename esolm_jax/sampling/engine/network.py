@@ -19,7 +19,7 @@ from esolm_jax.model import transformer as model_lib
 from esolm_jax.model.transformer import ModelConfig
 from esolm_jax.parallel import sharding
 from esolm_jax.sampling.engine import cpu_kernels
-from esolm_jax.sampling.engine.cache import Cache, attend
+from esolm_jax.sampling.engine.cache import Entries, KVCache, Visible
 
 
 @flax.struct.dataclass
@@ -176,8 +176,8 @@ class Window:
 
     Attributes:
       token, position, rank: int32 [B, W]; in_context: bool [B, W]: the four labels.
-      filled: int32 [B]: slots of the cache below are visible, to all.
-      pick: int32 [B, P], the places in the window that logits are wanted of.
+      filled: int32 [B]: all tokens read the slots of the cache below it.
+      pick: int32 [B, P], the tokens of the window whose logits are computed.
     """
 
     token: jax.Array
@@ -188,35 +188,33 @@ class Window:
     pick: jax.Array
 
 
-def forward(network: Network, window: Window, cache: Cache | None):
+def forward(network: Network, window: Window, cache: KVCache) -> tuple[jax.Array | None, Entries]:
     """One pass. The cache is read, not written.
-
-    Args:
-      cache: None = nothing was generated that would have to be seen.
 
     Returns:
       (logits float32 [B, P, V], mask token not excluded, or None if P = 0;
-       keys and values [B, G, W, K] of each block, to be written to the cache.)
+       the entries of the window, for cache.write.)
     """
     config = network.config
     h = _embed(network, window)
     angles = model_lib.rope_angles(window.position, config)
-    mask_BWW, keys, values = dense_mask(window, window), [], []
+    visible = Visible(dense_mask(window, window), window.filled)
+    keys, values = [], []
     for i, block in enumerate(network.blocks):
         q, k, v = _heads(config, block, _norm(config, h), angles)
-        a_BGRWK = attend(q, k, v, mask_BWW, window.filled, cache, i)
+        a_BGRWK = cache.attend(i, q, k, v, visible)
         flat = jnp.moveaxis(a_BGRWK, 3, 1).reshape(*h.shape[:2], -1).astype(h.dtype)
         h = h + _linear(block, "attention_out", flat)
         h = h + _mlp(config, block, _norm(config, h))
         keys.append(k)
         values.append(v)
-    if window.pick.shape[1] == 0:
-        return None, keys, values
+    if window.pick.shape[1] == 0:  # the attention of the last block is not computed
+        return None, cache.pending(keys, values, keys[-1][:, 0, 0, 0])
     h = jnp.take_along_axis(h, window.pick[..., None], axis=1)
-    logits = cpu_kernels.dense(_norm(config, h), network.logits, jnp.float32)
+    logits = cpu_kernels.matmul(_norm(config, h), network.logits, jnp.float32)
     if network.logits_bias is not None:
         logits = logits + network.logits_bias[None, None]
-    return logits, keys, values
+    return logits, cache.pending(keys, values, h)
 
 
 def _embed(network, window):
@@ -233,7 +231,7 @@ def _norm(config, h_BWD):
 
 
 def _linear(block, name, h_BWD):
-    y = cpu_kernels.dense(h_BWD, block[name])
+    y = cpu_kernels.matmul(h_BWD, block[name])
     bias = block.get(f"{name}_bias")
     return y if bias is None else y + bias.astype(y.dtype).reshape(1, 1, *bias.shape)
 

@@ -1,6 +1,8 @@
-"""The jitted decoding loops. Each follows a plan over a KV cache.
+"""The decoding loops: jitted programs over the engine's network and cache.
 
-decode.py     one pass per step of the plan, for every family
-speculate.py  several tokens a pass with the distribution of one token a pass
-confident.py  each pass generates the tokens that the model is most certain of
+loop.py         their protocol: Task, Loop (run, compile), Decoded
+run_passes.py   the passes of a plan, and of a prompt
+plain.py        follows the schedule
+speculative.py  several tokens per pass, from the distribution of one token per pass
+confidence.py   each pass generates the tokens that the model is most confident of
 """

@@ -13,10 +13,10 @@ MASK = -1  # in a request: to be generated
 
 @dataclasses.dataclass(frozen=True)
 class Seed:
-    """Where a row's randomness comes from: nothing else in the batch, nor its size, matters.
+    """The source of a row's randomness, independent of the other rows and their number.
 
     Step sizes, and the strides of a strided order, follow from `batch` and the number of tokens to
-    generate, so that rows alike take their steps together; the rest follows from both numbers.
+    generate, so that equal rows take equal steps; everything else follows from both numbers.
     """
 
     batch: int
@@ -34,7 +34,7 @@ class Canvas:
     """The texts of a batch, some of whose tokens are known.
 
     Attributes:
-      token: int32 [B, L]; what stands where a token is unknown means nothing.
+      token: int32 [B, L]; unspecified where a token is unknown.
       known: bool [B, L]; False beyond a row's length.
       length: int32 [B], tokens of each text, at most L.
       seeds: one for each row.
@@ -57,7 +57,7 @@ class Canvas:
         """From token ids per row, MASK where a token is to be generated.
 
         Raises:
-          UserError: a token is none of the vocabulary, or is its mask; or a row has no seed.
+          UserError: a token is not in the vocabulary, or is its mask; or a row has no seed.
         """
         if len(seeds) != len(rows):
             raise UserError(f"{len(seeds)} seeds for {len(rows)} rows: must be one for each")
@@ -76,7 +76,7 @@ class Canvas:
         return cls(np.maximum(token, 0), token != MASK, length, tuple(seeds))
 
     @property
-    def given(self) -> np.ndarray:
+    def num_known(self) -> np.ndarray:
         """[B]: how many tokens are known."""
         return self.known.sum(axis=1)
 
@@ -85,8 +85,8 @@ class Canvas:
         return np.nonzero(~self.known[row, : self.length[row]])[0]
 
     def remask(self, row: int, start: int, stop: int) -> Self:
-        """This canvas with the places [start, stop) of a row to be generated anew. All else is
-        kept: the order puts what is forgotten last, so nothing stale is ever read."""
+        """This canvas with the places [start, stop) of a row to be generated again. All other
+        tokens are kept. Masked places come last in the order, so no stale entry is read."""
         if not 0 <= row < len(self.length):
             raise UserError(f"text {row}: must be in 0..{len(self.length) - 1}")
         if not 0 <= start < stop <= self.length[row]:
@@ -97,9 +97,9 @@ class Canvas:
         known[row, start:stop] = False
         return dataclasses.replace(self, known=known)
 
-    def filled(self, token: np.ndarray, eos_position: np.ndarray | None = None) -> Self:
-        """With all tokens known: the canvas for an edit of what was generated. Texts that ended
-        early are as long as `eos_position` [B] says, if given."""
+    def with_all_known(self, token: np.ndarray, eos_position: np.ndarray | None = None) -> Self:
+        """This canvas with these tokens, all known, to edit generated texts. `eos_position` [B]
+        shortens texts that ended early."""
         if token.shape != self.token.shape:
             raise UserError(f"tokens {token.shape}: must be {self.token.shape}, as the canvas is")
         length = self.length if eos_position is None else np.minimum(self.length, eos_position)

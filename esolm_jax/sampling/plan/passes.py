@@ -37,13 +37,13 @@ class DecodePlan:
     """Tables of the passes, all int32; a pytree, so that the decoding loop takes it as it is.
 
     Attributes:
-      order: [B, L]; known: [B, L], the given tokens by slot (whatever, where none is given).
+      order: [B, L]; known: [B, L], the known tokens by slot (unspecified where unknown).
       rank: [L], the rank of each slot unless it lies below `bidirectional_below`.
       start, first, size, end, bidirectional_below: [steps, B], slots as described above; slots
         below `bidirectional_below` are of rank 0.
-      given: [B], how many leading slots hold given tokens.
+      num_known: [B], how many leading slots hold known tokens.
       leftmost_unknown: [steps, B], the leftmost position that is still unknown before a pass, or
-        NONE.
+        NEVER.
       unknown: the token that stands for what is not known yet.
       shift: 0, or 1 where slot j holds text token j−1 and predicts token j (AR).
       start_token: what slot 0 holds when shift = 1.
@@ -58,7 +58,7 @@ class DecodePlan:
     end: np.ndarray
     bidirectional_below: np.ndarray
     leftmost_unknown: np.ndarray
-    given: np.ndarray
+    num_known: np.ndarray
     unknown: int = flax.struct.field(pytree_node=False)
     shift: int = flax.struct.field(pytree_node=False, default=0)
     start_token: int = flax.struct.field(pytree_node=False, default=0)
@@ -66,7 +66,7 @@ class DecodePlan:
     @property
     def length(self) -> np.ndarray:
         """[B]: tokens of each text."""
-        return self.given + self.size.sum(axis=0)
+        return self.num_known + self.size.sum(axis=0)
 
     @property
     def prompt_passes(self) -> int:
@@ -77,6 +77,11 @@ class DecodePlan:
     def nfe(self) -> int:
         """Passes that generate something."""
         return len(self.size) - self.prompt_passes
+
+    @property
+    def reads_cache(self) -> bool:
+        """Whether a pass reads slots that an earlier one has filled."""
+        return bool(self.start.max(initial=0))
 
     @property
     def widths(self) -> np.ndarray:
@@ -150,7 +155,7 @@ def _round_up(n: int) -> int:
 
 def leftmost(order: np.ndarray, length: np.ndarray) -> np.ndarray:
     """int32 [B, L + 1]: of the texts of `length` [B], the leftmost position of those at this rank
-    and later, or NONE."""
+    and later, or NEVER."""
     inside = np.arange(order.shape[1])[None] < length[:, None]
     position = np.pad(np.where(inside, order, NEVER), ((0, 0), (0, 1)), constant_values=NEVER)
     return np.minimum.accumulate(position[:, ::-1], axis=1)[:, ::-1].astype(np.int32)
@@ -168,8 +173,8 @@ def _tables(schedule: Schedule, windows: Windows, mask_id: int) -> DecodePlan:
     low, high = (np.minimum(c, prefill[None]) for c in (chunk, chunk + size))
     first, done = schedule.first, schedule.sizes == 0
     behind = leftmost(schedule.order, schedule.length)
-    given = windows.start, windows.end, windows.bidirectional_below
-    start, end, below = (np.broadcast_to(a, first.shape) for a in given)
+    limits = windows.start, windows.end, windows.bidirectional_below
+    start, end, below = (np.broadcast_to(a, first.shape) for a in limits)
     start, end = np.where(done, 0, start), np.where(done, 0, end)  # nothing, and of no cache
     pairs = {
         "start": (low, start),
@@ -183,7 +188,7 @@ def _tables(schedule: Schedule, windows: Windows, mask_id: int) -> DecodePlan:
         order=schedule.order.astype(np.int32),
         known=schedule.known.astype(np.int32),
         rank=rank.astype(np.int32),
-        given=schedule.given.astype(np.int32),
+        num_known=schedule.num_known.astype(np.int32),
         **{name: np.concatenate(pair).astype(np.int32) for name, pair in pairs.items()},
         unknown=mask_id,
     )

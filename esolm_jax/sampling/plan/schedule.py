@@ -28,7 +28,7 @@ class Schedule:
       the same in all rows.
     num_diffusion: int32 [B], how many leading ranks end with the last of those that are known or
       of the diffusion phase; one number stands for all rows.
-    given: int32 [B], how many leading ranks are known (default: none).
+    num_known: int32 [B], how many leading ranks are known (default: none).
     known: int32 [B, L], the known tokens by rank.
     is_diffusion: bool [B, L], which ranks are the diffusion phase's (default: the leading ones).
     """
@@ -36,7 +36,7 @@ class Schedule:
     order: np.ndarray
     sizes: np.ndarray
     num_diffusion: np.ndarray
-    given: np.ndarray | None = None
+    num_known: np.ndarray | None = None
     known: np.ndarray | None = None
     is_diffusion: np.ndarray | None = None
 
@@ -51,30 +51,30 @@ class Schedule:
         whole = {
             "sizes": sizes.astype(np.int32),
             "num_diffusion": np.broadcast_to(self.num_diffusion, batch),
-            "given": np.zeros(batch, int) if self.given is None else self.given,
+            "num_known": np.zeros(batch, int) if self.num_known is None else self.num_known,
             "known": np.zeros_like(self.order) if self.known is None else self.known,
         }
         for name, value in whole.items():
             object.__setattr__(self, name, value)
         if self.is_diffusion is None:
             rank = np.arange(self.order.shape[1])[None]
-            leading = (rank >= self.given[:, None]) & (rank < self.num_diffusion[:, None])
+            leading = (rank >= self.num_known[:, None]) & (rank < self.num_diffusion[:, None])
             object.__setattr__(self, "is_diffusion", leading)
 
     @property
     def length(self) -> np.ndarray:
         """[B]: tokens of each text."""
-        return self.given + self.sizes.sum(axis=0)
+        return self.num_known + self.sizes.sum(axis=0)
 
     @property
     def first(self) -> np.ndarray:
         """[steps, B]: the first rank that each step generates."""
-        return self.given[None] + np.cumsum(self.sizes, axis=0) - self.sizes
+        return self.num_known[None] + np.cumsum(self.sizes, axis=0) - self.sizes
 
     @property
     def new_context(self) -> np.ndarray:
         """[steps, B]: the first rank that the step before generated."""
-        before = np.concatenate([self.given[None], self.first[:-1]])
+        before = np.concatenate([self.num_known[None], self.first[:-1]])
         return before if len(self.sizes) else before[:0]
 
     def check(self) -> None:
@@ -89,10 +89,10 @@ class Schedule:
                 f"got {steps} steps that sum to {', '.join(map(str, sorted(set(total.tolist()))))}"
             )
         before = np.cumsum(self.sizes, axis=0) - self.sizes
-        is_complete = before == (total - self.given)[None]
+        is_complete = before == (total - self.num_known)[None]
         if (self.sizes < 0).any() or ((self.sizes == 0) & ~is_complete).any():
             raise UserError("step_sizes: must be at least 1, until a text is complete")
-        if ((self.num_diffusion < self.given) | (self.num_diffusion > total)).any():
+        if ((self.num_diffusion < self.num_known) | (self.num_diffusion > total)).any():
             raise UserError("num_diffusion: must be at least what is known, and at most the length")
 
 
@@ -121,8 +121,8 @@ def schedule_from_rows(canvas: Canvas, row: Callable[[int, np.ndarray], Row]) ->
         table[: len(sizes), b] = sizes
     known = np.take_along_axis(canvas.token, order, axis=1)
     last = (np.arange(1, length + 1)[None] * is_diffusion).max(axis=1, initial=0)
-    num_diffusion = np.maximum(canvas.given, last)
-    return Schedule(order, table, num_diffusion, canvas.given, known, is_diffusion)
+    num_diffusion = np.maximum(canvas.num_known, last)
+    return Schedule(order, table, num_diffusion, canvas.num_known, known, is_diffusion)
 
 
 def unmask_probabilities(alpha_0: float, num_steps: int) -> np.ndarray:
@@ -253,7 +253,6 @@ _MAKERS: dict[str, Maker] = {
     "shuffled_strided": lambda canvas, s: strided(canvas, s.alpha_0, s.num_steps, shuffle=True),
     "left_to_right": lambda canvas, s: left_to_right(canvas),
     "blockwise": lambda canvas, s: blockwise(canvas, s.block_length, s.alpha_0, s.num_steps),
-    "confidence": lambda canvas, s: left_to_right(canvas),  # until the model decides
 }
 
 

@@ -1,0 +1,168 @@
+"""The protocol of the decoding loops: what they are given, what they return, and how they run.
+
+A loop is a chain of jitted programs, each from one state to the next; the last returns a `Decoded`.
+`run` calls them, and compiles what is new. `compile` compiles all of them ahead of time.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from esolm_jax.parallel import sharding
+from esolm_jax.process import prng
+from esolm_jax.sampling.engine.network import Network
+from esolm_jax.sampling.plan.passes import NEVER, DecodePlan
+
+Sampler = Callable[..., jax.Array]  # choose.TokenSampler, or any hashable callable of its form
+
+
+@flax.struct.dataclass
+class Decoded:
+    """What was generated, in text order.
+
+    Attributes:
+      text: int32 [B, L].
+      revealed_at: int32 [B, L], the pass (counting the prompt's) that generated each token; −1 =
+        known, NEVER = not generated, because the text had ended.
+      eos_position: int32 [B], the position of the first EOS, or NEVER.
+      passes: int32, number of passes, those of the prompt included.
+      logits: float32 [B, L, V] by rank, or None.
+      drafts: figures of speculation by name, each int32 [B, k − 1]; {} in other loops.
+    """
+
+    text: jax.Array
+    revealed_at: jax.Array
+    eos_position: jax.Array
+    passes: jax.Array
+    logits: jax.Array | None = None
+    drafts: dict[str, jax.Array] = flax.struct.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What a loop is to generate, and how tokens are drawn.
+
+    Attributes:
+      plan: the passes of B rows; see plan/passes.py.
+      sampler: draws tokens from logits; hashable.
+      row_keys: one key per row, from row_keys().
+      mesh: None = one device. B must be a multiple of its row shards.
+      eos_id: if not None, a text ends at its first generated EOS after all known tokens, once all
+        tokens before it are known; the loop ends with the last text.
+    """
+
+    plan: DecodePlan
+    sampler: Sampler
+    row_keys: jax.Array
+    mesh: Mesh | None = None
+    eos_id: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One jitted program, and its arguments besides the network and the state, as a pytree."""
+
+    function: Any
+    args: Any
+
+    def __call__(self, network: Network, state):
+        return self.function(network, state, self.args)
+
+    def compile(self, network: Network, state) -> tuple["Program", Any]:
+        """(the compiled program, the shapes and shardings of the state that it returns)."""
+        lowered = self.function.lower(network, state, self.args)
+        compiled = lowered.compile()
+        returned = jax.tree.map(
+            lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
+            lowered.out_info,
+            compiled.output_shardings,
+        )
+        return Program(compiled, self.args), returned
+
+
+class Loop(abc.ABC):
+    """A way to generate the texts of a Task."""
+
+    task: Task
+
+    @abc.abstractmethod
+    def start(self, network: Network) -> tuple[Any, list[Program]]:
+        """The state before the first pass, and the programs, of which the last returns Decoded."""
+
+    def order(self, decoded: Decoded) -> np.ndarray:
+        """int32 [B, L]: positions as they were generated, the known ones first."""
+        del decoded
+        return self.task.plan.order
+
+    @property
+    def decides_order(self) -> bool:
+        """Whether the loop chooses the generation order, not the schedule."""
+        return False
+
+    def run(self, network: Network) -> Decoded:
+        """Generates the texts. `network`: of network.fold, on the mesh of the task."""
+        return self._run(network, *self.start(network))
+
+    def compile(self, network: Network) -> Callable[[Network], Decoded]:
+        """Compiles all programs. The function that is returned runs them."""
+        state, programs = self.start(network)
+        compiled = []
+        for program in programs:
+            program, state = program.compile(network, state)
+            compiled.append(program)
+        return lambda network: self._run(network, self.start(network)[0], compiled)
+
+    @staticmethod
+    def _run(network: Network, state, programs: list[Program]) -> Decoded:
+        for program in programs:
+            state = program(network, state)
+        return state
+
+
+def row_keys(seeds) -> jax.Array:
+    """One key per row, which depends on its Seed only."""
+    batch, row = (np.array([getattr(s, n) for s in seeds], np.uint32) for n in ("batch", "row"))
+    return _row_keys(batch, row)
+
+
+@jax.jit
+@jax.vmap
+def _row_keys(batch, row):
+    return jax.random.fold_in(prng.key(batch), row)
+
+
+def over_rows(mesh: Mesh | None, by_row):
+    """Arrays [B, …] on the mesh, on each device those of its rows; without a mesh, as they are."""
+    return by_row if mesh is None else jax.device_put(by_row, sharding.rows(mesh))
+
+
+def scatter_columns(array, new, offset, keep):
+    """Writes the kept columns of new [B, P, …] to array [B, S, …] at [b, offset[b, p]]."""
+    offset = jnp.where(keep, offset, array.shape[1])
+    scatter = jax.vmap(lambda row, offset, new: row.at[offset].set(new, mode="drop"))
+    return scatter(array, offset, new)
+
+
+def unpermute(order, *by_rank):
+    """Of each, its first L from rank to position in the text: [B, L] by `order` [B, L]."""
+    parts = [array[:, : order.shape[1]] for array in by_rank]
+    return [jnp.put_along_axis(jnp.zeros_like(a), order, a, axis=1, inplace=False) for a in parts]
+
+
+def last_known(tables: DecodePlan):
+    """int32 [B, 1]: the last known position, −1 for none; an EOS before it does not end a text."""
+    is_known = jnp.arange(tables.order.shape[1])[None] < tables.num_known[:, None]
+    return jnp.where(is_known, tables.order, -1).max(axis=1, keepdims=True)
+
+
+def first_eos(tables: DecodePlan, is_eos_BS, position_BS):
+    """int32 [B]: the least position of these EOS that are behind all known tokens, or NEVER."""
+    is_end = is_eos_BS & (position_BS > last_known(tables))
+    return jnp.where(is_end, position_BS, NEVER).min(axis=1)
