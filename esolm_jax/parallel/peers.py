@@ -19,6 +19,7 @@ import time
 import jax
 
 from esolm_jax.parallel.relay import Relay
+from esolm_jax.process import failures
 
 LINGER = 2  # seconds that process 0, which runs the service, stays up after a failure
 _FAILED = "esolm_jax/failed"  # key of the first failure and its reason
@@ -154,7 +155,7 @@ _said = threading.Lock()  # never released: the first thread to take it ends the
 def say(message: str) -> None:
     """Prints one line on stderr, in the first thread that calls it; others block."""
     if _said.acquire(blocking=False):
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        print(f"{failures.line_start()}error: {message}", file=sys.stderr, flush=True)
     else:
         threading.Event().wait()  # the other one ends the process
 

@@ -53,6 +53,13 @@ def _close_progress_bars() -> None:
         bar.close()
 
 
+def line_start() -> str:
+    """A line break if a progress bar is open, else "". For a thread that ends the process: the
+    main thread may be inside the bar, so the bar cannot be closed."""
+    tqdm = sys.modules.get("tqdm")
+    return "\n" if tqdm and getattr(tqdm.tqdm, "_instances", ()) else ""
+
+
 def wants_tracebacks() -> bool:
     return os.environ.get("ESOLM_TRACEBACK") == "1"
 

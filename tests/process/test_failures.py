@@ -3,11 +3,14 @@
 import errno
 import os
 import signal
+import threading
 
 import jax
 import pytest
+from tqdm import tqdm
 
 from esolm_jax.errors import UserError
+from esolm_jax.parallel import peers
 from esolm_jax.process import failures, interrupts
 
 # What Orbax raises when tensorstore cannot write.
@@ -115,3 +118,16 @@ def test_jax_asserts_that_there_is_a_platform(monkeypatch):
         exec(code)
     failure = failures.describe(caught.value)
     assert failure.line.startswith("JAX_PLATFORMS=cuda: no device") and failure.code == 2
+
+
+def test_a_line_of_a_thread_does_not_continue_a_progress_bar(capsys, monkeypatch):
+    """As printed when a peer is lost: the main thread is inside the bar, which stays open."""
+    monkeypatch.setattr(peers, "_said", threading.Lock())
+    with tqdm(total=2, disable=False) as bar:
+        bar.update()
+        peers.say("a peer is gone")
+        assert "error: a peer is gone" in capsys.readouterr().err.split("\n")
+    capsys.readouterr()
+    monkeypatch.setattr(peers, "_said", threading.Lock())
+    peers.say("a peer is gone")
+    assert capsys.readouterr().err.startswith("error: a peer is gone")
