@@ -323,10 +323,10 @@ def check_config_is_of(workdir, meta: dict) -> None:
 
 
 def digest_of(workdir, step: int) -> str | None:
-    """The SHA-256 of the digests of all files of a step; None for a step without digests.
+    """The SHA-256 of the list of digests of a step's files; None for a step without digests.
 
     Raises:
-      UserError: there is no such step, or its digests are damaged.
+      UserError: there is no such step, or its digests are damaged or of an unsupported algorithm.
     """
     folder = checkpoint_steps.step_folder(workdir, step)
     try:

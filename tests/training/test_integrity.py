@@ -1,5 +1,6 @@
 """Damaged checkpoints are detected; the next intact one is used, with a line on stderr."""
 
+import hashlib
 import json
 import pathlib
 import random
@@ -12,6 +13,7 @@ import tiny_run
 from saved_steps import META, assert_same, make_state, shapes, steps_in, write
 
 from esolm_jax.errors import UserError
+from esolm_jax.files import hashing
 from esolm_jax.interop.published import out_of_workdir
 from esolm_jax.training import checkpoint, checkpoint_digests, checkpoint_steps
 from esolm_jax.training.checkpoint_digests import FILE as DIGESTS
@@ -207,6 +209,58 @@ def test_damaged_digests_are_damage(workdir, damage):
     assert read_ema(workdir)[1] == 4
     with pytest.raises(UserError, match="_DIGESTS.*step 6 is damaged"):
         checkpoint.digest_of(workdir, 6)
+
+
+def rehash(folder, algorithm: str) -> None:
+    """As a version that hashed files with this algorithm wrote the step."""
+    new = hashing.ALGORITHMS.get(algorithm, hashlib.sha256)
+    entry = json.loads((folder / DIGESTS).read_text())
+    for name, (size, _) in entry["files"].items():
+        entry["files"][name] = [size, new((folder / name).read_bytes()).hexdigest()]
+    listing = json.dumps(entry["files"], sort_keys=True).encode()
+    entry |= {"algorithm": algorithm, "digest": hashlib.sha256(listing).hexdigest()}
+    (folder / DIGESTS).write_text(json.dumps(entry))
+    path = folder / "_CHECKPOINT_METADATA"
+    entry = json.loads(path.read_text()) | {"custom_metadata": {"digests": algorithm}}
+    path.write_text(json.dumps(entry))
+
+
+def test_new_steps_have_xxh3_digests(workdir):
+    entry = json.loads((workdir / checkpoint.FOLDER / "6" / DIGESTS).read_text())
+    assert entry["algorithm"] == "xxh3_128"
+    rehash(workdir / checkpoint.FOLDER / "6", "xxh3_128")
+    assert json.loads((workdir / checkpoint.FOLDER / "6" / DIGESTS).read_text()) == entry
+
+
+@pytest.mark.parametrize("algorithm", hashing.ALGORITHMS)
+def test_every_algorithm_is_verified(workdir, algorithm, capsys):
+    for step in STEPS:
+        rehash(workdir / checkpoint.FOLDER / str(step), algorithm)
+    weights, step = read_ema(workdir)
+    assert step == 6
+    assert_same(weights, make_state(6).ema)
+    checkpoints, state, _ = resume(workdir)
+    checkpoints.close()
+    assert_same(state, make_state(6))
+    assert capsys.readouterr().err == ""
+    path = files_of(workdir, 6, "ema")[-1]
+    flip(path)
+    assert read_ema(workdir)[1] == 4
+    assert f"{path}: content differs from what was written" in capsys.readouterr().err
+
+
+def test_an_unknown_algorithm_is_one_error(workdir):
+    rehash(workdir / checkpoint.FOLDER / "6", "blake9")
+    for read in (read_ema, resume, lambda workdir: checkpoint.digest_of(workdir, 6)):
+        with pytest.raises(UserError, match="algorithm='blake9': must be one of sha256, xxh3_128"):
+            read(workdir)
+    assert steps_in(workdir) == set(STEPS)
+
+
+def test_an_algorithm_that_contradicts_the_metadata_is_damage(workdir):
+    path = workdir / checkpoint.FOLDER / "6" / DIGESTS
+    path.write_text(path.read_text().replace("xxh3_128", "xxh3_129"))
+    assert read_ema(workdir)[1] == 4
 
 
 def test_every_step_has_another_digest(workdir):

@@ -30,9 +30,9 @@ def body(index):
 
     hashed = []
     hash_file = checkpoint_digests.hash_file
-    def recorded(path):
+    def recorded(path, algorithm):
         hashed.append(str(path))
-        return hash_file(path)
+        return hash_file(path, algorithm)
     checkpoint_digests.hash_file = recorded
     meta = {"config": {}, "cursor": 0, "tokenizer": {}, "version": ""}
     checkpoints = checkpoint.Checkpoints(workdir, keep_last=2, keep_best=0)
