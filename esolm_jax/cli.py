@@ -19,7 +19,8 @@ from ml_collections import ConfigDict, config_flags
 
 from esolm_jax import config as config_lib
 from esolm_jax.errors import UserError
-from esolm_jax.parallel import distributed
+from esolm_jax.parallel import distributed, launcher, multihost
+from esolm_jax.parallel.guard import guard
 from esolm_jax.process import failures, interrupts, jax_settings, standard_streams, startup
 from esolm_jax.training import checkpoint
 
@@ -143,8 +144,8 @@ def _join(config, *, stoppable: bool) -> None:
         barrier_timeout=timeouts.barrier_timeout,
         stoppable=stoppable,
     )
-    same = {"config": distributed.config_hash(config), "code version": distributed.code_hash()}
-    distributed.check_same(same, timeout=timeouts.barrier_timeout)
+    same = {"config": multihost.config_hash(config), "code version": multihost.code_hash()}
+    multihost.check_same(same, timeout=timeouts.barrier_timeout)
 
 
 @contextlib.contextmanager
@@ -177,7 +178,7 @@ def run(
         checkpoints. (Other verbs use the saved config if there is one.)
       one_process: main runs in process 0 only.
       others_wait: with `one_process`, further processes wait; else they are an error.
-      stoppable: main uses distributed.StopSignal.
+      stoppable: main uses stop_signal.StopSignal.
       needs_workdir: False: --workdir is optional and may be None.
       define_flags: defines the flags of this verb.
       default_config: from the values of flags to another default for --config, or None.
@@ -215,21 +216,21 @@ def run(
         del argv
         config = flags.FLAGS.config
         config_lib.validate(config)
-        several = distributed.launched() if one_process else None
+        several = launcher.launched() if one_process else None
         if several and not others_wait:
             verb = pathlib.Path(sys.argv[0]).stem
             raise UserError(
                 f"{verb} runs in one process, but {several} announces several; start it without "
                 "the launcher"
             )
-        with distributed.guard():
+        with guard():
             if several or not one_process:
                 _join(config, stoppable=stoppable)
             with _only_process_0_prints():
                 workdir = flags.FLAGS.workdir
                 workdir = workdir and pathlib.Path(workdir).expanduser()
                 if one_process:
-                    distributed.on_main(lambda: main(config, workdir))
+                    multihost.on_main(lambda: main(config, workdir))
                 else:
                     main(config, workdir)
                 if distributed.is_main() and (note := jax_settings.note()):

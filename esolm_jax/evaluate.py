@@ -24,7 +24,7 @@ from esolm_jax.evaluation import metrics, provenance
 from esolm_jax.evaluation.batches import eval_batches
 from esolm_jax.evaluation.metric import check_finite
 from esolm_jax.model import build
-from esolm_jax.parallel import distributed, sharding
+from esolm_jax.parallel import distributed, multihost, sharding
 from esolm_jax.process import jax_settings
 from esolm_jax.training import checkpoint, restore
 
@@ -126,7 +126,7 @@ def default_config(flag: cli.FlagValue) -> str | None:
 
 def main(config, workdir: pathlib.Path) -> None:
     if "verify" in flags.FLAGS and flags.FLAGS["verify"].value:
-        distributed.on_main(lambda: verify.main(config, workdir))
+        multihost.on_main(lambda: verify.main(config, workdir))
         return
     path, history = workdir / FILE, workdir / HISTORY
     results.check_can_write(path, history)

@@ -19,7 +19,8 @@ from esolm_jax.evaluation import provenance
 from esolm_jax.evaluation.batches import eval_batches
 from esolm_jax.files import workdir_lock
 from esolm_jax.model import build, finite
-from esolm_jax.parallel import distributed, sharding
+from esolm_jax.parallel import distributed, multihost, sharding
+from esolm_jax.parallel.stop_signal import StopSignal
 from esolm_jax.process import jax_settings, prng
 from esolm_jax.training import checkpoint, health, restore, train_step
 from esolm_jax.training import metrics as metrics_lib
@@ -165,7 +166,7 @@ def _train(run: Run, checkpoints, state: TrainState, cursor: int) -> int | None:
         enabled=distributed.is_main(),
         entries=run.metrics_entries,
     )
-    stop = distributed.StopSignal()
+    stop = StopSignal()
     if first < t.steps:
         metrics.say("compiling the training step (the first step takes as long as that)")
     with contextlib.closing(reader), contextlib.closing(metrics):
@@ -245,7 +246,7 @@ def main(config, workdir: pathlib.Path) -> None:
     results.check_can_write(workdir / metrics_lib.FILE)
     hold = workdir_lock.hold(workdir, name=f"--workdir={workdir}")
     with contextlib.ExitStack() as stack:
-        run.lock = distributed.on_main(lambda: stack.enter_context(hold))
+        run.lock = multihost.on_main(lambda: stack.enter_context(hold))
         _run(run)
 
 

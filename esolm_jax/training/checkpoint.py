@@ -154,7 +154,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
         except (OSError, ValueError, RuntimeError) as error:
             if isinstance(error, jax.errors.JaxRuntimeError):
-                raise  # an error of other processes: see distributed.guard
+                raise  # an error of other processes: see parallel/guard.py
             what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             raise UserError(
                 f"{self._workdir / FOLDER}/{self._saving}: could not be saved: {what}"

@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from esolm_jax.errors import UserError
 from esolm_jax.files import regular_file
-from esolm_jax.parallel import distributed
+from esolm_jax.parallel import distributed, multihost
 from esolm_jax.training import checkpoint_digests
 from esolm_jax.training.checkpoint_digests import Damaged
 
@@ -78,7 +78,7 @@ def steps_in(workdir) -> list[int]:
 
 def agreed_steps(workdir) -> list[int]:
     """The finished steps as process 0 lists them, in all processes."""
-    return json.loads(distributed.from_main(json.dumps(steps_in(workdir))))
+    return json.loads(multihost.from_main(json.dumps(steps_in(workdir))))
 
 
 def step_folder(workdir, step: int) -> pathlib.Path:
@@ -198,7 +198,7 @@ def _check(folder: pathlib.Path, items) -> str | None:
 
 def _agreed(line: str | None) -> str | None:
     """The first line that is not None, over all processes."""
-    everybody = distributed.gather(line or "", timeout=_SLOW)
+    everybody = multihost.gather(line or "", timeout=_SLOW)
     return next((said for said in everybody if said), None)
 
 
@@ -232,7 +232,7 @@ def _agreed_order(
     """The steps to try and the refused ones, as process 0 sees them, in all processes."""
     refused = dict(refused)
     order = _by_preference(workdir, wanted, steps, refused) if distributed.is_main() else []
-    order, named = json.loads(distributed.from_main(json.dumps([order, list(refused.items())])))
+    order, named = json.loads(multihost.from_main(json.dumps([order, list(refused.items())])))
     return [step for step in order if step not in dict(named)], dict(map(tuple, named))
 
 
@@ -298,7 +298,7 @@ def _vanished(workdir, number: int, before: list[int]) -> bool:
 
 def agree_on(damaged: dict[int, str]) -> dict[int, str]:
     """Steps that any process has found damaged."""
-    everybody = [json.loads(said) for said in distributed.gather(json.dumps(damaged))]
+    everybody = [json.loads(said) for said in multihost.gather(json.dumps(damaged))]
     return {int(step): line for said in everybody for step, line in said.items()}
 
 
@@ -315,4 +315,4 @@ def set_aside(workdir, damaged: dict[int, str]) -> None:
             shutil.move(workdir / FOLDER / str(step), target)
         say(f"{workdir / FOLDER / str(step)}: moved to {target}")
     if damaged:
-        distributed.gather("")  # a barrier: all steps are moved
+        multihost.gather("")  # a barrier: all steps are moved

@@ -15,7 +15,7 @@ from esolm_jax.family.labels import LabelledBatch
 from esolm_jax.family.phase import Phase, make_phases
 from esolm_jax.model import transformer as model_lib
 from esolm_jax.model.lm_head import Head, weighted_nll
-from esolm_jax.parallel import distributed, sharding
+from esolm_jax.parallel import multihost, sharding
 from esolm_jax.process import prng
 from esolm_jax.training import health as health_lib
 from esolm_jax.training import optimizer as optimizer_lib
@@ -211,7 +211,7 @@ class Trainer:
         """A fresh state, born in its place on the mesh; with given parameters, which are donated,
         or random ones."""
         make = jax.jit(self._make_state, donate_argnums=0, out_shardings=self.shardings)
-        return distributed.together(make)(params)
+        return multihost.together(make)(params)
 
     def begin(self, state: TrainState, *, skipped: int) -> TrainState:
         """A restored state with `skipped` skipped steps."""
@@ -305,4 +305,4 @@ class Trainer:
             in_shardings=(self.shardings, sharding.rows(self.built.mesh)),
             out_shardings=(self.shardings, sharding.replicated(self.built.mesh)),
         )
-        return distributed.together(jitted)
+        return multihost.together(jitted)

@@ -17,6 +17,7 @@ from esolm_jax import train as train_lib
 from esolm_jax.data.reader import TrainReader
 from esolm_jax.family import trim
 from esolm_jax.parallel import distributed, sharding
+from esolm_jax.parallel.guard import guard
 from esolm_jax.training import train_step
 
 
@@ -53,7 +54,7 @@ def trimming(training: train_step.Trainer):
 
 
 def main(jobs: dict) -> None:
-    with distributed.guard():
+    with guard():
         distributed.start(init_timeout=60, heartbeat_timeout=60, barrier_timeout=60)
         found = {}
         for name, fields in jobs["jobs"].items():

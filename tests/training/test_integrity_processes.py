@@ -48,7 +48,7 @@ def body(index):
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
-    distributed.barrier("damaged", timeout=30)
+    multihost.barrier("damaged", timeout=30)
     hashed.clear()
     def shape_of(a):
         return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=getattr(a, "sharding", None))
@@ -64,7 +64,7 @@ def body(index):
     checkpoints.save(state(3), meta)
     checkpoints.close()
     print("left", sorted(p.name for p in (workdir / "checkpoints").iterdir()), flush=True)
-    distributed.barrier("done", timeout=30)
+    multihost.barrier("done", timeout=30)
 main(body, barrier_timeout=50)
 """
 

@@ -29,7 +29,7 @@ from esolm_jax import train as train_lib
 from esolm_jax.data.manifest import load_data
 from esolm_jax.evaluation import likelihood
 from esolm_jax.evaluation.batches import eval_batches
-from esolm_jax.parallel import distributed, sharding
+from esolm_jax.parallel import launcher, sharding
 from esolm_jax.training import checkpoint, metrics, restore
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -84,7 +84,7 @@ class Processes:
 
     def __init__(self, cut: tuple[int, int], args):
         count, devices = cut
-        hidden = (*distributed.ENV_VARS, distributed.CLUSTER, "PJRT_NPROC", "XLA_FLAGS")
+        hidden = (*launcher.ENV_VARS, launcher.CLUSTER, "PJRT_NPROC", "XLA_FLAGS")
         base = {k: v for k, v in os.environ.items() if k not in hidden}
         base |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
         base |= FAST_ENVIRONMENT | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests/support'}"}
@@ -94,7 +94,7 @@ class Processes:
         each = args if isinstance(args[0], list) else [args] * count
         self.all = []
         for index, args in enumerate(each):
-            told = zip(distributed.ENV_VARS, (address, str(count), str(index)), strict=True)
+            told = zip(launcher.ENV_VARS, (address, str(count), str(index)), strict=True)
             self.all.append(
                 subprocess.Popen(
                     [sys.executable, *args], env=base | (dict(told) if count > 1 else {}),
