@@ -23,7 +23,7 @@ from esolm_jax.aot import report as report_lib
 from esolm_jax.data.manifest import planned_tokenizer
 from esolm_jax.errors import UserError
 from esolm_jax.model import build
-from esolm_jax.model.transformer import REMAT
+from esolm_jax.model.model_config import REMAT
 from esolm_jax.parallel import sharding
 from esolm_jax.training.train_step import Trainer
 
