@@ -24,7 +24,7 @@ from esolm_jax.parallel.stop_signal import StopSignal
 from esolm_jax.process import jax_settings, prng
 from esolm_jax.training import checkpoint, health, restore, train_step
 from esolm_jax.training import metrics as metrics_lib
-from esolm_jax.training.train_step import TrainState
+from esolm_jax.training.train_state import TrainState
 
 
 class Run:

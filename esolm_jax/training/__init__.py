@@ -1,6 +1,8 @@
 """Training: one step, its checkpoints and its metrics.
 
-train_step.py          losses of all phases → gradients → weights and EMA
+train_step.py          labels, loss, gradients → weights and EMA
+phase_loss.py          the losses of all phases and their gradient, in micro-batches
+train_state.py         the state of training and its sharding
 optimizer.py           AdamW with clipping, warm-up and EMA
 health.py              non-finite steps are undone and counted
 checkpoint.py          reads and writes checkpoints (the only module that uses Orbax)

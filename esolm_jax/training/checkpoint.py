@@ -30,7 +30,7 @@ from esolm_jax.training.checkpoint_steps import (
     check_selector,
     split_source,
 )
-from esolm_jax.training.train_step import TrainState
+from esolm_jax.training.train_state import TrainState
 
 __all__ = ["FOLDER", "LATEST", "METRIC", "check_selector", "split_source"]
 _PIECE = 2**25  # bytes that are written at a time of weights that lie on disk

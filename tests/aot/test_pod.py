@@ -20,7 +20,7 @@ from esolm_jax.model import transformer as model
 from esolm_jax.model.lm_head import Head
 from esolm_jax.model.model_config import ModelConfig
 from esolm_jax.parallel import sharding
-from esolm_jax.training.train_step import PhaseLoss
+from esolm_jax.training.phase_loss import PhaseLoss
 
 pytestmark = pytest.mark.fast_compile
 

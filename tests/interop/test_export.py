@@ -45,7 +45,7 @@ from esolm_jax.sampling.engine import choose
 from esolm_jax.sampling.engine import network as network_lib
 from esolm_jax.sampling.engine.choose import TokenSampler
 from esolm_jax.sampling.plan.canvas import Canvas
-from esolm_jax.training import checkpoint, optimizer, train_step
+from esolm_jax.training import checkpoint, optimizer, train_state
 
 pytestmark = [pytest.mark.fast_compile, pytest.mark.usefixtures(quick.__name__)]
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -100,7 +100,7 @@ def make_run(workdir: pathlib.Path, mesh=None, **fields) -> pathlib.Path:
         params = jax.tree.map_with_path(leaf, like)
         return params if mesh is None else jax.device_put(params, sharding.parameters(mesh, params))
 
-    state = train_step.init_state(draw(0), optimizer.make(config), jax.random.key(0))
+    state = train_state.init_state(draw(0), optimizer.make(config), jax.random.key(0))
     state = state.replace(ema=draw(1), step=jax.numpy.int32(7))
     meta = {"config": config.to_dict(), "cursor": 0, "tokenizer": tokenizer_entry(tokenizer)}
     meta["version"] = esolm_jax.__version__

@@ -18,7 +18,7 @@ from esolm_jax.data.reader import TrainReader
 from esolm_jax.family import trim
 from esolm_jax.parallel import distributed, sharding
 from esolm_jax.parallel.guard import guard
-from esolm_jax.training import train_step
+from esolm_jax.training import phase_loss, train_step
 
 
 def train(run: train_lib.Run, steps: int) -> dict:
@@ -47,7 +47,7 @@ def trimming(training: train_step.Trainer):
     def is_trimmed(state, batch):
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         noise_key, _ = jax.random.split(key)
-        labelled = train_step.label_batch(training.phases, noise_key, batch["x"], batch["valid"])
+        labelled = phase_loss.label_batch(training.phases, noise_key, batch["x"], batch["valid"])
         return trim.fits(labelled[-1], training.objective.queries[-1])
 
     return is_trimmed

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 
 from esolm_jax.training import checkpoint
-from esolm_jax.training.train_step import TrainState
+from esolm_jax.training.train_state import TrainState
 
 OPTIMIZER = optax.adamw(1e-3)
 META = {"config": {"seed": 1}, "cursor": 5, "tokenizer": {"kind": "bytes"}, "version": "1"}

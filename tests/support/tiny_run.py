@@ -23,7 +23,7 @@ from esolm_jax.data import build
 from esolm_jax.data.reader import TrainReader
 from esolm_jax.family import registry
 from esolm_jax.parallel import sharding
-from esolm_jax.training import checkpoint, train_step
+from esolm_jax.training import checkpoint, train_state
 
 LENGTH = 16
 FLAGS = ("workdir", "topology", "num_slices", "program", "out", "sweep")  # of all verbs
@@ -168,7 +168,7 @@ def to_host(tree):
     return jax.tree.map(np.array, tree)
 
 
-def fresh_state(run) -> train_step.TrainState:
+def fresh_state(run) -> train_state.TrainState:
     """The state that a run begins with."""
     return run.restore_or_init(types.SimpleNamespace(has_steps=lambda: False))[0]
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 def body(index):
     from esolm_jax.training import checkpoint, checkpoint_digests
-    from esolm_jax.training.train_step import TrainState
+    from esolm_jax.training.train_state import TrainState
     workdir = pathlib.Path(WORKDIR)
     mesh = Mesh(np.array(jax.devices()), ("data",))
     rows = NamedSharding(mesh, PartitionSpec("data"))
