@@ -22,7 +22,7 @@ from esolm_jax.errors import UserError
 from esolm_jax.parallel import distributed, launcher, multihost
 from esolm_jax.parallel.guard import guard
 from esolm_jax.process import failures, interrupts, jax_settings, standard_streams, startup
-from esolm_jax.training import checkpoint
+from esolm_jax.training import checkpoint_meta, checkpoint_steps
 
 FlagValue = Callable[[str], str | None]  # the value of --name, before flags are parsed
 _SAVED = pathlib.Path(__file__).with_name("saved_config.py")
@@ -33,18 +33,20 @@ def saved_config(workdir: str | pathlib.Path, step: str | None = None) -> str:
     latest. UserError: a bad step."""
     if step is None:
         return f"{_SAVED}:{workdir}"
-    checkpoint.check_selector(step, f"--step={step}")
+    checkpoint_steps.check_selector(step, f"--step={step}")
     return f"{_SAVED}:{workdir}@{step}"
 
 
 def define_step_flag() -> None:
     """Defines --step, for the verbs that read a checkpoint."""
-    flags.DEFINE_string("step", checkpoint.LATEST, "Which checkpoint: a number, best or latest.")
+    flags.DEFINE_string(
+        "step", checkpoint_steps.LATEST, "Which checkpoint: a number, best or latest."
+    )
 
 
 def step_flag() -> str:
     """The value of --step; "latest" if the verb has no such flag."""
-    return flags.FLAGS["step"].value if "step" in flags.FLAGS else checkpoint.LATEST
+    return flags.FLAGS["step"].value if "step" in flags.FLAGS else checkpoint_steps.LATEST
 
 
 def _flag_value(argv: list[str], name: str) -> str | None:
@@ -186,7 +188,7 @@ def run(
 
     def parse(argv):
         verb = pathlib.Path(argv[0]).stem
-        checkpoint.begin_command()
+        checkpoint_meta.begin_command()
         argv[:] = config_lib.with_current_names(argv)  # absl and next_command read sys.argv again
         define_flags()
         if reads_checkpoint:
@@ -194,7 +196,7 @@ def run(
 
         def find_config(workdir):
             flag = functools.partial(_flag_value, argv)
-            has_checkpoints = needs_workdir and (workdir / checkpoint.FOLDER).is_dir()
+            has_checkpoints = needs_workdir and (workdir / checkpoint_steps.FOLDER).is_dir()
             saved = reads_checkpoint or (has_checkpoints and not flag("config"))
             given = default_config(flag)
             return given or (saved_config(workdir, flag("step")) if saved else None)

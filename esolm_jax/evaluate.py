@@ -26,7 +26,7 @@ from esolm_jax.evaluation.metric import check_finite
 from esolm_jax.model import build
 from esolm_jax.parallel import distributed, multihost, sharding
 from esolm_jax.process import jax_settings
-from esolm_jax.training import checkpoint, restore
+from esolm_jax.training import checkpoint_meta, restore
 
 FILE, HISTORY = "evaluate.json", "evaluations.jsonl"
 
@@ -75,7 +75,7 @@ def evaluate(config, workdir: pathlib.Path) -> dict:
         "batch_size": e.batch_size,
         "objective": config.objective,
         "alpha_0": config.alpha_0,
-        "trained_alpha_0": checkpoint.config_in(trained.meta).alpha_0,
+        "trained_alpha_0": checkpoint_meta.config_in(trained.meta).alpha_0,
         "weights": e.weights,
         "step": trained.step,
         "checkpoint_sha256": digest,
@@ -89,7 +89,7 @@ def evaluate(config, workdir: pathlib.Path) -> dict:
 def _digest(workdir: pathlib.Path, step: int) -> str | None:
     """The checkpoint's digest; None if it has none, or a running `train` deleted it."""
     try:
-        return checkpoint.digest_of(workdir, step)
+        return checkpoint_meta.digest_of(workdir, step)
     except UserError:
         return None
 

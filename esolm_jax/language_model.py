@@ -38,7 +38,7 @@ from esolm_jax.sampling.generate import Generator, check
 from esolm_jax.sampling.plan import passes, schedule
 from esolm_jax.sampling.plan import prompts as prompts_lib
 from esolm_jax.sampling.plan.canvas import MASK, Canvas, Seed
-from esolm_jax.training import checkpoint, restore
+from esolm_jax.training import checkpoint_meta, checkpoint_steps, restore
 
 Setting = str | int | float | bool
 
@@ -317,7 +317,7 @@ def check_sampling_fits(
 def load(
     workdir: str | os.PathLike[str],
     *,
-    step: int | str = checkpoint.LATEST,
+    step: int | str = checkpoint_steps.LATEST,
     weights: str = "ema",
     overrides: Mapping[str, Setting] | None = None,
 ) -> LanguageModel:
@@ -332,11 +332,11 @@ def load(
       UserError: no checkpoint is intact, it was trained with other sizes than the overrides, or a
         field or value is not allowed.
     """
-    checkpoint.check_selector(str(step), f"step={step!r}")
+    checkpoint_steps.check_selector(str(step), f"step={step!r}")
     if weights not in ("ema", "raw"):
         raise UserError(f"weights={weights!r}: must be ema or raw")
     folder = pathlib.Path(workdir).expanduser()
-    config = changed(checkpoint.saved_config(folder, str(step)), overrides or {})
+    config = changed(checkpoint_meta.saved_config(folder, str(step)), overrides or {})
     mesh = sharding.make_mesh(config.mesh)
     trained = restore.load_trained(config, folder, weights, mesh, str(step))
     return LanguageModel(config, trained, restore.load_tokenizer(folder, trained.meta))

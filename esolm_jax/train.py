@@ -22,7 +22,15 @@ from esolm_jax.model import build, finite
 from esolm_jax.parallel import distributed, multihost, sharding
 from esolm_jax.parallel.stop_signal import StopSignal
 from esolm_jax.process import jax_settings, prng
-from esolm_jax.training import checkpoint, health, restore, train_step
+from esolm_jax.training import (
+    checkpoint,
+    checkpoint_meta,
+    checkpoint_reader,
+    checkpoint_steps,
+    health,
+    restore,
+    train_step,
+)
 from esolm_jax.training import metrics as metrics_lib
 from esolm_jax.training.train_state import TrainState
 
@@ -53,7 +61,7 @@ class Run:
         self.metrics_entries = meta.get("metrics_entries", 0)
         finite.check_finite(
             {"params": state.params, "ema": state.ema, "optimizer": state.opt_state},
-            f"{self.workdir / checkpoint.FOLDER}/{int(state.step)}",
+            f"{self.workdir / checkpoint_steps.FOLDER}/{int(state.step)}",
             "move this folder away to resume from the step before it, or train in a new --workdir",
         )
         return self.training.begin(state, skipped=meta.get("skipped_steps", 0)), meta["cursor"]
@@ -94,12 +102,12 @@ class Run:
             restore.check_same_tokenizer(self.manifest, meta)
             return like
 
-        workdir, step = checkpoint.split_source(source)
+        workdir, step = checkpoint_steps.split_source(source)
         try:
-            checkpoint.read_meta(workdir, step)
+            checkpoint_meta.read_meta(workdir, step)
         except UserError as error:
             raise UserError(f"config.init_from={source!r}: {error}") from error
-        weights, found = checkpoint.read_weights(workdir, "ema", like_of, step)
+        weights, found = checkpoint_reader.read_weights(workdir, "ema", like_of, step)
         finite.check_finite(weights, f"config.init_from={source!r}: {found.folder}")
         print(f"weights from {workdir} at step {found.number:,}; all else starts afresh")
         return weights
@@ -118,7 +126,7 @@ class Run:
         except UserError as error:
             fault = f"{fault}; {error}"
         good = checkpoints.latest_step
-        found = "none" if good is None else f"{self.workdir / checkpoint.FOLDER}/{good}"
+        found = "none" if good is None else f"{self.workdir / checkpoint_steps.FOLDER}/{good}"
         raise UserError(f"{fault}. Training ended at step {step}; last good checkpoint: {found}")
 
     def skips(self, skipped: int) -> dict:

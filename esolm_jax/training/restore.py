@@ -8,7 +8,7 @@ from esolm_jax.data.manifest import Manifest, open_tokenizer
 from esolm_jax.errors import UserError
 from esolm_jax.model import build
 from esolm_jax.model.finite import check_finite
-from esolm_jax.training import checkpoint
+from esolm_jax.training import checkpoint_meta, checkpoint_reader, checkpoint_steps
 
 # What weights were trained with, and can be used with alone.
 MODEL_FIELDS = config_lib.names_with("fixes_weights")
@@ -17,7 +17,7 @@ MODEL_FIELDS = config_lib.names_with("fixes_weights")
 def check_same_fields(config, meta: dict, is_fixed, advice: str = "another --workdir") -> None:
     """UserError if a field for which `is_fixed(name)` differs from the checkpoint's config; the
     message advises to use the same or what `advice` says."""
-    saved = config_lib.flat(checkpoint.config_in(meta))
+    saved = config_lib.flat(checkpoint_meta.config_in(meta))
     for name, value in config_lib.flat(config).items():
         if is_fixed(name) and saved[name] != value:
             raise UserError(
@@ -64,7 +64,7 @@ class TrainedModel:
 
 
 def load_trained(
-    config, workdir: pathlib.Path, weights: str, mesh, step: str = checkpoint.LATEST
+    config, workdir: pathlib.Path, weights: str, mesh, step: str = checkpoint_steps.LATEST
 ) -> TrainedModel:
     """A checkpoint's `weights` ("ema" or "raw"), verified, split over the mesh.
 
@@ -78,11 +78,11 @@ def load_trained(
 
     def like_of(meta: dict) -> dict:
         check_same_fields(config, meta, lambda name: name in MODEL_FIELDS)
-        checkpoint.check_config_is_of(workdir, meta)
+        checkpoint_meta.check_config_is_of(workdir, meta)
         built["it"] = build.build_model(config, meta["tokenizer"], mesh)
         return build.abstract_params(built["it"].model, mesh)
 
-    params, found = checkpoint.read_weights(workdir, weights, like_of, step)
-    item = checkpoint.weights_item(weights, found.meta)
+    params, found = checkpoint_reader.read_weights(workdir, weights, like_of, step)
+    item = checkpoint_meta.weights_item(weights, found.meta)
     check_finite(params, f"{found.folder}/{item}", "another step may be intact: --step=N")
     return TrainedModel(built["it"], params, found.meta, found.number)

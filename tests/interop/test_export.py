@@ -45,7 +45,7 @@ from esolm_jax.sampling.engine import choose
 from esolm_jax.sampling.engine import network as network_lib
 from esolm_jax.sampling.engine.choose import TokenSampler
 from esolm_jax.sampling.plan.canvas import Canvas
-from esolm_jax.training import checkpoint, optimizer, train_state
+from esolm_jax.training import checkpoint_meta, optimizer, train_state
 
 pytestmark = [pytest.mark.fast_compile, pytest.mark.usefixtures(quick.__name__)]
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -114,7 +114,7 @@ def export(workdir, target, *args) -> dict:
 
 
 def trained(workdir, weights="ema"):
-    config = checkpoint.saved_config(workdir)
+    config = checkpoint_meta.saved_config(workdir)
     return config, out_of_workdir.load(config, workdir, weights)
 
 

@@ -23,7 +23,7 @@ from esolm_jax.data import build
 from esolm_jax.data.reader import TrainReader
 from esolm_jax.family import registry
 from esolm_jax.parallel import sharding
-from esolm_jax.training import checkpoint, train_state
+from esolm_jax.training import checkpoint, checkpoint_meta, train_state
 
 LENGTH = 16
 FLAGS = ("workdir", "topology", "num_slices", "program", "out", "sweep")  # of all verbs
@@ -179,7 +179,7 @@ def last_checkpoint(config, workdir: pathlib.Path):
     checkpoints = checkpoint.Checkpoints(workdir, keep_last=99, keep_best=99)
     state, _ = run.restore_or_init(checkpoints)
     checkpoints.close()
-    return to_host(state), checkpoint.read_meta(workdir)
+    return to_host(state), checkpoint_meta.read_meta(workdir)
 
 
 def refused_by(verb: str):

@@ -11,7 +11,7 @@ from tiny_run import FILE, arguments, command, make_config, quick
 
 from esolm_jax import train as train_lib
 from esolm_jax.data.reader import TrainReader
-from esolm_jax.training import checkpoint, health, metrics, phase_loss
+from esolm_jax.training import checkpoint, checkpoint_steps, health, metrics, phase_loss
 
 pytestmark = [pytest.mark.fast_compile, pytest.mark.usefixtures(quick.__name__)]
 
@@ -150,7 +150,7 @@ def last_line(capsys):
 
 
 def steps_in(workdir):
-    return {int(path.name) for path in (workdir / checkpoint.FOLDER).iterdir()}
+    return {int(path.name) for path in (workdir / checkpoint_steps.FOLDER).iterdir()}
 
 
 def entries(workdir):

@@ -30,7 +30,7 @@ from esolm_jax.data.manifest import load_data
 from esolm_jax.evaluation import likelihood
 from esolm_jax.evaluation.batches import eval_batches
 from esolm_jax.parallel import launcher, sharding
-from esolm_jax.training import checkpoint, metrics, restore
+from esolm_jax.training import checkpoint_meta, checkpoint_steps, metrics, restore
 
 ROOT = pathlib.Path(__file__).parents[2]
 pytestmark = [pytest.mark.fast_compile, pytest.mark.usefixtures(quick.__name__)]
@@ -260,8 +260,8 @@ def stopped(data, objective, tmp_path_factory):
     assert done >= 3
     assert f"stopped at step {done}" in ends[0][1]
     assert "stopped" not in ends[1][1]  # only process 0 prints
-    assert [path.name for path in (workdir / checkpoint.FOLDER).iterdir()] == [str(done)]
-    assert checkpoint.read_meta(workdir)["cursor"] == done * 16
+    assert [path.name for path in (workdir / checkpoint_steps.FOLDER).iterdir()] == [str(done)]
+    assert checkpoint_meta.read_meta(workdir)["cursor"] == done * 16
     return workdir
 
 
@@ -295,7 +295,7 @@ def test_weights_alone_are_read_on_one_device(objective, stopped, tmp_path, weig
     """What 8 devices in 2 processes saved, without the optimizer's state and the other weights."""
     workdir = tmp_path / "weights"
     shutil.copytree(stopped, workdir)
-    (step,) = (workdir / checkpoint.FOLDER).iterdir()
+    (step,) = (workdir / checkpoint_steps.FOLDER).iterdir()
     for item in ("optimizer", "params" if weights == "ema" else "ema"):
         shutil.rmtree(step / item)
     axes = {f"mesh.{axis}": 1 for axis in ("data", "fsdp", "tensor", "sequence", "devices")}
@@ -303,7 +303,9 @@ def test_weights_alone_are_read_on_one_device(objective, stopped, tmp_path, weig
     assert command("evaluate", *one, f"--config.eval.weights={weights}") == 0
     found = json.loads((workdir / "evaluate.json").read_text())
     assert found["weights"] == weights and found["step"] == int(step.name)
-    config = make_config({**config_lib.flat(checkpoint.saved_config(workdir)), "mesh.devices": 8})
+    config = make_config(
+        {**config_lib.flat(checkpoint_meta.saved_config(workdir)), "mesh.devices": 8}
+    )
     mesh = sharding.make_mesh(config.mesh)
     trained = restore.load_trained(config, stopped, weights, mesh)
     batches = eval_batches(

@@ -27,7 +27,7 @@ from esolm_jax.interop.published import (
 )
 from esolm_jax.model import build
 from esolm_jax.process import prng
-from esolm_jax.training import checkpoint, optimizer, train_state
+from esolm_jax.training import checkpoint, checkpoint_steps, optimizer, train_state
 
 WEIGHTS = ("both", "ema", "raw")
 
@@ -189,5 +189,5 @@ def write(
         save(checkpoints, draft)
         checkpoints.close()
         workdir.mkdir(parents=True, exist_ok=True)
-        for name in ("tokenizer", "config.json", checkpoint.FOLDER):
+        for name in ("tokenizer", "config.json", checkpoint_steps.FOLDER):
             (draft / name).rename(workdir / name)
