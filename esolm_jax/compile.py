@@ -226,7 +226,7 @@ def main(config, workdir: pathlib.Path | None) -> None:
         sys.exit(1)
 
 
-CLI = {"one_process": True, "needs_workdir": False, "define_flags": define_flags}
+CLI = cli.Verb(one_process=True, needs_workdir=False, define_flags=define_flags)
 
 if __name__ == "__main__":
-    cli.run(main, **CLI)
+    cli.run(main, CLI)

@@ -136,7 +136,7 @@ def _print_way_back(*args: str) -> None:
     print(f"and back: python -m esolm_jax.convert {shlex.join(args)}")
 
 
-CLI = {"one_process": True, "define_flags": define_flags, "default_config": default_config}
+CLI = cli.Verb(one_process=True, define_flags=define_flags, default_config=default_config)
 
 if __name__ == "__main__":
-    cli.run(main, **CLI)
+    cli.run(main, CLI)

@@ -11,6 +11,7 @@ import math
 import pathlib
 import re
 import sys
+from collections.abc import Iterator
 
 from absl import flags
 
@@ -46,25 +47,8 @@ def evaluate(config, workdir: pathlib.Path) -> dict:
     trained = restore.load_trained(config, workdir, e.weights, mesh, cli.step_flag())
     digest = _digest(workdir, trained.step)
     restore.check_same_tokenizer(manifest, trained.meta)
-    split = manifest.split(e.split)
     windows = num_windows(manifest, e.split, e.max_windows)
-
-    def batches():
-        return eval_batches(config, manifest, e.split, e.max_windows, mesh)
-
-    entries = []
-    for metric in metrics.selected(e.metrics, config):
-        estimate = metric.make(config, trained.built, None)
-        found = estimate(
-            trained.params,
-            batches(),
-            split=split,
-            seed=config.seed,
-            progress=metric.name,
-            total=math.ceil(windows / e.batch_size),
-        )
-        check_finite(found, metric.name)
-        entries.append(found.figures | {"summary": found.line})
+    entries = list(_results(config, manifest, trained, windows))
     return {
         "split": e.split,
         "windows": windows,
@@ -84,6 +68,25 @@ def evaluate(config, workdir: pathlib.Path) -> dict:
         "esolm_jax": esolm_jax.__version__,
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def _results(
+    config, manifest: Manifest, trained: restore.TrainedModel, windows: int
+) -> Iterator[dict]:
+    """The figures of each metric, and the line that `main` prints."""
+    e, built = config.eval, trained.built
+    for metric in metrics.selected(e.metrics, config):
+        estimate = metric.make(config, built, None)
+        found = estimate(
+            trained.params,
+            eval_batches(config, manifest, e.split, e.max_windows, built.mesh),
+            split=manifest.split(e.split),
+            seed=config.seed,
+            progress=metric.name,
+            total=math.ceil(windows / e.batch_size),
+        )
+        check_finite(found, metric.name)
+        yield found.figures | {"summary": found.line}
 
 
 def _digest(workdir: pathlib.Path, step: int) -> str | None:
@@ -142,11 +145,7 @@ def main(config, workdir: pathlib.Path) -> None:
     print(cli.next_command("sample", workdir, *fits, keep=cli.PLACES))
 
 
-CLI = {
-    "reads_checkpoint": True,
-    "define_flags": define_flags,
-    "default_config": default_config,
-}
+CLI = cli.Verb(reads_checkpoint=True, define_flags=define_flags, default_config=default_config)
 
 if __name__ == "__main__":
-    cli.run(main, **CLI)
+    cli.run(main, CLI)

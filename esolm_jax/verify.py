@@ -162,7 +162,7 @@ def main(config, workdir: pathlib.Path) -> None:
     print("nothing is damaged")
 
 
-CLI = {"one_process": True, "default_config": lambda _: __file__}
+CLI = cli.Verb(one_process=True, default_config=lambda _: __file__)
 
 if __name__ == "__main__":
-    cli.run(main, **CLI)
+    cli.run(main, CLI)

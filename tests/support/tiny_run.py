@@ -114,7 +114,7 @@ def command(verb: str, *args: str) -> int:
     sys.argv = [f"{verb}.py", *map(str, args)]
     _forget_flags()  # those of benchmarks that a test imports
     try:
-        cli.run(module.main, **module.CLI)
+        cli.run(module.main, module.CLI)
     except SystemExit as end:
         return end.code or 0
     finally:
