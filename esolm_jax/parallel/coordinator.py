@@ -15,43 +15,59 @@ from esolm_jax.parallel.relay import Relay
 
 
 def bind_address(address: str) -> dict[str, str]:
-    """The address that the coordinator binds to: the loopback or IP address given.
+    """The address that the coordinator binds to, as an argument of jax.distributed.initialize.
 
-    For any other name (hosts may resolve it differently) it binds to all interfaces, as JAX does.
+    It is the given IP address, or the address of this host that the given name resolves to. Without
+    such an address (see _addresses) the coordinator binds to all interfaces, as JAX does.
     JAX_COORDINATOR_BIND_ADDRESS overrides both.
 
     Raises:
       UserError: the port is in use (JAX's server would crash this process).
     """
     host, port = address.rsplit(":", 1)
-    found = _addresses(host.strip("[]"), int(port))
-    if not found or os.environ.get("JAX_COORDINATOR_BIND_ADDRESS"):
-        family, at, bound = socket.AF_INET6, ("", int(port)), {}
-    else:
-        family, at = found
-        literal = f"[{at[0]}]" if family == socket.AF_INET6 else at[0]
-        bound = {"coordinator_bind_address": f"{literal}:{port}"}
+    if not os.environ.get("JAX_COORDINATOR_BIND_ADDRESS"):
+        for family, sockaddr in _addresses(host.strip("[]"), int(port)):
+            if _can_bind(family, sockaddr, address):
+                ip = f"[{sockaddr[0]}]" if family == socket.AF_INET6 else sockaddr[0]
+                return {"coordinator_bind_address": f"{ip}:{port}"}
+    _can_bind(socket.AF_INET6, ("", int(port)), address)
+    return {}
+
+
+def _can_bind(family: int, sockaddr: tuple, address: str) -> bool:
+    """Whether this host has the socket address. UserError if its port is in use."""
     try:
         with socket.socket(family) as test:
             test.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            test.bind(at)
+            test.bind(sockaddr)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise UserError(
                 f"JAX_COORDINATOR_ADDRESS={address}: the port is in use on this host"
             ) from error
-        return {}  # an address of a proxy, not of this host
-    return bound
+        return False  # an address of a proxy, or of another host
+    return True
 
 
-def _addresses(host: str, port: int) -> tuple[int, tuple] | None:
-    """Family and socket address of an IP address or of "localhost"; None for another name."""
+def _addresses(host: str, port: int) -> list[tuple[int, tuple]]:
+    """Families and socket addresses of an IP address or a host name.
+
+    Empty for a name that resolves to a loopback or link-local address here: many hosts give their
+    own name such an address (127.0.1.1 on Debian), where other hosts get the real one.
+    """
+    is_name = False
     try:
         name = "127.0.0.1" if host == "localhost" else str(ipaddress.ip_address(host))
-        family, *_, at = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)[0]
-    except (OSError, ValueError):
-        return None
-    return family, at
+    except ValueError:
+        name, is_name = host, True
+    try:
+        found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):  # no such name; idna refuses a label
+        return []
+    ips = [ipaddress.ip_address(sockaddr[0].partition("%")[0]) for *_, sockaddr in found]
+    if is_name and any(ip.is_loopback or ip.is_link_local for ip in ips):
+        return []
+    return [(family, sockaddr) for family, *_, sockaddr in found]
 
 
 def connect(timeout: float, **arguments) -> Relay | None:

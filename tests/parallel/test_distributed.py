@@ -1,5 +1,6 @@
 """Real processes: they agree or say how not, stop at one step, and end when one is lost."""
 
+import ipaddress
 import os
 import pathlib
 import re
@@ -243,22 +244,68 @@ def _has_ipv6() -> bool:
     return True
 
 
+# What names resolve to, in the tests below.
+RESOLVED = {
+    "this-host": ["127.0.0.2"],
+    "debian": ["127.0.1.1"],
+    "two-networks": ["192.0.2.1", "127.0.0.2"],
+    "elsewhere": ["192.0.2.1"],
+    "link-local": ["fe80::1"],
+}
+
+
+@pytest.fixture
+def resolver(monkeypatch):
+    """Names resolve as in RESOLVED. 127.0.0.2 stands for an address of a network card, which not
+    every test machine has."""
+    real, is_loopback = socket.getaddrinfo, ipaddress.IPv4Address.is_loopback.fget
+
+    def getaddrinfo(host, port, **kwargs):
+        if host in RESOLVED:
+            return [a for ip in RESOLVED[host] for a in real(ip, port, **kwargs)]
+        return real(host, port, flags=socket.AI_NUMERICHOST, **kwargs)  # no name server is asked
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(
+        ipaddress.IPv4Address,
+        "is_loopback",
+        property(lambda ip: str(ip) != "127.0.0.2" and is_loopback(ip)),
+    )
+
+
 @pytest.mark.parametrize(
     "host, bound",
     [
         ("127.0.0.1", "127.0.0.1"),
         ("localhost", "127.0.0.1"),
         ("192.0.2.1", None),  # not of this host, but of something in front of it
-        ("node-1", None),
+        ("this-host", "127.0.0.2"),
+        ("two-networks", "127.0.0.2"),
+        ("debian", None),  # other hosts resolve this name to another address
+        ("link-local", None),
+        ("elsewhere", None),
+        ("unknown", None),
+        ("a" * 70, None),
     ],
 )
-def test_where_the_coordinator_is_to_listen(host, bound, monkeypatch):
+def test_where_the_coordinator_is_to_listen(host, bound, monkeypatch, resolver):
     monkeypatch.delenv("JAX_COORDINATOR_BIND_ADDRESS", raising=False)
     port = free_port()
     wanted = {"coordinator_bind_address": f"{bound}:{port}"} if bound else {}
     assert coordinator.bind_address(f"{host}:{port}") == wanted
     monkeypatch.setenv("JAX_COORDINATOR_BIND_ADDRESS", f"0.0.0.0:{port}")
     assert coordinator.bind_address(f"{host}:{port}") == {}
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "this-host", "debian", "192.0.2.1"])
+def test_a_port_in_use_is_one_error(host, monkeypatch, resolver):
+    monkeypatch.delenv("JAX_COORDINATOR_BIND_ADDRESS", raising=False)
+    with socket.socket() as other:
+        other.bind(("0.0.0.0", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(UserError, match=f"{host}:{port}: the port is in use on this host"):
+            coordinator.bind_address(f"{host}:{port}")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
