@@ -70,7 +70,7 @@ def load_trained(
     """A checkpoint's `weights` ("ema" or "raw"), verified, split over the mesh.
 
     Args:
-      step: "latest", "best" or a number; see checkpoint_steps.
+      step: "latest", "best" or a number; see checkpoint_selection.
 
     Raises:
       UserError: no step is intact, or `config` is of another objective or model.

@@ -2,7 +2,7 @@
 
 python tests/support/same_numbers_run.py JOBS.json, where JOBS.json holds {"steps": steps of each
 job, "jobs": {name: config fields}, "out": file for what process 0 saw, also JSON}. The environment
-says which process it is, and of how many (parallel/distributed.py).
+says which process it is, and of how many (parallel/launcher.py).
 """
 
 import contextlib
