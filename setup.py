@@ -29,6 +29,7 @@ setup(
         "tensorboardX>=2.6.5,<3",
         "tensorflow-datasets>=4.9.10,<5",
         "tqdm>=4.70,<5",
+        "xxhash>=4.1,<5",
     ],
     extras_require={
         "export": [

@@ -21,7 +21,7 @@ from esolm_jax.data.manifest import load_data
 from esolm_jax.evaluation import likelihood
 from esolm_jax.evaluation.batches import eval_batches
 from esolm_jax.parallel import sharding
-from esolm_jax.training import checkpoint, restore
+from esolm_jax.training import checkpoint_meta, checkpoint_steps, restore
 
 NOTES = """# The spread of every estimator against its printed error
 
@@ -78,7 +78,7 @@ class Model:
 
     @classmethod
     def load(cls, workdir: pathlib.Path) -> "Model":
-        config = checkpoint.saved_config(workdir)
+        config = checkpoint_meta.saved_config(workdir)
         with config.unlocked():
             config.eval.batch_size = BATCH
             config.data.dir = config.data.dir or str(workdir / "data")
@@ -107,7 +107,7 @@ class Model:
 
 def train_briefly(objective: str, data: str, workdir: pathlib.Path, steps: int) -> None:
     """A small model of the objective, on the quickstart's data and recipe."""
-    if (workdir / checkpoint.FOLDER).is_dir():
+    if (workdir / checkpoint_steps.FOLDER).is_dir():
         return
     from configs import shakespeare
 

@@ -23,7 +23,7 @@ from esolm_jax import compile as compile_lib
 from esolm_jax import results
 from esolm_jax.aot import topology
 from esolm_jax.model.lm_head import token_nll
-from esolm_jax.training.train_step import PhaseLoss
+from esolm_jax.training.phase_loss import PhaseLoss
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "pod_cost"

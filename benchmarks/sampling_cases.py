@@ -12,6 +12,7 @@ import numpy as np
 from benchmarks import sampling_limits
 from esolm_jax.family.labels import Tokens
 from esolm_jax.model import transformer as model
+from esolm_jax.model.model_config import ModelConfig
 from esolm_jax.sampling.engine import network
 from esolm_jax.sampling.engine.choose import TokenSampler
 from esolm_jax.sampling.loops.loop import Task, row_keys
@@ -24,9 +25,7 @@ FAMILIES = "eso_b ar mdlm bd3:4 bd3:16".split()
 LENGTHS = 256, 512, 1024, 2048, 4096, 8192
 BATCHES = 1, 8
 MASK, START = 1024, 0
-CONFIG = model.ModelConfig(
-    vocab_size=MASK + 1, width=256, blocks=4, heads=8, cond_width=128, unroll=4
-)
+CONFIG = ModelConfig(vocab_size=MASK + 1, width=256, blocks=4, heads=8, cond_width=128, unroll=4)
 AR_CONFIG = dataclasses.replace(CONFIG, cond_width=0)  # as published
 SCORES = 3 * 2**30  # bytes that the scores of a window with itself may take
 WHOLE = 60  # seconds: generations that should take longer are timed in part,
@@ -84,7 +83,7 @@ def cases(families, lengths, batches) -> list[Case]:
     return found
 
 
-def random_params(config: model.ModelConfig) -> dict:
+def random_params(config: ModelConfig) -> dict:
     """Weights as before training, but for those that are zero then."""
 
     def filled(path, leaf):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.train_speed import Load, matmul_ceiling, num_threads
-from esolm_jax.model.transformer import ModelConfig
+from esolm_jax.model.model_config import ModelConfig
 from esolm_jax.sampling.plan.passes import DecodePlan
 
 # Bytes: about the weights of the benchmark's network, with the cache of half of 8192 tokens, and

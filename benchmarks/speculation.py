@@ -20,7 +20,7 @@ from esolm_jax.parallel import sharding
 from esolm_jax.sampling.engine.network import fold
 from esolm_jax.sampling.generate import Generator, draft_figures
 from esolm_jax.sampling.plan.canvas import Canvas
-from esolm_jax.training import checkpoint, restore
+from esolm_jax.training import checkpoint_meta, restore
 
 ALPHAS = (0.0, 0.125, 0.5, 1.0)
 WAYS = [("plain", 0, False)]
@@ -49,7 +49,7 @@ def _row(generator: Generator, seconds: float, decoded) -> dict:
 
 
 def measure(workdir: pathlib.Path, num: int, repeats: int) -> dict:
-    config = checkpoint.saved_config(workdir)
+    config = checkpoint_meta.saved_config(workdir)
     with config.unlocked():
         config.sample.num_texts, config.sample.top_p = num, 1.0
     mesh = sharding.make_mesh(config.mesh)

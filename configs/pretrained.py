@@ -14,13 +14,13 @@ model of 1 billion fits on one chip of 40 GB; 7 billion want 8 of them.
 """
 
 from esolm_jax.errors import UserError
-from esolm_jax.training import checkpoint
+from esolm_jax.training import checkpoint_meta, checkpoint_steps
 
 
 def get_config(workdir: str = ""):
     if not workdir:
         raise UserError("--config=configs/pretrained.py:WORKDIR: name what `convert` wrote")
-    config = checkpoint.saved_config(*checkpoint.split_source(workdir))
+    config = checkpoint_meta.saved_config(*checkpoint_steps.split_source(workdir))
     with config.unlocked():
         config.init_from = workdir
         config.objective, config.alpha_0 = "eso_b", 0.5

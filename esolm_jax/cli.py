@@ -5,6 +5,7 @@ interrupted; 143 terminated; 1 anything else. See failures.py.
 """
 
 import contextlib
+import dataclasses
 import functools
 import logging as logging_lib
 import os
@@ -19,9 +20,10 @@ from ml_collections import ConfigDict, config_flags
 
 from esolm_jax import config as config_lib
 from esolm_jax.errors import UserError
-from esolm_jax.parallel import distributed
+from esolm_jax.parallel import distributed, launcher, multihost
+from esolm_jax.parallel.guard import guard
 from esolm_jax.process import failures, interrupts, jax_settings, standard_streams, startup
-from esolm_jax.training import checkpoint
+from esolm_jax.training import checkpoint_meta, checkpoint_steps
 
 FlagValue = Callable[[str], str | None]  # the value of --name, before flags are parsed
 _SAVED = pathlib.Path(__file__).with_name("saved_config.py")
@@ -32,18 +34,20 @@ def saved_config(workdir: str | pathlib.Path, step: str | None = None) -> str:
     latest. UserError: a bad step."""
     if step is None:
         return f"{_SAVED}:{workdir}"
-    checkpoint.check_selector(step, f"--step={step}")
+    checkpoint_steps.check_selector(step, f"--step={step}")
     return f"{_SAVED}:{workdir}@{step}"
 
 
 def define_step_flag() -> None:
     """Defines --step, for the verbs that read a checkpoint."""
-    flags.DEFINE_string("step", checkpoint.LATEST, "Which checkpoint: a number, best or latest.")
+    flags.DEFINE_string(
+        "step", checkpoint_steps.LATEST, "Which checkpoint: a number, best or latest."
+    )
 
 
 def step_flag() -> str:
     """The value of --step; "latest" if the verb has no such flag."""
-    return flags.FLAGS["step"].value if "step" in flags.FLAGS else checkpoint.LATEST
+    return flags.FLAGS["step"].value if "step" in flags.FLAGS else checkpoint_steps.LATEST
 
 
 def _flag_value(argv: list[str], name: str) -> str | None:
@@ -143,8 +147,8 @@ def _join(config, *, stoppable: bool) -> None:
         barrier_timeout=timeouts.barrier_timeout,
         stoppable=stoppable,
     )
-    same = {"config": distributed.config_hash(config), "code version": distributed.code_hash()}
-    distributed.check_same(same, timeout=timeouts.barrier_timeout)
+    same = {"config": multihost.config_hash(config), "code version": multihost.code_hash()}
+    multihost.check_same(same, timeout=timeouts.barrier_timeout)
 
 
 @contextlib.contextmanager
@@ -156,89 +160,95 @@ def _only_process_0_prints():
             yield
 
 
-def run(
-    main: Callable[[ConfigDict, pathlib.Path], None],
-    *,
-    reads_checkpoint: bool = False,
-    one_process: bool = False,
-    others_wait: bool = False,
-    stoppable: bool = False,
-    needs_workdir: bool = True,
-    define_flags: Callable[[], None] = lambda: None,
-    default_config: Callable[[FlagValue], str | None] = lambda _: None,
-):
-    """Runs `main(config, workdir)` with a validated config, then exits with a code of failures.py.
-    A failure prints one line.
+@dataclasses.dataclass(frozen=True)
+class Verb:
+    """How a verb runs.
 
-    With several processes, main runs in all of them and only process 0 prints.
-
-    Args:
+    Attributes:
       reads_checkpoint: --config defaults to the config saved in the workdir; an error if it has no
         checkpoints. (Other verbs use the saved config if there is one.)
       one_process: main runs in process 0 only.
       others_wait: with `one_process`, further processes wait; else they are an error.
-      stoppable: main uses distributed.StopSignal.
+      stoppable: main uses stop_signal.StopSignal.
       needs_workdir: False: --workdir is optional and may be None.
       define_flags: defines the flags of this verb.
       default_config: from the values of flags to another default for --config, or None.
     """
 
-    def parse(argv):
-        verb = pathlib.Path(argv[0]).stem
-        checkpoint.begin_command()
-        argv[:] = config_lib.with_current_names(argv)  # absl and next_command read sys.argv again
-        define_flags()
-        if reads_checkpoint:
-            define_step_flag()
+    reads_checkpoint: bool = False
+    one_process: bool = False
+    others_wait: bool = False
+    stoppable: bool = False
+    needs_workdir: bool = True
+    define_flags: Callable[[], None] = lambda: None
+    default_config: Callable[[FlagValue], str | None] = lambda _: None
 
-        def find_config(workdir):
-            flag = functools.partial(_flag_value, argv)
-            has_checkpoints = needs_workdir and (workdir / checkpoint.FOLDER).is_dir()
-            saved = reads_checkpoint or (has_checkpoints and not flag("config"))
-            given = default_config(flag)
-            return given or (saved_config(workdir, flag("step")) if saved else None)
 
-        _define_flags(argv, verb, needs_workdir, find_config)
-        try:
-            rest = flags.FLAGS(argv)
-        except flags.Error as error:
-            raise UserError(str(error)) from error
-        except (AttributeError, ImportError, KeyError, SyntaxError, TypeError) as error:
-            what = str(error).strip().splitlines()[0]
-            file = _flag_value(argv, "config")
-            raise UserError(f"--config={file}: {type(error).__name__}: {what}") from error
-        if len(rest) > 1:
-            raise UserError(f"{rest[1]!r}: not a flag; write --name=value")
-        return rest
+def _parse(verb: Verb, argv: list[str]) -> list[str]:
+    """Defines and parses the flags. UserError: one of them is bad."""
+    name = pathlib.Path(argv[0]).stem
+    checkpoint_meta.begin_command()
+    argv[:] = config_lib.with_current_names(argv)  # absl and next_command read sys.argv again
+    verb.define_flags()
+    if verb.reads_checkpoint:
+        define_step_flag()
 
-    def body(argv):
-        del argv
-        config = flags.FLAGS.config
-        config_lib.validate(config)
-        several = distributed.launched() if one_process else None
-        if several and not others_wait:
-            verb = pathlib.Path(sys.argv[0]).stem
-            raise UserError(
-                f"{verb} runs in one process, but {several} announces several; start it without "
-                "the launcher"
-            )
-        with distributed.guard():
-            if several or not one_process:
-                _join(config, stoppable=stoppable)
-            with _only_process_0_prints():
-                workdir = flags.FLAGS.workdir
-                workdir = workdir and pathlib.Path(workdir).expanduser()
-                if one_process:
-                    distributed.on_main(lambda: main(config, workdir))
-                else:
-                    main(config, workdir)
-                if distributed.is_main() and (note := jax_settings.note()):
-                    print(note, file=sys.stderr)
+    def find_config(workdir):
+        flag = functools.partial(_flag_value, argv)
+        has_checkpoints = verb.needs_workdir and (workdir / checkpoint_steps.FOLDER).is_dir()
+        saved = verb.reads_checkpoint or (has_checkpoints and not flag("config"))
+        given = verb.default_config(flag)
+        return given or (saved_config(workdir, flag("step")) if saved else None)
 
+    _define_flags(argv, name, verb.needs_workdir, find_config)
+    try:
+        rest = flags.FLAGS(argv)
+    except flags.Error as error:
+        raise UserError(str(error)) from error
+    except (AttributeError, ImportError, KeyError, SyntaxError, TypeError) as error:
+        what = str(error).strip().splitlines()[0]
+        file = _flag_value(argv, "config")
+        raise UserError(f"--config={file}: {type(error).__name__}: {what}") from error
+    if len(rest) > 1:
+        raise UserError(f"{rest[1]!r}: not a flag; write --name=value")
+    return rest
+
+
+def _run_main(main: Callable[[ConfigDict, pathlib.Path], None], verb: Verb) -> None:
+    """Runs `main` in one or in all processes, with the config of the parsed flags."""
+    config = flags.FLAGS.config
+    config_lib.validate(config)
+    several = launcher.launched() if verb.one_process else None
+    if several and not verb.others_wait:
+        name = pathlib.Path(sys.argv[0]).stem
+        raise UserError(
+            f"{name} runs in one process, but {several} announces several; start it without "
+            "the launcher"
+        )
+    with guard():
+        if several or not verb.one_process:
+            _join(config, stoppable=verb.stoppable)
+        with _only_process_0_prints():
+            workdir = flags.FLAGS.workdir
+            workdir = workdir and pathlib.Path(workdir).expanduser()
+            if verb.one_process:
+                multihost.on_main(lambda: main(config, workdir))
+            else:
+                main(config, workdir)
+            if distributed.is_main() and (note := jax_settings.note()):
+                print(note, file=sys.stderr)
+
+
+def run(main: Callable[[ConfigDict, pathlib.Path], None], verb: Verb) -> None:
+    """Runs `main(config, workdir)` with a validated config, then exits with a code of failures.py.
+    A failure prints one line.
+
+    With several processes, main runs in all of them and only process 0 prints.
+    """
     _quiet_libraries()
     try:
         with jax_settings.pinned():
-            app.run(body, flags_parser=parse)
+            app.run(lambda _: _run_main(main, verb), flags_parser=functools.partial(_parse, verb))
     except SystemExit as end:
         code = _checked(end.code)
     except BaseException as error:

@@ -23,7 +23,7 @@ from esolm_jax.aot import report as report_lib
 from esolm_jax.data.manifest import planned_tokenizer
 from esolm_jax.errors import UserError
 from esolm_jax.model import build
-from esolm_jax.model.transformer import REMAT
+from esolm_jax.model.model_config import REMAT
 from esolm_jax.parallel import sharding
 from esolm_jax.training.train_step import Trainer
 
@@ -226,7 +226,7 @@ def main(config, workdir: pathlib.Path | None) -> None:
         sys.exit(1)
 
 
-CLI = {"one_process": True, "needs_workdir": False, "define_flags": define_flags}
+CLI = cli.Verb(one_process=True, needs_workdir=False, define_flags=define_flags)
 
 if __name__ == "__main__":
-    cli.run(main, **CLI)
+    cli.run(main, CLI)

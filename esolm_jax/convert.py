@@ -21,7 +21,7 @@ from esolm_jax.interop.hub import config as hub_config
 from esolm_jax.interop.hub import from_hub, to_hub
 from esolm_jax.interop.published import config as published_config
 from esolm_jax.interop.published import into_workdir, out_of_workdir
-from esolm_jax.training import checkpoint
+from esolm_jax.training import checkpoint_steps
 
 
 def define_flags() -> None:
@@ -88,7 +88,8 @@ def _bring_in(config, source: str, workdir: pathlib.Path) -> None:
     print(
         f"taken: {made.weights}; the optimizer starts afresh, so the learning rate warms up again"
     )
-    print(f"wrote {workdir}/{checkpoint.FOLDER}/{made.step}, {workdir}/tokenizer, and config.json")
+    step = f"{workdir}/{checkpoint_steps.FOLDER}/{made.step}"
+    print(f"wrote {step}, {workdir}/tokenizer, and config.json")
     print(cli.next_command("sample", workdir))
     text = ["--config.data.source=text", "--config.data.train=FILES", "--config.data.test=FILES"]
     print("to evaluate it or to train on, prepare text for it first (FILES: yours):")
@@ -102,7 +103,7 @@ def _bring_in_pretrained(config, source: str, workdir: pathlib.Path) -> None:
     print(
         f"{source}: {config.model.style}-style, {made.parameters:,} parameters with the mask token"
     )
-    print(f"wrote {workdir}/{checkpoint.FOLDER}/0, {workdir}/tokenizer, and config.json")
+    print(f"wrote {workdir}/{checkpoint_steps.FOLDER}/0, {workdir}/tokenizer, and config.json")
     print(cli.next_command("sample", workdir))
     print("to make an Eso-LM of it, with your own text (FILES), in a new folder (NEW):")
     file = pathlib.Path("configs/pretrained.py")
@@ -135,7 +136,7 @@ def _print_way_back(*args: str) -> None:
     print(f"and back: python -m esolm_jax.convert {shlex.join(args)}")
 
 
-CLI = {"one_process": True, "define_flags": define_flags, "default_config": default_config}
+CLI = cli.Verb(one_process=True, define_flags=define_flags, default_config=default_config)
 
 if __name__ == "__main__":
-    cli.run(main, **CLI)
+    cli.run(main, CLI)

@@ -11,6 +11,7 @@ import math
 import pathlib
 import re
 import sys
+from collections.abc import Iterator
 
 from absl import flags
 
@@ -24,9 +25,9 @@ from esolm_jax.evaluation import metrics, provenance
 from esolm_jax.evaluation.batches import eval_batches
 from esolm_jax.evaluation.metric import check_finite
 from esolm_jax.model import build
-from esolm_jax.parallel import distributed, sharding
+from esolm_jax.parallel import distributed, multihost, sharding
 from esolm_jax.process import jax_settings
-from esolm_jax.training import checkpoint, restore
+from esolm_jax.training import checkpoint_meta, restore
 
 FILE, HISTORY = "evaluate.json", "evaluations.jsonl"
 
@@ -46,25 +47,8 @@ def evaluate(config, workdir: pathlib.Path) -> dict:
     trained = restore.load_trained(config, workdir, e.weights, mesh, cli.step_flag())
     digest = _digest(workdir, trained.step)
     restore.check_same_tokenizer(manifest, trained.meta)
-    split = manifest.split(e.split)
     windows = num_windows(manifest, e.split, e.max_windows)
-
-    def batches():
-        return eval_batches(config, manifest, e.split, e.max_windows, mesh)
-
-    entries = []
-    for metric in metrics.selected(e.metrics, config):
-        estimate = metric.make(config, trained.built, None)
-        found = estimate(
-            trained.params,
-            batches(),
-            split=split,
-            seed=config.seed,
-            progress=metric.name,
-            total=math.ceil(windows / e.batch_size),
-        )
-        check_finite(found, metric.name)
-        entries.append(found.figures | {"summary": found.line})
+    entries = list(_results(config, manifest, trained, windows))
     return {
         "split": e.split,
         "windows": windows,
@@ -75,7 +59,7 @@ def evaluate(config, workdir: pathlib.Path) -> dict:
         "batch_size": e.batch_size,
         "objective": config.objective,
         "alpha_0": config.alpha_0,
-        "trained_alpha_0": checkpoint.config_in(trained.meta).alpha_0,
+        "trained_alpha_0": checkpoint_meta.config_in(trained.meta).alpha_0,
         "weights": e.weights,
         "step": trained.step,
         "checkpoint_sha256": digest,
@@ -86,10 +70,29 @@ def evaluate(config, workdir: pathlib.Path) -> dict:
     }
 
 
+def _results(
+    config, manifest: Manifest, trained: restore.TrainedModel, windows: int
+) -> Iterator[dict]:
+    """The figures of each metric, and the line that `main` prints."""
+    e, built = config.eval, trained.built
+    for metric in metrics.selected(e.metrics, config):
+        estimate = metric.make(config, built, None)
+        found = estimate(
+            trained.params,
+            eval_batches(config, manifest, e.split, e.max_windows, built.mesh),
+            split=manifest.split(e.split),
+            seed=config.seed,
+            progress=metric.name,
+            total=math.ceil(windows / e.batch_size),
+        )
+        check_finite(found, metric.name)
+        yield found.figures | {"summary": found.line}
+
+
 def _digest(workdir: pathlib.Path, step: int) -> str | None:
     """The checkpoint's digest; None if it has none, or a running `train` deleted it."""
     try:
-        return checkpoint.digest_of(workdir, step)
+        return checkpoint_meta.digest_of(workdir, step)
     except UserError:
         return None
 
@@ -126,7 +129,7 @@ def default_config(flag: cli.FlagValue) -> str | None:
 
 def main(config, workdir: pathlib.Path) -> None:
     if "verify" in flags.FLAGS and flags.FLAGS["verify"].value:
-        distributed.on_main(lambda: verify.main(config, workdir))
+        multihost.on_main(lambda: verify.main(config, workdir))
         return
     path, history = workdir / FILE, workdir / HISTORY
     results.check_can_write(path, history)
@@ -142,11 +145,7 @@ def main(config, workdir: pathlib.Path) -> None:
     print(cli.next_command("sample", workdir, *fits, keep=cli.PLACES))
 
 
-CLI = {
-    "reads_checkpoint": True,
-    "define_flags": define_flags,
-    "default_config": default_config,
-}
+CLI = cli.Verb(reads_checkpoint=True, define_flags=define_flags, default_config=default_config)
 
 if __name__ == "__main__":
-    cli.run(main, **CLI)
+    cli.run(main, CLI)

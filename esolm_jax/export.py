@@ -73,7 +73,7 @@ def _measured(found: dict) -> str:
     return ", ".join(said)
 
 
-CLI = {"reads_checkpoint": True, "one_process": True, "define_flags": define_flags}
+CLI = cli.Verb(reads_checkpoint=True, one_process=True, define_flags=define_flags)
 
 if __name__ == "__main__":
-    cli.run(main, **CLI)
+    cli.run(main, CLI)

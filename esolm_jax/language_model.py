@@ -6,12 +6,10 @@
 Results equal those of the verbs `sample` and `evaluate`. See docs/python_api.md.
 """
 
-import copy
-import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,13 +19,12 @@ from ml_collections import ConfigDict
 
 from esolm_jax import config as config_lib
 from esolm_jax import memory_limit
-from esolm_jax.data import windows
+from esolm_jax.config import Setting
 from esolm_jax.data.manifest import tokenizer_entry
 from esolm_jax.data.tokenizer import Tokenizer
-from esolm_jax.errors import UserError, nearest
-from esolm_jax.evaluation import likelihood
+from esolm_jax.errors import UserError
+from esolm_jax.evaluation.text_likelihood import LogLikelihood, TextLikelihood
 from esolm_jax.family.labels import Tokens
-from esolm_jax.family.phase import is_exact
 from esolm_jax.interop.published import reference
 from esolm_jax.interop.published.reference import Reference
 from esolm_jax.model import build
@@ -38,30 +35,7 @@ from esolm_jax.sampling.generate import Generator, check
 from esolm_jax.sampling.plan import passes, schedule
 from esolm_jax.sampling.plan import prompts as prompts_lib
 from esolm_jax.sampling.plan.canvas import MASK, Canvas, Seed
-from esolm_jax.training import checkpoint, restore
-
-Setting = str | int | float | bool
-
-
-@dataclasses.dataclass(frozen=True)
-class LogLikelihood:
-    """Estimated log-likelihoods of texts, in nats.
-
-    Attributes:
-      bound: "exact"; "nelbo" or "importance_weighted", whose expectation is a lower bound on the
-        log-likelihood (see esolm_jax/evaluation/likelihood.py for the distribution of each).
-      values: float64 [texts], nats of each text.
-      num_tokens: int64 [texts], tokens of each text, EOS included.
-      nll_per_token: −Σ values / Σ num_tokens.
-      standard_error: Monte-Carlo standard error of `nll_per_token` for these texts; 0 if exact, NaN
-        if a single draw leaves it unknown.
-    """
-
-    bound: str
-    values: np.ndarray
-    num_tokens: np.ndarray
-    nll_per_token: float
-    standard_error: float
+from esolm_jax.training import checkpoint_meta, checkpoint_steps, restore
 
 
 class LanguageModel:
@@ -167,7 +141,8 @@ class LanguageModel:
           UserError: an unknown setting, a bad value, a prompt that does not fit or that the family
             cannot fill in, or texts that do not fit into memory.
         """
-        config = changed(self.config, {f"sample.{name}": v for name, v in settings.items()})
+        fields = {f"sample.{name}": value for name, value in settings.items()}
+        config = config_lib.overridden(self.config, fields)
         check(config)
         given = [prompts] if isinstance(prompts, str) else list(prompts)
         length = texts_lib.length_of(config)
@@ -215,79 +190,12 @@ class LanguageModel:
             changes["eval.num_samples"] = num_samples
         if seed is not None:
             changes["seed"] = seed
-        config = changed(self.config, changes)
-        config_lib.validate_evaluation(config, sharding.num_row_shards(self._built.mesh))
-        rows = self._windows([texts] if isinstance(texts, str) else list(texts))
-        batches = self._batches(rows, config.eval.batch_size)
-        exact = is_exact(config)
-        if num_orders and not exact:
-            bound = "importance_weighted"
-            estimate = self._importance_weighted(
-                self.params, batches, num_orders=num_orders, seed=config.seed
-            )
-        else:
-            bound = "exact" if exact else "nelbo"
-            estimate = self._nelbo(
-                self.params, batches, num_samples=config.eval.num_samples, seed=config.seed
-            )
-        return LogLikelihood(
-            bound=bound,
-            values=-estimate.window_nll,
-            num_tokens=estimate.window_tokens,
-            nll_per_token=estimate.nll,
-            standard_error=estimate.standard_error,
-        )
+        rows = [texts] if isinstance(texts, str) else list(texts)
+        return self._likelihood.estimate(self.params, rows, changes)
 
     @functools.cached_property
-    def _nelbo(self) -> Any:
-        return likelihood.make_nelbo(self.config, self._built)
-
-    @functools.cached_property
-    def _importance_weighted(self) -> Any:
-        return likelihood.make_importance_weighted(self.config, self._built)
-
-    def _windows(self, texts: list[str]) -> list[list[int]]:
-        length = self.config.data.seq_len
-        if not texts:
-            raise UserError("texts: must have at least one text")
-        found = []
-        for i, text in enumerate(texts):
-            ids = self.tokenizer.encode(text)
-            if len(ids) > length:
-                raise UserError(
-                    f"texts[{i}]: has {len(ids):,} tokens; must have at most data.seq_len={length}"
-                )
-            found.append(ids)
-        return list(windows.pad(found, length, self.tokenizer.eos_id))
-
-    def _batches(self, rows: list[list[int]], size: int) -> Iterator[dict]:
-        """Global batches {"x", "valid"}, [size, L]; rows after the last text are padding."""
-        for start in range(0, len(rows), size):
-            x = np.full((size, self.config.data.seq_len), self.tokenizer.pad_id, np.int32)
-            valid = np.zeros(x.shape, bool)
-            for b, ids in enumerate(rows[start : start + size]):
-                x[b, : len(ids)], valid[b, : len(ids)] = ids, True
-            batch = {"x": x, "valid": valid}
-            yield sharding.put_batch(batch, self._built.mesh, size)
-
-
-def changed(config: ConfigDict, fields: Mapping[str, Setting]) -> ConfigDict:
-    """A copy of the config with these dotted fields set, validated and locked.
-
-    Raises:
-      UserError: a field is unknown, or a value is not allowed.
-    """
-    new = copy.deepcopy(config)
-    for name, value in fields.items():
-        *sections, field = name.split(".")
-        section = functools.reduce(lambda node, key: node.get(key, {}), sections, new)
-        if not isinstance(section, ConfigDict):
-            known = config_lib.flat(config)
-            raise UserError(f"config.{name}: unknown field{nearest(name, known)}")
-        with section.ignore_type():
-            section[field] = value
-    config_lib.validate(new)
-    return new
+    def _likelihood(self) -> TextLikelihood:
+        return TextLikelihood(self.config, self._built, self.tokenizer)
 
 
 def check_sampling_fits(
@@ -317,7 +225,7 @@ def check_sampling_fits(
 def load(
     workdir: str | os.PathLike[str],
     *,
-    step: int | str = checkpoint.LATEST,
+    step: int | str = checkpoint_steps.LATEST,
     weights: str = "ema",
     overrides: Mapping[str, Setting] | None = None,
 ) -> LanguageModel:
@@ -332,11 +240,11 @@ def load(
       UserError: no checkpoint is intact, it was trained with other sizes than the overrides, or a
         field or value is not allowed.
     """
-    checkpoint.check_selector(str(step), f"step={step!r}")
+    checkpoint_steps.check_selector(str(step), f"step={step!r}")
     if weights not in ("ema", "raw"):
         raise UserError(f"weights={weights!r}: must be ema or raw")
     folder = pathlib.Path(workdir).expanduser()
-    config = changed(checkpoint.saved_config(folder, str(step)), overrides or {})
+    config = config_lib.overridden(checkpoint_meta.saved_config(folder, str(step)), overrides or {})
     mesh = sharding.make_mesh(config.mesh)
     trained = restore.load_trained(config, folder, weights, mesh, str(step))
     return LanguageModel(config, trained, restore.load_tokenizer(folder, trained.meta))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from esolm_jax.data.reader import PREFETCH
 from esolm_jax.errors import UserError
 from esolm_jax.family import registry
-from esolm_jax.model.transformer import TIME_FREQUENCIES, ModelConfig
+from esolm_jax.model.model_config import TIME_FREQUENCIES, ModelConfig
 from esolm_jax.parallel import sharding
 from esolm_jax.sampling import generate
 

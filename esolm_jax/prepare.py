@@ -22,7 +22,7 @@ def main(config, workdir: pathlib.Path) -> None:
     print(cli.next_command("train", workdir, keep=cli.CONFIG))
 
 
-CLI = {"one_process": True, "others_wait": True}
+CLI = cli.Verb(one_process=True, others_wait=True)
 
 if __name__ == "__main__":
-    cli.run(main, **CLI)
+    cli.run(main, CLI)

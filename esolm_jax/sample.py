@@ -80,26 +80,39 @@ def sample(
     decoded = jax.device_get(run(network))
     end = time.perf_counter()
     nfe, generated = generator.nfe(decoded), texts_lib.num_generated(decoded)
-    rows = texts_lib.sample_rows(config, generator, decoded, tokenizer, prompted=bool(found))
     figures = {
-        "samples": rows,
+        "samples": texts_lib.sample_rows(
+            config, generator, decoded, tokenizer, prompted=bool(found)
+        ),
         "num_diffusion": generator.is_diffusion().sum(axis=1).tolist(),
         "num_generated": generated,
         "nfe": nfe,
+        **_seconds(begin, loaded, compiled, end),
+        "tokens_per_second": generated / (end - compiled),
+        "speculation": draft_figures(decoded),
+        **_settings(config, trained.step),
+    }
+    steps = _trace(config, generator, decoded, tokenizer, nfe) if with_trace else None
+    return figures, steps
+
+
+def _settings(config, step: int) -> dict:
+    return {
+        "objective": config.objective,
+        "alpha_0": config.alpha_0,
+        "sample": config.sample.to_dict(),
+        "step": step,
+        "jax_settings": jax_settings.recorded(),
+    }
+
+
+def _seconds(begin: float, loaded: float, compiled: float, end: float) -> dict[str, float]:
+    return {
         "load_seconds": loaded - begin,
         "compile_seconds": compiled - loaded,
         "seconds": end - compiled,
         "first_sample_seconds": end - begin,
-        "tokens_per_second": generated / (end - compiled),
-        "speculation": draft_figures(decoded),
-        "objective": config.objective,
-        "alpha_0": config.alpha_0,
-        "sample": config.sample.to_dict(),
-        "step": trained.step,
-        "jax_settings": jax_settings.recorded(),
     }
-    steps = _trace(config, generator, decoded, tokenizer, nfe) if with_trace else None
-    return figures, steps
 
 
 def _trace(config, generator: Generator, decoded, tokenizer, nfe: int) -> trace.Trace:
@@ -156,7 +169,7 @@ def main(config, workdir: pathlib.Path) -> None:
     print(cli.next_command("sample", workdir, another, keep=".*"))
 
 
-CLI = {"reads_checkpoint": True, "define_flags": define_flags}
+CLI = cli.Verb(reads_checkpoint=True, define_flags=define_flags)
 
 if __name__ == "__main__":
-    cli.run(main, **CLI)
+    cli.run(main, CLI)

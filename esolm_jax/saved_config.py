@@ -5,9 +5,9 @@ This is what `evaluate` and `sample` run with when --config is left out, so over
 its checkpoints: a number, best or latest.
 """
 
-from esolm_jax.training import checkpoint
+from esolm_jax.training import checkpoint_meta, checkpoint_steps
 
 
 def get_config(workdir: str):
     """ConfigDict of a checkpoint in WORKDIR, locked; by default of the latest."""
-    return checkpoint.config_of_command(*checkpoint.split_source(workdir))
+    return checkpoint_meta.config_of_command(*checkpoint_steps.split_source(workdir))

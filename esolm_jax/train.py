@@ -1,6 +1,8 @@
 """python -m esolm_jax.train --config=FILE --workdir=DIR: trains, or resumes what lies in DIR."""
 
 import contextlib
+import dataclasses
+import functools
 import math
 import pathlib
 import shutil
@@ -19,11 +21,18 @@ from esolm_jax.evaluation import provenance
 from esolm_jax.evaluation.batches import eval_batches
 from esolm_jax.files import workdir_lock
 from esolm_jax.model import build, finite
-from esolm_jax.parallel import distributed, sharding
+from esolm_jax.parallel import distributed, multihost, sharding
+from esolm_jax.parallel.stop_signal import StopSignal
 from esolm_jax.process import jax_settings, prng
-from esolm_jax.training import checkpoint, health, restore, train_step
+from esolm_jax.training import (
+    checkpoint,
+    checkpoint_steps,
+    health,
+    restore,
+    train_step,
+)
 from esolm_jax.training import metrics as metrics_lib
-from esolm_jax.training.train_step import TrainState
+from esolm_jax.training.train_state import TrainState
 
 
 class Run:
@@ -43,65 +52,23 @@ class Run:
         """The latest checkpoint's state and data cursor, or a fresh state at cursor 0, perhaps
         with the weights of config.init_from; born in its place on the mesh."""
         if not checkpoints.has_steps():
-            return self.training.init(self._given_weights()), 0
+            like = self.training.abstract_state().ema
+            return self.training.init(restore.initial_weights(self.config, self.manifest, like)), 0
         state, meta = checkpoints.restore(
-            self.training.abstract_state(), self._check_can_be_resumed
+            self.training.abstract_state(),
+            functools.partial(
+                restore.check_can_be_resumed, self.config, self.manifest, self.workdir
+            ),
         )
         if change := jax_settings.change_since(meta):
             print(change)
         self.metrics_entries = meta.get("metrics_entries", 0)
         finite.check_finite(
             {"params": state.params, "ema": state.ema, "optimizer": state.opt_state},
-            f"{self.workdir / checkpoint.FOLDER}/{int(state.step)}",
+            f"{self.workdir / checkpoint_steps.FOLDER}/{int(state.step)}",
             "move this folder away to resume from the step before it, or train in a new --workdir",
         )
         return self.training.begin(state, skipped=meta.get("skipped_steps", 0)), meta["cursor"]
-
-    def _check_can_be_resumed(self, meta: dict) -> None:
-        """UserError unless the checkpoint with this meta is of the same run."""
-        if meta.get("only_weights"):
-            raise UserError(
-                f"--workdir={self.workdir}: holds a pretrained model without the state of an "
-                f"optimizer; train from it in another --workdir: --config.init_from={self.workdir}"
-            )
-        # Weights that `convert` brought were trained elsewhere: only the model is given.
-        free, fields = meta.get("converted", False), config_lib.fields()
-        restore.check_same_fields(
-            self.config,
-            meta,
-            lambda name: (
-                fields[name].fixes_weights if free else not fields[name].may_change_on_resume
-            ),
-        )
-        restore.check_same_tokenizer(self.manifest, meta)
-        prng.check_recorded(meta, f"--workdir={self.workdir}")
-
-    def _given_weights(self) -> dict | None:
-        """Those of config.init_from. UserError: of another model, or on another tokenizer."""
-        source = self.config.init_from
-        if not source:
-            return None
-        like = self.training.abstract_state().ema
-
-        def like_of(meta: dict) -> dict:
-            restore.check_same_fields(
-                self.config,
-                meta,
-                lambda name: name in restore.MODEL_FIELDS and name.startswith("model."),
-                f"another config.init_from than {source!r}",
-            )
-            restore.check_same_tokenizer(self.manifest, meta)
-            return like
-
-        workdir, step = checkpoint.split_source(source)
-        try:
-            checkpoint.read_meta(workdir, step)
-        except UserError as error:
-            raise UserError(f"config.init_from={source!r}: {error}") from error
-        weights, found = checkpoint.read_weights(workdir, "ema", like_of, step)
-        finite.check_finite(weights, f"config.init_from={source!r}: {found.folder}")
-        print(f"weights from {workdir} at step {found.number:,}; all else starts afresh")
-        return weights
 
     def check_health(self, state: TrainState, checkpoints, step: int) -> int:
         """The number of skipped steps up to `step`; waits for the device.
@@ -117,7 +84,7 @@ class Run:
         except UserError as error:
             fault = f"{fault}; {error}"
         good = checkpoints.latest_step
-        found = "none" if good is None else f"{self.workdir / checkpoint.FOLDER}/{good}"
+        found = "none" if good is None else f"{self.workdir / checkpoint_steps.FOLDER}/{good}"
         raise UserError(f"{fault}. Training ended at step {step}; last good checkpoint: {found}")
 
     def skips(self, skipped: int) -> dict:
@@ -138,11 +105,73 @@ class Run:
         }
 
 
+@dataclasses.dataclass(frozen=True)
+class _Loop:
+    """What the steps of a run read and write.
+
+    Attributes:
+      estimators: metrics of the validation split, by name.
+    """
+
+    run: Run
+    checkpoints: checkpoint.Checkpoints
+    reader: TrainReader
+    metrics: metrics_lib.Metrics
+    estimators: dict
+
+    def log(self, state: TrainState, step: int, values: dict) -> None:
+        skipped = self.run.check_health(state, self.checkpoints, step)
+        values = {name: float(value) for name, value in values.items()}
+        self.metrics.log(step, values | self.run.skips(skipped), timed=True)
+
+    def validate(self, state: TrainState, step: int) -> float:
+        """Logs the metrics of the validation split; the NELBO."""
+        self.run.check_health(state, self.checkpoints, step)
+        found = _validate(self.run, self.estimators, state)
+        nelbo = found["nelbo"]
+        self.metrics.log(step, {f"validation_{name}": v for name, v in found.items()})
+        if not math.isfinite(nelbo):
+            self.metrics.say(
+                f"the NELBO at step {step} is {nelbo}, although all weights are finite"
+            )
+        self.metrics.pause()
+        return nelbo
+
+    def save(self, state: TrainState, step: int, nelbo: float | None) -> None:
+        skipped = self.run.check_health(state, self.checkpoints, step)
+        meta = self.run.meta(self.reader.cursor, self.metrics.entries, skipped)
+        self.checkpoints.save(state, meta, nelbo=nelbo)
+        self.metrics.pause()
+
+    def steps(self, state: TrainState, first: int, stop: StopSignal) -> int | None:
+        """Runs the steps after `first`; the signal that ended them early, if one did."""
+        run, t, step_fn = self.run, self.run.config.train, self.run.training.step_fn()
+        mesh = run.built.mesh
+        for step in range(first + 1, t.steps + 1):
+            batch = sharding.put_batch(next(self.reader), mesh, t.batch_size)
+            state, values = step_fn(state, batch)
+            is_last, nelbo = step == t.steps, None
+            self.metrics.advance()
+            if step % t.log_every == 0 or is_last:
+                self.log(state, step, values)
+            if step % t.eval_every == 0 or is_last:
+                nelbo = self.validate(state, step)
+            stopped_by = stop.after(step)
+            if run.lock:
+                run.lock.check()
+            if step % t.checkpoint_every == 0 or is_last or stopped_by:
+                self.save(state, step, nelbo)
+            if stopped_by and not is_last:
+                self.metrics.say(f"stopped at step {step}; run the same command again to go on")
+                return stopped_by
+        if first < t.steps and (skipped := int(state.health.skipped)):
+            self.metrics.say(f"skipped steps (not finite): {skipped:,}")
+        return None
+
+
 def _train(run: Run, checkpoints, state: TrainState, cursor: int) -> int | None:
     """Runs the steps that are left; returns the signal that ended them early, if one did."""
     config, t = run.config, run.config.train
-    mesh = run.built.mesh
-    step_fn = run.training.step_fn()
     estimators = {
         metric.name: metric.make(config, run.built, 1)
         for metric in eval_metrics.selected(t.metrics, config)
@@ -150,57 +179,25 @@ def _train(run: Run, checkpoints, state: TrainState, cursor: int) -> int | None:
     reader = TrainReader(
         run.manifest,
         batch_size=t.batch_size,
-        rows=sharding.local_rows(mesh, t.batch_size),
+        rows=sharding.local_rows(run.built.mesh, t.batch_size),
         seed=config.seed,
         workers=config.data.workers,
         cursor=cursor,
     )
     first = int(state.step)
-    tokens_per_step = t.batch_size * config.data.seq_len
     metrics = metrics_lib.Metrics(
         run.workdir,
         step=first,
         steps=t.steps,
-        tokens_per_step=tokens_per_step,
+        tokens_per_step=t.batch_size * config.data.seq_len,
         enabled=distributed.is_main(),
         entries=run.metrics_entries,
     )
-    stop = distributed.StopSignal()
-    if first < t.steps:
-        metrics.say("compiling the training step (the first step takes as long as that)")
+    stop = StopSignal()
     with contextlib.closing(reader), contextlib.closing(metrics):
-        for step in range(first + 1, t.steps + 1):
-            state, values = step_fn(state, sharding.put_batch(next(reader), mesh, t.batch_size))
-            metrics.advance()
-            if step % t.log_every == 0 or step == t.steps:
-                skipped = run.check_health(state, checkpoints, step)
-                values = {name: float(value) for name, value in values.items()}
-                metrics.log(step, values | run.skips(skipped), timed=True)
-            nelbo = None
-            if step % t.eval_every == 0 or step == t.steps:
-                run.check_health(state, checkpoints, step)
-                found = _validate(run, estimators, state)
-                nelbo = found["nelbo"]
-                metrics.log(step, {f"validation_{name}": v for name, v in found.items()})
-                if not math.isfinite(nelbo):
-                    metrics.say(
-                        f"the NELBO at step {step} is {nelbo}, although all weights are finite"
-                    )
-                metrics.pause()
-            stopped_by = stop.after(step)
-            if run.lock:
-                run.lock.check()
-            if step % t.checkpoint_every == 0 or step == t.steps or stopped_by:
-                skipped = run.check_health(state, checkpoints, step)
-                meta = run.meta(reader.cursor, metrics.entries, skipped)
-                checkpoints.save(state, meta, nelbo=nelbo)
-                metrics.pause()
-            if stopped_by and step < t.steps:
-                metrics.say(f"stopped at step {step}; run the same command again to go on")
-                return stopped_by
-        if first < t.steps and skipped:
-            metrics.say(f"skipped steps (not finite): {skipped:,}")
-    return None
+        if first < t.steps:
+            metrics.say("compiling the training step (the first step takes as long as that)")
+        return _Loop(run, checkpoints, reader, metrics, estimators).steps(state, first, stop)
 
 
 def _validate(run: Run, estimators: dict, state: TrainState) -> dict[str, float]:
@@ -245,7 +242,7 @@ def main(config, workdir: pathlib.Path) -> None:
     results.check_can_write(workdir / metrics_lib.FILE)
     hold = workdir_lock.hold(workdir, name=f"--workdir={workdir}")
     with contextlib.ExitStack() as stack:
-        run.lock = distributed.on_main(lambda: stack.enter_context(hold))
+        run.lock = multihost.on_main(lambda: stack.enter_context(hold))
         _run(run)
 
 
@@ -281,7 +278,7 @@ def _run(run: Run) -> None:
     print(cli.next_command("evaluate", workdir, *fits, keep=cli.PLACES))
 
 
-CLI = {"stoppable": True}
+CLI = cli.Verb(stoppable=True)
 
 if __name__ == "__main__":
-    cli.run(main, **CLI)
+    cli.run(main, CLI)

@@ -15,7 +15,7 @@ from esolm_jax.data import integrity
 from esolm_jax.data.manifest import load_manifest, open_tokenizer
 from esolm_jax.errors import UserError
 from esolm_jax.files import regular_file
-from esolm_jax.training import checkpoint, checkpoint_digests, checkpoint_steps, metrics_file
+from esolm_jax.training import checkpoint_digests, checkpoint_meta, checkpoint_steps, metrics_file
 from esolm_jax.training import metrics as metrics_lib
 from esolm_jax.training.checkpoint_digests import Damaged
 
@@ -59,10 +59,10 @@ def verify(workdir: pathlib.Path) -> Iterator[Finding]:
 def _step(workdir: pathlib.Path, step: int) -> tuple[Finding, dict | None]:
     """The finding of a checkpoint, and its meta if that can be read."""
     folder = checkpoint_steps.step_folder(workdir, step)
-    part, meta = f"{checkpoint.FOLDER}/{step}", None
+    part, meta = f"{checkpoint_steps.FOLDER}/{step}", None
     try:
         meta = checkpoint_steps.read_meta_file(folder)
-        items = ["meta", *checkpoint.items_of(meta)]
+        items = ["meta", *checkpoint_meta.items_of(meta)]
         entry = checkpoint_digests.read(folder)
         if entry is not None:
             items = sorted({name.split("/")[0] for name in entry["files"]} | set(items))
@@ -85,7 +85,7 @@ def _config(workdir: pathlib.Path, meta: dict | None) -> Iterator[Finding]:
         config = config_lib.from_saved(regular_file.read_json(path, _MAX_CONFIG), str(path))
         config_lib.validate(config)
         now = config_lib.flat(config)
-        saved = config_lib.flat(checkpoint.config_in(meta, workdir)) if meta else now
+        saved = config_lib.flat(checkpoint_meta.config_in(meta, workdir)) if meta else now
     except UserError as error:
         yield Finding(path.name, DAMAGED, str(error))
     except Exception as error:  # ConfigDict raises many types
@@ -162,7 +162,7 @@ def main(config, workdir: pathlib.Path) -> None:
     print("nothing is damaged")
 
 
-CLI = {"one_process": True, "default_config": lambda _: __file__}
+CLI = cli.Verb(one_process=True, default_config=lambda _: __file__)
 
 if __name__ == "__main__":
-    cli.run(main, **CLI)
+    cli.run(main, CLI)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import optax
 
 from esolm_jax.training import checkpoint, checkpoint_digests
-from esolm_jax.training.train_step import TrainState
+from esolm_jax.training.train_state import TrainState
 
 _META = {"config": {}, "cursor": 0, "tokenizer": {}, "version": ""}
 

@@ -99,13 +99,13 @@ def _read_often(workdir: str, count: int, read) -> list[tuple[str, str]]:
     import traceback
 
     from esolm_jax.errors import UserError
-    from esolm_jax.training import checkpoint
+    from esolm_jax.training import checkpoint_meta
 
     folder, found = pathlib.Path(workdir), []
     _await_checkpoint(folder)
     for _ in range(count):
         try:
-            found.append(read(checkpoint.saved_config(workdir), folder))
+            found.append(read(checkpoint_meta.saved_config(workdir), folder))
         except UserError as error:  # there is always a good checkpoint, so this is a fault
             found.append(("silent", f"refused: {error}"))
         except Exception:

@@ -58,9 +58,9 @@ def write_text(folder: pathlib.Path) -> list[str]:
 def final_state(workdir: str) -> dict:
     """SHA-256 of the latest state's arrays, its step, and the logged values, in this process."""
     from esolm_jax import train
-    from esolm_jax.training import checkpoint, metrics
+    from esolm_jax.training import checkpoint, checkpoint_meta, metrics
 
-    run = train.Run(checkpoint.saved_config(workdir), pathlib.Path(workdir))
+    run = train.Run(checkpoint_meta.saved_config(workdir), pathlib.Path(workdir))
     checkpoints = checkpoint.Checkpoints(pathlib.Path(workdir), keep_last=99, keep_best=0)
     state, meta = checkpoints.restore(run.training.abstract_state())
     checkpoints.close()

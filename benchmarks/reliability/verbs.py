@@ -151,7 +151,7 @@ def start(verb: str, args: Sequence[str], environment: dict[str, str] | None = N
 
         module = importlib.import_module(f"esolm_jax.{verb}")
         sys.argv = [module.__file__, *map(str, args)]
-        cli.run(module.main, **module.CLI)
+        cli.run(module.main, module.CLI)
 
     return Child(body, environment)
 

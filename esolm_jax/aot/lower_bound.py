@@ -10,7 +10,7 @@ import jax
 from esolm_jax.family import registry
 from esolm_jax.family.family import Work
 from esolm_jax.family.phase import Phase
-from esolm_jax.model.transformer import ModelConfig
+from esolm_jax.model.model_config import ModelConfig
 from esolm_jax.parallel import sharding
 
 BACKWARD = 2  # every product has two of its size in the backward pass

@@ -7,11 +7,13 @@
     saved.py       configs in checkpoints, of this version of the schema and of earlier ones
     renames.py     earlier names of fields    removed.py  fields that no longer exist
     page.py        docs/config.md
+    overrides.py   a config with some fields set to other values
 
 Imports no JAX. To add a field, add one line to its section; a field that later checkpoints have
 and earlier ones lack needs `before`.
 """
 
+from esolm_jax.config.overrides import Setting, overridden
 from esolm_jax.config.renames import begin_command
 from esolm_jax.config.saved import from_saved, to_saved, with_current_names
 from esolm_jax.config.schema import default_config, fields, flat, is_allowed, names_with
@@ -28,6 +30,7 @@ __all__ = [
     "DRAFT_STYLES",
     "METRICS",
     "SCHEDULES",
+    "Setting",
     "begin_command",
     "default_config",
     "fields",
@@ -35,6 +38,7 @@ __all__ = [
     "from_saved",
     "is_allowed",
     "names_with",
+    "overridden",
     "to_saved",
     "validate",
     "validate_evaluation",

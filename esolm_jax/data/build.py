@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,41 @@ def _partial(directory: Path) -> Iterator[Path]:
             raise
 
 
+def _windows(
+    config: Any, split: str, tokenizer: Tokenizer, done: Callable[[int], None]
+) -> Iterator[list[int]]:
+    """The windows of a split; `done` gets the bytes of each document that was read."""
+    texts, length = sources.documents(config, split), config.data.seq_len
+    if config.data.packing == "wrap":
+        return windows.cut(_whole_documents(texts, tokenizer, done), length)
+    return windows.pad(_first_tokens(texts, tokenizer, length, done), length, tokenizer.eos_id)
+
+
+def _whole_documents(
+    texts: Iterable[str], tokenizer: Tokenizer, done: Callable[[int], None]
+) -> Iterator[list[int]]:
+    """The tokens of all documents, in parts."""
+    for text in texts:
+        yield from document_parts.encode(tokenizer, text)
+        done(document_parts.num_bytes(text))
+        yield [tokenizer.eos_id]
+
+
+def _first_tokens(
+    texts: Iterable[str], tokenizer: Tokenizer, length: int, done: Callable[[int], None]
+) -> Iterator[list[int]]:
+    """The first tokens of each document, more than a window if it has them."""
+    for text in texts:
+        tokens: list[int] = []
+        for part in document_parts.encode(tokenizer, text):
+            tokens += part
+            if len(tokens) > length:
+                text = tokenizer.decode(tokens[:length])  # what the window keeps
+                break
+        done(document_parts.num_bytes(text))
+        yield tokens
+
+
 def _write_split(
     config: Any, split: str, tokenizer: Tokenizer, directory: Path, progress: bool
 ) -> dict[str, Any]:
@@ -147,32 +182,8 @@ def _write_split(
         bar.set_postfix_str(f"{entry['bytes'] / 1e6:.1f} MB", refresh=False)
         bar.update()
 
-    def wrapped() -> Iterator[list[int]]:
-        """The tokens of all documents, in parts."""
-        for text in sources.documents(config, split):
-            yield from document_parts.encode(tokenizer, text)
-            done(document_parts.num_bytes(text))
-            yield [tokenizer.eos_id]
-
-    def padded() -> Iterator[list[int]]:
-        """The first tokens of each document, more than a window if it has them."""
-        length = config.data.seq_len
-        for text in sources.documents(config, split):
-            tokens: list[int] = []
-            for part in document_parts.encode(tokenizer, text):
-                tokens += part
-                if len(tokens) > length:
-                    text = tokenizer.decode(tokens[:length])  # what the window keeps
-                    break
-            done(document_parts.num_bytes(text))
-            yield tokens
-
     def records() -> Iterator[bytes]:
-        if config.data.packing == "wrap":
-            packed = windows.cut(wrapped(), config.data.seq_len)
-        else:
-            packed = windows.pad(padded(), config.data.seq_len, tokenizer.eos_id)
-        for window in packed:
+        for window in _windows(config, split, tokenizer, done):
             record = windows.to_record(window, dtype)
             entry["windows"] += 1
             entry["tokens"] += len(window)

@@ -2,5 +2,6 @@
 
 batches.py     batches of the windows of a split, on a mesh
 likelihood.py  the NELBO and the importance-weighted bound, with standard errors
+text_likelihood.py  log-likelihoods of single texts, for the Python API
 provenance.py  which data, windows and unigram baseline a figure belongs to
 """

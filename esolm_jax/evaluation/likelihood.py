@@ -32,7 +32,7 @@ from esolm_jax.family import eso_b
 from esolm_jax.family.phase import is_exact, make_phases
 from esolm_jax.model.build import BuiltModel
 from esolm_jax.model.lm_head import Head, sequence_nll
-from esolm_jax.parallel import distributed, sharding
+from esolm_jax.parallel import distributed, multihost, sharding
 from esolm_jax.process import prng
 
 
@@ -129,7 +129,7 @@ def _logsumexp(a_BO: np.ndarray) -> np.ndarray:
 @functools.cache
 def _count(mesh):
     in_each_row = functools.partial(jnp.sum, axis=1)
-    return distributed.together(jax.jit(in_each_row, out_shardings=sharding.replicated(mesh)))
+    return multihost.together(jax.jit(in_each_row, out_shardings=sharding.replicated(mesh)))
 
 
 def _batches(batches: Iterable[dict], mesh, progress: str | None, total: int | None):
@@ -169,7 +169,7 @@ def _compiled(draw, built: BuiltModel):
     rows = sharding.rows(built.mesh)
     everywhere = sharding.replicated(built.mesh)
     jitted = jax.jit(draw, in_shardings=(None, None, rows, rows), out_shardings=everywhere)
-    return distributed.together(jitted)
+    return multihost.together(jitted)
 
 
 def make_nelbo(config, built: BuiltModel):

@@ -18,17 +18,13 @@ import fcntl
 import json
 import os
 import pathlib
-import re
-import shlex
-import signal
-import socket
-import sys
 import threading
 import time
-import uuid
 from collections.abc import Iterator
 
 from esolm_jax.errors import UserError
+from esolm_jax.files.lease import Lease
+from esolm_jax.files.shared_locks import locks_are_shared
 
 FILE = ".lock"  # in a workdir
 REFRESH = 10.0  # seconds between two versions of a lease
@@ -37,60 +33,8 @@ SETTLE = 3.0  # seconds until a lease written at the same time is visible
 PATIENCE = 1.0  # seconds to retry a lock that another process holds
 DYING = 10.0  # seconds that the kernel may take to close the files of a killed process
 
-_SHARED_LOCKS = {  # file systems with locks that all hosts see
-    *("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "jfs", "reiserfs", "bcachefs"),
-    *("tmpfs", "ramfs", "overlay", "aufs", "apfs", "hfs", "ufs"),
-    *("nfs", "nfs4", "lustre", "gpfs", "ceph", "beegfs", "gfs2", "ocfs2", "wekafs", "panfs"),
-}
-_LOCAL_OPTIONS = {"nolock", "local_lock=all", "local_lock=posix", "localflock", "noflock"}
-
 _held: set[pathlib.Path] = set()  # by this process: POSIX locks do not exclude their own process
 _guard = threading.Lock()
-
-
-@dataclasses.dataclass(frozen=True)
-class Lease:
-    """The holder of a lock.
-
-    Attributes:
-      token: unique to this acquisition. beat: version number. machine: equal for processes that see
-        each other's process ids. started: start time of the process, in clock ticks since boot.
-    """
-
-    token: str
-    host: str
-    machine: str
-    pid: int
-    started: str
-    since: str
-    command: str
-    beat: int = 0
-
-    @classmethod
-    def of_this_process(cls) -> "Lease":
-        return cls(
-            token=uuid.uuid4().hex,
-            host=socket.gethostname(),
-            machine=_machine(),
-            pid=os.getpid(),
-            started=_started(os.getpid()) or "",
-            since=time.strftime("%Y-%m-%d %H:%M:%S %z"),
-            command=shlex.join(getattr(sys, "orig_argv", sys.argv)),
-        )
-
-    def __str__(self) -> str:
-        shown = " ".join(self.command.split())
-        shown = f"{shown[:200]}…" if len(shown) > 200 else shown
-        return f"process {self.pid} on host {self.host} since {self.since}: {shown}"
-
-    def is_here(self) -> bool:
-        """Whether its process id is valid in this process's namespace."""
-        return self.machine == _machine()
-
-    def is_alive(self) -> bool:
-        """Whether the holder is running; for a lease that is_here()."""
-        started = _started(self.pid)
-        return started is not None and started == self.started
 
 
 class Lock:
@@ -114,7 +58,7 @@ class Lock:
         try:
             self._acquire()
             self._write()
-            if not (self._handle is not None and _locks_are_shared(self.path)):
+            if not (self._handle is not None and locks_are_shared(self.path)):
                 self._released.wait(SETTLE)
                 other = self._read()
                 if other is not None and other.token != self.lease.token:
@@ -155,7 +99,7 @@ class Lock:
             if lease.is_here():
                 if lease.is_alive():
                     raise self._is_held(lease)
-            elif not (is_free and _locks_are_shared(self.path)) and self._changes(lease):
+            elif not (is_free and locks_are_shared(self.path)) and self._changes(lease):
                 raise self._is_held(lease)
             print(f"{self._name}: taken over from a run that died ({lease})", flush=True)
             return
@@ -296,51 +240,3 @@ def hold(folder: pathlib.Path, *, name: str, file: str = FILE) -> Iterator[Lock]
 def is_file_of_lock(name: str, file: str = FILE) -> bool:
     """Whether a file of this name belongs to a lock; drafts of a killed writer do, too."""
     return name == file or name.startswith(f"{file}.json")
-
-
-def _read_text(path: str) -> str:
-    try:
-        return pathlib.Path(path).read_text(encoding="utf-8").strip()
-    except OSError:
-        return ""
-
-
-def _machine() -> str:
-    """An id that is equal exactly for processes that see each other's process ids."""
-    boot = _read_text("/proc/sys/kernel/random/boot_id") or str(uuid.getnode())
-    try:
-        namespace = os.readlink("/proc/self/ns/pid")
-    except OSError:
-        namespace = ""
-    return f"{socket.gethostname()} {boot} {namespace}".strip()
-
-
-def _started(pid: int) -> str | None:
-    """When a process of this machine started, or None if it has ended or is being killed."""
-    if not os.path.isdir("/proc/self"):
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return None
-        except PermissionError:  # another user's
-            pass
-        return ""
-    # Fields after the command, which may contain spaces and brackets: state, …, start time.
-    fields = _read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()
-    pending = re.findall(r"^S\w+Pnd:\s*(\w+)", _read_text(f"/proc/{pid}/status"), re.M)
-    is_killed = any(int(mask, 16) >> (signal.SIGKILL - 1) & 1 for mask in pending)
-    return None if not fields or fields[0] in "ZX" or is_killed else fields[19]
-
-
-def _locks_are_shared(path: pathlib.Path, mounts: str | None = None) -> bool:
-    """Whether locks on this file are visible to all hosts and containers that mount it."""
-    mounts = _read_text("/proc/self/mountinfo") if mounts is None else mounts
-    best, kind, options = "", "", ""
-    for line in mounts.splitlines():
-        left, _, right = line.partition(" - ")
-        at, (name, *more) = left.split()[4], right.split()
-        at = at.encode().decode("unicode_escape") if "\\" in at else at
-        inside = path == pathlib.Path(at) or pathlib.Path(at) in path.parents
-        if inside and len(at) >= len(best):  # a later mount hides an earlier one
-            best, kind, options = at, name, ",".join([left.split()[5], *more])
-    return kind in _SHARED_LOCKS and _LOCAL_OPTIONS.isdisjoint(options.split(","))

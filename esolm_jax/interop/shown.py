@@ -5,7 +5,7 @@ The repr of nested tuples with shared parts is exponential in the size of the fi
 
 from typing import Any
 
-from esolm_jax.interop.torch_file.pickle import Name, Object
+from esolm_jax.interop.torch_file.objects import Name, Object
 
 _BITS = 256  # longer integers are not printed
 

@@ -1,8 +1,11 @@
 """The transformer: labelled tokens → hidden states → the loss.
 
-transformer.py  ModelConfig, init and the forward pass
-linear.py       linear layers and embeddings with explicit collectives
-lm_head.py      chunked cross-entropy of the predicted tokens only
-build.py        the model of a config, placed on a mesh
-finite.py       refuses non-finite weights by the name of the tensor
+transformer.py   blocks, the forward pass, and its views as pure functions (init, bind)
+model_config.py  sizes and policies of a transformer
+layers.py        norms, dropout, activation, time embedding, adaLN
+rope.py          rotary position embeddings
+linear.py        linear layers and embeddings with explicit collectives
+lm_head.py       chunked cross-entropy of the predicted tokens only
+build.py         the model of a config, placed on a mesh
+finite.py        refuses non-finite weights by the name of the tensor
 """

@@ -11,6 +11,7 @@ from esolm_jax.errors import UserError
 from esolm_jax.family.phase import SpecialIds
 from esolm_jax.model import transformer as model_lib
 from esolm_jax.model.lm_head import Head
+from esolm_jax.model.model_config import ModelConfig
 from esolm_jax.parallel import sharding
 from esolm_jax.process import prng
 
@@ -22,11 +23,11 @@ SIZES = tuple(
 )
 
 
-def model_config(config, tokenizer: dict, platform: str) -> model_lib.ModelConfig:
+def model_config(config, tokenizer: dict, platform: str) -> ModelConfig:
     """Sizes of the model: config.model and the tokenizer's vocabulary with the mask token.
     `platform` ("cpu", "gpu", "tpu") chooses the attention if the config leaves it open."""
     m = config.model
-    return model_lib.ModelConfig(
+    return ModelConfig(
         vocab_size=num_ids(tokenizer),
         dropout=m.dropout,
         dtype=m.dtype,
@@ -47,7 +48,7 @@ class BuiltModel:
     """A model on a mesh, and what a loss needs."""
 
     mesh: jax.sharding.Mesh
-    model: model_lib.ModelConfig
+    model: ModelConfig
     apply: Callable
     head: Head
     special: SpecialIds
@@ -73,7 +74,7 @@ def build_model(config, tokenizer: dict, mesh) -> BuiltModel:
     return BuiltModel(mesh, model, model_lib.bind(model, mesh), head, special)
 
 
-def abstract_params(config: model_lib.ModelConfig, mesh):
+def abstract_params(config: ModelConfig, mesh):
     """ShapeDtypeStructs of the parameters, placed on the mesh."""
 
     def make():

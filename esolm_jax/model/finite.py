@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from esolm_jax.errors import UserError
-from esolm_jax.parallel import distributed
+from esolm_jax.parallel import multihost
 
 _PIECE = 2**20  # values of a NumPy array or of a file that are examined at a time
 _ADVICE = "use weights that were saved before training diverged"
@@ -71,4 +71,4 @@ def _program(out_sharding):
     def all_finite(arrays):
         return jnp.stack([jnp.all(jnp.isfinite(array)) for array in arrays])
 
-    return distributed.together(jax.jit(all_finite, out_shardings=out_sharding))
+    return multihost.together(jax.jit(all_finite, out_shardings=out_sharding))

@@ -87,37 +87,46 @@ def _predicted_first(head: Head, weight_n):
     return order, -(-count // head.chunk)
 
 
-def _chunk(head: Head, i, order, h_nD, target_n, weight_n):
+@dataclasses.dataclass(frozen=True)
+class _Tokens:
+    """The tokens of all batches, one after another."""
+
+    h_nD: jax.Array
+    target_n: jax.Array
+    weight_n: jax.Array
+
+
+def _chunk(head: Head, i, order, tokens: _Tokens):
     at = jax.lax.dynamic_slice_in_dim(order, i * head.chunk, head.chunk)
     fill = {"mode": "fill", "fill_value": 0}
-    h = h_nD.at[at].get(**fill).astype(head.place.dtype)
-    return at, h, target_n.at[at].get(**fill), weight_n.at[at].get(**fill)
+    h = tokens.h_nD.at[at].get(**fill).astype(head.place.dtype)
+    return at, h, tokens.target_n.at[at].get(**fill), tokens.weight_n.at[at].get(**fill)
 
 
-def _nll(head: Head, h_nD, params, target_n, weight_n):
+def _nll(head: Head, params, tokens: _Tokens):
     """−log p(target) of the tokens with a weight, 0 for the others: float32 [n]."""
-    head = head.at_most(len(h_nD))
+    head = head.at_most(len(tokens.h_nD))
     gathered = head.gather(params)
-    order, trips = _predicted_first(head, weight_n)
+    order, trips = _predicted_first(head, tokens.weight_n)
 
     def body(i, nll_n):
-        at, h, target, _ = _chunk(head, i, order, h_nD, target_n, weight_n)
+        at, h, target, _ = _chunk(head, i, order, tokens)
         nll, _, _ = head.normalised(h, *gathered, target)
         return nll_n.at[at].set(nll, mode="drop")
 
     with jax.named_scope("predicted_chunks"):
-        return jax.lax.fori_loop(0, trips, body, jnp.zeros(len(h_nD)))
+        return jax.lax.fori_loop(0, trips, body, jnp.zeros(len(tokens.h_nD)))
 
 
-def _loss_and_grads(head: Head, h_nD, params, target_n, weight_n, batch_n, num_batches: int):
+def _loss_and_grads(head: Head, params, tokens: _Tokens, batch_n, num_batches: int):
     """Σ weight · nll of each batch, and the gradients of their sum: float32, dh in h's dtype."""
-    head = head.at_most(len(h_nD))
+    head = head.at_most(len(tokens.h_nD))
     kernel, bias, ids = head.gather(params)
-    order, trips = _predicted_first(head, weight_n)
+    order, trips = _predicted_first(head, tokens.weight_n)
 
     def body(i, carry):
         losses, dh_nD, dk, db = carry
-        at, h, target, weight = _chunk(head, i, order, h_nD, target_n, weight_n)
+        at, h, target, weight = _chunk(head, i, order, tokens)
         nll, p, is_target = head.normalised(h, kernel, bias, ids, target)
         dz = (p - is_target) * weight[:, None]
         low = dz.astype(kernel.dtype)
@@ -132,7 +141,7 @@ def _loss_and_grads(head: Head, h_nD, params, target_n, weight_n, batch_n, num_b
         return losses, dh_nD, dk, db + jnp.sum(dz, axis=0)
 
     dk = jnp.zeros(kernel.shape, jnp.float32)
-    carry = jnp.zeros(num_batches), jnp.zeros_like(h_nD), dk, jnp.zeros(bias.shape)
+    carry = jnp.zeros(num_batches), jnp.zeros_like(tokens.h_nD), dk, jnp.zeros(bias.shape)
     with jax.named_scope("predicted_chunks"):
         losses, dh_nD, dk, db = jax.lax.fori_loop(0, trips, body, carry)
     batch = [*sharding.ROWS, "sequence"]
@@ -159,10 +168,11 @@ def _specs(params):
     return {name: sharding.spec(*axes[name]) for name in params}
 
 
-def _run(head: Head, body, out_specs, hs, params, targets, weights):
+def _run(head: Head, body, out_specs, operands: tuple):
+    """`operands`: hs, params, targets, weights."""
     tokens = sharding.spec("rows", "tokens")
-    specs = (sharding.spec("rows", "tokens", None), _specs(params), tokens, tokens)
-    return head.place.run(body, specs, out_specs, hs, params, targets, weights)
+    specs = (sharding.spec("rows", "tokens", None), _specs(operands[1]), tokens, tokens)
+    return head.place.run(body, specs, out_specs, *operands)
 
 
 def nll(head: Head, hs, params, targets, weights):
@@ -176,9 +186,11 @@ def nll(head: Head, hs, params, targets, weights):
     """
 
     def body(hs, params, targets, weights):
-        return _unflat(_nll(head, _flat(hs), params, _flat(targets), _flat(weights)), hs)
+        tokens = _Tokens(_flat(hs), _flat(targets), _flat(weights))
+        return _unflat(_nll(head, params, tokens), hs)
 
-    return _run(head, body, sharding.spec("rows", "tokens"), hs, params, targets, weights)
+    operands = hs, params, targets, weights
+    return _run(head, body, sharding.spec("rows", "tokens"), operands)
 
 
 def sequence_nll(head: Head, hs, params, targets, weights):
@@ -200,13 +212,12 @@ def weighted_nll(head: Head, hs, params, targets, weights):
 def _forward(head: Head, hs, params, targets, weights):
     def body(hs, params, targets, weights):
         batch = jnp.repeat(jnp.arange(len(hs)), np.array([h.shape[0] * h.shape[1] for h in hs]))
-        losses, dh, grads = _loss_and_grads(
-            head, _flat(hs), params, _flat(targets), _flat(weights), batch, len(hs)
-        )
+        tokens = _Tokens(_flat(hs), _flat(targets), _flat(weights))
+        losses, dh, grads = _loss_and_grads(head, params, tokens, batch, len(hs))
         return losses, _unflat(dh, hs), grads
 
     out_specs = sharding.spec(), sharding.spec("rows", "tokens", None), _specs(params)
-    losses, dhs, grads = _run(head, body, out_specs, hs, params, targets, weights)
+    losses, dhs, grads = _run(head, body, out_specs, (hs, params, targets, weights))
     return losses, (dhs, grads)
 
 

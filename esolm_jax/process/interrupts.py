@@ -2,7 +2,7 @@
 
 Python runs signal handlers between two instructions of the main thread, so a signal during an XLA
 compilation would wait for minutes. Here a thread receives it (signal.set_wakeup_fd). During
-training, distributed.StopSignal handles both signals: the run ends after the step, with a
+training, parallel/stop_signal.py handles both signals: the run ends after the step, with a
 checkpoint. The thread prints this, and a second signal ends the process at once.
 """
 

@@ -1,9 +1,9 @@
-"""Checkpoints: the only module that talks to Orbax.
+"""The checkpoints of a run: saved and restored with Orbax.
 
 A checkpoint is WORKDIR/checkpoints/<step> with four items: `params` and `ema` (each restorable
 alone), `optimizer` (step, optimizer state, random key), and `meta` (JSON: the resolved config, the
 data cursor, the tokenizer's identity, the code version). One of a pretrained model has `params` and
-`meta` alone. checkpoint_digests.py detects damage, checkpoint_steps.py selects the step to read.
+`meta` alone. checkpoint_digests.py detects damage, checkpoint_selection.py selects the step.
 """
 
 import math
@@ -13,26 +13,18 @@ from collections.abc import Callable
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers as policies
 from orbax.checkpoint.path import atomicity_types
 
-from esolm_jax import config as config_lib
 from esolm_jax.errors import UserError
 from esolm_jax.parallel import distributed
-from esolm_jax.training import checkpoint_digests, checkpoint_steps
+from esolm_jax.training import checkpoint_digests, checkpoint_selection, checkpoint_steps
 from esolm_jax.training.checkpoint_digests import Damaged
-from esolm_jax.training.checkpoint_steps import (
-    FOLDER,
-    LATEST,
-    METRIC,
-    Step,
-    check_selector,
-    split_source,
-)
-from esolm_jax.training.train_step import TrainState
+from esolm_jax.training.checkpoint_reader import restore_item, say_if_not_verified
+from esolm_jax.training.checkpoint_selection import Step
+from esolm_jax.training.checkpoint_steps import FOLDER, LATEST, METRIC
+from esolm_jax.training.train_state import TrainState
 
-__all__ = ["FOLDER", "LATEST", "METRIC", "check_selector", "split_source"]
 _PIECE = 2**25  # bytes that are written at a time of weights that lie on disk
 
 
@@ -97,8 +89,8 @@ class Checkpoints:
                 checkpoint_steps.nelbo(checkpoint_steps.step_folder(self._workdir, step))
             except Damaged as error:
                 damaged.setdefault(step, str(error))
-        damaged = checkpoint_steps.agree_on(damaged)
-        checkpoint_steps.set_aside(self._workdir, damaged)
+        damaged = checkpoint_selection.agree_on(damaged)
+        checkpoint_selection.set_aside(self._workdir, damaged)
         try:
             self._manager = ocp.CheckpointManager(
                 self._workdir / FOLDER,
@@ -154,7 +146,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
         except (OSError, ValueError, RuntimeError) as error:
             if isinstance(error, jax.errors.JaxRuntimeError):
-                raise  # an error of other processes: see distributed.guard
+                raise  # an error of other processes: see parallel/guard.py
             what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             raise UserError(
                 f"{self._workdir / FOLDER}/{self._saving}: could not be saved: {what}"
@@ -190,20 +182,20 @@ class Checkpoints:
         def read(step: Step) -> tuple[TrainState, dict]:
             check(step.meta)
             checkpoint_steps.nelbo(step.folder)  # raises Damaged: keep_best needs it
-            restored = {item: _restore(step, item, target) for item, target in targets.items()}
+            restored = {item: restore_item(step, item, target) for item, target in targets.items()}
             state = TrainState(
                 params=restored["params"], ema=restored["ema"], **restored["optimizer"]
             )
             if int(state.step) != step.number:
                 raise Damaged(f"{step.folder}: holds the state of step {int(state.step)}")
-            _say_if_not_verified(step)
+            say_if_not_verified(step)
             return state, step.meta
 
         def items(meta: dict) -> list[str]:
             check(meta)
             return list(targets)
 
-        found, damaged = checkpoint_steps.read_intact(self._workdir, LATEST, items, read)
+        found, damaged = checkpoint_selection.read_intact(self._workdir, LATEST, items, read)
         self.open(damaged)
         return found
 
@@ -224,174 +216,3 @@ class OnDisk(np.memmap):
 
 def _optimizer_item(state: TrainState) -> dict:
     return {"step": state.step, "opt_state": state.opt_state, "key": state.key}
-
-
-def _restore(step: Step, item: str, like, gigabytes: float = 96):
-    """One item of a step, placed as `like`, with at most `gigabytes` in flight.
-
-    Raises:
-      Damaged: it cannot be read, and no digest shows that it is intact.
-      UserError: the shapes of the weights differ from those of `like`.
-    """
-    folder = step.folder / item
-    handler = ocp.StandardCheckpointHandler(restore_concurrent_gb=gigabytes)
-    try:
-        with ocp.Checkpointer(handler) as reader:
-            if item != "optimizer":
-                saved = reader.metadata(folder)
-                saved = getattr(saved, "item_metadata", saved)
-                if saved is None:  # Orbax hides the reason
-                    raise ValueError("no metadata of arrays")
-                _check_shapes(folder, saved, like)
-            return reader.restore(folder, args=ocp.args.StandardRestore(like))
-    except Exception as error:  # Orbax and TensorStore raise many types
-        # A step that is being deleted can look like one of another model.
-        gone = checkpoint_digests.problem(step.folder, [item])
-        no_memory = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
-        if no_memory or ((step.verified or isinstance(error, UserError)) and not gone):
-            raise
-        what = " ".join(str(error).split())[:200]
-        raise Damaged(f"{folder}: cannot be read ({type(error).__name__}: {what})") from error
-
-
-def _say_if_not_verified(step: Step) -> None:
-    if not step.verified:
-        checkpoint_steps.say(f"{step.folder}: was written without digests: cannot be verified")
-
-
-def _check_meta_alone(meta: dict) -> list[str]:
-    del meta
-    return []
-
-
-def read_meta(workdir, step: str = LATEST) -> dict:
-    """The meta of a checkpoint ("latest", "best" or a number). UserError if there is none."""
-    meta, _ = checkpoint_steps.read_intact(
-        workdir, step, _check_meta_alone, lambda found: found.meta
-    )
-    return meta
-
-
-def saved_config(workdir, step: str = LATEST) -> ConfigDict:
-    """The resolved config of a checkpoint, locked."""
-    return config_in(read_meta(workdir, step), workdir)
-
-
-def config_in(meta: dict, workdir="the checkpoint") -> ConfigDict:
-    """The config in the meta of a checkpoint, locked. UserError: not of a version that we read."""
-    return config_lib.from_saved(meta["config"], str(workdir))
-
-
-_config_read: dict[pathlib.Path, dict] = {}  # by workdir: the saved config of this command
-_OF_THE_RUN = ("train.", "optimizer.", "mesh.", "distributed.", "init_from", "data.workers")
-
-
-def begin_command() -> None:
-    """Clears the state of an earlier command in this process."""
-    _config_read.clear()
-    config_lib.begin_command()
-    checkpoint_steps.forget_what_was_said()
-
-
-def config_of_command(workdir, step: str) -> ConfigDict:
-    """The saved config for a command without --config; see check_config_is_of."""
-    meta = read_meta(workdir, step)
-    _config_read[pathlib.Path(workdir).resolve()] = meta["config"]
-    return config_in(meta, workdir)
-
-
-def check_config_is_of(workdir, meta: dict) -> None:
-    """UserError unless the command's saved config equals that of the step of the weights.
-
-    The two can come from different steps if the first step is deleted or damaged. Their settings
-    differ if training was resumed with other settings in between.
-    """
-    read = _config_read.get(pathlib.Path(workdir).resolve())
-    if read is None or read == meta["config"]:
-        return
-    have, want = (
-        config_lib.flat(config_lib.from_saved(saved, str(workdir)))
-        for saved in (read, meta["config"])
-    )
-    for name in sorted(have):
-        if have[name] != want[name] and not name.startswith(_OF_THE_RUN):
-            raise UserError(
-                f"--workdir={workdir}: the config was read from one checkpoint and the weights "
-                f"from another with other settings (config.{name}="
-                f"{want[name]!r}, not {have[name]!r}); name one with --step=N"
-            )
-
-
-def digest_of(workdir, step: int) -> str | None:
-    """The SHA-256 of the digests of all files of a step; None for a step without digests.
-
-    Raises:
-      UserError: there is no such step, or its digests are damaged.
-    """
-    folder = checkpoint_steps.step_folder(workdir, step)
-    try:
-        entry = checkpoint_digests.read(folder)
-    except Damaged as error:
-        raise UserError(f"{error}: step {step} is damaged") from error
-    return None if entry is None else entry["digest"]
-
-
-def items_of(meta: dict) -> list[str]:
-    """The items with arrays of a checkpoint with this meta."""
-    return ["params"] if meta.get("only_weights") else ["params", "ema", "optimizer"]
-
-
-def weights_item(which: str, meta: dict) -> str:
-    """Where the weights "ema" or "raw" are; those of a pretrained model are one set."""
-    return "ema" if which == "ema" and not meta.get("only_weights") else "params"
-
-
-def read_weights(
-    workdir, which: str, like_of: Callable[[dict], dict], step: str = LATEST
-) -> tuple[dict, Step]:
-    """Verified weights of a checkpoint, and their step.
-
-    Args:
-      which: "ema" or "raw".
-      like_of: from the checkpoint's meta to a pytree of ShapeDtypeStruct with shardings, of the
-        model's parameters; raises UserError for an unsuitable checkpoint.
-      step: "latest", "best" or a number.
-
-    Raises:
-      UserError: there is no such step, no step is intact, or the shapes differ.
-    """
-
-    def items(meta: dict) -> list[str]:
-        like_of(meta)
-        return [weights_item(which, meta)]
-
-    def read(found: Step) -> tuple[dict, Step]:
-        like = like_of(found.meta)
-        largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
-        # Parameters in flight are in memory twice, so at most as much as the largest one.
-        item = weights_item(which, found.meta)
-        weights = _restore(found, item, like, 1.01 * largest / 1e9)
-        _say_if_not_verified(found)
-        return weights, found
-
-    return checkpoint_steps.read_intact(workdir, step, items, read)[0]
-
-
-def restore_weights(workdir, which: str, like, step: str = LATEST) -> tuple[dict, int]:
-    """Weights of a checkpoint and its step: read_weights for a known model."""
-    weights, found = read_weights(workdir, which, lambda meta: like, step)
-    return weights, found.number
-
-
-def _check_shapes(folder, saved, like) -> None:
-    def shapes(tree):
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
-        return {jax.tree_util.keystr(path): tuple(leaf.shape) for path, leaf in leaves}
-
-    have, want = shapes(getattr(saved, "tree", saved)), shapes(like)
-    for name in sorted(have.keys() | want.keys()):
-        if have.get(name) != want.get(name):
-            raise UserError(
-                f"{folder}: a checkpoint of another model: parameter {name} has shape "
-                f"{have.get(name)} there, {want.get(name)} in config.model"
-            )

@@ -1,8 +1,10 @@
 """Digests of the files of a checkpoint: written when a step is committed, compared on restore.
 
-A step holds `_DIGESTS`, a JSON file with the size and the SHA-256 of every file of its items. It is
-written in the temporary folder, before Orbax renames the step to its final name: a finished step
-always has one. Steps of commit 947f88e and earlier have none and cannot be verified.
+A step holds `_DIGESTS`, a JSON file with the size and the XXH3-128 of every file of its items, and
+the SHA-256 of this list, which identifies the step. It is written in the temporary folder, before
+Orbax renames the step to its final name: a finished step always has one. Steps written before
+XXH3-128 was used have the SHA-256 of every file, and are verified with it. Steps of commit 947f88e
+and earlier have no digests and cannot be verified.
 
 In many processes each one hashes the files that it wrote (`write_part`), and process 0 the rest. On
 restore the processes share the files (`problem`).
@@ -19,10 +21,10 @@ from collections.abc import Iterable
 
 from esolm_jax.errors import UserError
 from esolm_jax.files import regular_file
-from esolm_jax.files.hashing import hash_file
+from esolm_jax.files.hashing import ALGORITHMS, hash_file
 
 FILE = "_DIGESTS"
-ALGORITHM = "sha256"
+ALGORITHM = "xxh3_128"  # of new steps
 _ORBAX_FILE = "_CHECKPOINT_METADATA"  # Orbax rewrites it after the digests
 _MAX_BYTES = 2**30  # of the digests of a step
 # The file may be intact: this process, or the connection to the disk, is short of something.
@@ -39,7 +41,7 @@ class Damaged(Exception):
 def _hash_files(folder: pathlib.Path, names: Iterable[str]) -> dict[str, list]:
     names = sorted(names)
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        hashed = pool.map(lambda name: list(hash_file(folder / name)), names)
+        hashed = pool.map(lambda name: list(hash_file(folder / name, ALGORITHM)), names)
         return {_TMP.sub("", name): entry for name, entry in zip(names, hashed, strict=True)}
 
 
@@ -83,6 +85,7 @@ def read(folder: pathlib.Path) -> dict | None:
 
     Raises:
       Damaged: it cannot be read, or it is missing although the step was written with digests.
+      UserError: the step was written with an unsupported algorithm.
     """
     path = folder / FILE
     written_with = _written_with(folder)
@@ -92,13 +95,21 @@ def read(folder: pathlib.Path) -> dict | None:
         return None
     try:
         entry = json.loads(regular_file.read_bytes(path, _MAX_BYTES))
-        right = entry["algorithm"] == ALGORITHM and entry["digest"] == _summary(entry["files"])
+        algorithm = str(entry["algorithm"])
+        right = entry["digest"] == _summary(entry["files"])
     except UserError as error:
         raise Damaged(str(error)) from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise Damaged(f"{path}: cannot be read ({_short(error)})") from error
     if not right:
         raise Damaged(f"{path}: differs from its own digest")
+    if algorithm != (written_with or algorithm):
+        raise Damaged(f"{path}: algorithm={algorithm[:40]!r}: differs from {_ORBAX_FILE}")
+    if algorithm not in ALGORITHMS:
+        raise UserError(
+            f"{path}: algorithm={algorithm[:40]!r}: must be one of {', '.join(ALGORITHMS)}; "
+            "a newer version of esolm_jax may have written this step"
+        )
     return entry
 
 
@@ -127,7 +138,7 @@ def problem(
     if entry is None:
         missing = [folder / item for item in items if not (folder / item).is_dir()]
         return f"{missing[0]}: is missing" if missing else None
-    files = entry["files"]
+    files, algorithm = entry["files"], entry["algorithm"]
     for item in items:
         if not any(name.startswith(f"{item}/") for name in files):
             return f"{folder / item}: is missing"
@@ -135,11 +146,13 @@ def problem(
     large = [name for name in names if files[name][0] > _SMALL]
     mine = set(large[process::processes]) | (set(names) - set(large))
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        found = pool.map(lambda name: _file_problem(folder / name, *files[name]), sorted(mine))
-        return next((line for line in found if line), None)
+        lines = pool.map(
+            lambda name: _file_problem(folder / name, algorithm, *files[name]), sorted(mine)
+        )
+        return next((line for line in lines if line), None)
 
 
-def _file_problem(path: pathlib.Path, size: int, digest: str) -> str | None:
+def _file_problem(path: pathlib.Path, algorithm: str, size: int, digest: str) -> str | None:
     try:
         if not path.exists():
             return f"{path}: is missing"
@@ -147,7 +160,7 @@ def _file_problem(path: pathlib.Path, size: int, digest: str) -> str | None:
             return f"{path}: is not a file"
         if (now := path.stat().st_size) != size:
             return f"{path}: has {now:,} bytes, not {size:,}"
-        if hash_file(path) != (size, digest):
+        if hash_file(path, algorithm) != (size, digest):
             return f"{path}: content differs from what was written"
     except OSError as error:
         if error.errno in _TRANSIENT:

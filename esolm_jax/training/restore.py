@@ -1,4 +1,4 @@
-"""Trained models: a checkpoint and the config that it is read with."""
+"""Trained models and runs to resume: a checkpoint and the config that it is read with."""
 
 import dataclasses
 import pathlib
@@ -8,7 +8,8 @@ from esolm_jax.data.manifest import Manifest, open_tokenizer
 from esolm_jax.errors import UserError
 from esolm_jax.model import build
 from esolm_jax.model.finite import check_finite
-from esolm_jax.training import checkpoint
+from esolm_jax.process import prng
+from esolm_jax.training import checkpoint_meta, checkpoint_reader, checkpoint_steps
 
 # What weights were trained with, and can be used with alone.
 MODEL_FIELDS = config_lib.names_with("fixes_weights")
@@ -17,7 +18,7 @@ MODEL_FIELDS = config_lib.names_with("fixes_weights")
 def check_same_fields(config, meta: dict, is_fixed, advice: str = "another --workdir") -> None:
     """UserError if a field for which `is_fixed(name)` differs from the checkpoint's config; the
     message advises to use the same or what `advice` says."""
-    saved = config_lib.flat(checkpoint.config_in(meta))
+    saved = config_lib.flat(checkpoint_meta.config_in(meta))
     for name, value in config_lib.flat(config).items():
         if is_fixed(name) and saved[name] != value:
             raise UserError(
@@ -64,12 +65,12 @@ class TrainedModel:
 
 
 def load_trained(
-    config, workdir: pathlib.Path, weights: str, mesh, step: str = checkpoint.LATEST
+    config, workdir: pathlib.Path, weights: str, mesh, step: str = checkpoint_steps.LATEST
 ) -> TrainedModel:
     """A checkpoint's `weights` ("ema" or "raw"), verified, split over the mesh.
 
     Args:
-      step: "latest", "best" or a number; see checkpoint_steps.
+      step: "latest", "best" or a number; see checkpoint_selection.
 
     Raises:
       UserError: no step is intact, or `config` is of another objective or model.
@@ -78,11 +79,60 @@ def load_trained(
 
     def like_of(meta: dict) -> dict:
         check_same_fields(config, meta, lambda name: name in MODEL_FIELDS)
-        checkpoint.check_config_is_of(workdir, meta)
+        checkpoint_meta.check_config_is_of(workdir, meta)
         built["it"] = build.build_model(config, meta["tokenizer"], mesh)
         return build.abstract_params(built["it"].model, mesh)
 
-    params, found = checkpoint.read_weights(workdir, weights, like_of, step)
-    item = checkpoint.weights_item(weights, found.meta)
+    params, found = checkpoint_reader.read_weights(workdir, weights, like_of, step)
+    item = checkpoint_meta.weights_item(weights, found.meta)
     check_finite(params, f"{found.folder}/{item}", "another step may be intact: --step=N")
     return TrainedModel(built["it"], params, found.meta, found.number)
+
+
+def check_can_be_resumed(config, manifest: Manifest, workdir: pathlib.Path, meta: dict) -> None:
+    """UserError unless the checkpoint with this meta is of the same training run."""
+    if meta.get("only_weights"):
+        raise UserError(
+            f"--workdir={workdir}: holds a pretrained model without the state of an optimizer; "
+            f"train from it in another --workdir: --config.init_from={workdir}"
+        )
+    # Weights that `convert` brought were trained elsewhere: only the model is given.
+    free, fields = meta.get("converted", False), config_lib.fields()
+    check_same_fields(
+        config,
+        meta,
+        lambda name: fields[name].fixes_weights if free else not fields[name].may_change_on_resume,
+    )
+    check_same_tokenizer(manifest, meta)
+    prng.check_recorded(meta, f"--workdir={workdir}")
+
+
+def initial_weights(config, manifest: Manifest, like) -> dict | None:
+    """The weights of config.init_from, placed as `like`; None if it is not set.
+
+    Raises:
+      UserError: they are of another model, or were trained with another tokenizer.
+    """
+    source = config.init_from
+    if not source:
+        return None
+
+    def like_of(meta: dict) -> dict:
+        check_same_fields(
+            config,
+            meta,
+            lambda name: name in MODEL_FIELDS and name.startswith("model."),
+            f"another config.init_from than {source!r}",
+        )
+        check_same_tokenizer(manifest, meta)
+        return like
+
+    workdir, step = checkpoint_steps.split_source(source)
+    try:
+        checkpoint_meta.read_meta(workdir, step)
+    except UserError as error:
+        raise UserError(f"config.init_from={source!r}: {error}") from error
+    weights, found = checkpoint_reader.read_weights(workdir, "ema", like_of, step)
+    check_finite(weights, f"config.init_from={source!r}: {found.folder}")
+    print(f"weights from {workdir} at step {found.number:,}; all else starts afresh")
+    return weights

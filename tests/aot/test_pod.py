@@ -18,8 +18,9 @@ from esolm_jax.family.phase import make_phases
 from esolm_jax.family.rule import dense_mask
 from esolm_jax.model import transformer as model
 from esolm_jax.model.lm_head import Head
+from esolm_jax.model.model_config import ModelConfig
 from esolm_jax.parallel import sharding
-from esolm_jax.training.train_step import PhaseLoss
+from esolm_jax.training.phase_loss import PhaseLoss
 
 pytestmark = pytest.mark.fast_compile
 
@@ -75,8 +76,8 @@ def test_a_step_is_all_rows_of_all_phases():
 # A compiled step.
 
 SIZES = dict(vocab_size=40, width=16, blocks=2, heads=4, cond_width=0, attention="dense")
-DIT = model.ModelConfig(**SIZES)
-LLAMA = model.ModelConfig(**SIZES, style="llama", kv_heads=2, mlp_width=24)
+DIT = ModelConfig(**SIZES)
+LLAMA = ModelConfig(**SIZES, style="llama", kv_heads=2, mlp_width=24)
 
 
 def labelled_shapes(rows, length, mesh=None):

@@ -13,7 +13,8 @@ from esolm_jax.attention import attend
 from esolm_jax.config import checks, page, schema
 from esolm_jax.config.field import Field
 from esolm_jax.errors import UserError
-from esolm_jax.model import build, transformer
+from esolm_jax.model import build
+from esolm_jax.model.model_config import REMAT, ModelConfig
 from esolm_jax.training import restore
 
 pytestmark = pytest.mark.fast_compile
@@ -85,12 +86,12 @@ def test_every_field_is_documented_in_one_line():
 
 def test_allowed_values_are_those_of_their_owners():
     fields = config_lib.fields()
-    assert tuple(fields["model.remat"].check.names) == tuple(transformer.REMAT)
+    assert tuple(fields["model.remat"].check.names) == tuple(REMAT)
     assert set(fields["model.attention"].check.names) - {"auto"} <= set(attend.KINDS)
 
 
 def test_sizes_of_the_model():
-    sizes = transformer.ModelConfig.__dataclass_fields__.keys()
+    sizes = ModelConfig.__dataclass_fields__.keys()
     policies = {"vocab_size", "dropout", "dtype", "unroll", "attention", "remat"}
     assert set(build.SIZES) == sizes - policies
     assert set(restore.MODEL_FIELDS) == {"objective", "start_token"} | {

@@ -9,7 +9,7 @@ from tiny_run import FILE, arguments, command, quick
 
 from esolm_jax.data.manifest import load_manifest
 from esolm_jax.evaluation import provenance
-from esolm_jax.training import checkpoint
+from esolm_jax.training import checkpoint_meta
 
 pytestmark = [pytest.mark.fast_compile, pytest.mark.usefixtures(quick.__name__)]
 
@@ -54,7 +54,7 @@ def test_data_batch_size_and_checkpoint_are_named(run, capsys):
     assert data["windows"] == data["split_windows"] == test["windows"] and data["whole_split"]
     assert data["tokenizer"] == manifest.tokenizer["fingerprint"]
     assert figures["batch_size"] == 8
-    assert figures["checkpoint_sha256"] == checkpoint.digest_of(workdir, 2)
+    assert figures["checkpoint_sha256"] == checkpoint_meta.digest_of(workdir, 2)
     assert len(figures["checkpoint_sha256"]) == 64
     printed = capsys.readouterr().out
     assert f"all {test['windows']} windows of the test split; a unigram model has" in printed
@@ -109,7 +109,7 @@ def test_set_for_testing_alone_has_no_unigram_model(run, tmp_path, capsys):
 
 def test_unigram_model_of_a_checkpoint_that_does_not_say(run):
     manifest = load_manifest(run[1]["data.dir"])
-    meta = checkpoint.read_meta(run[0])
+    meta = checkpoint_meta.read_meta(run[0])
     assert provenance.unigram(manifest, meta, "test", 0)[0] > 1
     old = {name: value for name, value in meta.items() if name != "training_data"}
     assert provenance.unigram(manifest, old, "test", 0)[0] > 1

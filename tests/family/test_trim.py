@@ -18,7 +18,7 @@ from esolm_jax.family.phase import make_phases
 from esolm_jax.model import transformer as model
 from esolm_jax.model.lm_head import Head
 from esolm_jax.parallel import sharding
-from esolm_jax.training import train_step
+from esolm_jax.training import phase_loss
 
 pytestmark = pytest.mark.fast_compile
 
@@ -181,7 +181,7 @@ def test_fits_says_whether_a_prediction_would_be_lost():
 @pytest.mark.usefixtures("quick")
 def test_trimming_changes_neither_losses_nor_gradients():
     """Of (A) and (B) in one pass; whether both fit or one of them must be run whole."""
-    whole = train_step.PhaseLoss(model.bind(MODEL), HEAD, (None, None))
+    whole = phase_loss.PhaseLoss(model.bind(MODEL), HEAD, (None, None))
     trimmed = dataclasses.replace(whole, queries=(12, 12))
     run, run_trimmed = jax.jit(whole.loss_and_grads), jax.jit(trimmed.loss_and_grads)
     fits = []
@@ -209,7 +209,7 @@ def test_a_batch_that_does_not_fit_is_run_whole(accumulation):
         return (h[:, : predict[0][1]],)
 
     params = {"one": jnp.ones(()), "logits": {"kernel": jnp.zeros((1, 4)).at[0, 0].set(1.0)}}
-    objective = train_step.PhaseLoss(apply, HEAD, (8,), accumulation)
+    objective = phase_loss.PhaseLoss(apply, HEAD, (8,), accumulation)
     weight = jnp.zeros((4, LENGTH)).at[:, -1].set(1)
     tail = label("eso_b", 0.5, "sequential", (LENGTH,) * 4).replace(
         weight=weight, target=jnp.full((4, LENGTH), 2)
@@ -233,7 +233,7 @@ def queries_of(objective, alpha_0, rows=64, length=64, **mesh):
     config.mesh.update({"data": 1, "devices": 1} | mesh)
     built = types.SimpleNamespace(mesh=sharding.make_mesh(config.mesh), apply=None, head=HEAD)
     phases = make_phases(config, toy.SPECIAL, low_variance=False)
-    return train_step.make_objective(config, built, phases).queries
+    return phase_loss.make_objective(config, built, phases).queries
 
 
 def test_only_sequential_phases_are_trimmed():

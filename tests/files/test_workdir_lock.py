@@ -15,8 +15,9 @@ import time
 import pytest
 
 from esolm_jax.errors import UserError
-from esolm_jax.files import workdir_lock
-from esolm_jax.files.workdir_lock import Lease, Lock, hold
+from esolm_jax.files import shared_locks, workdir_lock
+from esolm_jax.files.lease import Lease
+from esolm_jax.files.workdir_lock import Lock, hold
 from esolm_jax.interop.published import into_workdir
 
 pytestmark = pytest.mark.fast_compile
@@ -59,7 +60,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(workdir_lock, "REFRESH", 0.1)
     monkeypatch.setattr(workdir_lock, "STALE", 1.0)
     monkeypatch.setattr(workdir_lock, "SETTLE", 0.05)
-    monkeypatch.setattr(workdir_lock, "_locks_are_shared", lambda path: False)
+    monkeypatch.setattr(workdir_lock, "locks_are_shared", lambda path: False)
 
 
 @pytest.fixture
@@ -186,7 +187,7 @@ def test_a_lease_of_another_host(tmp_path, capsys, filesystem, request):
 
 
 def test_where_locks_are_shared_a_dead_host_is_not_waited_for(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(workdir_lock, "_locks_are_shared", lambda path: True)
+    monkeypatch.setattr(workdir_lock, "locks_are_shared", lambda path: True)
     write_lease(tmp_path)
     begin = time.monotonic()
     with hold(tmp_path, name="--workdir=w"):
@@ -274,7 +275,7 @@ MOUNTS = """\
     ],
 )
 def test_which_file_systems_share_their_locks(path, shared):
-    assert workdir_lock._locks_are_shared(pathlib.Path(path), MOUNTS) == shared
+    assert shared_locks.locks_are_shared(pathlib.Path(path), MOUNTS) == shared
 
 
 def test_what_a_killed_writer_left_does_not_make_a_workdir_full(tmp_path):

@@ -23,7 +23,7 @@ from esolm_jax.interop.published import file as published_file
 from esolm_jax.interop.published.reference import INV_FREQ, Reference
 from esolm_jax.model import build
 from esolm_jax.parallel import sharding
-from esolm_jax.training import checkpoint, restore
+from esolm_jax.training import checkpoint_meta, restore
 
 pytestmark = [pytest.mark.fast_compile, pytest.mark.usefixtures(quick.__name__)]
 CKPT = FOLDER / "esolm.ckpt"
@@ -92,7 +92,7 @@ def test_own_export_needs_no_config(converted, tmp_path):
     back, tokenizer = tmp_path / "back", converted / "tokenizer"
     assert convert(tmp_path / "first.safetensors", back, tokenizer) == 0
     assert_same(exported(back, tmp_path / "second.safetensors"), first)
-    saved, again = (checkpoint.read_meta(folder) for folder in (converted, back))
+    saved, again = (checkpoint_meta.read_meta(folder) for folder in (converted, back))
     assert again["tokenizer"] == saved["tokenizer"]
     paths = {"tokenizer_path"}
     for section, fields in saved["config"].items():
@@ -127,7 +127,7 @@ def golden_run(tmp_path):
 
 
 def restored(workdir) -> Reference:
-    config = checkpoint.saved_config(workdir)
+    config = checkpoint_meta.saved_config(workdir)
     mesh = sharding.make_mesh(config.mesh)
     trained = restore.load_trained(config, workdir, "ema", mesh)
     return Reference(trained.built.model, trained.params, trained.built.special.mask)
@@ -155,8 +155,8 @@ def test_golden_ar_has_no_time_embedding(golden_run, tmp_path):
     index = np.broadcast_to(np.arange(token.shape[1]), token.shape)
     close(model.logits(token, index, index, np.ones_like(token, bool)), golden["logits"])
     assert_same(exported(workdir, tmp_path / "out.safetensors"), vectors("weights_ar"))
-    config = checkpoint.saved_config(workdir)
-    entry = checkpoint.read_meta(workdir)["tokenizer"]
+    config = checkpoint_meta.saved_config(workdir)
+    entry = checkpoint_meta.read_meta(workdir)["tokenizer"]
     special = build.build_model(config, entry, sharding.make_mesh(config.mesh)).special
     assert (special.mask, special.start) == (66, 66)
 
@@ -172,7 +172,7 @@ def test_hyper_parameters_become_the_config(converted):
     assert config["data"]["seq_len"] == 16 and config["data"]["tokenizer"] == "gpt2"
     assert config["optimizer"]["learning_rate"] == 2e-4 and config["optimizer"]["b2"] == 0.99
     assert config["train"]["batch_size"] == 8 and config["optimizer"]["ema_decay"] == 0.999
-    meta = checkpoint.read_meta(converted)
+    meta = checkpoint_meta.read_meta(converted)
     assert meta["converted"] == {"file": "esolm.ckpt", "weights": "raw weights and EMA"}
     assert (meta["tokenizer"]["vocab_size"], meta["tokenizer"]["mask_id"]) == (257, 257)
 
@@ -234,7 +234,7 @@ def test_sample_evaluate_and_train_go_on(converted, tmp_path, capsys):
     assert f"at step {STEP}" in capsys.readouterr().out
     line = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[0])
     assert line["step"] == STEP + 1 and line["learning_rate"] == 0  # it warms up again
-    meta = checkpoint.read_meta(workdir)
+    meta = checkpoint_meta.read_meta(workdir)
     assert "converted" not in meta and meta["cursor"] == 4
     # Without an update of the weights, the EMA came nearer to them by the decay of its age.
     names = "raw", "ema"

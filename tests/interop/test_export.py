@@ -38,13 +38,14 @@ from esolm_jax.interop.published import into_workdir, out_of_workdir
 from esolm_jax.model import build
 from esolm_jax.model import transformer as model_lib
 from esolm_jax.model.lm_head import exclude_mask_token
+from esolm_jax.model.model_config import ModelConfig
 from esolm_jax.parallel import sharding
 from esolm_jax.sampling import generate
 from esolm_jax.sampling.engine import choose
 from esolm_jax.sampling.engine import network as network_lib
 from esolm_jax.sampling.engine.choose import TokenSampler
 from esolm_jax.sampling.plan.canvas import Canvas
-from esolm_jax.training import checkpoint, optimizer, train_step
+from esolm_jax.training import checkpoint_meta, optimizer, train_state
 
 pytestmark = [pytest.mark.fast_compile, pytest.mark.usefixtures(quick.__name__)]
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -99,7 +100,7 @@ def make_run(workdir: pathlib.Path, mesh=None, **fields) -> pathlib.Path:
         params = jax.tree.map_with_path(leaf, like)
         return params if mesh is None else jax.device_put(params, sharding.parameters(mesh, params))
 
-    state = train_step.init_state(draw(0), optimizer.make(config), jax.random.key(0))
+    state = train_state.init_state(draw(0), optimizer.make(config), jax.random.key(0))
     state = state.replace(ema=draw(1), step=jax.numpy.int32(7))
     meta = {"config": config.to_dict(), "cursor": 0, "tokenizer": tokenizer_entry(tokenizer)}
     meta["version"] = esolm_jax.__version__
@@ -113,7 +114,7 @@ def export(workdir, target, *args) -> dict:
 
 
 def trained(workdir, weights="ema"):
-    config = checkpoint.saved_config(workdir)
+    config = checkpoint_meta.saved_config(workdir)
     return config, out_of_workdir.load(config, workdir, weights)
 
 
@@ -326,7 +327,7 @@ def _every_tensor_counts(folder, names):
     """Else a part that is forgotten would not show in the logits."""
     weights, about = plain_transformer.load(folder)
     assert ("positions" in weights) != ("rope" in weights)
-    config = model_lib.ModelConfig(vocab_size=VOCAB, width=1, blocks=1, heads=1, cond_width=0)
+    config = ModelConfig(vocab_size=VOCAB, width=1, blocks=1, heads=1, cond_width=0)
     labels = parity.labels(parity.examples(config, LENGTH)[0])
     logits = plain_transformer.score(weights, about["network"], *labels)
     for name in names:
@@ -516,7 +517,7 @@ def test_unknown_part_of_a_model(run, monkeypatch):
     found = trained(run)[1]
     config = found.built.model
     odd = dataclasses.make_dataclass(
-        "Odd", [("sliding", int, 0)], bases=(model_lib.ModelConfig,), frozen=True
+        "Odd", [("sliding", int, 0)], bases=(ModelConfig,), frozen=True
     )
     plain.check(odd(**vars(config)))
     with pytest.raises(UserError, match="model.sliding=64: can't be exported yet; must be 0"):

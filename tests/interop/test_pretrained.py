@@ -23,7 +23,7 @@ from esolm_jax.interop.hub import config as hub_config
 from esolm_jax.interop.hub import names as hub_names
 from esolm_jax.model import build
 from esolm_jax.parallel import sharding
-from esolm_jax.training import checkpoint, restore
+from esolm_jax.training import checkpoint_meta, restore
 
 pytestmark = [pytest.mark.fast_compile, pytest.mark.usefixtures(quick.__name__)]
 HUB = pathlib.Path(__file__).parents[1] / "fixtures" / "hf"
@@ -38,7 +38,7 @@ def convert(source, workdir, *args):
 
 
 def load(workdir):
-    saved = checkpoint.saved_config(workdir)
+    saved = checkpoint_meta.saved_config(workdir)
     return restore.load_trained(saved, workdir, "ema", sharding.make_mesh(saved.mesh))
 
 
@@ -126,7 +126,7 @@ def test_mask_is_the_mean_and_tied_embeddings_are_untied(converted, family):
 
 
 def test_config_is_that_of_the_folder(converted):
-    model = {family: checkpoint.saved_config(converted[family]).model for family in FAMILIES}
+    model = {family: checkpoint_meta.saved_config(converted[family]).model for family in FAMILIES}
     assert (model["gpt2"].style, model["gpt2"].max_positions, model["gpt2"].qkv_bias) == (
         "gpt2", 32, True,
     )  # fmt: skip
@@ -456,7 +456,7 @@ def test_run_cannot_start_with_other_weights(prepared, field, value, told):
 
 
 def test_pretrained_workdir_is_not_trained_in(converted, prepared, capsys):
-    settings = checkpoint.saved_config(converted["llama"])
+    settings = checkpoint_meta.saved_config(converted["llama"])
     with settings.unlocked():
         settings.data.update(prepared.data)
         settings.mesh.devices = 1

@@ -15,8 +15,9 @@ from esolm_jax.config import default_config
 from esolm_jax.family.labels import LabelledBatch, Layout, Tokens
 from esolm_jax.model import transformer as model
 from esolm_jax.model.lm_head import Head
+from esolm_jax.model.model_config import REMAT
 from esolm_jax.parallel import sharding
-from esolm_jax.training.train_step import PhaseLoss
+from esolm_jax.training.phase_loss import PhaseLoss
 
 pytestmark = [pytest.mark.fast_compile, pytest.mark.usefixtures("quick")]
 
@@ -191,14 +192,14 @@ def test_policies_keep_activations_that_have_these_names(kind):
     run, labelled = loss_and_grads(config, (two_streams(length=128),))
     text = str(jax.make_jaxpr(run)(params_of(LLAMA), labelled))
     names = set(re.findall(r"name\[.*?name=(\w+)", text, re.DOTALL))
-    assert names == {name for policy in model.REMAT.values() for name in policy or ()}
+    assert names == {name for policy in REMAT.values() for name in policy or ()}
 
 
 def test_what_is_kept_is_not_computed_again():
     """Products with a kernel, and those of attention, in a block's backward pass beyond the two
     that each needs."""
     again = {}
-    for policy in model.REMAT:
+    for policy in REMAT:
         config = dataclasses.replace(LLAMA, attention="lean", remat=policy, blocks=1)
         run, labelled = loss_and_grads(config, (causal(),))
         text = run.lower(params_of(config), labelled).as_text()

@@ -1,5 +1,6 @@
 """Real processes: they agree or say how not, stop at one step, and end when one is lost."""
 
+import ipaddress
 import os
 import pathlib
 import re
@@ -14,7 +15,9 @@ import tiny_run
 from processes import Processes, free_port
 
 from esolm_jax.errors import UserError
-from esolm_jax.parallel import distributed
+from esolm_jax.parallel import coordinator, distributed, launcher, multihost
+from esolm_jax.parallel.guard import guard
+from esolm_jax.parallel.stop_signal import StopSignal
 
 pytestmark = pytest.mark.fast_compile
 
@@ -25,8 +28,8 @@ def test_processes_meet_agree_and_part():
         assert distributed.process_count() == 2
         assert distributed.is_main() == (index == 0)
         for _ in range(2):
-            distributed.barrier("again", timeout=10)
-            distributed.check_same({"config": "c", "code version": "v"}, timeout=10)
+            multihost.barrier("again", timeout=10)
+            multihost.check_same({"config": "c", "code version": "v"}, timeout=10)
         train(steps=3)
         assert (index == 0) == distributed.is_main()
         print("done", index)
@@ -40,7 +43,7 @@ def test_processes_meet_agree_and_part():
 def test_disagreement_is_the_same_error_everywhere():
     script = """
     def body(index):
-        distributed.check_same({"config": f"c{index % 2}", "code version": "v"}, timeout=10)
+        multihost.check_same({"config": f"c{index % 2}", "code version": "v"}, timeout=10)
     main(body)
     """
     wanted = "error: config differs between hosts: c0 on processes 0, 2, c1 on process 1\n"
@@ -54,7 +57,7 @@ def test_an_error_of_one_process_ends_the_others():
     def body(index):
         if index == 1:
             raise UserError("no such file")
-        distributed.barrier("never", timeout=50)
+        multihost.barrier("never", timeout=50)
     main(body)
     """
     processes = Processes(script)
@@ -67,7 +70,7 @@ def test_barrier_that_not_all_reach():
     script = """
     def body(index):
         if index == 0:
-            distributed.barrier("save", timeout=0.5)
+            multihost.barrier("save", timeout=0.5)
         time.sleep(30)
     main(body)
     """
@@ -117,11 +120,11 @@ def test_a_silent_process_ends_the_others(victim, how, said):
     """In any state: one process waits for the others, one computes alone."""
     script = f"""
     def body(index):
-        distributed.barrier("begin", timeout=30)
+        multihost.barrier("begin", timeout=30)
         if index == {victim}:
             os.kill(os.getpid(), signal.{how})
         if index == {(victim + 1) % 3}:
-            distributed.barrier("never", timeout=60)
+            multihost.barrier("never", timeout=60)
         while True:
             sum(range(1000))
     main(body, heartbeat_timeout=4)
@@ -160,7 +163,7 @@ def test_programs_that_take_unlike_times_to_compile():
         compiler.compile_or_get_cached = slow
         def f(x, y):
             return x.sum() + y
-        f = distributed.together(jax.jit(f, out_shardings=whole))
+        f = multihost.together(jax.jit(f, out_shardings=whole))
         for size in (2, 4, 2, 2):
             index_of = lambda where: np.ones(size // 2, np.float32)
             x = jax.make_array_from_callback((size,), rows, index_of)
@@ -186,7 +189,7 @@ def test_process_0_works_and_the_others_wait(fails):
             if {fails}:
                 raise UserError("no such file")
             return "done"
-        assert distributed.on_main(action) == ("done" if index == 0 else None)
+        assert multihost.on_main(action) == ("done" if index == 0 else None)
         print("went on")
     main(body)
     """
@@ -207,7 +210,7 @@ def test_the_coordinator_listens_where_it_is_told(host, listens):
     def body(index):
         if index == 0:
             print(listening(int(os.environ["JAX_COORDINATOR_ADDRESS"].rsplit(":", 1)[1])))
-        distributed.barrier("seen", timeout=20)
+        multihost.barrier("seen", timeout=20)
     main(body)
     """
     (code, out, err), (code_1, _, err_1) = Processes(LISTENING + script, host=host).wait()
@@ -241,22 +244,68 @@ def _has_ipv6() -> bool:
     return True
 
 
+# What names resolve to, in the tests below.
+RESOLVED = {
+    "this-host": ["127.0.0.2"],
+    "debian": ["127.0.1.1"],
+    "two-networks": ["192.0.2.1", "127.0.0.2"],
+    "elsewhere": ["192.0.2.1"],
+    "link-local": ["fe80::1"],
+}
+
+
+@pytest.fixture
+def resolver(monkeypatch):
+    """Names resolve as in RESOLVED. 127.0.0.2 stands for an address of a network card, which not
+    every test machine has."""
+    real, is_loopback = socket.getaddrinfo, ipaddress.IPv4Address.is_loopback.fget
+
+    def getaddrinfo(host, port, **kwargs):
+        if host in RESOLVED:
+            return [a for ip in RESOLVED[host] for a in real(ip, port, **kwargs)]
+        return real(host, port, flags=socket.AI_NUMERICHOST, **kwargs)  # no name server is asked
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(
+        ipaddress.IPv4Address,
+        "is_loopback",
+        property(lambda ip: str(ip) != "127.0.0.2" and is_loopback(ip)),
+    )
+
+
 @pytest.mark.parametrize(
     "host, bound",
     [
         ("127.0.0.1", "127.0.0.1"),
         ("localhost", "127.0.0.1"),
         ("192.0.2.1", None),  # not of this host, but of something in front of it
-        ("node-1", None),
+        ("this-host", "127.0.0.2"),
+        ("two-networks", "127.0.0.2"),
+        ("debian", None),  # other hosts resolve this name to another address
+        ("link-local", None),
+        ("elsewhere", None),
+        ("unknown", None),
+        ("a" * 70, None),
     ],
 )
-def test_where_the_coordinator_is_to_listen(host, bound, monkeypatch):
+def test_where_the_coordinator_is_to_listen(host, bound, monkeypatch, resolver):
     monkeypatch.delenv("JAX_COORDINATOR_BIND_ADDRESS", raising=False)
     port = free_port()
     wanted = {"coordinator_bind_address": f"{bound}:{port}"} if bound else {}
-    assert distributed._bind_address(f"{host}:{port}") == wanted
+    assert coordinator.bind_address(f"{host}:{port}") == wanted
     monkeypatch.setenv("JAX_COORDINATOR_BIND_ADDRESS", f"0.0.0.0:{port}")
-    assert distributed._bind_address(f"{host}:{port}") == {}
+    assert coordinator.bind_address(f"{host}:{port}") == {}
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "this-host", "debian", "192.0.2.1"])
+def test_a_port_in_use_is_one_error(host, monkeypatch, resolver):
+    monkeypatch.delenv("JAX_COORDINATOR_BIND_ADDRESS", raising=False)
+    with socket.socket() as other:
+        other.bind(("0.0.0.0", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(UserError, match=f"{host}:{port}: the port is in use on this host"):
+            coordinator.bind_address(f"{host}:{port}")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -266,7 +315,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(number):
         def at_step(step):
             if step == 5 and index == 1:
                 os.kill(os.getpid(), {int(number)})
-        train(distributed.StopSignal(), at_step=at_step)
+        train(StopSignal(), at_step=at_step)
     main(body, stoppable=True)
     """
     results = Processes(script).wait()
@@ -302,21 +351,21 @@ def test_nobody_there():
 
 
 def test_environment_of_a_launcher(monkeypatch):
-    whole = dict(zip(distributed.ENV_VARS, ("host:1234", "4", "3"), strict=True))
-    assert distributed._launcher_env({}) is None
-    assert distributed._launcher_env(whole) == {
+    whole = dict(zip(launcher.ENV_VARS, ("host:1234", "4", "3"), strict=True))
+    assert launcher.launcher_env({}) is None
+    assert launcher.launcher_env(whole) == {
         "coordinator_address": "host:1234",
         "num_processes": 4,
         "process_id": 3,
         "cluster_detection_method": "deactivate",
     }
-    for name in distributed.ENV_VARS:
+    for name in launcher.ENV_VARS:
         part = {k: v for k, v in whole.items() if k != name}
         with pytest.raises(UserError, match=f"^{name}: missing from the environment"):
-            distributed._launcher_env(part)
-    for name, bad in zip(distributed.ENV_VARS, ("host", "0", "4"), strict=True):
+            launcher.launcher_env(part)
+    for name, bad in zip(launcher.ENV_VARS, ("host", "0", "4"), strict=True):
         with pytest.raises(UserError, match=f"{name}={bad}: must"):
-            distributed._launcher_env(whole | {name: bad})
+            launcher.launcher_env(whole | {name: bad})
 
 
 SLURM = {
@@ -344,22 +393,22 @@ SLURM = {
     ],
 )
 def test_clusters_are_known_by_their_environment(environment, several):
-    assert distributed._in_cluster(environment) == several
+    assert launcher.in_cluster(environment) == several
 
 
 def test_one_process(monkeypatch):
     """Nothing to join: every call does nothing, and errors pass through guard()."""
-    for name in (*distributed.ENV_VARS, distributed.CLUSTER):
+    for name in (*launcher.ENV_VARS, launcher.CLUSTER):
         monkeypatch.delenv(name, raising=False)
     timeouts = dict(init_timeout=1, heartbeat_timeout=1, barrier_timeout=1)
     distributed.start(**timeouts, stoppable=True)
     assert not jax.distributed.is_initialized()
     assert (distributed.process_index(), distributed.process_count()) == (0, 1)
     assert distributed.is_main()
-    distributed.barrier("x", timeout=1)
-    distributed.check_same({"config": "x"}, timeout=1)
+    multihost.barrier("x", timeout=1)
+    multihost.check_same({"config": "x"}, timeout=1)
     with pytest.raises(UserError, match="mine"):
-        with distributed.guard():
+        with guard():
             raise UserError("mine")
     monkeypatch.setattr(jax, "process_count", lambda: 4)
     with pytest.raises(UserError, match="one of the 4 hosts of a TPU slice: set ESOLM_CLUSTER=1"):
@@ -369,7 +418,7 @@ def test_one_process(monkeypatch):
 def test_stop_signal_of_one_process():
     before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
-        stop = distributed.StopSignal()
+        stop = StopSignal()
         assert stop.after(1) is None
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.after(2) == signal.SIGTERM
@@ -381,36 +430,36 @@ def test_stop_signal_of_one_process():
 
 def test_hashes():
     make = lambda **kw: ml_collections.ConfigDict({"a": {"b": 1}, "c": 0.5} | kw)  # noqa: E731
-    one = distributed.config_hash(make())
+    one = multihost.config_hash(make())
     assert re.fullmatch(r"[0-9a-f]{12}", one)
-    assert one == distributed.config_hash(ml_collections.ConfigDict({"c": 0.5, "a": {"b": 1}}))
-    assert one != distributed.config_hash(make(c=0.25))
-    assert one != distributed.config_hash(make(a={"b": 1, "d": None}))
-    assert re.fullmatch(r"[0-9a-f]{12}", distributed.code_hash())
-    assert distributed.code_hash() == distributed.code_hash()
+    assert one == multihost.config_hash(ml_collections.ConfigDict({"c": 0.5, "a": {"b": 1}}))
+    assert one != multihost.config_hash(make(c=0.25))
+    assert one != multihost.config_hash(make(a={"b": 1, "d": None}))
+    assert re.fullmatch(r"[0-9a-f]{12}", multihost.code_hash())
+    assert multihost.code_hash() == multihost.code_hash()
 
 
 @pytest.mark.parametrize(
     "environment, said",
     [
         ({}, None),
-        (dict(zip(distributed.ENV_VARS, ("host:1", "1", "0"), strict=True)), None),
-        (dict(zip(distributed.ENV_VARS, ("host:1", "4", "3"), strict=True)), "JAX_NUM_PROCESSES=4"),
+        (dict(zip(launcher.ENV_VARS, ("host:1", "1", "0"), strict=True)), None),
+        (dict(zip(launcher.ENV_VARS, ("host:1", "4", "3"), strict=True)), "JAX_NUM_PROCESSES=4"),
         (SLURM, "the environment of this process"),
         ({"ESOLM_CLUSTER": "1"}, "the environment of this process"),
         ({"TPU_WORKER_HOSTNAMES": "t-0,t-1"}, None),  # of any process on such a host
     ],
 )
 def test_whether_a_launcher_started_several(environment, said, monkeypatch):
-    for name in (*distributed.ENV_VARS, distributed.CLUSTER):
+    for name in (*launcher.ENV_VARS, launcher.CLUSTER):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert distributed.launched() == said
+    assert launcher.launched() == said
 
 
 def test_a_verb_of_one_process_refuses_a_launcher(monkeypatch, capsys, tmp_path):
-    for name, value in zip(distributed.ENV_VARS, ("host:1", "4", "3"), strict=True):
+    for name, value in zip(launcher.ENV_VARS, ("host:1", "4", "3"), strict=True):
         monkeypatch.setenv(name, value)
     path = pathlib.Path(tiny_run.FILE)
     code = tiny_run.command("compile", f"--config={path}", "--topology=v5e:2x2")

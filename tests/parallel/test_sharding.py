@@ -13,6 +13,7 @@ from esolm_jax.data.manifest import planned_tokenizer
 from esolm_jax.errors import UserError
 from esolm_jax.model import build
 from esolm_jax.model import transformer as model
+from esolm_jax.model.model_config import ModelConfig
 from esolm_jax.parallel import sharding
 
 pytestmark = pytest.mark.fast_compile
@@ -39,7 +40,7 @@ def make_mesh(**axes):
 
 
 def shapes(name):
-    config = model.ModelConfig(vocab_size=32, width=16, blocks=2, heads=4, **MODELS[name])
+    config = ModelConfig(vocab_size=32, width=16, blocks=2, heads=4, **MODELS[name])
     return jax.eval_shape(lambda: model.init(config, jax.random.key(0)))
 
 
@@ -170,7 +171,7 @@ def test_dimension_that_does_not_divide_is_told(axes, told):
 
 def test_abstract_arrays_are_placed():
     mesh = make_mesh(fsdp=2, devices=2)
-    config = model.ModelConfig(vocab_size=32, width=16, blocks=2, heads=4, cond_width=0)
+    config = ModelConfig(vocab_size=32, width=16, blocks=2, heads=4, cond_width=0)
     where = sharding.parameters(mesh, shapes("ar"))
     found = sharding.abstract(lambda: model.init(config, jax.random.key(0)), where)
     for a, s, place in zip(*map(jax.tree.leaves, (found, shapes("ar"), where)), strict=True):

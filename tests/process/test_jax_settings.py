@@ -12,7 +12,7 @@ from tiny_run import FILE, arguments, command, quick
 
 from esolm_jax.errors import UserError
 from esolm_jax.process import jax_settings, prng
-from esolm_jax.training import checkpoint
+from esolm_jax.training import checkpoint_meta
 
 pytestmark = [pytest.mark.fast_compile, pytest.mark.usefixtures(quick.__name__)]
 
@@ -105,7 +105,7 @@ def test_keys_of_another_generator_are_refused():
 
 
 def test_checkpoints_record_the_generator_and_another_is_refused(halfway, capsys, args):
-    meta = checkpoint.read_meta(halfway)
+    meta = checkpoint_meta.read_meta(halfway)
     assert meta["prng"] == "threefry2x32"
     prng.check_recorded({}, "an older checkpoint")
     with pytest.raises(UserError, match="DIR: .*'rbg'.*'threefry2x32'"):
@@ -123,7 +123,7 @@ def test_another_precision_is_recorded_and_said(halfway, args, tmp_path, capsys)
         recorded = jax_settings.recorded()
         assert command("evaluate", f"--workdir={workdir}") == 0
     assert recorded["jax_default_matmul_precision"] == "highest"
-    assert checkpoint.read_meta(workdir)["jax_settings"] == recorded
+    assert checkpoint_meta.read_meta(workdir)["jax_settings"] == recorded
     assert json.loads((workdir / "evaluate.json").read_text())["jax_settings"] == recorded
 
 

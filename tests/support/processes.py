@@ -8,20 +8,22 @@ import sys
 import textwrap
 import time
 
-from esolm_jax.parallel import distributed
+from esolm_jax.parallel import launcher
 
 ROOT = str(pathlib.Path(__file__).parents[2])
 
 # What all scripts begin with; a UserError outside guard() ends as it does in the command line.
 PREAMBLE = """
 import os, signal, sys, time
-from esolm_jax.parallel import distributed
+from esolm_jax.parallel import distributed, multihost
+from esolm_jax.parallel.guard import guard
+from esolm_jax.parallel.stop_signal import StopSignal
 from esolm_jax.errors import UserError
 
 def main(body, **settings):
     settings = dict(init_timeout=120, heartbeat_timeout=60, barrier_timeout=60) | settings
     try:
-        with distributed.guard():
+        with guard():
             distributed.start(**settings)
             body(distributed.process_index())
     except UserError as error:
@@ -58,7 +60,7 @@ class Processes:
         self, script, *, count=2, indices=None, host="127.0.0.1", port=None, **environment
     ):
         address = f"{host}:{port or free_port()}"
-        hidden = ("XLA_FLAGS", *distributed.ENV_VARS)
+        hidden = ("XLA_FLAGS", *launcher.ENV_VARS)
         base = {k: v for k, v in os.environ.items() if k not in hidden}
         base |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": ROOT, "JAX_NUM_PROCESSES": str(count)}
         self.address, self.begin = address, time.time()

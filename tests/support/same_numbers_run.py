@@ -2,7 +2,7 @@
 
 python tests/support/same_numbers_run.py JOBS.json, where JOBS.json holds {"steps": steps of each
 job, "jobs": {name: config fields}, "out": file for what process 0 saw, also JSON}. The environment
-says which process it is, and of how many (parallel/distributed.py).
+says which process it is, and of how many (parallel/launcher.py).
 """
 
 import contextlib
@@ -17,7 +17,8 @@ from esolm_jax import train as train_lib
 from esolm_jax.data.reader import TrainReader
 from esolm_jax.family import trim
 from esolm_jax.parallel import distributed, sharding
-from esolm_jax.training import train_step
+from esolm_jax.parallel.guard import guard
+from esolm_jax.training import phase_loss, train_step
 
 
 def train(run: train_lib.Run, steps: int) -> dict:
@@ -46,14 +47,14 @@ def trimming(training: train_step.Trainer):
     def is_trimmed(state, batch):
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         noise_key, _ = jax.random.split(key)
-        labelled = train_step.label_batch(training.phases, noise_key, batch["x"], batch["valid"])
+        labelled = phase_loss.label_batch(training.phases, noise_key, batch["x"], batch["valid"])
         return trim.fits(labelled[-1], training.objective.queries[-1])
 
     return is_trimmed
 
 
 def main(jobs: dict) -> None:
-    with distributed.guard():
+    with guard():
         distributed.start(init_timeout=60, heartbeat_timeout=60, barrier_timeout=60)
         found = {}
         for name, fields in jobs["jobs"].items():

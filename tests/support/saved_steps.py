@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from esolm_jax.training import checkpoint
-from esolm_jax.training.train_step import TrainState
+from esolm_jax.training import checkpoint, checkpoint_steps
+from esolm_jax.training.train_state import TrainState
 
 OPTIMIZER = optax.adamw(1e-3)
 META = {"config": {"seed": 1}, "cursor": 5, "tokenizer": {"kind": "bytes"}, "version": "1"}
@@ -38,7 +38,7 @@ def write(workdir, nelbos: dict[int, float | None], **keep) -> None:
 
 
 def steps_in(workdir) -> set[int]:
-    return {int(path.name) for path in (workdir / checkpoint.FOLDER).iterdir()}
+    return {int(path.name) for path in (workdir / checkpoint_steps.FOLDER).iterdir()}
 
 
 def assert_same(a, b):

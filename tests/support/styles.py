@@ -8,9 +8,10 @@ import jax
 import numpy as np
 
 from esolm_jax.model import transformer as model
+from esolm_jax.model.model_config import ModelConfig
 
 VOCAB, LENGTH = 12, 8
-LLAMA = model.ModelConfig(
+LLAMA = ModelConfig(
     vocab_size=VOCAB,
     width=16,
     blocks=2,
@@ -22,11 +23,9 @@ LLAMA = model.ModelConfig(
     rope_base=500.0,
     attention="dense",
 )
-DIT = model.ModelConfig(
-    vocab_size=VOCAB, width=16, blocks=2, heads=2, cond_width=4, attention="dense"
-)
+DIT = ModelConfig(vocab_size=VOCAB, width=16, blocks=2, heads=2, cond_width=4, attention="dense")
 
-GPT2 = model.ModelConfig(
+GPT2 = ModelConfig(
     vocab_size=VOCAB, width=16, blocks=2, heads=4, cond_width=0, style="gpt2", qkv_bias=True,
     max_positions=16,
 )  # fmt: skip

@@ -23,7 +23,7 @@ from esolm_jax.data import build
 from esolm_jax.data.reader import TrainReader
 from esolm_jax.family import registry
 from esolm_jax.parallel import sharding
-from esolm_jax.training import checkpoint, train_step
+from esolm_jax.training import checkpoint, checkpoint_meta, train_state
 
 LENGTH = 16
 FLAGS = ("workdir", "topology", "num_slices", "program", "out", "sweep")  # of all verbs
@@ -114,7 +114,7 @@ def command(verb: str, *args: str) -> int:
     sys.argv = [f"{verb}.py", *map(str, args)]
     _forget_flags()  # those of benchmarks that a test imports
     try:
-        cli.run(module.main, **module.CLI)
+        cli.run(module.main, module.CLI)
     except SystemExit as end:
         return end.code or 0
     finally:
@@ -168,7 +168,7 @@ def to_host(tree):
     return jax.tree.map(np.array, tree)
 
 
-def fresh_state(run) -> train_step.TrainState:
+def fresh_state(run) -> train_state.TrainState:
     """The state that a run begins with."""
     return run.restore_or_init(types.SimpleNamespace(has_steps=lambda: False))[0]
 
@@ -179,7 +179,7 @@ def last_checkpoint(config, workdir: pathlib.Path):
     checkpoints = checkpoint.Checkpoints(workdir, keep_last=99, keep_best=99)
     state, _ = run.restore_or_init(checkpoints)
     checkpoints.close()
-    return to_host(state), checkpoint.read_meta(workdir)
+    return to_host(state), checkpoint_meta.read_meta(workdir)
 
 
 def refused_by(verb: str):

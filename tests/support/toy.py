@@ -15,13 +15,14 @@ from esolm_jax.family.phase import SpecialIds
 from esolm_jax.model import transformer as model
 from esolm_jax.model.build import BuiltModel
 from esolm_jax.model.lm_head import Head
+from esolm_jax.model.model_config import ModelConfig
 from esolm_jax.parallel.sharding import AXES
 
 MASK = 1  # not the last id
 START = 0
 REAL = (0, 2, 3)
 SPECIAL = SpecialIds(mask=MASK, start=START)
-CONFIG = model.ModelConfig(vocab_size=4, width=16, blocks=2, heads=2, cond_width=8)
+CONFIG = ModelConfig(vocab_size=4, width=16, blocks=2, heads=2, cond_width=8)
 LENGTH = 4
 TEXTS = np.array(list(itertools.product(REAL, repeat=LENGTH)), np.int32)  # all 81
 UNREAD = 1000  # rank of filler, from here on

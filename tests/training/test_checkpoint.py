@@ -12,7 +12,7 @@ import esolm_jax
 from esolm_jax import config as config_lib
 from esolm_jax import saved_config
 from esolm_jax.errors import UserError
-from esolm_jax.training import checkpoint
+from esolm_jax.training import checkpoint, checkpoint_meta, checkpoint_reader, checkpoint_steps
 
 pytestmark = pytest.mark.fast_compile
 
@@ -41,7 +41,7 @@ def test_state_and_meta_come_back_as_they_were(tmp_path):
     checkpoints.close()
     assert_same(state, make_state(12))
     assert meta == META | {"cursor": 120}
-    assert checkpoint.read_meta(tmp_path) == meta
+    assert checkpoint_meta.read_meta(tmp_path) == meta
 
 
 def test_saving_the_same_step_again_is_harmless(tmp_path):
@@ -53,8 +53,8 @@ def test_saving_the_same_step_again_is_harmless(tmp_path):
 def test_weights_are_restored_alone(tmp_path):
     write(tmp_path, {4: None})
     params = make_state(4).params
-    raw, step = checkpoint.restore_weights(tmp_path, "raw", shapes(params))
-    ema, _ = checkpoint.restore_weights(tmp_path, "ema", shapes(params))
+    raw, step = checkpoint_reader.restore_weights(tmp_path, "raw", shapes(params))
+    ema, _ = checkpoint_reader.restore_weights(tmp_path, "ema", shapes(params))
     assert step == 4
     assert_same(raw, params)
     assert_same(ema, make_state(4).ema)
@@ -63,7 +63,7 @@ def test_weights_are_restored_alone(tmp_path):
 def half_written(workdir, step: int) -> pathlib.Path:
     """What a save that was killed midway leaves."""
     name = f"{step}{atomicity_types.TMP_DIR_SUFFIX}-1700000000000000"
-    folder = workdir / checkpoint.FOLDER / name
+    folder = workdir / checkpoint_steps.FOLDER / name
     (folder / "params").mkdir(parents=True)
     (folder / "params" / "part").write_text("half")
     return folder
@@ -72,8 +72,8 @@ def half_written(workdir, step: int) -> pathlib.Path:
 def test_half_written_checkpoint_is_ignored_and_then_cleaned(tmp_path):
     write(tmp_path, {2: None})
     left = half_written(tmp_path, 3)
-    assert checkpoint.read_meta(tmp_path)["cursor"] == 20
-    assert checkpoint.restore_weights(tmp_path, "ema", shapes(make_state(0).params))[1] == 2
+    assert checkpoint_meta.read_meta(tmp_path)["cursor"] == 20
+    assert checkpoint_reader.restore_weights(tmp_path, "ema", shapes(make_state(0).params))[1] == 2
     assert left.exists()  # whoever only reads leaves it: its writer may be alive
     checkpoints = checkpoint.Checkpoints(tmp_path, **WRITERS)
     assert checkpoints.latest_step == 2
@@ -86,7 +86,7 @@ def test_half_written_checkpoint_is_ignored_and_then_cleaned(tmp_path):
 def test_half_written_checkpoint_alone_is_none(tmp_path):
     half_written(tmp_path, 3)
     with pytest.raises(UserError, match="no finished checkpoint"):
-        checkpoint.read_meta(tmp_path)
+        checkpoint_meta.read_meta(tmp_path)
     checkpoints = checkpoint.Checkpoints(tmp_path, **WRITERS)
     assert checkpoints.latest_step is None
     checkpoints.close()
@@ -96,7 +96,7 @@ def test_checkpoint_of_another_size_names_parameter_and_shapes(tmp_path):
     write(tmp_path, {2: None})
     other = shapes(make_state(0, width=5).params)
     with pytest.raises(UserError) as error:
-        checkpoint.restore_weights(tmp_path, "raw", other)
+        checkpoint_reader.restore_weights(tmp_path, "raw", other)
     for part in (str(tmp_path), "['block']['kernel']", "(3,)", "(5,)"):
         assert part in str(error.value)
 
@@ -105,11 +105,11 @@ def test_checkpoint_with_other_parameters_names_one(tmp_path):
     write(tmp_path, {2: None})
     fewer = shapes({"block": {"kernel": make_state(0).params["block"]["kernel"]}})
     with pytest.raises(UserError, match=r"\['block'\]\['bias'\] has shape \(\) there, None"):
-        checkpoint.restore_weights(tmp_path, "ema", fewer)
+        checkpoint_reader.restore_weights(tmp_path, "ema", fewer)
 
 
 def test_workdir_without_checkpoints_is_told(tmp_path):
-    for read in (checkpoint.read_meta, checkpoint.saved_config, saved_config.get_config):
+    for read in (checkpoint_meta.read_meta, checkpoint_meta.saved_config, saved_config.get_config):
         with pytest.raises(UserError, match="no checkpoints here"):
             read(tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -133,7 +133,7 @@ def test_meta_of_a_training_run(tmp_path, quick):  # noqa: F811
     fields = tiny_run.write_data(tmp_path / "data")
     config = tiny_run.make_config(fields | {"objective": "ar", "train.steps": 3})
     tiny_run.train(config, tmp_path / "run")
-    meta = checkpoint.read_meta(tmp_path / "run")
+    meta = checkpoint_meta.read_meta(tmp_path / "run")
     assert meta["config"] == config_lib.to_saved(config)
     assert meta["cursor"] == 3 * config.train.batch_size
     assert meta["version"] == esolm_jax.__version__

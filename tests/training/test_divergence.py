@@ -11,7 +11,7 @@ from tiny_run import FILE, arguments, command, make_config, quick
 
 from esolm_jax import train as train_lib
 from esolm_jax.data.reader import TrainReader
-from esolm_jax.training import checkpoint, health, metrics, train_step
+from esolm_jax.training import checkpoint, checkpoint_steps, health, metrics, phase_loss
 
 pytestmark = [pytest.mark.fast_compile, pytest.mark.usefixtures(quick.__name__)]
 
@@ -128,7 +128,7 @@ SKIP = {"train.on_non_finite": "skip"}
 def bad(monkeypatch):
     """The batches that are not text, by their step; fill it."""
     kinds: dict[int, int] = {}
-    make = train_step.make_objective
+    make = phase_loss.make_objective
 
     class Reader(TrainReader):
         def __next__(self):
@@ -137,7 +137,7 @@ def bad(monkeypatch):
             return batch if kind is None else batch | {"x": np.full_like(batch["x"], kind)}
 
     monkeypatch.setattr(train_lib, "TrainReader", Reader)
-    monkeypatch.setattr(train_step, "make_objective", lambda *args: Fragile(make(*args)))
+    monkeypatch.setattr(phase_loss, "make_objective", lambda *args: Fragile(make(*args)))
     return kinds
 
 
@@ -150,7 +150,7 @@ def last_line(capsys):
 
 
 def steps_in(workdir):
-    return {int(path.name) for path in (workdir / checkpoint.FOLDER).iterdir()}
+    return {int(path.name) for path in (workdir / checkpoint_steps.FOLDER).iterdir()}
 
 
 def entries(workdir):

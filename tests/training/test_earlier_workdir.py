@@ -13,7 +13,7 @@ import pytest
 from tiny_run import command
 
 from esolm_jax import config as config_lib
-from esolm_jax.training import checkpoint
+from esolm_jax.training import checkpoint_meta
 
 FIXTURE = pathlib.Path(__file__).parents[1] / "fixtures" / "workdir_947f88e"
 
@@ -28,7 +28,7 @@ def lines_of(path):
 
 
 def test_its_config_has_todays_names(workdir, capsys):
-    config = checkpoint.saved_config(workdir)
+    config = checkpoint_meta.saved_config(workdir)
     config_lib.validate(config)
     values = config_lib.flat(config)
     names = "sample.num_texts optimizer.clip_norm optimizer.ema_decay train.grad_accumulation"

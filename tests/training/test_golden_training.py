@@ -10,7 +10,7 @@ from esolm_jax.family import ar, eso_a, eso_b, mdlm, noise
 from esolm_jax.interop.published import reference
 from esolm_jax.model import lm_head as loss
 from esolm_jax.model import transformer as model_lib
-from esolm_jax.training import optimizer, train_step
+from esolm_jax.training import optimizer, phase_loss
 
 MASK = 66
 ESO = {"eso_a": eso_a, "eso_b": eso_b}
@@ -65,7 +65,7 @@ def test_loss_gradients_and_steps(case):
     start = model(str(golden["weights"]))
     apply = model_lib.bind(start.config)
     head = loss.Head.of(start.config, MASK, chunk=8)
-    objective = train_step.PhaseLoss(apply, head, (None,) * len(labelled))
+    objective = phase_loss.PhaseLoss(apply, head, (None,) * len(labelled))
     loss_and_grads = jax.jit(objective.loss_and_grads)
     step = lambda params: loss_and_grads(params, labelled)  # noqa: E731
     losses, grads = step(start.params)

@@ -1,5 +1,6 @@
 """Damaged checkpoints are detected; the next intact one is used, with a line on stderr."""
 
+import hashlib
 import json
 import pathlib
 import random
@@ -12,8 +13,16 @@ import tiny_run
 from saved_steps import META, assert_same, make_state, shapes, steps_in, write
 
 from esolm_jax.errors import UserError
+from esolm_jax.files import hashing
 from esolm_jax.interop.published import out_of_workdir
-from esolm_jax.training import checkpoint, checkpoint_digests, checkpoint_steps
+from esolm_jax.training import (
+    checkpoint,
+    checkpoint_digests,
+    checkpoint_meta,
+    checkpoint_reader,
+    checkpoint_selection,
+    checkpoint_steps,
+)
 from esolm_jax.training.checkpoint_digests import FILE as DIGESTS
 
 pytestmark = pytest.mark.fast_compile
@@ -31,7 +40,7 @@ def written(tmp_path_factory):
 
 @pytest.fixture
 def workdir(written, tmp_path):
-    checkpoint_steps.forget_what_was_said()
+    checkpoint_selection.forget_what_was_said()
     return pathlib.Path(shutil.copytree(written, tmp_path / "run"))
 
 
@@ -67,7 +76,7 @@ DAMAGES = [flip, truncate, empty, garbage, delete, folder_instead]
 
 def files_of(workdir, step: int, *items: str) -> list[pathlib.Path]:
     """Of each folder of the items, the smallest and the largest file."""
-    root = workdir / checkpoint.FOLDER / str(step)
+    root = workdir / checkpoint_steps.FOLDER / str(step)
     chosen = set()
     for folder in {path.parent for item in items for path in (root / item).rglob("*")}:
         files = sorted((p for p in folder.iterdir() if p.is_file()), key=lambda p: p.stat().st_size)
@@ -76,16 +85,16 @@ def files_of(workdir, step: int, *items: str) -> list[pathlib.Path]:
 
 
 def read_ema(workdir, **kwargs):
-    return checkpoint.restore_weights(workdir, "ema", shapes(make_state(0).params), **kwargs)
+    return checkpoint_reader.restore_weights(workdir, "ema", shapes(make_state(0).params), **kwargs)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_weights_are_those_of_the_next_older_step_or_right(workdir, written, damage, capsys):
-    root = workdir / checkpoint.FOLDER / "6"
+    root = workdir / checkpoint_steps.FOLDER / "6"
     orbax = [] if damage is flip else [root / "_CHECKPOINT_METADATA"]  # one of its times is changed
     for path in [*files_of(workdir, 6, "ema", "meta"), *orbax]:
         damage(path)
-        checkpoint_steps.forget_what_was_said()
+        checkpoint_selection.forget_what_was_said()
         weights, step = read_ema(workdir)
         assert step == 4, path
         assert_same(weights, make_state(4).ema)
@@ -120,7 +129,7 @@ def test_a_resumed_run_moves_damaged_steps_aside_and_saves_them_again(
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 2 and str(path) in said[0] and "using step 4 instead" in said[0]
     assert f"moved to {workdir}/damaged_checkpoints/6" in said[1]
-    moved = workdir / "damaged_checkpoints" / path.relative_to(workdir / checkpoint.FOLDER)
+    moved = workdir / "damaged_checkpoints" / path.relative_to(workdir / checkpoint_steps.FOLDER)
     assert moved.exists() == (damage is flip)
     checkpoints.save(make_state(6), META, nelbo=5.0)
     checkpoints.close()
@@ -140,7 +149,7 @@ def test_steps_that_are_damaged_twice_are_all_kept(workdir):
 
 
 def test_an_older_step_with_damaged_metrics_is_moved_aside(workdir):
-    empty(workdir / checkpoint.FOLDER / "2" / "metrics" / "metrics")
+    empty(workdir / checkpoint_steps.FOLDER / "2" / "metrics" / "metrics")
     checkpoints, state, _ = resume(workdir)
     checkpoints.close()
     assert int(state.step) == 6
@@ -160,7 +169,7 @@ def test_no_intact_step_is_one_error(workdir):
 
 def test_a_missing_ema_is_never_the_raw_weights(workdir):
     for step in (4, 6):
-        shutil.rmtree(workdir / checkpoint.FOLDER / str(step) / "ema")
+        shutil.rmtree(workdir / checkpoint_steps.FOLDER / str(step) / "ema")
     weights, step = read_ema(workdir)
     assert step == 2
     assert_same(weights, make_state(2).ema)
@@ -177,12 +186,12 @@ def test_a_pretrained_model_has_one_set_of_weights(tmp_path):
     checkpoints.save_weights(params, META | {"only_weights": True})
     checkpoints.close()
     assert_same(read_ema(tmp_path)[0], make_state(3).params)
-    assert checkpoint.digest_of(tmp_path, 0)
+    assert checkpoint_meta.digest_of(tmp_path, 0)
 
 
 def without_digests(workdir) -> None:
     """As commit 947f88e wrote it."""
-    for folder in (workdir / checkpoint.FOLDER).iterdir():
+    for folder in (workdir / checkpoint_steps.FOLDER).iterdir():
         (folder / DIGESTS).unlink()
         path = folder / "_CHECKPOINT_METADATA"
         entry = json.loads(path.read_text())
@@ -191,28 +200,82 @@ def without_digests(workdir) -> None:
 
 def test_steps_without_digests_are_read_with_a_notice(workdir, capsys):
     without_digests(workdir)
-    assert checkpoint.digest_of(workdir, 6) is None
+    assert checkpoint_meta.digest_of(workdir, 6) is None
     weights, step = read_ema(workdir)
     assert step == 6
     assert_same(weights, make_state(6).ema)
     (line,) = capsys.readouterr().err.splitlines()
     assert "written without digests: cannot be verified" in line
-    truncate(workdir / checkpoint.FOLDER / "6" / "ema" / "_METADATA")
+    truncate(workdir / checkpoint_steps.FOLDER / "6" / "ema" / "_METADATA")
     assert read_ema(workdir)[1] == 4
 
 
 @pytest.mark.parametrize("damage", [delete, empty, flip, garbage])
 def test_damaged_digests_are_damage(workdir, damage):
-    damage(workdir / checkpoint.FOLDER / "6" / DIGESTS)
+    damage(workdir / checkpoint_steps.FOLDER / "6" / DIGESTS)
     assert read_ema(workdir)[1] == 4
     with pytest.raises(UserError, match="_DIGESTS.*step 6 is damaged"):
-        checkpoint.digest_of(workdir, 6)
+        checkpoint_meta.digest_of(workdir, 6)
+
+
+def rehash(folder, algorithm: str) -> None:
+    """As a version that hashed files with this algorithm wrote the step."""
+    new = hashing.ALGORITHMS.get(algorithm, hashlib.sha256)
+    entry = json.loads((folder / DIGESTS).read_text())
+    for name, (size, _) in entry["files"].items():
+        entry["files"][name] = [size, new((folder / name).read_bytes()).hexdigest()]
+    listing = json.dumps(entry["files"], sort_keys=True).encode()
+    entry |= {"algorithm": algorithm, "digest": hashlib.sha256(listing).hexdigest()}
+    (folder / DIGESTS).write_text(json.dumps(entry))
+    path = folder / "_CHECKPOINT_METADATA"
+    entry = json.loads(path.read_text()) | {"custom_metadata": {"digests": algorithm}}
+    path.write_text(json.dumps(entry))
+
+
+def test_new_steps_have_xxh3_digests(workdir):
+    entry = json.loads((workdir / checkpoint_steps.FOLDER / "6" / DIGESTS).read_text())
+    assert entry["algorithm"] == "xxh3_128"
+    rehash(workdir / checkpoint_steps.FOLDER / "6", "xxh3_128")
+    assert json.loads((workdir / checkpoint_steps.FOLDER / "6" / DIGESTS).read_text()) == entry
+
+
+@pytest.mark.parametrize("algorithm", hashing.ALGORITHMS)
+def test_every_algorithm_is_verified(workdir, algorithm, capsys):
+    for step in STEPS:
+        rehash(workdir / checkpoint_steps.FOLDER / str(step), algorithm)
+    weights, step = read_ema(workdir)
+    assert step == 6
+    assert_same(weights, make_state(6).ema)
+    checkpoints, state, _ = resume(workdir)
+    checkpoints.close()
+    assert_same(state, make_state(6))
+    assert capsys.readouterr().err == ""
+    path = files_of(workdir, 6, "ema")[-1]
+    flip(path)
+    assert read_ema(workdir)[1] == 4
+    assert f"{path}: content differs from what was written" in capsys.readouterr().err
+
+
+def test_an_unknown_algorithm_is_one_error(workdir):
+    rehash(workdir / checkpoint_steps.FOLDER / "6", "blake9")
+    for read in (read_ema, resume, lambda workdir: checkpoint_meta.digest_of(workdir, 6)):
+        with pytest.raises(UserError, match="algorithm='blake9': must be one of sha256, xxh3_128"):
+            read(workdir)
+    assert steps_in(workdir) == set(STEPS)
+
+
+def test_an_algorithm_that_contradicts_the_metadata_is_damage(workdir):
+    path = workdir / checkpoint_steps.FOLDER / "6" / DIGESTS
+    path.write_text(path.read_text().replace("xxh3_128", "xxh3_129"))
+    assert read_ema(workdir)[1] == 4
 
 
 def test_every_step_has_another_digest(workdir):
-    assert len({checkpoint.digest_of(workdir, step) for step in STEPS}) == 3
-    entry = json.loads((workdir / checkpoint.FOLDER / "6" / DIGESTS).read_text())
-    there = {path for path in (workdir / checkpoint.FOLDER / "6").glob("*/**/*") if path.is_file()}
+    assert len({checkpoint_meta.digest_of(workdir, step) for step in STEPS}) == 3
+    entry = json.loads((workdir / checkpoint_steps.FOLDER / "6" / DIGESTS).read_text())
+    there = {
+        path for path in (workdir / checkpoint_steps.FOLDER / "6").glob("*/**/*") if path.is_file()
+    }
     assert len(entry["files"]) == len(there)
 
 
@@ -226,7 +289,7 @@ def test_digests_are_there_before_the_step_has_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint_digests, "write", recorded)
     write(tmp_path, {3: None})
     assert seen == [("3.orbax-checkpoint-tmp", False)]
-    assert not list((tmp_path / checkpoint.FOLDER).glob("*tmp*"))
+    assert not list((tmp_path / checkpoint_steps.FOLDER).glob("*tmp*"))
 
 
 # Saves that fail.
@@ -266,7 +329,7 @@ def test_steps_by_name(workdir):
         weights, found = read_ema(workdir, step=wanted)
         assert found == step
         assert_same(weights, make_state(step).ema)
-        assert checkpoint.read_meta(workdir, wanted)["cursor"] == 10 * step
+        assert checkpoint_meta.read_meta(workdir, wanted)["cursor"] == 10 * step
     with pytest.raises(UserError, match="there is no step 5; steps there: 2, 4, 6"):
         read_ema(workdir, step="5")
 
@@ -275,7 +338,7 @@ def test_a_damaged_best_is_followed_by_the_second(workdir, capsys):
     flip(files_of(workdir, 4, "ema")[-1])
     assert read_ema(workdir, step="best")[1] == 2
     assert "step 4 is damaged; using step 2 instead" in capsys.readouterr().err
-    flip(workdir / checkpoint.FOLDER / "2" / "metrics" / "metrics")
+    flip(workdir / checkpoint_steps.FOLDER / "2" / "metrics" / "metrics")
     assert read_ema(workdir, step="best")[1] == 6
 
 
@@ -288,7 +351,7 @@ def test_no_best_without_a_metric(tmp_path):
 @pytest.mark.parametrize("step", ["", "-1", "1.5", "newest", "07", "١"])
 def test_bad_names_of_steps(step):
     with pytest.raises(UserError, match="must be a step"):
-        checkpoint.split_source(f"runs/a@{step}")
+        checkpoint_steps.split_source(f"runs/a@{step}")
 
 
 def test_sources_with_steps(tmp_path):
@@ -300,7 +363,7 @@ def test_sources_with_steps(tmp_path):
         f"{tmp_path}/a@b": (f"{tmp_path}/a@b", "latest"),
         f"{tmp_path}/a@b@best": (f"{tmp_path}/a@b", "best"),
     }.items():
-        folder, step = checkpoint.split_source(source)
+        folder, step = checkpoint_steps.split_source(source)
         assert (str(folder), step) == wanted
 
 
@@ -311,7 +374,7 @@ def test_a_step_that_is_deleted_while_it_is_read_is_no_damage(workdir, monkeypat
     def deleting(self, directory, *args, **kwargs):
         if not deleted:  # what a writer does: a newer step is there, then the old one is deleted
             deleted.append(6)
-            root = workdir / checkpoint.FOLDER
+            root = workdir / checkpoint_steps.FOLDER
             shutil.copytree(root / "6", root / "8")
             shutil.rmtree(root / "6")
         return restore(self, directory, *args, **kwargs)
@@ -325,7 +388,7 @@ def test_a_step_that_is_deleted_while_it_is_read_is_no_damage(workdir, monkeypat
 
 def test_a_named_step_that_vanishes_is_one_error(workdir, monkeypatch):
     def vanishing(self, directory, *args, **kwargs):
-        shutil.rmtree(workdir / checkpoint.FOLDER / "4", ignore_errors=True)
+        shutil.rmtree(workdir / checkpoint_steps.FOLDER / "4", ignore_errors=True)
         raise FileNotFoundError(directory)
 
     monkeypatch.setattr(ocp.StandardCheckpointHandler, "restore", vanishing)
@@ -423,7 +486,7 @@ def test_verify_of_a_workdir(run):
 
 def test_exports_are_of_the_named_step(run):
     folder, _ = run
-    config = checkpoint.saved_config(folder)
+    config = checkpoint_meta.saved_config(folder)
     for wanted, step in (("best", 4), ("2", 2)):
         assert out_of_workdir.load(config, folder, "ema", wanted).step == step
     with pytest.raises(UserError, match="there is no step 3"):

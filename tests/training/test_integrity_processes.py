@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 def body(index):
     from esolm_jax.training import checkpoint, checkpoint_digests
-    from esolm_jax.training.train_step import TrainState
+    from esolm_jax.training.train_state import TrainState
     workdir = pathlib.Path(WORKDIR)
     mesh = Mesh(np.array(jax.devices()), ("data",))
     rows = NamedSharding(mesh, PartitionSpec("data"))
@@ -30,9 +30,9 @@ def body(index):
 
     hashed = []
     hash_file = checkpoint_digests.hash_file
-    def recorded(path):
+    def recorded(path, algorithm):
         hashed.append(str(path))
-        return hash_file(path)
+        return hash_file(path, algorithm)
     checkpoint_digests.hash_file = recorded
     meta = {"config": {}, "cursor": 0, "tokenizer": {}, "version": ""}
     checkpoints = checkpoint.Checkpoints(workdir, keep_last=2, keep_best=0)
@@ -48,7 +48,7 @@ def body(index):
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
-    distributed.barrier("damaged", timeout=30)
+    multihost.barrier("damaged", timeout=30)
     hashed.clear()
     def shape_of(a):
         return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=getattr(a, "sharding", None))
@@ -64,7 +64,7 @@ def body(index):
     checkpoints.save(state(3), meta)
     checkpoints.close()
     print("left", sorted(p.name for p in (workdir / "checkpoints").iterdir()), flush=True)
-    distributed.barrier("done", timeout=30)
+    multihost.barrier("done", timeout=30)
 main(body, barrier_timeout=50)
 """
 

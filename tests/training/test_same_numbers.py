@@ -29,8 +29,8 @@ from esolm_jax import train as train_lib
 from esolm_jax.data.manifest import load_data
 from esolm_jax.evaluation import likelihood
 from esolm_jax.evaluation.batches import eval_batches
-from esolm_jax.parallel import distributed, sharding
-from esolm_jax.training import checkpoint, metrics, restore
+from esolm_jax.parallel import launcher, sharding
+from esolm_jax.training import checkpoint_meta, checkpoint_steps, metrics, restore
 
 ROOT = pathlib.Path(__file__).parents[2]
 pytestmark = [pytest.mark.fast_compile, pytest.mark.usefixtures(quick.__name__)]
@@ -84,7 +84,7 @@ class Processes:
 
     def __init__(self, cut: tuple[int, int], args):
         count, devices = cut
-        hidden = (*distributed.ENV_VARS, distributed.CLUSTER, "PJRT_NPROC", "XLA_FLAGS")
+        hidden = (*launcher.ENV_VARS, launcher.CLUSTER, "PJRT_NPROC", "XLA_FLAGS")
         base = {k: v for k, v in os.environ.items() if k not in hidden}
         base |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
         base |= FAST_ENVIRONMENT | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests/support'}"}
@@ -94,7 +94,7 @@ class Processes:
         each = args if isinstance(args[0], list) else [args] * count
         self.all = []
         for index, args in enumerate(each):
-            told = zip(distributed.ENV_VARS, (address, str(count), str(index)), strict=True)
+            told = zip(launcher.ENV_VARS, (address, str(count), str(index)), strict=True)
             self.all.append(
                 subprocess.Popen(
                     [sys.executable, *args], env=base | (dict(told) if count > 1 else {}),
@@ -260,8 +260,8 @@ def stopped(data, objective, tmp_path_factory):
     assert done >= 3
     assert f"stopped at step {done}" in ends[0][1]
     assert "stopped" not in ends[1][1]  # only process 0 prints
-    assert [path.name for path in (workdir / checkpoint.FOLDER).iterdir()] == [str(done)]
-    assert checkpoint.read_meta(workdir)["cursor"] == done * 16
+    assert [path.name for path in (workdir / checkpoint_steps.FOLDER).iterdir()] == [str(done)]
+    assert checkpoint_meta.read_meta(workdir)["cursor"] == done * 16
     return workdir
 
 
@@ -295,7 +295,7 @@ def test_weights_alone_are_read_on_one_device(objective, stopped, tmp_path, weig
     """What 8 devices in 2 processes saved, without the optimizer's state and the other weights."""
     workdir = tmp_path / "weights"
     shutil.copytree(stopped, workdir)
-    (step,) = (workdir / checkpoint.FOLDER).iterdir()
+    (step,) = (workdir / checkpoint_steps.FOLDER).iterdir()
     for item in ("optimizer", "params" if weights == "ema" else "ema"):
         shutil.rmtree(step / item)
     axes = {f"mesh.{axis}": 1 for axis in ("data", "fsdp", "tensor", "sequence", "devices")}
@@ -303,7 +303,9 @@ def test_weights_alone_are_read_on_one_device(objective, stopped, tmp_path, weig
     assert command("evaluate", *one, f"--config.eval.weights={weights}") == 0
     found = json.loads((workdir / "evaluate.json").read_text())
     assert found["weights"] == weights and found["step"] == int(step.name)
-    config = make_config({**config_lib.flat(checkpoint.saved_config(workdir)), "mesh.devices": 8})
+    config = make_config(
+        {**config_lib.flat(checkpoint_meta.saved_config(workdir)), "mesh.devices": 8}
+    )
     mesh = sharding.make_mesh(config.mesh)
     trained = restore.load_trained(config, stopped, weights, mesh)
     batches = eval_batches(

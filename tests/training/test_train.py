@@ -22,7 +22,7 @@ from esolm_jax import train as train_lib
 from esolm_jax.data import build
 from esolm_jax.data.reader import TrainReader
 from esolm_jax.errors import UserError
-from esolm_jax.training import checkpoint, metrics, optimizer, train_step
+from esolm_jax.training import checkpoint_steps, metrics, optimizer, phase_loss
 
 ROOT = pathlib.Path(__file__).parents[2]
 OBJECTIVES = ("ar", "mdlm", "bd3", "eso_a", "eso_b")
@@ -59,7 +59,7 @@ def shaken(run):
 def label(run, batch):
     """The phases' labelled tokens of a batch, always with the same noise."""
     draw = jax.jit(
-        lambda x, valid: train_step.label_batch(run.training.phases, jax.random.key(1), x, valid)
+        lambda x, valid: phase_loss.label_batch(run.training.phases, jax.random.key(1), x, valid)
     )
     return draw(batch["x"], batch["valid"])
 
@@ -273,7 +273,7 @@ def read_metrics(workdir):
 
 
 def steps_kept(workdir):
-    return {int(path.name) for path in (workdir / checkpoint.FOLDER).iterdir()}
+    return {int(path.name) for path in (workdir / checkpoint_steps.FOLDER).iterdir()}
 
 
 def stop_at(step: int, number: int, args, env) -> tuple[int, str]:

@@ -29,9 +29,8 @@ def flags_of(verb: str) -> set[str]:
     """Those that the verb alone defines, and those that all share."""
     module = importlib.import_module(f"esolm_jax.{verb}")
     cli_flags = {"step"} if verb in ("evaluate", "sample", "convert", "export") else set()
-    define, before = module.CLI.get("define_flags"), set(flags.FLAGS)
-    if define:
-        define()
+    before = set(flags.FLAGS)
+    module.CLI.define_flags()
     defined = set(flags.FLAGS) - before
     for name in defined:
         delattr(flags.FLAGS, name)

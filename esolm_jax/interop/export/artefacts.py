@@ -24,7 +24,7 @@ from esolm_jax.interop.export import (
 )
 from esolm_jax.interop.export.sampling_plan import Plan
 from esolm_jax.interop.export.shipped import plain_transformer, run_stablehlo
-from esolm_jax.model.transformer import ModelConfig
+from esolm_jax.model.model_config import ModelConfig
 
 WEIGHTS = "weights.safetensors"
 

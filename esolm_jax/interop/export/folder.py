@@ -16,7 +16,7 @@ from esolm_jax.interop.export import artefacts, parity, plain, sampling_plan
 from esolm_jax.interop.export.artefacts import WEIGHTS, Source
 from esolm_jax.interop.published import config as published_config
 from esolm_jax.interop.published import out_of_workdir, reference
-from esolm_jax.training import checkpoint, restore
+from esolm_jax.training import checkpoint_steps, restore
 
 PARTS = ("score", "step", "sample")
 PUBLISHED = "published.safetensors"
@@ -44,7 +44,7 @@ class Wanted:
     formats: tuple[str, ...] = FORMATS
     parts: tuple[str, ...] = ()
     tolerance: float = parity.TOLERANCE
-    step: str = checkpoint.LATEST
+    step: str = checkpoint_steps.LATEST
 
     def left_out(self, config) -> dict[str, str]:
         """Why a part is not exported, by part. UserError if it was asked for."""

@@ -16,6 +16,7 @@ from esolm_jax.interop.export import plain
 from esolm_jax.interop.export.sampling_plan import Plan
 from esolm_jax.interop.export.shipped import decode_loop
 from esolm_jax.model import transformer as model_lib
+from esolm_jax.model.model_config import ModelConfig
 from esolm_jax.process import prng
 from esolm_jax.sampling.engine.choose import TokenSampler
 from esolm_jax.sampling.loops.loop import Task
@@ -28,7 +29,7 @@ BATCHES = (1, 5)
 TOKENS = 64  # of a text that artefacts of a pass are checked on, at most
 
 
-def examples(model: model_lib.ModelConfig, length: int) -> list[Tokens]:
+def examples(model: ModelConfig, length: int) -> list[Tokens]:
     """A batch of each size. Ranks rise, with ties; query copies are in the second half, which
     the first half does not read, so that the first half can be in a cache."""
     rng, made = np.random.default_rng(0), []
@@ -48,7 +49,7 @@ def examples(model: model_lib.ModelConfig, length: int) -> list[Tokens]:
     return made
 
 
-def trained_logits(model: model_lib.ModelConfig, params: dict, batches: list[Tokens]):
+def trained_logits(model: ModelConfig, params: dict, batches: list[Tokens]):
     """Logits of the training forward pass, float32, for each batch."""
     apply = jax.jit(model_lib.bind(plain.in_float32(model)))
     found = [np.asarray(apply(params, tokens)) for tokens in batches]

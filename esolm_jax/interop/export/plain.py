@@ -14,8 +14,9 @@ import numpy as np
 
 from esolm_jax.errors import UserError
 from esolm_jax.interop.export.shipped.plain_transformer import PARTS
+from esolm_jax.model import rope
 from esolm_jax.model import transformer as model_lib
-from esolm_jax.model.transformer import ModelConfig
+from esolm_jax.model.model_config import ModelConfig
 from esolm_jax.process import prng
 from esolm_jax.sampling.engine import network as network_lib
 from esolm_jax.sampling.engine.network import Network
@@ -89,7 +90,7 @@ def tensors(config: ModelConfig, params: dict) -> Iterator[tuple[str, np.ndarray
     held: dict[str, jax.Array] = {}
     for name in shapes(config, params):
         if name == ROPE:
-            yield name, np.asarray(model_lib.rope_frequencies(config))
+            yield name, np.asarray(rope.rope_frequencies(config))
             continue
         if name not in held:
             block = int(name.split(".")[1]) if name.startswith("blocks.") else None

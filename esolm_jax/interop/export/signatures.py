@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from esolm_jax.model.transformer import ModelConfig
+from esolm_jax.model.model_config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,6 +28,7 @@ from esolm_jax.interop.published.into_workdir import Converted
 from esolm_jax.interop.shown import shown
 from esolm_jax.model import build, finite
 from esolm_jax.model import transformer as model_lib
+from esolm_jax.model.model_config import ModelConfig
 from esolm_jax.process import prng
 from esolm_jax.training import checkpoint, restore
 
@@ -121,11 +122,11 @@ def _tokenizer(folder: pathlib.Path, given: str, hub: dict, ids: int) -> tokeniz
     return found
 
 
-def _shapes(model: model_lib.ModelConfig) -> dict:
+def _shapes(model: ModelConfig) -> dict:
     return jax.eval_shape(lambda: model_lib.init(model, prng.key(0)))
 
 
-def _on_disk(model: model_lib.ModelConfig, folder: pathlib.Path) -> dict:
+def _on_disk(model: ModelConfig, folder: pathlib.Path) -> dict:
     """Our parameters: float32 files of zeros."""
     folder.mkdir()
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from esolm_jax.model.transformer import ModelConfig
+from esolm_jax.model.model_config import ModelConfig
 
 # Constants and masks that older files store next to the parameters.
 BUFFERS = re.compile(r".*(rotary_emb\.inv_freq|\.attn\.(masked_)?bias)$")

@@ -16,7 +16,7 @@ from esolm_jax.interop.hub import config as hub_config
 from esolm_jax.interop.hub import folder as hub_folder
 from esolm_jax.interop.hub import names as hub_names
 from esolm_jax.interop.published import out_of_workdir
-from esolm_jax.training import checkpoint, restore
+from esolm_jax.training import checkpoint_steps, restore
 
 # (qkv_bias, qk_norm) → model_type, architecture
 _KINDS = {
@@ -31,7 +31,7 @@ def convert(
     workdir: pathlib.Path,
     target: pathlib.Path,
     weights: str,
-    step: str = checkpoint.LATEST,
+    step: str = checkpoint_steps.LATEST,
 ) -> tuple[int, int]:
     """Writes config.json, model.safetensors and the tokenizer: all of it or nothing.
 

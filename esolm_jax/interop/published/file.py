@@ -16,7 +16,7 @@ from esolm_jax.interop import safetensors_file, weight_types
 from esolm_jax.interop.published import reference
 from esolm_jax.interop.shown import shown
 from esolm_jax.interop.torch_file import archive as torch_archive
-from esolm_jax.interop.torch_file.pickle import Object
+from esolm_jax.interop.torch_file.objects import Object
 
 _PREFIX = re.compile(r"((module|_orig_mod|backbone)\.)+")  # of wrappers; backbone: the model
 _NO_WEIGHTS = re.compile(

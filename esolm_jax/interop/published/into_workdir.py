@@ -27,7 +27,7 @@ from esolm_jax.interop.published import (
 )
 from esolm_jax.model import build
 from esolm_jax.process import prng
-from esolm_jax.training import checkpoint, optimizer, train_step
+from esolm_jax.training import checkpoint, checkpoint_steps, optimizer, train_state
 
 WEIGHTS = ("both", "ema", "raw")
 
@@ -67,7 +67,7 @@ def convert(config, source: str, workdir: pathlib.Path, tokenizer: str, weights:
         config.data.tokenizer_path = saved_tokenizer(found, workdir)
     model = build.model_config(config, tokenizer_entry(found), "cpu")
     raw, ema, words = _sets(published, model, weights)
-    state = train_step.init_state(raw, optimizer.make(config), prng.key(config.seed))
+    state = train_state.init_state(raw, optimizer.make(config), prng.key(config.seed))
     step = published.step or 0
     state = dataclasses.replace(state, ema=ema, step=jnp.asarray(step, jnp.int32))
     meta = {
@@ -189,5 +189,5 @@ def write(
         save(checkpoints, draft)
         checkpoints.close()
         workdir.mkdir(parents=True, exist_ok=True)
-        for name in ("tokenizer", "config.json", checkpoint.FOLDER):
+        for name in ("tokenizer", "config.json", checkpoint_steps.FOLDER):
             (draft / name).rename(workdir / name)

@@ -10,7 +10,7 @@ from esolm_jax.errors import UserError
 from esolm_jax.interop import memory, safetensors_file
 from esolm_jax.interop.published import reference
 from esolm_jax.parallel import sharding
-from esolm_jax.training import checkpoint, restore
+from esolm_jax.training import checkpoint_steps, restore
 
 _PATHS = ("train", "validation", "test", "dir", "tfds_dir", "tokenizer_path")
 PREFIX = "backbone."  # of the model in the published checkpoints
@@ -22,7 +22,7 @@ def convert(
     workdir: pathlib.Path,
     target: pathlib.Path,
     weights: str,
-    step: str = checkpoint.LATEST,
+    step: str = checkpoint_steps.LATEST,
 ) -> tuple[int, int]:
     """Writes a checkpoint's weights, with the config and the tokenizer's identity as metadata.
 
@@ -44,7 +44,7 @@ def convert(
 
 
 def load(
-    config, workdir: pathlib.Path, weights: str, step: str = checkpoint.LATEST
+    config, workdir: pathlib.Path, weights: str, step: str = checkpoint_steps.LATEST
 ) -> restore.TrainedModel:
     """A checkpoint on one device, independent of the devices that trained it.
 

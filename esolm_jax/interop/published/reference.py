@@ -13,6 +13,7 @@ from esolm_jax.family.labels import Tokens
 from esolm_jax.interop import fit
 from esolm_jax.model import finite
 from esolm_jax.model import transformer as model_lib
+from esolm_jax.model.model_config import ModelConfig
 from esolm_jax.process import prng
 from esolm_jax.sampling.engine import network
 from esolm_jax.sampling.engine.choose import TokenSampler
@@ -49,14 +50,14 @@ INV_FREQ = "rotary_emb.inv_freq"
 CONSTANTS = (INV_FREQ,)  # stored next to the parameters, but not one
 
 
-def model_config(weights: Mapping[str, np.ndarray], num_heads: int) -> model_lib.ModelConfig:
+def model_config(weights: Mapping[str, np.ndarray], num_heads: int) -> ModelConfig:
     """Sizes read off the shapes; adaLN if there is a time embedding."""
     vocab_size, width = weights["vocab_embed.embedding"].shape
     numbers = {m[1] for name in weights if (m := re.match(r"blocks\.([0-9]+)\.", name))}
     if width % (2 * num_heads):
         raise UserError(f"num_heads={num_heads}: the width {width} must be a multiple of 2 x heads")
     time = weights.get("sigma_map.mlp.0.weight")
-    return model_lib.ModelConfig(
+    return ModelConfig(
         vocab_size=vocab_size,
         width=width,
         blocks=len(numbers),
@@ -87,13 +88,13 @@ def check_config(model) -> None:
             )
 
 
-def inv_freq(config: model_lib.ModelConfig) -> np.ndarray:
+def inv_freq(config: ModelConfig) -> np.ndarray:
     """The constant INV_FREQ: float32 [K/2]."""
     exponents = np.arange(0, config.head_width, 2, dtype=np.float32) / np.float32(config.head_width)
     return 1 / np.float32(config.rope_base) ** exponents
 
 
-def _from_published(path: str, array, config: model_lib.ModelConfig):
+def _from_published(path: str, array, config: ModelConfig):
     """[D, 3·H·K] → [D, H, 3, K] for queries, keys and values; [D, F] → [D, 1, F] for the MLP."""
     if path == "blocks/qkv/kernel" and array.ndim == 2 and array.size == 3 * config.width**2:
         return array.reshape(config.width, 3, config.heads, -1).transpose(0, 2, 1, 3)
@@ -108,7 +109,7 @@ def _to_published(path: str, array):
 
 
 def to_params(
-    weights: Mapping[str, np.ndarray], config: model_lib.ModelConfig, where: str = "weights"
+    weights: Mapping[str, np.ndarray], config: ModelConfig, where: str = "weights"
 ) -> dict:
     """Published names → our parameters (float32), every tensor used once and shape-checked.
 
@@ -196,7 +197,7 @@ class Reference:
       config: ModelConfig; params: our pytree; mask_id: by default the last id of the vocabulary.
     """
 
-    def __init__(self, config: model_lib.ModelConfig, params: dict, mask_id: int | None = None):
+    def __init__(self, config: ModelConfig, params: dict, mask_id: int | None = None):
         self.config = config
         self.params = params
         self.mask_id = config.vocab_size - 1 if mask_id is None else mask_id

@@ -1,6 +1,7 @@
 """Files of torch.save, read without PyTorch; nothing in them is executed.
 
 archive.py  the zip file: one pickle, one record per storage
-pickle.py   interprets the pickle; unknown objects stay unopened
+pickle.py   interprets the pickle on a stack of its own
+objects.py  what it builds; unknown objects stay unopened
 budget.py   limits memory and time in proportion to the file's size
 """

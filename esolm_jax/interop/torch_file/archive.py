@@ -20,7 +20,7 @@ import numpy as np
 from esolm_jax.errors import UserError, brief
 from esolm_jax.files import regular_file
 from esolm_jax.interop.torch_file import pickle as torch_pickle
-from esolm_jax.interop.torch_file.pickle import Name, Object
+from esolm_jax.interop.torch_file.objects import Name, Object
 
 DTYPES = {
     "DoubleStorage": np.float64,

@@ -6,7 +6,6 @@ plain containers and tensors, within a budget (budget.py). Any other object beco
 `Object` that keeps its class, arguments and state, because checkpoints may hold unneeded objects.
 """
 
-import dataclasses
 import pickletools
 import struct
 import sys
@@ -15,39 +14,7 @@ from typing import Any
 
 from esolm_jax.errors import UserError, brief
 from esolm_jax.interop.torch_file.budget import Budget
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Name:
-    """A name that the file gives; never looked up."""
-
-    module: str
-    name: str
-
-    def __str__(self) -> str:
-        return ascii(f"{self.module[:100]}.{self.name[:100]}"[:100])[1:-1]
-
-
-class Object:
-    """An object that is not built: its class, arguments and state in the file."""
-
-    __slots__ = ("args", "entries", "items", "kind", "state")
-
-    def __init__(self, kind: Name, args: tuple = ()):
-        self.kind, self.args = kind, args
-        self.state: Any = None
-        self.items: list | None = None  # if it is a list or a set
-        self.entries: dict | None = None  # if it is a dict
-
-
-Rebuild = Callable[..., Any]
-_KEY = Name("a dict", "key")
-_MOST_ARGS = 32  # of a call that builds a tensor
-_MOST_KEY_BITS = 60  # hashes of larger integers can be made to collide
-_DEFAULT_DICT = ("collections", "defaultdict")
-_DICTS = {("collections", "OrderedDict"), _DEFAULT_DICT}
-_SETS = {(m, kind) for m in ("__builtin__", "builtins") for kind in ("set", "frozenset")}
-_SIZE = ("torch", "Size")
+from esolm_jax.interop.torch_file.objects import MOST_ARGS, Builder, Name, Object, Rebuild
 
 
 def load(data: bytes, storage: Callable[..., Any], tensors: dict[str, Rebuild], where: str) -> Any:
@@ -61,8 +28,9 @@ def load(data: bytes, storage: Callable[..., Any], tensors: dict[str, Rebuild], 
     Raises:
       UserError: the pickle is damaged, or exceeds the budget.
     """
-    built = {("torch._utils", name): make for name, make in tensors.items()}
-    machine = _Machine(storage, built, where, Budget(len(data), where))
+    rebuild = {("torch._utils", name): make for name, make in tensors.items()}
+    budget = Budget(len(data), where)
+    machine = _Machine(storage, Builder(rebuild, budget.charge), where, budget)
     try:
         for opcode, arg, _ in pickletools.genops(data):
             if opcode.name == "STOP":
@@ -81,8 +49,8 @@ def load(data: bytes, storage: Callable[..., Any], tensors: dict[str, Rebuild], 
 class _Machine:
     """The stack and the memo; one method for each kind of opcode."""
 
-    def __init__(self, storage, built, where, budget):
-        self.storage, self.built, self.where = storage, built, where
+    def __init__(self, storage, builder: Builder, where: str, budget: Budget):
+        self.storage, self.builder, self.where = storage, builder, where
         self.charge = budget.charge
         self.stack: list = []
         self.marks: list[list] = []  # the stacks below the marks
@@ -123,41 +91,7 @@ class _Machine:
         if isinstance(kind, Object):  # the result of a call is called
             self.stack.append(Object(kind.kind, args))
         else:
-            self.stack.append(self._made(kind, args))
-
-    def _made(self, kind: Name, args: tuple):
-        """A tensor, a plain container, or an Object for any other call."""
-        name = kind.module, kind.name
-        if name in self.built:
-            if len(args) > _MOST_ARGS:
-                raise ValueError(f"a tensor of {len(args)} arguments")
-            return self.built[name](*args)
-        items = args[0] if len(args) == 1 and isinstance(args[0], list | tuple) else None
-        if (name in _DICTS and not args) or name == _DEFAULT_DICT:
-            return {}
-        if items is not None and name in _SETS | {_SIZE} | _DICTS:
-            self.charge(_COPY * len(items))
-            if name in _SETS:
-                return self._set(items)
-            if name == _SIZE:
-                return tuple(items)
-            return self._dict(items)
-        return set() if name in _SETS and not args else Object(kind, args)
-
-    def _key(self, value):
-        """A key that is cheap to hash and to compare; other keys (never used) become an Object."""
-        if isinstance(value, str | bytes):
-            self.charge(len(value))
-            return value
-        if isinstance(value, int) and value.bit_length() > _MOST_KEY_BITS:
-            return Object(_KEY)
-        return value if isinstance(value, int | float | Object | None) else Object(_KEY)
-
-    def _set(self, items) -> set:
-        return {self._key(item) for item in items}
-
-    def _dict(self, pairs) -> dict:
-        return {self._key(key): value for key, value in pairs}
+            self.stack.append(self.builder.call(kind, args))
 
     def newobj_ex(self, _) -> None:
         self.stack.pop()  # keyword arguments
@@ -172,7 +106,7 @@ class _Machine:
 
     def persistent_id(self, _) -> None:
         args = self.stack.pop()
-        if not isinstance(args, tuple) or len(args) > _MOST_ARGS:
+        if not isinstance(args, tuple) or len(args) > MOST_ARGS:
             raise ValueError("an unknown kind of persistent id")
         self.stack.append(self.storage(*args))
 
@@ -200,11 +134,11 @@ class _Machine:
 
     def dict_(self, _) -> None:
         items = self.to_mark()
-        self.stack.append(self._dict(zip(items[::2], items[1::2], strict=True)))
+        self.stack.append(self.builder.make_dict(zip(items[::2], items[1::2], strict=True)))
 
     def frozenset_(self, _) -> None:
         items = self.to_mark()
-        self.stack.append(self._set(items))
+        self.stack.append(self.builder.make_set(items))
 
     def append(self, _) -> None:
         item = self.stack.pop()
@@ -226,7 +160,7 @@ class _Machine:
         if isinstance(self.stack[-1], Object):
             self._extend(items)
         else:
-            self.stack[-1].update(self._set(items))
+            self.stack[-1].update(self.builder.make_set(items))
 
     def setitem(self, _) -> None:
         value, key = self.stack.pop(), self.stack.pop()
@@ -241,7 +175,7 @@ class _Machine:
             target.entries = target = {} if target.entries is None else target.entries
         if not isinstance(target, dict):
             raise ValueError(f"a {type(target).__name__} gets items")
-        target.update(self._dict(zip(items[::2], items[1::2], strict=True)))
+        target.update(self.builder.make_dict(zip(items[::2], items[1::2], strict=True)))
 
     def put(self, index) -> None:
         self.memo[index] = self.stack[-1]
@@ -270,7 +204,7 @@ _CONSTANTS = {
     "EMPTY_TUPLE": tuple,
     "EMPTY_SET": set,
 }
-_COST, _COPY = 40, 80  # bytes of an opcode's result and of a copied item
+_COST = 40  # bytes of an opcode's result
 _COSTS = {"EMPTY_SET": 220, "FROZENSET": 220, "EMPTY_DICT": 64, "DICT": 64, "MARK": 64}
 _COSTS |= {"REDUCE": 160, "NEWOBJ": 160, "NEWOBJ_EX": 160, "GLOBAL": 160, "STACK_GLOBAL": 160}
 _COSTS |= dict.fromkeys(("BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE", "SETITEM", "SETITEMS"), 120)

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from esolm_jax.attention.dense import MASKED
 from esolm_jax.attention.recompute import pad_to_multiple
-from esolm_jax.model.transformer import ModelConfig
+from esolm_jax.model.model_config import ModelConfig
 from esolm_jax.parallel import sharding
 from esolm_jax.sampling.engine import cpu_kernels
 

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from esolm_jax.family.rule import dense_mask
+from esolm_jax.model import layers, rope
 from esolm_jax.model import transformer as model_lib
-from esolm_jax.model.transformer import ModelConfig
+from esolm_jax.model.model_config import ModelConfig
 from esolm_jax.parallel import sharding
 from esolm_jax.sampling.engine import cpu_kernels
 from esolm_jax.sampling.engine.cache import Entries, KVCache, Visible
@@ -197,7 +198,7 @@ def forward(network: Network, window: Window, cache: KVCache) -> tuple[jax.Array
     """
     config = network.config
     h = _embed(network, window)
-    angles = model_lib.rope_angles(window.position, config)
+    angles = rope.rope_angles(window.position, config)
     visible = Visible(dense_mask(window, window), window.filled)
     keys, values = [], []
     for i, block in enumerate(network.blocks):
@@ -227,7 +228,7 @@ def _embed(network, window):
 
 def _norm(config, h_BWD):
     """The model's, whose scale and bias are in the weights."""
-    return model_lib.normalize(config, h_BWD).astype(config.dtype)
+    return layers.normalize(config, h_BWD).astype(config.dtype)
 
 
 def _linear(block, name, h_BWD):
@@ -243,13 +244,13 @@ def _heads(config, block, normed, angles):
     qk, v = qkv_BGRWK[:, :, :-1], qkv_BGRWK[:, :, -1]
     if "qk_norm_scale" in block:
         scale = block["qk_norm_scale"][None, None, :, None]
-        qk = (model_lib.rms_normalize(config, qk.astype(jnp.float32)) * scale).astype(qk.dtype)
+        qk = (layers.rms_normalize(config, qk.astype(jnp.float32)) * scale).astype(qk.dtype)
     if angles is not None:
         angles = [part[:, None] for part in angles]
-    rotated = model_lib.rotate(qk, angles)
+    rotated = rope.rotate(qk, angles)
     return rotated[:, :, :-1], rotated[:, :, -1], v
 
 
 def _mlp(config, block, normed):
     inner = _linear(block, "mlp_in", normed)
-    return _linear(block, "mlp_out", model_lib.activate(config, inner))
+    return _linear(block, "mlp_out", layers.activate(config, inner))

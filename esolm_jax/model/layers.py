@@ -1,0 +1,136 @@
+"""Layers without collectives of their own: norms, dropout, activation, time embedding, adaLN."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from esolm_jax.model.model_config import TIME_FREQUENCIES, ModelConfig
+from esolm_jax.parallel import sharding
+
+
+def uniform_fan_in(key, shape, dtype=jnp.float32):
+    """U(±1/√fan_in), the published (PyTorch) initialisation of linear layers."""
+    bound = shape[0] ** -0.5
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def uniform_width(key, shape, dtype=jnp.float32):
+    """U(±1/√width), for embeddings."""
+    bound = shape[-1] ** -0.5
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def uniform_bias(inputs: int):
+    """U(±1/√inputs), for the bias of a linear layer."""
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -(inputs**-0.5), inputs**-0.5)
+
+    return init
+
+
+zeros = nnx.initializers.zeros
+
+
+def rms_norm(size: int, config: ModelConfig, rngs):
+    return nnx.RMSNorm(size, epsilon=config.norm_eps, dtype=jnp.float32, rngs=rngs)
+
+
+def rms_normalize(config: ModelConfig, x):
+    """x / √(mean(x²) + ε) over the last axis."""
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + config.norm_eps)
+
+
+def normalize(config: ModelConfig, h):
+    """What LayerNorm, or RMSNorm, does before its scale and bias: float32."""
+    h = h.astype(jnp.float32)
+    if config.style != "llama":
+        h = h - h.mean(axis=-1, keepdims=True)
+    return rms_normalize(config, h)
+
+
+class Norm(nnx.Module):
+    """LayerNorm or RMSNorm, and adaLN: (n · g + b) · (1 + scale) + shift of the standardised h, n.
+
+    The vectors are multiplied first: that is a pass less over the tokens, and in the backward pass
+    one sum over them less.
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = config
+        shape = (config.width,)
+        self.scale = nnx.Param(nnx.initializers.ones(rngs.params(), shape))
+        has_bias = config.style == "gpt2"
+        self.bias = nnx.Param(zeros(rngs.params(), shape)) if has_bias else None
+
+    def __call__(self, h_BTD, shift, scale):
+        by = self.scale[...][None, None] * (1 + scale)
+        if self.bias is not None:
+            shift = self.bias[...][None, None] * (1 + scale) + shift
+        return (normalize(self.config, h_BTD) * by + shift).astype(self.config.dtype)
+
+
+def dropout(key, rate: float, h):
+    if key is None or rate == 0.0:
+        return h
+    # Two draws of 16 bits from each of 32: random bits are what dropout costs.
+    *batch, width = h.shape
+    bits = jax.random.bits(key, (*batch, width // 2), jnp.uint32)
+    draws = jax.lax.bitcast_convert_type(bits, jnp.uint16).reshape(h.shape)
+    kept = draws >= round(rate * 2**16)
+    return h * jnp.where(kept, 1 / (1 - rate), 0).astype(h.dtype)
+
+
+def activate(config: ModelConfig, parts_BTPF):
+    """GELU, or SwiGLU of two parts: [B, T, gates, F] → [B, T, F]."""
+    if config.style == "llama":
+        return jax.nn.silu(parts_BTPF[:, :, 0]) * parts_BTPF[:, :, 1]
+    return jax.nn.gelu(parts_BTPF[:, :, 0], approximate=True)
+
+
+def _dense(inputs: int, outputs: int, config: ModelConfig, rngs, *, zero=False):
+    """A layer of the time embedding: one vector for the whole batch, so it needs no ParamSpec."""
+    return nnx.Linear(
+        inputs,
+        outputs,
+        dtype=jnp.dtype(config.dtype),
+        kernel_init=zeros if zero else uniform_fan_in,
+        bias_init=zeros if zero else uniform_bias(inputs),
+        rngs=rngs,
+    )
+
+
+class TimeEmbedding(nnx.Module):
+    """Sinusoids of σ through a two-layer MLP with SiLU: [B] → [B, C]."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.inner = _dense(TIME_FREQUENCIES, config.cond_width, config, rngs)
+        self.outer = _dense(config.cond_width, config.cond_width, config, rngs)
+
+    def __call__(self, sigma_B):
+        half = TIME_FREQUENCIES // 2
+        frequency = 10_000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
+        angle = sigma_B[:, None] * frequency[None]
+        waves = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+        return self.outer(jax.nn.silu(self.inner(waves)))
+
+
+class Modulation(nnx.Module):
+    """adaLN: `parts` vectors [B, 1, D] (shift, scale, gate, …) from the time embedding [B, C].
+    Zero-initialised; without a time embedding they are the identity (0, 0, 1, …)."""
+
+    def __init__(self, config: ModelConfig, parts: int, mesh, rngs: nnx.Rngs):
+        self.parts = parts
+        self.mesh = mesh
+        wide = parts * config.width
+        self.linear = (
+            _dense(config.cond_width, wide, config, rngs, zero=True) if config.cond_width else None
+        )
+
+    def __call__(self, cond_BC):
+        if self.linear is None:
+            return (0.0, 0.0, 1.0, 0.0, 0.0, 1.0)[: self.parts]
+        # The kernel stays where it is; the small result is gathered.
+        split = sharding.constrain(self.mesh, self.linear(cond_BC), None, "embed")
+        whole = sharding.constrain(self.mesh, split, None, None)
+        return jnp.split(whole[:, None], self.parts, axis=-1)

@@ -1,0 +1,76 @@
+"""Sizes and policies of a transformer."""
+
+import dataclasses
+
+TIME_FREQUENCIES = 256  # sinusoids of the time embedding
+REMAT = {  # policy → names of the activations of a block that are kept for the backward pass
+    "none": None,  # all of them
+    "matmuls": ("qkv", "attention", "attention_out", "mlp_in"),
+    "attention": ("attention",),
+    "full": (),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A transformer's sizes and policies.
+
+    Attributes:
+      vocab_size: V, the mask token included.
+      width, blocks, heads: D, N, H.
+      cond_width: C, width of the time embedding behind adaLN; 0 = no adaLN (AR).
+      dropout: rate, applied after attention and MLP, in training only.
+      dtype: compute dtype; parameters, norms, softmax and logits are float32.
+      unroll: blocks per iteration of the scan over blocks: more is faster on a CPU and slower to
+        compile.
+      style: "dit", "gpt2" or "llama".
+      kv_heads: G, heads of keys and values, a divisor of H; 0 = H.
+      mlp_width: F; 0 = 4·D.
+      attention_width: H·K, a multiple of 2·H; 0 = D.
+      norm_eps: ε under the square root of norms.
+      qkv_bias: whether queries, keys and values have biases (Qwen 2, GPT-2).
+      qk_norm: whether each query and key is RMS-normed, over K (Qwen 3).
+      max_positions: > 0 = a learned embedding of so many positions in place of RoPE (GPT-2).
+      rope_base: of the angles position · base^(−2i/K).
+      rope_factor, rope_original_length: > 1 = frequencies of waves much longer than
+        `rope_original_length` tokens are divided by the factor (Llama 3.1); see rope_frequencies.
+      attention: which of attention.KINDS computes it.
+      remat: which of REMAT.
+    """
+
+    vocab_size: int
+    width: int
+    blocks: int
+    heads: int
+    cond_width: int
+    dropout: float = 0.0
+    dtype: str = "float32"
+    unroll: int = 1
+    style: str = "dit"
+    kv_heads: int = 0
+    mlp_width: int = 0
+    attention_width: int = 0
+    norm_eps: float = 1e-5
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    max_positions: int = 0
+    rope_base: float = 10_000.0
+    rope_factor: float = 1.0
+    rope_original_length: int = 8192
+    attention: str = "lean"
+    remat: str = "none"
+
+    @property
+    def groups(self) -> int:
+        """G: heads of keys and values."""
+        return self.kv_heads or self.heads
+
+    @property
+    def head_width(self) -> int:
+        """K."""
+        return (self.attention_width or self.width) // self.heads
+
+    @property
+    def inner(self) -> int:
+        """F: inner width of the MLP."""
+        return self.mlp_width or 4 * self.width

@@ -1,0 +1,44 @@
+"""Rotary position embeddings (RoPE)."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from esolm_jax.model.model_config import ModelConfig
+
+
+def rope_frequencies(config: ModelConfig):
+    """base^(−2i/K), float32 [K/2]; with a rope_factor, as Llama 3.1 scales them.
+
+    Waves that fit more than four times in `rope_original_length` are kept, those longer than it are
+    slowed down by the factor, and those between are in between.
+    """
+    width = config.head_width
+    frequency = config.rope_base ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    if config.rope_factor == 1.0:
+        return frequency
+    waves = config.rope_original_length * frequency / (2 * math.pi)
+    kept = jnp.clip((waves - 1) / (4 - 1), 0, 1)
+    return frequency * (kept + (1 - kept) / config.rope_factor)
+
+
+def rope_angles(position_BT, config: ModelConfig):
+    """cos and sin, float32 [B, 1, T, K], of position · frequency, for both halves of K; the sine
+    of the first half is negative. None if positions are learned."""
+    if config.max_positions:
+        return None
+    frequency = rope_frequencies(config)
+    angle = position_BT[:, None, :, None].astype(jnp.float32) * frequency[None, None, None]
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    both = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
+    return jax.lax.optimization_barrier(both)  # once, not fused into every use of them
+
+
+def rotate(x_BHTK, angles):
+    """RoPE, half-split: the pairs are (i, i + K/2)."""
+    if angles is None:
+        return x_BHTK
+    cos, sin = angles
+    x = x_BHTK.astype(jnp.float32)
+    return (x * cos + jnp.roll(x, x.shape[-1] // 2, axis=-1) * sin).astype(x_BHTK.dtype)
