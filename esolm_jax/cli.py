@@ -186,7 +186,8 @@ def run(
     def parse(argv):
         verb = pathlib.Path(argv[0]).stem
         checkpoint.begin_command()
-        argv[:] = config_lib.with_current_names(argv)  # absl and next_command read sys.argv again
+        # absl and next_command read sys.argv again
+        argv[:] = config_lib.with_current_overrides(argv)
         define_flags()
         if reads_checkpoint:
             define_step_flag()
