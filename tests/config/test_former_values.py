@@ -244,3 +244,11 @@ def test_the_page_names_former_values():
         "Order. Formerly `direction`. `down` is read as `config.sample.order=descending`. `zigzag` "
         "is read as `config.sample.path=zigzag, config.sample.order=ascending`."
     ) in page.page()
+
+
+def test_attention_lean_is_chunked(run, capsys):
+    note = "config.model.attention=lean: is config.model.attention=chunked now; use the new value\n"
+    assert run("--config.model.attention=lean")[::2] == (0, note)
+    saved = config_lib.default_config().to_dict()
+    saved["model"]["attention"] = "lean"
+    assert config_lib.from_saved(saved).model.attention == "chunked"
