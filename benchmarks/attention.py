@@ -2,7 +2,7 @@
 
 Forward and backward pass of one layer over the labels of each objective, taking turns in one run,
 and how far each is from the dense rule in float32. It says what `model.attention` should be on a
-device: on a GPU, whether flash beats lean. Writes docs/attention.{json,md}.
+device: on a GPU, whether flash beats chunked. Writes docs/attention.{json,md}.
 """
 
 import argparse
@@ -36,8 +36,8 @@ def passes(length: int) -> dict[str, Tokens]:
 
 
 def kinds(tokens: Tokens, platform: str) -> list[str]:
-    """Those that run on the platform; splash without a layout would be lean."""
-    found = ["lean", "dense", *(k for k, home in attention.ON.items() if home == platform)]
+    """Those that run on the platform; splash without a layout would be chunked."""
+    found = ["chunked", "dense", *(k for k, home in attention.ON.items() if home == platform)]
     return [k for k in found if k != "splash" or tokens.layout]
 
 
@@ -85,11 +85,11 @@ def main() -> None:
     text = f"# Attention on this device ({device})\n\nMade by `python -m benchmarks.attention`: "
     text += f"{arguments.rows} x {arguments.heads} heads of {arguments.width}, L = "
     text += f"{arguments.length}, {arguments.dtype}, forward and backward pass of one layer.\n\n"
-    head = "labels", "kind", "ms", "speed, x lean", "largest error, of the largest number"
+    head = "labels", "kind", "ms", "speed, x chunked", "largest error, of the largest number"
     lines = []
     for name, row in found.items():
         for kind, cell in row.items():
-            speed = row["lean"]["ms"] / cell["ms"]
+            speed = row["chunked"]["ms"] / cell["ms"]
             figures = f"{cell['ms']:.2f}", f"{speed:.2f}", f"{cell['error']:.1e}"
             lines.append((name, kind, *figures))
     figures = {"device": device, "rows": found}

@@ -188,7 +188,8 @@ def _parse(verb: Verb, argv: list[str]) -> list[str]:
     """Defines and parses the flags. UserError: one of them is bad."""
     name = pathlib.Path(argv[0]).stem
     checkpoint_meta.begin_command()
-    argv[:] = config_lib.with_current_names(argv)  # absl and next_command read sys.argv again
+    # absl and next_command read sys.argv again
+    argv[:] = config_lib.with_current_overrides(argv)
     verb.define_flags()
     if verb.reads_checkpoint:
         define_step_flag()

@@ -1,7 +1,7 @@
 """Attention under the rule of labels: every implementation behind one signature.
 
-dense holds the scores of all pairs: the plain reference. lean is XLA in linear memory, for any
-labels on any device. flash are block-sparse GPU kernels for any labels; splash is a block-sparse
+dense materializes the scores of all pairs: the reference. chunked is XLA in linear memory, for any
+labels on any device. flash are block-sparse GPU kernels for any labels. splash is a block-sparse
 TPU kernel for labels that follow from a layout.
 """
 
@@ -18,15 +18,15 @@ from esolm_jax.parallel import sharding
 
 ON = kinds.PLATFORM
 KINDS = (*kinds.KINDS, *kinds.INTERPRETED)
-SHORT = 128  # L up to which lean computes fewer pairs than splash's least blocks
+SHORT = 128  # L up to which chunked computes fewer pairs than splash's smallest blocks
 
 
 def resolve(kind: str, platform: str, length: int) -> str:
     """The kind that "auto" stands for, for texts of L = `length` on a platform ("cpu", "gpu",
-    "tpu"); others as they are. flash is never chosen: it was not timed on a GPU yet."""
+    "tpu"); other kinds unchanged. flash is never chosen: it has not been timed on a GPU."""
     if kind != "auto":
         return kind
-    return "splash" if platform == "tpu" and length > SHORT else "lean"
+    return "splash" if platform == "tpu" and length > SHORT else "chunked"
 
 
 def attend(
@@ -39,43 +39,42 @@ def attend(
     kind: str = "dense",
     mesh: Mesh | None = None,
 ):
-    """Softmax attention by the rule of labels, scale 1/√K, everything of the softmax in float32.
+    """Softmax attention under the rule of labels, scale 1/√K, softmax in float32.
 
-    What is invisible has probability exactly zero: it cannot reach the result even in the last
-    bit. Query head h reads key/value head h // (H // G).
+    Invisible keys have probability exactly zero and do not change a single bit of the result.
+    Query head h reads key/value head h // (H // G).
 
     Args:
       q_BHTK, k_BGSK, v_BGSK: queries, keys, values; G divides H.
       queries, keys: the labels of the T queries and S keys. All kinds but dense are
         self-attention: `keys` are `queries`.
-      kind: one of KINDS. splash needs `queries.layout`, and is lean without one.
-      mesh: if given, q, k, v are split over it as sharding.RULES say: rows, heads and tokens;
-        keys and values are gathered over `sequence` inside.
+      kind: one of KINDS. splash needs `queries.layout`; without one, chunked runs instead.
+      mesh: if given, q, k, v are sharded over it by sharding.RULES: rows, heads and tokens; keys
+        and values are gathered over `sequence` inside.
 
     Returns:
-      [B, H, T, K] in the dtype of v. What padding reads is up to the kind (splash: padding alone;
-      others: no more than its place in the layout allows), as nobody else reads padding.
+      [B, H, T, K] in the dtype of v. Outputs at padding positions are unspecified.
 
     Raises:
-      ValueError: an unknown kind; for splash, tokens that are not as many as the layout's.
+      ValueError: an unknown kind; for splash, a number of tokens that differs from the layout's.
     """
     if kind not in KINDS:
         raise ValueError(f"attention kind {kind!r}: must be one of {', '.join(KINDS)}")
     if kind == "dense":
         return dense(q_BHTK, k_BGSK, v_BGSK, dense_mask(queries, keys))
     across = None if mesh is None or mesh.shape["sequence"] == 1 else "sequence"
-    # A part of the queries does not follow the layout by its own indices.
+    # The local indices of a shard of the queries do not follow the layout.
     layout = None if across else queries.layout
-    # Kernels are imported when they are used: importing Pallas takes a second.
+    # Import kernels on first use: importing Pallas takes a second.
     if kind.startswith("flash"):
         from esolm_jax.attention.flash import flash
 
         interpret = kind == "flash_interpret"
         attention = functools.partial(flash, layout=layout, interpret=interpret)
-    elif kind == "lean" or queries.layout is None:
-        from esolm_jax.attention.lean import lean
+    elif kind == "chunked" or queries.layout is None:
+        from esolm_jax.attention.chunked import chunked
 
-        attention = functools.partial(lean, layout=layout, platform=sharding.platform(mesh))
+        attention = functools.partial(chunked, layout=layout, platform=sharding.platform(mesh))
     else:
         from esolm_jax.attention.splash import splash
 
@@ -90,7 +89,7 @@ def attend(
 
 
 def _on_mesh(attention, mesh: Mesh, across: str | None):
-    """`attention` on every device's rows, heads and queries, over all keys of the row."""
+    """`attention` on each device's rows, heads and queries, over all keys of the row."""
 
     def local(q_BHTK, k_BGSK, v_BGSK, *labels):
         if across:  # the transpose of gathering keys is the reduce-scatter of their gradients
@@ -105,5 +104,5 @@ def _on_mesh(attention, mesh: Mesh, across: str | None):
         mesh=mesh,
         in_specs=(split, split, split, of_queries, of_queries, of_keys, of_keys),
         out_specs=split,
-        check_vma=False,  # a Pallas kernel says nothing of how its result varies
+        check_vma=False,  # Pallas kernels do not declare over which axes their results vary
     )

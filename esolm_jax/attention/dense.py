@@ -1,9 +1,9 @@
-"""Attention that holds the scores of all pairs: the plain reference."""
+"""Reference attention, which materializes the scores of all pairs."""
 
 import jax
 import jax.numpy as jnp
 
-MASKED = -1e30  # float32 scores vanish when it is added
+MASKED = -1e30  # absorbs any float32 score that is added to it
 
 
 def dense(q_BHTK, k_BGSK, v_BGSK, mask_BTS):

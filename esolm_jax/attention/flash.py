@@ -1,12 +1,13 @@
 """Attention as block-sparse GPU kernels (Pallas, by way of Triton), for any labels.
 
-A program computes one block of queries of one head over the blocks of keys of which it may read
-anything, one after the other, and the gradient of keys and values the other way round. Which blocks
-those are is known when tracing if the labels follow a layout, and found beforehand if they do not.
+A program loops over the blocks of keys that are visible to one block of queries of one head; for
+the gradients of keys and values, over the blocks of queries that see one block of keys. The mask of
+visible blocks is known at trace time if the labels follow a layout, and computed before the kernel
+otherwise.
 
-Tests hold the kernels to the rule in interpret mode and lower them to Triton's language. Triton 3.9
-made machine code of that for compute capabilities 8.0 and 9.0, in registers but for 40 bytes of one
-kernel, by hand; no GPU has run it. Shapes as in recompute.py.
+Tests compare the kernels with the rule in interpret mode and lower them to Triton IR. In a manual
+check, Triton 3.9 compiled that IR for compute capabilities 8.0 and 9.0 without spilling registers,
+except for 40 bytes in one kernel. The kernels have not run on a GPU. Shapes as in recompute.py.
 """
 
 import functools
@@ -18,30 +19,31 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from esolm_jax.attention import recompute as attention_vjp
+from esolm_jax.attention import recompute
 from esolm_jax.attention.dense import MASKED
 from esolm_jax.family.labels import Layout
 from esolm_jax.family.rule import visible
 
 BLOCK_BYTES = 128  # of a column of q or k in a block: 64 tokens in bfloat16, 32 in float32
-NARROWEST = 16  # width of a head that Triton multiplies; all are powers of two
-WIDE = 64  # width of a head: beyond it, four warps run out of registers
-STAGES = 2  # with more, blocks of wide heads may not fit in shared memory
+MIN_WIDTH = 16  # of a head; Triton multiplies powers of two from this one
+WIDE = 64  # width of a head; beyond it, four warps run out of registers
+STAGES = 2  # with more, blocks of wide heads may exceed shared memory
 
 
 def flash(q_BHTK, k_BGSK, v_BGSK, *labels, layout: Layout | None, interpret: bool = False):
-    """attention.attend over these labels; a layout (of queries and keys) says what can be skipped.
+    """Attention over these labels, [B, H, T, K] in the dtype of v; see `attend`.
 
-    Returns [B, H, T, K] in the dtype of v. `interpret` runs the kernels in Python, on any device.
+    A layout of queries and keys, if there is one, determines the blocks that are skipped.
+    `interpret` runs the kernels in Python, on any device.
     """
     width = q_BHTK.shape[-1]
-    wide = max(NARROWEST, pl.next_power_of_2(width))
+    wide = max(MIN_WIDTH, pl.next_power_of_2(width))
     q_BHTK = q_BHTK * width**-0.5
     q_BHTK, k_BGSK, v_BGSK = (
-        attention_vjp.pad_to_multiple(a, 3, wide) for a in (q_BHTK, k_BGSK, v_BGSK)
+        recompute.pad_to_multiple(a, 3, wide) for a in (q_BHTK, k_BGSK, v_BGSK)
     )
-    way = _INTERPRETED if interpret else _COMPILED
-    return attention_vjp.attend(way, layout, q_BHTK, k_BGSK, v_BGSK, labels)[..., :width]
+    impl = _INTERPRETED if interpret else _COMPILED
+    return recompute.attend(impl, layout, q_BHTK, k_BGSK, v_BGSK, labels)[..., :width]
 
 
 def _dot(a, b, contract_a: int, contract_b: int):
@@ -63,7 +65,7 @@ def _block(refs, j, size: int):
 
 
 def _forward_kernel(*refs):
-    """A block of queries. The softmax is built up: every block rescales what there is so far."""
+    """One block of queries. Online softmax: each block of keys rescales the running sums."""
     blocks, count, q, k, v, q_rank, q_in_context, k_rank, k_in_context, out, lse = refs
     q_TK, q_labels = q[...], (q_rank[...], q_in_context[...])
 
@@ -91,7 +93,7 @@ def _scores_gradient(q_TK, k_SK, v_SK, q_labels, k_labels, grad_TK, lse, delta):
 
 
 def _queries_kernel(*refs):
-    """The gradient of a block of queries."""
+    """The gradient of one block of queries."""
     blocks, count, q, k, v, q_rank, q_in_context, k_rank, k_in_context, *rest = refs
     grad, lse, delta, dq = rest
     of_queries = grad[...], lse[...], delta[...]
@@ -108,7 +110,7 @@ def _queries_kernel(*refs):
 
 
 def _keys_kernel(*refs):
-    """The gradients of a block of keys and values, over all query heads that read it."""
+    """The gradients of one block of keys and values, over all query heads that read it."""
     blocks, count, q, k, v, q_rank, q_in_context, k_rank, k_in_context, *rest = refs
     grad, lse, delta, dk, dv = rest
     k_SK, v_SK, k_labels = k[...], v[...], (k_rank[...], k_in_context[...])
@@ -117,8 +119,8 @@ def _keys_kernel(*refs):
     def step(n, carry):
         dk_SK, dv_SK = carry
         i, head = blocks[jax.lax.div(n, heads)], jax.lax.rem(n, heads)
-        at = head, pl.ds(i * len(k_SK), len(k_SK))
-        q_TK, *of_queries = (ref[at] for ref in (q, grad, lse, delta))
+        rows = head, pl.ds(i * len(k_SK), len(k_SK))
+        q_TK, *of_queries = (ref[rows] for ref in (q, grad, lse, delta))
         q_labels = _block((q_rank, q_in_context), i, len(k_SK))
         probs, dscores = _scores_gradient(q_TK, k_SK, v_SK, q_labels, k_labels, *of_queries)
         grad_TK = of_queries[0]
@@ -130,21 +132,21 @@ def _keys_kernel(*refs):
     dk[...], dv[...] = dk_SK.astype(dk.dtype), dv_SK.astype(dv.dtype)
 
 
-def _visited(table):
-    """Of bool [N, M]: int32 [N, M], the true places of each row first, and int32 [N], how many.
-    NumPy of NumPy: then it is known when tracing."""
+def _visible_blocks(table):
+    """The indices of the true entries of each row of a bool [N, M], in front of the others, and
+    their number: int32 [N, M] and [N]. NumPy arrays for a NumPy array."""
     xp = np if isinstance(table, np.ndarray) else jnp
-    places = xp.argsort(~table, axis=1, stable=True).astype(np.int32)
-    return places, table.sum(axis=1).astype(np.int32)
+    indices = xp.argsort(~table, axis=1, stable=True).astype(np.int32)
+    return indices, table.sum(axis=1).astype(np.int32)
 
 
-def _filled(layout, q, k, v, labels):
-    """(whole blocks of all, with flags as integers, which kernels can load; which blocks of queries
-    see which of keys; tokens of a block)."""
+def _padded(layout, q, k, v, labels):
+    """(operands, table, block): q, k, v and labels padded to whole blocks, with flags as integers
+    because kernels cannot load booleans; the mask of visible blocks; the tokens of a block."""
     block = BLOCK_BYTES // q.dtype.itemsize
-    labels = attention_vjp.fill_labels(labels, block)
-    table = attention_vjp.block_mask(layout, labels, block)
-    pad_to_multiple = functools.partial(attention_vjp.pad_to_multiple, block=block)
+    labels = recompute.pad_labels(labels, block)
+    table = recompute.block_mask(layout, labels, block)
+    pad_to_multiple = functools.partial(recompute.pad_to_multiple, block=block)
     labels = (label.astype(jnp.int32) for label in labels)
     return (
         (pad_to_multiple(q, 3, mode="edge"), pad_to_multiple(k, 2), pad_to_multiple(v, 2), *labels),
@@ -154,12 +156,13 @@ def _filled(layout, q, k, v, labels):
 
 
 class _Programs(NamedTuple):
-    """A grid of programs (block, head, row) and what each sees; blocks of a head run side by side,
-    for they read the same.
+    """A grid of programs (block, head, row) and the specs of their arrays. Blocks of one head are
+    adjacent in the grid because they read the same keys.
 
     Attributes:
-      inputs: specs of what kernels take, in their order; the forward pass has no grad, lse, along.
-      q, k, lse: specs of arrays like these.
+      inputs: specs of the operands of a kernel, in order; the forward kernel takes no grad, lse and
+        delta.
+      q, k, lse: specs of arrays with the shape of these.
     """
 
     grid: tuple[int, int, int]
@@ -170,8 +173,8 @@ class _Programs(NamedTuple):
 
 
 def _programs(q, k, block: int, of_queries: bool) -> _Programs:
-    """Those of queries count query heads, and see their block of queries and all keys; those of
-    keys the other way round."""
+    """Programs over blocks of queries see one block of queries of a query head and all keys;
+    programs over blocks of keys see one block of keys and all queries of the heads in its group."""
     (batch, groups, heads, num_q, width), num_k = q.shape, k.shape[2]
     blocks_q, blocks_k = num_q // block, num_k // block
     if of_queries:
@@ -190,16 +193,17 @@ def _programs(q, k, block: int, of_queries: bool) -> _Programs:
         k_spec = pl.BlockSpec((None, None, block, width), lambda j, g, b: (b, g, j, 0))
         q_label = pl.BlockSpec((None, num_q), lambda j, g, b: (b, 0))
         k_label = pl.BlockSpec((None, block), lambda j, g, b: (b, j))
-    places = pl.BlockSpec((None, others), lambda i, h, b: (i, 0))
+    indices = pl.BlockSpec((None, others), lambda i, h, b: (i, 0))
     count = pl.BlockSpec((1,), lambda i, h, b: (i,))
-    inputs = [places, count, q_spec, k_spec, k_spec, q_label, q_label, k_label, k_label]
+    inputs = [indices, count, q_spec, k_spec, k_spec, q_label, q_label, k_label, k_label]
     return _Programs(grid, [*inputs, q_spec, lse, lse], q_spec, k_spec, lse)
 
 
 def _call(kernel, programs: _Programs, table, operands, outs, interpret: bool):
-    """`table`: which blocks a block visits; `outs`: (spec, shape, dtype) of each result."""
+    """Runs a kernel. `table`: the mask of visible blocks; `outs`: (spec, shape, dtype) of each
+    result."""
     warps = 8 if operands[0].shape[-1] > WIDE else 4
-    operands = *_visited(table), *operands
+    operands = *_visible_blocks(table), *operands
     return pl.pallas_call(
         kernel,
         grid=programs.grid,
@@ -214,7 +218,7 @@ def _call(kernel, programs: _Programs, table, operands, outs, interpret: bool):
 
 def _forward(interpret, layout, q, k, v, labels):
     length = q.shape[3]
-    operands, table, block = _filled(layout, q, k, v, labels)
+    operands, table, block = _padded(layout, q, k, v, labels)
     q, k = operands[:2]
     programs = _programs(q, k, block, of_queries=True)
     outs = [(programs.q, q.shape, v.dtype), (programs.lse, q.shape[:-1], jnp.float32)]
@@ -224,9 +228,9 @@ def _forward(interpret, layout, q, k, v, labels):
 
 def _backward(interpret, layout, q, k, v, labels, grad, lse, delta):
     length, num_keys = q.shape[3], k.shape[2]
-    operands, table, block = _filled(layout, q, k, v, labels)
+    operands, table, block = _padded(layout, q, k, v, labels)
     q, k, v = operands[:3]
-    pad_to_multiple = functools.partial(attention_vjp.pad_to_multiple, axis=3, block=block)
+    pad_to_multiple = functools.partial(recompute.pad_to_multiple, axis=3, block=block)
     operands += pad_to_multiple(grad), pad_to_multiple(lse, mode="edge"), pad_to_multiple(delta)
 
     programs = _programs(q, k, block, of_queries=True)
@@ -240,7 +244,7 @@ def _backward(interpret, layout, q, k, v, labels, grad, lse, delta):
 
 
 _COMPILED, _INTERPRETED = (
-    attention_vjp.AttentionImpl(
+    recompute.AttentionImpl(
         functools.partial(_forward, interpret), functools.partial(_backward, interpret)
     )
     for interpret in (False, True)

@@ -3,6 +3,6 @@
 Imports nothing, so that the config can be read without JAX.
 """
 
-KINDS = ("dense", "lean", "flash", "splash")
-PLATFORM = {"flash": "gpu", "splash": "tpu"}  # the platform that a kernel is for
-INTERPRETED = ("flash_interpret", "splash_interpret")  # kernels in Python, on any device, for tests
+KINDS = ("dense", "chunked", "flash", "splash")
+PLATFORM = {"flash": "gpu", "splash": "tpu"}  # of a kernel
+INTERPRETED = ("flash_interpret", "splash_interpret")  # for tests: on any device, in Python

@@ -1,8 +1,8 @@
 """Attention as a block-sparse TPU kernel (splash attention), for labels that follow from a layout.
 
-Which blocks have anything visible is known when tracing: the others are not even loaded, and the
-rule is computed inside the kernel from the indices. Labels that differ from the layout's are
-padding, kept apart from the rest by segments.
+The mask of visible blocks is known at trace time; the kernel skips the others and computes the rule
+from the indices. Labels that differ from the layout's are padding, which segment ids separate from
+the rest.
 """
 
 import dataclasses
@@ -21,9 +21,9 @@ from esolm_jax.family.labels import Layout
 from esolm_jax.family.rule import layout_mask, visible
 
 BLOCKS = (512, 256, 128)
-WASTE = 1.6  # large blocks are quick, but compute more pairs than are visible
-FUSED_BLOCKS = 8
-PADDING, REAL, BEYOND = 0, 1, 2  # segments; BEYOND: keys that only fill the last block
+MAX_WASTE = 1.6  # computed pairs per visible pair; large blocks are faster but waste more
+MAX_FUSED_BLOCKS = 8  # of keys; the fused backward kernel holds a dq for each
+PADDING, REAL, BEYOND = 0, 1, 2  # segment ids; BEYOND: keys added to complete the last block
 
 
 def splash(
@@ -39,12 +39,12 @@ def splash(
     across: str | None = None,
     interpret: bool = False,
 ):
-    """attention.attend over labels of this layout.
+    """Attention over labels of this layout; see `attend`.
 
     Args:
-      q_BHTK: all queries of the layout, or this device's part of them.
+      q_BHTK: all queries of the layout, or this device's shard of them.
       layout: its M + L is S.
-      across: inside shard_map, the mesh axis that the queries are split over.
+      across: inside shard_map, the mesh axis over which the queries are sharded.
       interpret: run the kernel in Python, on any device.
 
     Returns [B, H, T, K] in the dtype of v. Raises ValueError if S is not the layout's.
@@ -52,9 +52,9 @@ def splash(
     length, num_keys = q_BHTK.shape[2], k_BGSK.shape[2]
     if num_keys != layout.queries + layout.length:
         raise ValueError(f"{num_keys} keys do not fit {layout}")
-    parts = num_keys // length
-    tiles = tiling(layout, parts)
-    if front := tiles.layout.queries - layout.queries:  # more query copies, read by nobody
+    shards = num_keys // length
+    tiles = tiling(layout, shards)
+    if front := tiles.layout.queries - layout.queries:  # extra query copies, which no token reads
 
         def lead(array, axis):
             widths = [(front, 0) if i == axis else (0, 0) for i in range(array.ndim)]
@@ -67,36 +67,37 @@ def splash(
         ]
         qkv = (lead(a, 2) for a in (q_BHTK, k_BGSK, v_BGSK))
         return splash(*qkv, *labels, layout=tiles.layout, interpret=interpret)[:, :, front:]
-    kernel = _kernel(layout, parts, q_BHTK.shape[1], interpret)
+    kernel = _kernel(layout, shards, q_BHTK.shape[1], interpret)
     index = jnp.arange(length)
     if across:
-        part = jax.lax.axis_index(across)
-        index += part * length
-        kernel = _part_of(kernel, part, parts)
-    fill_q = functools.partial(pad_to_multiple, block=tiles.block_q, mode="edge")
-    fill_k = functools.partial(pad_to_multiple, block=tiles.block_k)
+        shard = jax.lax.axis_index(across)
+        index += shard * length
+        kernel = _shard_of(kernel, shard, shards)
+    pad_q = functools.partial(pad_to_multiple, block=tiles.block_q, mode="edge")
+    pad_k = functools.partial(pad_to_multiple, block=tiles.block_k)
     k_segment = _segment(k_rank, layout, jnp.arange(num_keys))
     segments = splash_attention_kernel.SegmentIds(
-        q=fill_q(_segment(q_rank, layout, index), 1),
-        kv=fill_k(k_segment, 1, constant_values=BEYOND),
+        q=pad_q(_segment(q_rank, layout, index), 1),
+        kv=pad_k(k_segment, 1, constant_values=BEYOND),
     )
-    # Queries that only fill the last block repeat the last one: none is without a key.
-    q_BHTK = fill_q(q_BHTK * q_BHTK.shape[-1] ** -0.5, 2)
-    k_BGSK, v_filled = fill_k(k_BGSK, 2), fill_k(v_BGSK, 2)
-    out = jax.vmap(kernel)(q_BHTK, k_BGSK, v_filled, segments)
+    # Queries added to complete the last block repeat the last one, so that each sees a key.
+    q_BHTK = pad_q(q_BHTK * q_BHTK.shape[-1] ** -0.5, 2)
+    k_BGSK, v_padded = pad_k(k_BGSK, 2), pad_k(v_BGSK, 2)
+    out = jax.vmap(kernel)(q_BHTK, k_BGSK, v_padded, segments)
     return out[:, :, :length].astype(v_BGSK.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """How a layout is cut into blocks.
+    """A layout in blocks.
 
     Attributes:
-      layout: with more query copies in front where that brings both streams on block boundaries.
-      block_q, block_k: tokens of a block. num_q, num_k: tokens, a part's, filled up to blocks.
-      blocks: how many blocks, of all parts, hold a visible pair: what the kernel computes.
-      fused: one backward kernel makes all gradients, of 5 products for 7. It keeps dq of every
-        block of keys apart, so it is for few of them.
+      layout: with extra query copies in front if these align both streams with the blocks.
+      block_q, block_k: tokens of a block.
+      num_q, num_k: queries of a shard and keys, padded to whole blocks.
+      blocks: the number of blocks with a visible pair, over all shards: those that are computed.
+      fused: one backward kernel computes all gradients, with 5 matmuls instead of 7. It holds a
+        separate dq for each block of keys.
     """
 
     layout: Layout
@@ -109,21 +110,21 @@ class Tiling:
 
 
 @functools.lru_cache(maxsize=256)
-def tiling(layout: Layout, parts: int = 1) -> Tiling:
-    """The largest blocks with at most WASTE times the visible pairs in them."""
+def tiling(layout: Layout, shards: int = 1) -> Tiling:
+    """The largest blocks with at most MAX_WASTE computed pairs per visible pair."""
     visible_pairs = _num_pairs(layout)
     for block in BLOCKS:
         wide = layout
-        if parts == 1 and layout.length % block == 0:
+        if shards == 1 and layout.length % block == 0:
             queries = -(-layout.queries // block) * block
             wide = Layout(layout.length, queries, layout.block)
         num_q, num_k = (
             -(-n // block) * block
-            for n in ((wide.queries + wide.length) // parts, wide.queries + wide.length)
+            for n in ((wide.queries + wide.length) // shards, wide.queries + wide.length)
         )
-        blocks = _visible_blocks(wide, parts, num_q, num_k, block)
-        if blocks * block**2 <= WASTE * visible_pairs or block == BLOCKS[-1]:
-            few = num_k // block <= FUSED_BLOCKS and parts == 1
+        blocks = _visible_blocks(wide, shards, num_q, num_k, block)
+        if blocks * block**2 <= MAX_WASTE * visible_pairs or block == BLOCKS[-1]:
+            few = num_k // block <= MAX_FUSED_BLOCKS and shards == 1
             return Tiling(wide, block, block, num_q, num_k, blocks, few)
     raise AssertionError("BLOCKS is empty")
 
@@ -138,18 +139,18 @@ def _num_pairs(layout: Layout) -> int:
     return int(seen + (copies * layout.block + same[copies]).sum())
 
 
-def _visible_blocks(layout: Layout, parts: int, num_q: int, num_k: int, block: int) -> int:
+def _visible_blocks(layout: Layout, shards: int, num_q: int, num_k: int, block: int) -> int:
     size = layout.queries + layout.length
-    mask = _LayoutMask(layout, _q_index(size, parts, num_q), num_k)
-    edges_q, edges_k = range(0, parts * num_q, block), range(0, num_k, block)
+    mask = _LayoutMask(layout, _q_index(size, shards, num_q), num_k)
+    edges_q, edges_k = range(0, shards * num_q, block), range(0, num_k, block)
     return sum(
         int(mask[slice(i, i + block), slice(j, j + block)].any()) for i in edges_q for j in edges_k
     )
 
 
-def _q_index(size: int, parts: int, num_q: int) -> np.ndarray:
-    """Index of the query in each row of all parts; the last one of a part fills it up."""
-    index = np.arange(size, dtype=np.int32).reshape(parts, -1)
+def _q_index(size: int, shards: int, num_q: int) -> np.ndarray:
+    """Index of the query in each row of all shards; each shard is padded with its last query."""
+    index = np.arange(size, dtype=np.int32).reshape(shards, -1)
     return np.pad(index, ((0, 0), (0, num_q - index.shape[1])), mode="edge").reshape(-1)
 
 
@@ -158,7 +159,7 @@ def _segment(rank_BT, layout, index):
 
 
 class _LayoutMask(splash_attention_mask.Mask):
-    """The rule of a layout, by index. Some rows may repeat one query."""
+    """The rule of a layout, by index. Rows may repeat a query."""
 
     def __init__(self, layout: Layout, q_index: np.ndarray, num_keys: int):
         self.q_sequence = q_index
@@ -170,11 +171,12 @@ class _LayoutMask(splash_attention_mask.Mask):
     def shape(self):
         return len(self.q_sequence), self._num_keys
 
-    def __getitem__(self, at):
-        """A stand-in for a block of the mask: whether anything is visible is all that is read of
-        it, for the kernel computes the mask. (Never wholly visible: the library cannot join the
-        tables of several parts if there are no other blocks.)"""
-        rows, columns = at
+    def __getitem__(self, block):
+        """A placeholder for a block of the mask, with one True if the block has a visible pair.
+
+        The library reads nothing else, as the kernel computes the mask. A block is never all True:
+        the library cannot join the tables of several shards if no block is partial."""
+        rows, columns = block
         span = rows.start, rows.stop, columns.start, columns.stop
         if span not in self._seen:
             q_index, k_index = self.q_sequence[rows], np.arange(columns.start, columns.stop)
@@ -186,38 +188,38 @@ class _LayoutMask(splash_attention_mask.Mask):
 
 @functools.lru_cache(maxsize=64)
 def _mask_function(layout: Layout):
-    """The rule for the kernel: one function object per layout, as jit compares them."""
+    """The rule for the kernel: one function object per layout, because jit compares identities."""
     return lambda q_index, k_index: visible(*layout.labels(q_index), *layout.labels(k_index))
 
 
 @functools.lru_cache(maxsize=64)
-def _kernel(layout: Layout, parts: int, heads: int, interpret: bool):
-    """The kernel for all parts that the queries are split into."""
-    tiles = tiling(layout, parts)
+def _kernel(layout: Layout, shards: int, heads: int, interpret: bool):
+    """The kernel for all shards of the queries."""
+    tiles = tiling(layout, shards)
     sizes = {"block_q": tiles.block_q, "block_kv": tiles.block_k}
     sizes |= {"block_q_dkv": tiles.block_q, "block_kv_dkv": tiles.block_k}
     if not tiles.fused:
         sizes |= {"block_q_dq": tiles.block_q, "block_kv_dq": tiles.block_k}
     blocks = splash_attention_kernel.BlockSizes(**sizes, use_fused_bwd_kernel=tiles.fused)
-    q_index = _q_index(layout.queries + layout.length, parts, tiles.num_q)
+    q_index = _q_index(layout.queries + layout.length, shards, tiles.num_q)
     mask = _LayoutMask(layout, q_index, tiles.num_k)
     with jax.ensure_compile_time_eval():
         return splash_attention_kernel.make_splash_mha(
             splash_attention_mask.MultiHeadMask([mask] * heads),
             block_sizes=blocks,
             head_shards=1,
-            q_seq_shards=parts,
+            q_seq_shards=shards,
             residual_checkpoint_name="attention",  # for model.REMAT
             interpret=interpret,
         )
 
 
-def _part_of(kernel, part, parts: int):
-    """The kernel for one part of the queries, given by its (traced) number."""
+def _shard_of(kernel, shard, shards: int):
+    """The kernel for one shard of the queries, given by its traced index."""
 
     def own(table):
         axis = table.ndim - 2 if table.ndim == 3 else 0  # [1, queries, keys] or [queries]
-        size = table.shape[axis] // parts
-        return jax.lax.dynamic_slice_in_dim(table, part * size, size, axis)
+        size = table.shape[axis] // shards
+        return jax.lax.dynamic_slice_in_dim(table, shard * size, size, axis)
 
     return jax.tree.map(own, kernel)

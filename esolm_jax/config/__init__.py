@@ -5,17 +5,21 @@
     schema.py      all fields; default_config(), from which a config file starts
     validation.py  checks of a whole config
     saved.py       configs in checkpoints, of this version of the schema and of earlier ones
-    renames.py     earlier names of fields    removed.py  fields that no longer exist
+    renames.py     earlier names and values of fields
+    command_line.py  overrides on the command line, with earlier names and values
+    removed.py     fields that no longer exist
     page.py        docs/config.md
     overrides.py   a config with some fields set to other values
 
 Imports no JAX. To add a field, add one line to its section; a field that later checkpoints have
-and earlier ones lack needs `before`.
+and earlier ones lack needs `before`. To rename a field, use `formerly`; to rename a value,
+`former_values`.
 """
 
+from esolm_jax.config.command_line import with_current_overrides
 from esolm_jax.config.overrides import Setting, overridden
 from esolm_jax.config.renames import begin_command
-from esolm_jax.config.saved import from_saved, to_saved, with_current_names
+from esolm_jax.config.saved import from_saved, to_saved
 from esolm_jax.config.schema import default_config, fields, flat, is_allowed, names_with
 from esolm_jax.config.sections.evaluation import METRICS
 from esolm_jax.config.sections.sampling import DRAFT_STYLES, SCHEDULES
@@ -44,5 +48,5 @@ __all__ = [
     "validate_evaluation",
     "validate_mesh",
     "validate_training",
-    "with_current_names",
+    "with_current_overrides",
 ]

@@ -4,7 +4,7 @@ import pathlib
 import sys
 
 from esolm_jax.config import schema
-from esolm_jax.config.field import Field
+from esolm_jax.config.field import Field, as_text
 
 _READ_BY = {  # section → one sentence above its table
     "": "Fields without a section.",
@@ -50,6 +50,8 @@ def _row(name: str, field: Field) -> str:
     allowed = field.check.text if field.check else "`True`, `False`" if kind == "bool" else "any"
     marks = "W" * field.fixes_weights + "R" * field.may_change_on_resume
     doc = field.doc + "".join(f" Formerly `{old}`." for old in field.formerly)
+    for old, now in field.former_values.items():
+        doc += f" `{old}` is read as `{as_text(now)}`."
     cells = (f"`{name}`", kind, default, allowed, doc, marks)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 

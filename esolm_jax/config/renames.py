@@ -1,6 +1,5 @@
-"""Earlier names of fields: accepted in config files, on the command line and in saved configs."""
+"""Earlier names and values of fields: Section, which accepts them in config files, and notices."""
 
-import re
 import sys
 import types
 from collections.abc import Mapping
@@ -8,7 +7,7 @@ from collections.abc import Mapping
 from ml_collections import ConfigDict
 
 from esolm_jax.config import removed
-from esolm_jax.config.field import Field
+from esolm_jax.config.field import Field, Value, as_text
 from esolm_jax.errors import UserError, nearest
 
 _announced: set[str] = set()
@@ -31,22 +30,58 @@ def announce_renamed(old: str, new: str) -> None:
     announce(f"config.{old}: is called config.{new} now; use the new name")
 
 
+def values_now(former_values: Mapping[str, Mapping[str, Value]], value) -> Mapping[str, Value]:
+    """What to set instead of a value, by dotted name, if it is a former one; else {}."""
+    return former_values.get(value, {}) if isinstance(value, str) else {}
+
+
+def announce_former_value(name: str, value: str, now: Mapping[str, Value]) -> None:
+    """Advises to set today's values instead of a former one."""
+    announce(f"{as_text({name: value})}: is {as_text(now)} now; use the new value")
+
+
+def contradiction(name: str, value: str, now: Mapping[str, Value], other: str, have) -> UserError:
+    """The error for a former value that sets another field, which has a different value."""
+    return UserError(
+        f"{as_text({name: value})}: is {as_text(now)} now, which contradicts "
+        f"{as_text({other: have})}; set the fields that you mean"
+    )
+
+
 def earlier_names(table: Mapping[str, Field]) -> dict[str, str]:
     """Earlier name → name, of a table of fields."""
     return {old: name for name, field in table.items() for old in field.formerly}
 
 
 class Section(ConfigDict):
-    """A ConfigDict in which a field can also be read and written under its earlier names."""
+    """A ConfigDict in which a field can also be read and written under its earlier names, and set
+    to its former values."""
 
+    _STATE = ("_prefix", "_earlier", "_former_values", "_set_explicitly", "_implied")
     _prefix = ""
     _earlier: Mapping[str, str] = types.MappingProxyType({})
+    _former_values: Mapping[str, Mapping] = types.MappingProxyType({})  # by field, as in Field
+    _set_explicitly: frozenset[str] = frozenset()
+    # A field that a former value of another field has set → that field, and the value until then.
+    _implied: Mapping[str, tuple[str, Value]] = types.MappingProxyType({})
 
     @classmethod
     def of(cls, name: str, table: Mapping[str, Field]) -> "Section":
         """An empty section of this name ("" = the whole config) for the fields of the table."""
-        prefix = f"{name}." if name else ""
-        return _set_names({"_prefix": prefix, "_earlier": earlier_names(table)}, cls())
+        section = cls()
+        section._update(
+            _prefix=f"{name}." if name else "",
+            _earlier=earlier_names(table),
+            _former_values={n: f.former_values for n, f in table.items() if f.former_values},
+        )
+        return section
+
+    def _update(self, **state) -> None:
+        for name, value in state.items():
+            object.__setattr__(self, name, value)
+
+    def _take_state(self, state: Mapping) -> None:
+        self._update(**{name: state[name] for name in self._STATE if name in state})
 
     def _current(self, key):
         if key in self._fields or self._earlier.get(key) not in self._fields:
@@ -65,34 +100,40 @@ class Section(ConfigDict):
             raise UserError(
                 f"config.{self._prefix}{key}: unknown field{nearest(str(key), self._fields)}"
             )
+        if key in self._fields:  # not while the section is built
+            self._retract(key)
+            self._update(_set_explicitly=self._set_explicitly | {key})
+            if now := values_now(self._former_values.get(key, {}), value):
+                value = self._imply(key, value, now)
         super().__setitem__(key, value)
+
+    def _imply(self, key: str, value: str, now: Mapping[str, Value]) -> Value:
+        """Sets the other fields that a former value of `key` stands for; today's value of `key`."""
+        name = self._prefix + key
+        others = {full.removeprefix(self._prefix): v for full, v in now.items() if full != name}
+        for other, new in others.items():
+            if other in self._set_explicitly and self[other] != new:
+                raise contradiction(name, value, now, self._prefix + other, self[other])
+        announce_former_value(name, value, now)
+        before = {other: (key, self[other]) for other in others}
+        for other, new in others.items():
+            super().__setitem__(other, new)
+        self._update(_implied={**self._implied, **before})
+        return now[name]
+
+    def _retract(self, key: str) -> None:
+        """Undoes what a former value of `key` has set; `key` itself is set by its user from now."""
+        for other, (cause, value) in self._implied.items():
+            if cause == key:
+                super().__setitem__(other, value)
+        kept = {k: v for k, v in self._implied.items() if k != key and v[0] != key}
+        self._update(_implied=kept)
 
     def copy_and_resolve_references(self, visit_map=None):
         copy = super().copy_and_resolve_references(visit_map)
-        return _set_names(self.__dict__, copy)
+        copy._take_state(self.__dict__)
+        return copy
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        _set_names(state, self)
-
-
-def _set_names(state: Mapping, section: Section) -> Section:
-    for name in ("_prefix", "_earlier"):
-        if name in state:
-            object.__setattr__(section, name, state[name])
-    return section
-
-
-_OVERRIDE = re.compile(r"(--?)(no)?config\.([^=]+)(.*)", re.DOTALL)
-
-
-def override_name(arg: str) -> str | None:
-    """The dotted name in --config.NAME=VALUE or --noconfig.NAME; None for another argument."""
-    match = _OVERRIDE.fullmatch(arg)
-    return match[3] if match else None
-
-
-def with_override_name(arg: str, name: str) -> str:
-    """The same argument for another field."""
-    dashes, no, _, value = _OVERRIDE.fullmatch(arg).groups(default="")
-    return f"{dashes}{no}config.{name}{value}"
+        self._take_state(state)

@@ -8,14 +8,9 @@ from collections.abc import Mapping
 from ml_collections import ConfigDict
 
 from esolm_jax.config import removed, schema
-from esolm_jax.config.renames import (
-    announce,
-    announce_renamed,
-    earlier_names,
-    override_name,
-    with_override_name,
-)
-from esolm_jax.errors import UserError, nearest
+from esolm_jax.config.field import Field, as_text
+from esolm_jax.config.renames import announce, contradiction, values_now
+from esolm_jax.errors import UserError, brief, nearest
 
 VERSION_KEY = "schema_version"
 _OTHER_CODE = "use the version of esolm_jax that wrote it"
@@ -43,24 +38,38 @@ def from_saved(saved: Mapping, source: str = "the saved config") -> ConfigDict:
             f"{source}: its config has {VERSION_KEY} {version}, but this esolm_jax reads up to "
             f"{schema.VERSION}; install the esolm_jax that wrote it, or a later one"
         )
-    values, told = _with_current_names(_flat_saved(saved), source)
-    config = schema.default_config()
-    with config.ignore_type():
-        for name, field in schema.fields().items():
-            if name not in values and field.before is None:
+    values, renamed = _with_current_names(_flat_saved(saved), source)
+    values, replaced = _with_current_values(values, source)
+    values |= _values_before(
+        {name: field for name, field in schema.fields().items() if name not in values},
+        values,
+        source,
+    )
+    if notes := renamed + replaced:
+        announce(f"saved with earlier names: {', '.join(notes)}", f"{source}: ")
+    return schema.config_of(values)
+
+
+def _values_before(missing: Mapping[str, Field], values: Mapping, source: str) -> dict:
+    """Values of the fields that a saved config lacks."""
+    for name, field in missing.items():
+        if field.before is None:
+            raise UserError(
+                f"{source}: config.{name}: missing, so it is not a config of esolm_jax; "
+                f"{_OTHER_CODE}"
+            )
+    before = {name: field.before for name, field in missing.items() if not callable(field.before)}
+    known = {**values, **before}
+    for name, field in missing.items():
+        if callable(field.before):
+            try:
+                before[name] = field.before(known)
+            except (TypeError, ValueError) as error:  # values are not validated
                 raise UserError(
-                    f"{source}: config.{name}: missing, so it is not a config of esolm_jax; "
-                    f"{_OTHER_CODE}"
-                )
-            _set(config, name, values.get(name, field.before))
-    if told:
-        announce(f"saved with earlier names of fields: {', '.join(told)}", f"{source}: ")
-    return config
-
-
-def _set(config: ConfigDict, name: str, value) -> None:
-    section, _, key = name.rpartition(".")
-    (config[section] if section else config)[key] = value
+                    f"{source}: config.{name}: missing, and the fields from which it follows are "
+                    f"of other types ({brief(error)}); {_OTHER_CODE}"
+                ) from error
+    return before
 
 
 def _flat_saved(saved: Mapping) -> dict:
@@ -74,18 +83,9 @@ def _flat_saved(saved: Mapping) -> dict:
     return values
 
 
-def renamed() -> dict[str, str]:
-    """Earlier dotted name → name, of all fields."""
-    return {
-        f"{section}.{old}" if section else old: f"{section}.{new}" if section else new
-        for section, table in schema.SECTIONS.items()
-        for old, new in earlier_names(table).items()
-    }
-
-
 def _with_current_names(values: dict, source: str) -> tuple[dict, list[str]]:
     """Values under today's names, and what was renamed."""
-    known, earlier, current, told = schema.fields(), renamed(), {}, []
+    known, earlier, current, told = schema.fields(), schema.renamed(), {}, []
     for name, value in values.items():
         if name in removed.REMOVED and name not in known:
             if value != removed.REMOVED[name].value:
@@ -107,21 +107,15 @@ def _with_current_names(values: dict, source: str) -> tuple[dict, list[str]]:
     return current, told
 
 
-def with_current_names(argv: list[str]) -> list[str]:
-    """Arguments of a command line in which overrides have today's names.
-
-    Raises:
-      UserError: an override of a removed or unknown field.
-    """
-    known, earlier = schema.fields(), renamed()
-    args = []
-    for arg in argv:
-        name = override_name(arg)
-        if name is not None and name not in known:
-            removed.refuse(name)
-            if name not in earlier:
-                raise UserError(f"config.{name}: unknown field{nearest(name, known)}")
-            announce_renamed(name, earlier[name])
-            arg = with_override_name(arg, earlier[name])
-        args.append(arg)
-    return args
+def _with_current_values(values: dict, source: str) -> tuple[dict, list[str]]:
+    """Values with today's instead of former ones, and what was replaced."""
+    fields, current, told = schema.fields(), dict(values), []
+    for name, value in values.items():
+        if now := values_now(fields[name].former_values, value):
+            for other, new in now.items():
+                if other != name and other in values and values[other] != new:
+                    error = contradiction(name, value, now, other, values[other])
+                    raise UserError(f"{source}: {error}")
+            current |= now
+            told.append(f"{as_text({name: value})} is {as_text(now)} now")
+    return current, told

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from ml_collections import ConfigDict
 
 from esolm_jax.config import checks
-from esolm_jax.config.field import Field
-from esolm_jax.config.renames import Section
+from esolm_jax.config.field import Field, Value
+from esolm_jax.config.renames import Section, earlier_names
 from esolm_jax.config.sections.data import DATA
 from esolm_jax.config.sections.devices import DISTRIBUTED, MESH
 from esolm_jax.config.sections.evaluation import EVAL
@@ -43,13 +43,27 @@ def names_with(attribute: str) -> tuple[str, ...]:
     return tuple(name for name, field in fields().items() if getattr(field, attribute))
 
 
+def renamed() -> dict[str, str]:
+    """Earlier dotted name → name, of all fields."""
+    return {
+        f"{section}.{old}" if section else old: f"{section}.{new}" if section else new
+        for section, table in SECTIONS.items()
+        for old, new in earlier_names(table).items()
+    }
+
+
 def default_config() -> ConfigDict:
     """Every field with its default, locked. A config file starts from this."""
+    return config_of({name: field.default for name, field in fields().items()})
+
+
+def config_of(values: Mapping[str, Value]) -> ConfigDict:
+    """The config with these values of all fields, by dotted name, locked."""
     config = Section.of("", SECTIONS[""])
     for name, table in SECTIONS.items():
         section = Section.of(name, table) if name else config
-        for key, field in table.items():
-            section[key] = field.default
+        for key in table:
+            section[key] = values[f"{name}.{key}" if name else key]
         if name:
             config[name] = section
     return config.lock()

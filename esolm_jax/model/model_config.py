@@ -57,7 +57,7 @@ class ModelConfig:
     rope_base: float = 10_000.0
     rope_factor: float = 1.0
     rope_original_length: int = 8192
-    attention: str = "lean"
+    attention: str = "chunked"
     remat: str = "none"
 
     @property

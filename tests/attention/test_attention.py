@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from esolm_jax.attention import recompute as attention_vjp
+from esolm_jax.attention import recompute
 from esolm_jax.attention.attend import KINDS, attend, resolve
-from esolm_jax.attention.flash import _visited
+from esolm_jax.attention.flash import _visible_blocks
 from esolm_jax.attention.splash import _kernel
 from esolm_jax.family.labels import Layout, Tokens
 from esolm_jax.family.rule import dense_mask
@@ -103,13 +103,13 @@ def assert_is_plain(tokens, kind, *, tolerance=2e-5, mesh=None, **sizes):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("kind", ["dense", "lean", "flash_interpret", "splash_interpret"])
+@pytest.mark.parametrize("kind", ["dense", "chunked", "flash_interpret", "splash_interpret"])
 def test_every_layout_with_shared_key_heads(kind, name):
     assert_is_plain(of_layout(LAYOUTS[name]), kind, heads=4, groups=2)
 
 
 @pytest.mark.parametrize("two_streams", [False, True])
-@pytest.mark.parametrize("kind", ["lean", "flash_interpret", "splash"])
+@pytest.mark.parametrize("kind", ["chunked", "flash_interpret", "splash"])
 def test_labels_without_a_layout(kind, two_streams):
     assert_is_plain(eso_a(75, two_streams), kind)
 
@@ -123,10 +123,10 @@ def test_labels_without_a_layout(kind, two_streams):
     ids=["bd3", "eso_a"],
 )
 def test_long_sequences(tokens):
-    assert_is_plain(tokens, "lean", heads=2, groups=1, width=8)
+    assert_is_plain(tokens, "chunked", heads=2, groups=1, width=8)
 
 
-@pytest.mark.parametrize("kind", ["dense", "lean", "flash_interpret", "splash_interpret"])
+@pytest.mark.parametrize("kind", ["dense", "chunked", "flash_interpret", "splash_interpret"])
 def test_bfloat16(kind):
     tokens = of_layout(Layout(70, queries=30))
     assert_is_plain(tokens, kind, dtype=jnp.bfloat16, tolerance=4e-2)
@@ -135,7 +135,7 @@ def test_bfloat16(kind):
     assert jax.eval_shape(run, q, k, v).dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("kind", ["dense", "lean", "flash_interpret", "splash_interpret"])
+@pytest.mark.parametrize("kind", ["dense", "chunked", "flash_interpret", "splash_interpret"])
 def test_what_is_invisible_does_not_reach_the_last_bit(kind):
     tokens = of_layout(Layout(80, queries=60), padding=(0,))
     q, k, v, grad = draw(tokens)
@@ -160,7 +160,7 @@ def test_what_is_invisible_does_not_reach_the_last_bit(kind):
 def test_lean_is_exact_about_what_it_skips_when_the_loop_is_long():
     tokens = of_layout(Layout(900), padding=(0,))
     q, k, v, _ = draw(tokens, width=8)
-    run = jax.jit(functools.partial(attend, queries=tokens, keys=tokens, kind="lean"))
+    run = jax.jit(functools.partial(attend, queries=tokens, keys=tokens, kind="chunked"))
     before, after = run(q, k, v), run(q, k, v.at[:, :, 700].set(1e6))
     assert (before[:, :, :700] == after[:, :, :700]).all()
     assert (before[:, :, 700:] != after[:, :, 700:]).any(axis=-1).all()
@@ -170,7 +170,7 @@ def mesh_of(*shape):
     return Mesh(np.array(jax.devices()).reshape(shape), sharding.AXES)
 
 
-@pytest.mark.parametrize("kind", ["lean", "flash_interpret", "splash_interpret"])
+@pytest.mark.parametrize("kind", ["chunked", "flash_interpret", "splash_interpret"])
 @pytest.mark.parametrize(
     "layout", [Layout(60, queries=30), Layout(64, block=64)], ids=["causal", "mdlm"]
 )
@@ -192,14 +192,14 @@ def test_fsdp_and_tensor_need_no_communication():
     tokens = jax.device_put(tokens, sharding.rows(mesh))
 
     def loss(q, k, v, tokens):
-        return attend(q, k, v, tokens, tokens, kind="lean", mesh=mesh)
+        return attend(q, k, v, tokens, tokens, kind="chunked", mesh=mesh)
 
     step = jax.jit(lambda *a: jax.vjp(functools.partial(loss, tokens=a[3]), *a[:3])[1](a[0]))
     text = step.lower(q, k, v, tokens).compile().as_text()
     assert not [op for op in ("all-gather", "all-reduce", "all-to-all", "permute") if op in text]
 
 
-@pytest.mark.parametrize("kind", ["lean", "flash_interpret", "splash_interpret"])
+@pytest.mark.parametrize("kind", ["chunked", "flash_interpret", "splash_interpret"])
 def test_in_a_scan_of_checkpointed_layers_on_a_mesh(kind):
     tokens = of_layout(Layout(32, queries=32), padding=(0, 3))
     q, _, _, grad = draw(tokens)
@@ -216,13 +216,13 @@ def test_in_a_scan_of_checkpointed_layers_on_a_mesh(kind):
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
-def test_memory_of_lean_is_linear():
+def test_memory_of_chunked_is_linear():
     def temporary_bytes(length):
         tokens = of_layout(Layout(length), padding=(0,))
         q, k, v, grad = draw(tokens, heads=2, groups=2, width=32)
 
         def gradients(q, k, v, grad):
-            attention = functools.partial(attend, queries=tokens, keys=tokens, kind="lean")
+            attention = functools.partial(attend, queries=tokens, keys=tokens, kind="chunked")
             return jax.vjp(attention, q, k, v)[1](grad)
 
         compiled = jax.jit(gradients).lower(q, k, v, grad).compile()
@@ -284,23 +284,23 @@ def test_flash_pads_the_width_of_a_head():
 def test_blocks_that_nobody_sees():
     """Two streams are two causal passes and a diagonal, of blocks of 32 as of 64."""
     for block in 32, 64:
-        causal = attention_vjp.block_mask(Layout(4 * block), None, block).sum()
-        both = attention_vjp.block_mask(Layout(4 * block, 4 * block), None, block).sum()
+        causal = recompute.block_mask(Layout(4 * block), None, block).sum()
+        both = recompute.block_mask(Layout(4 * block, 4 * block), None, block).sum()
         assert (causal, both) == (10, 24)
     tokens = eso_a(128, two_streams=False)
     labels = [jnp.asarray(a) for a in (tokens.rank, tokens.in_context) * 2]
-    found = attention_vjp.block_mask(None, labels, 32)
+    blocks = recompute.block_mask(None, labels, 32)
     mask = np.asarray(dense_mask(tokens, tokens)).any(axis=0).reshape(4, 32, 4, 32)
-    np.testing.assert_array_equal(found, mask.any(axis=(1, 3)))
+    np.testing.assert_array_equal(blocks, mask.any(axis=(1, 3)))
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["layout", "labels"])
 def test_flash_visits_what_is_seen_alone(known):
-    table = attention_vjp.block_mask(Layout(256, queries=128), None, 32)
+    table = recompute.block_mask(Layout(256, queries=128), None, 32)
     for seen in table, table.T:
-        places, count = map(np.asarray, _visited(seen if known else jnp.asarray(seen)))
-        for row, place, number in zip(seen, places, count, strict=True):
-            np.testing.assert_array_equal(place[:number], np.flatnonzero(row))
+        indices, count = map(np.asarray, _visible_blocks(seen if known else jnp.asarray(seen)))
+        for row, index, number in zip(seen, indices, count, strict=True):
+            np.testing.assert_array_equal(index[:number], np.flatnonzero(row))
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
@@ -320,12 +320,16 @@ def test_flash_lowers_for_a_gpu(layout, dtype):
 
 
 def test_kinds():
-    assert [resolve("auto", p, 256) for p in ("cpu", "gpu", "tpu")] == ["lean", "lean", "splash"]
-    assert resolve("auto", "tpu", 128) == "lean"
+    assert [resolve("auto", p, 256) for p in ("cpu", "gpu", "tpu")] == [
+        "chunked",
+        "chunked",
+        "splash",
+    ]
+    assert resolve("auto", "tpu", 128) == "chunked"
     assert [resolve(kind, "tpu", 256) for kind in KINDS] == list(KINDS)
     tokens = of_layout(Layout(4))
     q, k, v, _ = draw(tokens)
-    with pytest.raises(ValueError, match="dense, lean, flash, splash"):
+    with pytest.raises(ValueError, match="dense, chunked, flash, splash"):
         attend(q, k, v, tokens, tokens, kind="sparse")
     with pytest.raises(ValueError, match="4 keys"):
         wrong = tokens.replace(layout=Layout(5))

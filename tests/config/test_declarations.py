@@ -84,6 +84,18 @@ def test_every_field_is_documented_in_one_line():
         assert field.doc.endswith(".") and "\n" not in field.doc, name
 
 
+def test_former_values_stand_for_allowed_values_of_the_section():
+    fields = config_lib.fields()
+    for name, field in fields.items():
+        for value, now in field.former_values.items():
+            assert not config_lib.is_allowed(name, value), f"{name}={value}: is still allowed"
+            assert name in now, f"{name}={value}: has no value of its own"
+            for other, new in now.items():
+                assert other.rpartition(".")[0] == name.rpartition(".")[0]
+                assert type(new) is type(fields[other].default)
+                assert config_lib.is_allowed(other, new), f"{other}={new}"
+
+
 def test_allowed_values_are_those_of_their_owners():
     fields = config_lib.fields()
     assert tuple(fields["model.remat"].check.names) == tuple(REMAT)

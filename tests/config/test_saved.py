@@ -45,8 +45,7 @@ def test_saved_config_with_an_earlier_name(old, capsys):
     assert config.sample.colour == 7 and config.is_locked
     config_lib.validate(config)
     assert capsys.readouterr().err == (
-        "runs/a: saved with earlier names of fields: "
-        f"config.sample.{old} is config.sample.colour now\n"
+        f"runs/a: saved with earlier names: config.sample.{old} is config.sample.colour now\n"
     )
 
 

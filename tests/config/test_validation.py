@@ -83,7 +83,7 @@ OUT_OF_RANGE = [
     ("model.rope_base", 1.0, "above 1"),
     ("model.rope_factor", 0.5, "at least 1"),
     ("model.rope_original_length", 0, "at least 1"),
-    ("model.attention", "sparse", "one of auto, dense, lean, flash, splash"),
+    ("model.attention", "sparse", "one of auto, dense, chunked, flash, splash"),
     ("model.remat", "some", "one of none, matmuls, attention, full"),
     ("model.loss_chunk", 0, "at least 1"),
     ("mesh.data", 0, "-1 (the rest of the devices) or at least 1"),

@@ -151,10 +151,10 @@ def test_shared_keys_are_those_of_a_model_that_repeats_them():
 def test_kinds_of_attention_give_the_same_logits(config):
     tokens = two_streams(length=20)
     wanted = logits_of(config)(params_of(config), tokens)
-    lean = dataclasses.replace(config, attention="lean")
-    assert_close(logits_of(lean)(params_of(config), tokens), wanted)
+    chunked = dataclasses.replace(config, attention="chunked")
+    assert_close(logits_of(chunked)(params_of(config), tokens), wanted)
     bare = tokens.replace(layout=None)
-    assert_close(logits_of(lean)(params_of(config), bare), wanted)
+    assert_close(logits_of(chunked)(params_of(config), bare), wanted)
 
 
 def loss_and_grads(config, batches, mesh=None, dropout_key=None):
@@ -175,7 +175,7 @@ def loss_and_grads(config, batches, mesh=None, dropout_key=None):
 
 def test_remat_and_unroll_change_neither_loss_nor_gradients():
     """With dropout, which must draw the same twice."""
-    base = dataclasses.replace(LLAMA, dropout=0.2, attention="lean")
+    base = dataclasses.replace(LLAMA, dropout=0.2, attention="chunked")
     batches, key = (causal(),), jax.random.key(3)
     found = []
     for change in {}, {"remat": "full"}, {"remat": "matmuls", "unroll": 2}:
@@ -186,7 +186,7 @@ def test_remat_and_unroll_change_neither_loss_nor_gradients():
         assert_close(other, found[0], 2e-6)
 
 
-@pytest.mark.parametrize("kind", ["lean", "splash"])
+@pytest.mark.parametrize("kind", ["chunked", "splash"])
 def test_policies_keep_activations_that_have_these_names(kind):
     config = dataclasses.replace(LLAMA, attention=kind, remat="full")
     run, labelled = loss_and_grads(config, (two_streams(length=128),))
@@ -200,7 +200,7 @@ def test_what_is_kept_is_not_computed_again():
     that each needs."""
     again = {}
     for policy in REMAT:
-        config = dataclasses.replace(LLAMA, attention="lean", remat=policy, blocks=1)
+        config = dataclasses.replace(LLAMA, attention="chunked", remat=policy, blocks=1)
         run, labelled = loss_and_grads(config, (causal(),))
         text = run.lower(params_of(config), labelled).as_text()
         again[policy] = len(re.findall(r"stablehlo\.dot_general", text))
@@ -271,7 +271,7 @@ def test_a_mesh_computes_the_loss_and_gradients_of_one_device(axes, config):
     settings = default_config().mesh
     settings.update({"data": 1} | axes)
     mesh = sharding.make_mesh(settings)
-    config = dataclasses.replace(config, attention="lean", remat="matmuls")
+    config = dataclasses.replace(config, attention="chunked", remat="matmuls")
     batches = two_streams(rows=4), two_streams(rows=8, length=16, seed=5)
     params = params_of(config)
     run, labelled = loss_and_grads(config, batches)

@@ -34,7 +34,7 @@ def test_its_config_has_todays_names(workdir, capsys):
     names = "sample.num_texts optimizer.clip_norm optimizer.ema_decay train.grad_accumulation"
     assert [values[name] for name in names.split()] == [3, 0.5, 0.9, 2]
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"{workdir}: saved with earlier names of fields: config.")
+    assert line.startswith(f"{workdir}: saved with earlier names: config.")
     assert "config.sample.num is config.sample.num_texts now" in line
 
 

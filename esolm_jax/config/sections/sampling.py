@@ -32,7 +32,9 @@ SAMPLE = {
     "num_texts": _field(8, "Number of texts; of each prompt if there are any.",
                         at_least(1, MAX_TEXTS), formerly=("num",)),
     "length": _field(0, "Tokens of a text, prompt included; 0 = data.seq_len.", size(0)),
-    "schedule": _field("ancestral", "Order in which positions are generated.", OneOf(SCHEDULES)),
+    "schedule": _field("ancestral", "Order in which positions are generated.", OneOf(SCHEDULES),
+                       former_values={"confidence": {"sample.schedule": "ancestral",
+                                                     "sample.loop": "confidence"}}),
     "steps": _field(0, "Steps T; 0 = one token per step.", at_least(0, MAX_STEPS)),
     "block_length": _field(0, "Schedule blockwise: tokens of a block; 0 = data.seq_len, or bd3's "
                            "config.block_length.", size(0), formerly=("block",)),

@@ -37,7 +37,9 @@ _FIELDS |= {"dropout", "dtype", "unroll", "attention", "remat"}
 
 def in_float32(config: ModelConfig) -> ModelConfig:
     """The config with compute dtype float32, which all artefacts use."""
-    return dataclasses.replace(config, dtype="float32", attention="lean", remat="none", dropout=0.0)
+    return dataclasses.replace(
+        config, dtype="float32", attention="chunked", remat="none", dropout=0.0
+    )
 
 
 def check(config: ModelConfig) -> None:

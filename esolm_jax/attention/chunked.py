@@ -1,8 +1,9 @@
-"""Attention in linear memory, in plain XLA: for any labels, on any device.
+"""Chunked attention in XLA: linear memory, any labels, any device.
 
-Scores exist for one chunk of queries at a time, in the backward pass again (recompute.py).
-Short sequences are an unrolled loop over chunks, each against the keys that its layout lets it see,
-cut out; long ones a loop over the visible pairs of chunks. All sums are float32.
+Scores exist for one chunk of queries at a time and are recomputed in the backward pass
+(recompute.py). Short sequences use an unrolled loop over chunks of queries, each against a slice of
+the keys that its layout makes visible. Long sequences use a loop over the visible pairs of chunks.
+All sums are float32.
 """
 
 import functools
@@ -11,26 +12,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esolm_jax.attention import recompute as attention_vjp
+from esolm_jax.attention import recompute
 from esolm_jax.attention.dense import MASKED
 from esolm_jax.family.labels import Layout
 from esolm_jax.family.rule import layout_mask, visible
 
-CHUNK = 64  # queries, unrolled
-UNROLLED = 8 * CHUNK  # the most queries: more are faster in a loop, and in less memory
-CHUNK_LOOP = 256  # queries, and keys, of a step of the loop
+CHUNK = 64  # queries of an unrolled chunk
+MAX_UNROLLED = 8 * CHUNK  # queries; beyond that, the loop is faster and needs less memory
+CHUNK_LOOP = 256  # queries, and keys, of one iteration of the loop
 
 
-def lean(q_BHTK, k_BGSK, v_BGSK, *labels, layout: Layout | None, platform: str):
-    """attention.attend over these labels; a layout (of queries and keys) says what can be skipped.
+def chunked(q_BHTK, k_BGSK, v_BGSK, *labels, layout: Layout | None, platform: str):
+    """Attention over these labels, [B, H, T, K] in the dtype of v; see `attend`.
 
-    Returns [B, H, T, K] in the dtype of v.
+    A layout of queries and keys, if there is one, determines the keys that are skipped.
     """
     dtype = v_BGSK.dtype
-    if platform == "cpu":  # XLA lacks some products of bfloat16 there
+    if platform == "cpu":  # XLA lacks some matmuls of bfloat16 on a CPU
         q_BHTK, k_BGSK, v_BGSK = (a.astype(jnp.float32) for a in (q_BHTK, k_BGSK, v_BGSK))
-    way = _SHORT if q_BHTK.shape[2] <= UNROLLED else _LONG
-    return attention_vjp.attend(way, layout, q_BHTK, k_BGSK, v_BGSK, labels).astype(dtype)
+    impl = _SHORT if q_BHTK.shape[2] <= MAX_UNROLLED else _LONG
+    return recompute.attend(impl, layout, q_BHTK, k_BGSK, v_BGSK, labels).astype(dtype)
 
 
 _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -47,8 +48,8 @@ def _scores(q, k, labels):
 
 
 def _gradients(q, k, v, labels, grad, lse, delta):
-    """float32 dq [B, G, R, T, K] and, transposed as the CPU likes it, dk and dv [B, G, K, S], of
-    these queries over these keys. `delta`: Σ_k out·grad [B, G, R, T]."""
+    """Gradients of these queries over these keys: dq [B, G, R, T, K], and dk and dv [B, G, K, S],
+    transposed because that is faster on a CPU; float32. `delta`: Σ_k out·grad [B, G, R, T]."""
     probs = jnp.exp(_scores(q, k, labels) - lse[..., None])
     dscores = probs * (_einsum("bgrtk,bgsk->bgrts", grad, v) - delta[..., None])
     dscores, scale = dscores.astype(q.dtype), q.shape[-1] ** -0.5
@@ -61,7 +62,7 @@ def _gradients(q, k, v, labels, grad, lse, delta):
 
 
 def _chunks(layout, length: int, num_keys: int):
-    """(start, stop) of each chunk of queries, with the ranges of keys that it may see."""
+    """(start, stop, ranges) of each chunk of queries; ranges hold the keys visible to it."""
     chunks = []
     for start in range(0, length, CHUNK):
         stop = min(start + CHUNK, length)
@@ -74,70 +75,72 @@ def _chunks(layout, length: int, num_keys: int):
     return chunks
 
 
-def _cut(array, ranges, axis):
-    parts = [jax.lax.slice_in_dim(array, *part, axis=axis) for part in ranges]
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=axis)
+def _slice(array, ranges, axis):
+    slices = [jax.lax.slice_in_dim(array, *bounds, axis=axis) for bounds in ranges]
+    return slices[0] if len(slices) == 1 else jnp.concatenate(slices, axis=axis)
 
 
-def _cut_labels(labels, start, stop, ranges):
+def _slice_labels(labels, start, stop, ranges):
     q_labels = (label[:, start:stop] for label in labels[:2])
-    return (*q_labels, *(_cut(label, ranges, 1) for label in labels[2:]))
+    return (*q_labels, *(_slice(label, ranges, 1) for label in labels[2:]))
 
 
 def _unrolled_forward(layout, q, k, v, labels):
     outs, lses = [], []
     for start, stop, ranges in _chunks(layout, q.shape[3], k.shape[2]):
-        near = _cut_labels(labels, start, stop, ranges)
-        scores = _scores(q[:, :, :, start:stop], _cut(k, ranges, 2), near)
+        near = _slice_labels(labels, start, stop, ranges)
+        scores = _scores(q[:, :, :, start:stop], _slice(k, ranges, 2), near)
         top = scores.max(axis=-1)
         probs = jnp.exp(scores - top[..., None])
         total = probs.sum(axis=-1)
-        out = _einsum("bgrts,bgsk->bgrtk", probs.astype(v.dtype), _cut(v, ranges, 2))
+        out = _einsum("bgrts,bgsk->bgrtk", probs.astype(v.dtype), _slice(v, ranges, 2))
         outs.append(out / total[..., None])
         lses.append(top + jnp.log(total))
     return jnp.concatenate(outs, axis=3), jnp.concatenate(lses, axis=3)
 
 
-def _add(total, part, first, last):
-    """total[..., first:last] += part.
+def _add(total, update, first, last):
+    """total[..., first:last] += update.
 
     XLA of jax 0.11 crashes on a scatter into a whole axis inside shard_map.
     """
     if (first, last) == (0, total.shape[-1]):
-        return total + part
-    return total.at[..., first:last].add(part)
+        return total + update
+    return total.at[..., first:last].add(update)
 
 
 def _unrolled_backward(layout, q, k, v, labels, grad, lse, delta):
     dqs = []
     dk = dv = jnp.zeros_like(k.swapaxes(2, 3), jnp.float32)
     for start, stop, ranges in _chunks(layout, q.shape[3], k.shape[2]):
-        near = _cut_labels(labels, start, stop, ranges)
+        near = _slice_labels(labels, start, stop, ranges)
         q_near, grad_near, lse_near, delta_near = (
             a[:, :, :, start:stop] for a in (q, grad, lse, delta)
         )
-        k_near, v_near = _cut(k, ranges, 2), _cut(v, ranges, 2)
+        k_near, v_near = _slice(k, ranges, 2), _slice(v, ranges, 2)
         dq, dk_near, dv_near = _gradients(
             q_near, k_near, v_near, near, grad_near, lse_near, delta_near
         )
         dqs.append(dq)
-        at = 0
+        offset = 0
         for first, last in ranges:
-            part = slice(at, at + last - first)
-            dk = _add(dk, dk_near[..., part], first, last)
-            dv = _add(dv, dv_near[..., part], first, last)
-            at = part.stop
+            columns = slice(offset, offset + last - first)
+            dk = _add(dk, dk_near[..., columns], first, last)
+            dv = _add(dv, dv_near[..., columns], first, last)
+            offset = columns.stop
     return jnp.concatenate(dqs, axis=3), dk.swapaxes(2, 3), dv.swapaxes(2, 3)
 
 
 # Long: a loop over pairs (chunk of queries, chunk of keys).
 
-_pad = functools.partial(attention_vjp.pad_to_multiple, block=CHUNK_LOOP)
+_pad = functools.partial(recompute.pad_to_multiple, block=CHUNK_LOOP)
 
 
 def _pairs(layout, labels):
-    """int32 [N, 2]: pairs of chunks with anything visible, then the rest; how many have."""
-    table = attention_vjp.block_mask(layout, labels, CHUNK_LOOP)
+    """Pairs of chunks, int32 [num_q · num_k, 2], those with a visible pair first, and their number.
+
+    With a layout, the array holds no other pairs."""
+    table = recompute.block_mask(layout, labels, CHUNK_LOOP)
     if isinstance(table, np.ndarray):
         pairs = np.argwhere(table).astype(np.int32)
         return jnp.asarray(pairs), len(pairs)
@@ -150,8 +153,8 @@ def _get(array, chunk, axis):
     return jax.lax.dynamic_slice_in_dim(array, chunk * CHUNK_LOOP, CHUNK_LOOP, axis)
 
 
-def _put(array, part, chunk, axis):
-    return jax.lax.dynamic_update_slice_in_dim(array, part, chunk * CHUNK_LOOP, axis)
+def _put(array, update, chunk, axis):
+    return jax.lax.dynamic_update_slice_in_dim(array, update, chunk * CHUNK_LOOP, axis)
 
 
 def _get_labels(labels, i, j):
@@ -162,9 +165,9 @@ def _get_labels(labels, i, j):
 
 
 def _loop_forward(layout, q, k, v, labels):
-    """The softmax is built up: every pair rescales what its queries have so far."""
+    """Online softmax: each pair of chunks rescales the running sums of its queries."""
     length = q.shape[3]
-    labels = attention_vjp.fill_labels(labels, CHUNK_LOOP)
+    labels = recompute.pad_labels(labels, CHUNK_LOOP)
     q, k, v = _pad(q, 3, mode="edge"), _pad(k, 2), _pad(v, 2)
     pairs, count = _pairs(layout, labels)
 
@@ -192,7 +195,7 @@ def _loop_forward(layout, q, k, v, labels):
 
 def _loop_backward(layout, q, k, v, labels, grad, lse, delta):
     length, num_keys = q.shape[3], k.shape[2]
-    labels = attention_vjp.fill_labels(labels, CHUNK_LOOP)
+    labels = recompute.pad_labels(labels, CHUNK_LOOP)
     q, lse = _pad(q, 3, mode="edge"), _pad(lse, 3, mode="edge")
     k, v, grad, delta = _pad(k, 2), _pad(v, 2), _pad(grad, 3), _pad(delta, 3)
     pairs, count = _pairs(layout, labels)
@@ -218,5 +221,5 @@ def _loop_backward(layout, q, k, v, labels, grad, lse, delta):
     return dq[:, :, :, :length], dk, dv
 
 
-_SHORT = attention_vjp.AttentionImpl(_unrolled_forward, _unrolled_backward)
-_LONG = attention_vjp.AttentionImpl(_loop_forward, _loop_backward)
+_SHORT = recompute.AttentionImpl(_unrolled_forward, _unrolled_backward)
+_LONG = recompute.AttentionImpl(_loop_forward, _loop_backward)
