@@ -131,6 +131,7 @@ OUT_OF_RANGE = [
     ("sample.block_length", -1, "at least 0"),
     ("sample.draft_tokens", 1, "0 or in [2, 64]"),
     ("sample.draft_style", "tree", "one of chain, staircase"),
+    ("sample.loop", "fast", "one of auto, plain, speculative, confidence"),
     ("sample.tokens_per_pass", 0, "at least 1"),
     ("sample.confidence_threshold", 1.0, "in [0, 1)"),
     ("sample.temperature", -0.1, "at least 0"),
