@@ -6,6 +6,7 @@ mapped page would end the process with SIGBUS.
 """
 
 import hashlib
+import os
 import pathlib
 
 import xxhash
@@ -17,8 +18,8 @@ _BUFFER = 2**20  # bytes: stays in a core's L2 cache; reading and hashing it rel
 def hash_file(path: pathlib.Path, algorithm: str = "sha256") -> tuple[int, str]:
     """Size and hash of a file, in bounded memory. OSError if it cannot be read."""
     digest, size = ALGORITHMS[algorithm](), 0
-    buffer = memoryview(bytearray(_BUFFER))
     with open(path, "rb", buffering=0) as file:
+        buffer = memoryview(bytearray(min(_BUFFER, os.fstat(file.fileno()).st_size) or 1))
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
             size += count

@@ -181,9 +181,12 @@ class Archive:
             "_rebuild_parameter_with_state": lambda tensor, *_: tensor,
         }
 
-    def _tensor_of_new_type(self, storage, offset, shape, stride, grad, hooks, dtype, *_) -> Object:
-        """A tensor of a type without its own storage class: 8-bit floats, unsigned integers."""
-        del storage, offset, shape, stride, grad, hooks
+    def _tensor_of_new_type(self, *args) -> Object:
+        """A tensor of a type without its own storage class: 8-bit floats, unsigned integers.
+
+        `args`: storage, offset, shape, stride, requires_grad, hooks, dtype, metadata.
+        """
+        dtype = args[6]
         return Object(dtype if isinstance(dtype, Name) else Name("torch", "Tensor"))
 
     def _tensor(self, storage, offset, shape, stride, *_) -> Tensor | Object:
