@@ -231,7 +231,7 @@ def _request(rng: random.Random, text: str, tokenizer):
     if rng.random() < 0.3 and (wanted := [span for span in spans if span[0] < span[1]]):
         ends = [0, *(at for span in wanted for at in span), len(text)]
         known = [text[a:b] for a, b in zip(ends[::2], ends[1::2], strict=True)]
-        return known, lambda: prompts.of_rewrite(text, wanted, tokenizer)
+        return known, lambda: prompts.parse_rewrite(text, wanted, tokenizer)
     ends = [0, *(at for span in spans for at in span), len(text)]
     known = [text[a:b] for a, b in zip(ends[::2], ends[1::2], strict=True)]
     asked = known[0] + "".join(f"[MASK:{rng.randint(1, 4)}]{part}" for part in known[1:])

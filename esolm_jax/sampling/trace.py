@@ -26,7 +26,7 @@ BAR = {
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """How the texts of a batch came to be.
+    """Which pass generated each token of a batch.
 
     Attributes:
       pieces: for each of B texts, the string of each of its tokens, at most L.
@@ -44,8 +44,8 @@ class Trace:
     def text(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """(revealed_at, is_diffusion) of a text without filler, each int [tokens]."""
         length = len(self.pieces[row])
-        found = (np.asarray(a)[row, :length] for a in (self.revealed_at, self.is_diffusion))
-        return tuple(a.astype(int) for a in found)
+        arrays = (np.asarray(a)[row, :length] for a in (self.revealed_at, self.is_diffusion))
+        return tuple(a.astype(int) for a in arrays)
 
 
 def write_html(trace: Trace, path: pathlib.Path) -> None:
@@ -103,13 +103,13 @@ def _draw_histogram(axes, rows, passes: int) -> None:
 
 
 def _legend(figure, maps) -> None:
-    """Of what occurs in the maps."""
-    found = {}
+    """A legend of the marks that occur in the maps."""
+    entries = {}
     for axes in maps:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             if len(handle.get_offsets() if label in MARK else handle.get_paths()):
-                found.setdefault(label, handle)
-    handles, labels = list(found.values()), list(found)
+                entries.setdefault(label, handle)
+    handles, labels = list(entries.values()), list(entries)
     place = {"loc": "outside lower center", "ncols": 4, "frameon": False}
     legend = figure.legend(handles, labels, scatterpoints=1, **place)
     for handle, label in zip(legend.legend_handles, labels, strict=True):

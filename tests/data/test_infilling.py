@@ -153,11 +153,11 @@ def test_a_span_has_as_many_tokens_as_it_has_in_the_text(kind):
     spans = known_text.spans(tokenizer, text, ids)
     for start in range(len(text)):
         for stop in range(start + 1, len(text) + 1):
-            tokens = prompts.of_rewrite(text, [[start, stop]], tokenizer).tokens
+            tokens = prompts.parse_rewrite(text, [[start, stop]], tokenizer).tokens
             wanted = sum(a < stop and b > start for a, b in spans)
             assert tokens.count(MASK) == wanted > 0
     # A span that is rewritten need not be spelled.
-    tokens = prompts.of_rewrite("to ☃ be", [[3, 4]], tokenizer_of("hub, Metaspace first")).tokens
+    tokens = prompts.parse_rewrite("to ☃ be", [[3, 4]], tokenizer_of("hub, Metaspace first")).tokens
     assert MASK in tokens
 
 
@@ -258,7 +258,7 @@ def test_hostile_prompts_are_refused_before_they_are_made(kind, name):
             prompts.parse_text(HOSTILE[name], tokenizer, name="here", length=BOUND)
         with pytest.raises(UserError):
             spans = [[i, i + 1] for i in range(BOUND + 1)]
-            prompts.of_rewrite(HOSTILE[name], spans, tokenizer, name="here", length=BOUND)
+            prompts.parse_rewrite(HOSTILE[name], spans, tokenizer, name="here", length=BOUND)
         assert len(str(error.value)) < 400
         assert tracemalloc.get_traced_memory()[1] < 30e6
     finally:

@@ -8,13 +8,11 @@ import jax.numpy as jnp
 
 from esolm_jax.model.lm_head import exclude_mask_token
 
-# What a draw at a position is for: each has noise of its own.
+# Purposes of a draw at a position: each has its own noise.
 TOKEN, ACCEPT, RESIDUAL = range(3)
 BOUNDS, SMALL = (1e-30, 1e30), 1e-2  # of temperatures: see at_temperature
-MAX_PRECOMPUTED_BYTES, AT_ONCE = (
-    2**26,
-    2**15,
-)  # bytes of noise that a loop may have ready; draws of it at a time
+MAX_PRECOMPUTED_BYTES = 2**26  # of noise that is drawn before the loop
+AT_ONCE = 2**15  # draws at a time
 
 
 def top_p_filter(logits_BPV, top_p: float):
@@ -50,7 +48,7 @@ def keys_of(row_keys_B, position_BP, purpose: int = TOKEN):
 def gumbel(keys_BP, vocab_size: int):
     """Standard Gumbel noise float32 [B, P, V], a function of the keys only.
 
-    `mode='high'`: plain float32 noise cuts the tails off, which lowers the temperature unseen.
+    `mode='high'`: plain float32 noise truncates the tails, which lowers the temperature.
     """
 
     def one(key):
@@ -70,15 +68,15 @@ def lazy_gumbel(row_keys_B, position_BS, vocab_size: int, purpose: int = TOKEN):
 
 
 def precomputed_gumbel(row_keys_B, position_BS, is_wanted_S, vocab_size: int):
-    """As noise_when_asked for tokens, but up to AHEAD bytes are drawn at once, for a loop to read:
-    on a CPU one token's costs three to six times as much alone as among many. Slots that are not
-    wanted may have none.
+    """As lazy_gumbel for tokens, but up to MAX_PRECOMPUTED_BYTES are drawn before the loop: on a
+    CPU the noise of one token costs three to six times as much alone as among many. Slots that are
+    not wanted may have no noise.
     """
     batch, slots = position_BS.shape
     if 4 * batch * slots * vocab_size > MAX_PRECOMPUTED_BYTES:
         return lazy_gumbel(row_keys_B, position_BS, vocab_size)
     few = min(slots, max(1, AT_ONCE // (batch * vocab_size)))
-    rest = -slots % few  # few at a time: what they pass through stays in a CPU's cache
+    rest = -slots % few  # few at a time: intermediate arrays stay in a CPU's cache
 
     def next_slots(args):
         position_PB, is_wanted_P = args

@@ -1,8 +1,8 @@
-"""Products of few queries or rows: as loops on a CPU, as matrix products elsewhere.
+"""Products with few queries or rows: loops on a CPU, matrix products on other platforms.
 
-XLA for CPUs copies the slice of the cache that it gives to a product of matrices, and is slow at
-many small ones; its loops read the cache in place. Large kernels it leaves to one thread, or
-wakes the second too late; its loops are split in time.
+On CPUs, XLA copies the slice of the cache that it passes to a matrix product, and many small
+products are slow; its loops read the cache in place. XLA also runs products with large kernels on
+one thread, or starts the second one too late; its loops are shared among threads.
 """
 
 import functools
@@ -14,18 +14,19 @@ from jax.sharding import Mesh
 
 from esolm_jax.parallel import sharding
 
-FEW_QUERIES = 32  # of a group of heads: for more of them a CPU is faster at matrix products,
-FEW_ROWS, LARGE = 8, 2**16  # and for more rows, or a kernel of fewer entries,
-FEWER_ROWS, TERMS = 2, 2**21  # or more than these rows of so many terms: sums leave the cache
+# Loops are faster up to these sizes; above them, matrix products.
+FEW_QUERIES = 32  # of a group of heads
+FEW_ROWS, LARGE = 8, 2**16  # rows; entries of the kernel (at least)
+FEWER_ROWS, TERMS = 2, 2**21  # rows of more terms: their sums do not fit in the cache
 FOLD = 16  # places that a loop reads at once
-PAGE = 4096  # bytes: of places that are multiples of it apart, a CPU's first cache holds half FOLD
-KEY_SLOTS = 8
-SPLIT = 2  # parts of a kernel that threads read for all rows
+PAGE = 4096  # bytes; a CPU's first cache holds half of FOLD places that are a multiple apart
+KEY_SLOTS = 8  # interleaved
+SPLIT = 2  # parts of a kernel that threads read, each for all rows
 
 
 def key_slots(mesh: Mesh | None) -> int:
-    """I: the number of slots whose keys are interleaved. A CPU's loop then reads contiguous memory,
-    where of [K, S] it would read K distant places at once. Elsewhere 1, as matrix products need
+    """I: the number of slots whose keys are interleaved. A CPU's loop then reads contiguous memory;
+    in [K, S] it would read K distant places at once. 1 on other platforms: matrix products need
     whole keys."""
     return KEY_SLOTS if sharding.platform(mesh) == "cpu" else 1
 
@@ -59,7 +60,7 @@ def _weighted(p, values, n: int):
 
 
 def _multiply_add(q, keys_BGJKI, n: int):
-    """One loop that adds K products, which are few."""
+    """One loop that adds K products."""
     q = q.astype(jnp.float32)
 
     def product(i):
@@ -69,8 +70,8 @@ def _multiply_add(q, keys_BGJKI, n: int):
 
 
 def _weighted_sum(p, values_BGSK, n: int):
-    """One loop folds n; a product with ones adds what is left, for XLA would make one loop of two
-    folds, which reads too many places at once."""
+    """One loop folds n, and a product with ones adds the remaining terms: XLA would fuse two folds
+    into one loop that reads too many places at once."""
     values, p = values_BGSK[:, :, None].astype(jnp.float32), p[..., None].astype(jnp.float32)
     places = _places(n // math.gcd(FOLD, n) * values_BGSK.shape[3] * values_BGSK.dtype.itemsize)
     step = n // math.gcd(places, n) if n > places else 1
@@ -94,8 +95,9 @@ def matmul(h_BWD, kernel, dtype=None):
 
 
 def _rows_times(h_BWD, kernel, dtype):
-    """One loop for all rows folds D; a product with ones adds what is left, as for values. Threads
-    share out a loop's first axis: were it that of the rows, each would read the whole kernel."""
+    """One loop for all rows folds D, and a product with ones adds the remaining terms. Threads
+    divide the first axis of a loop, so that is not the axis of the rows: each thread would
+    read the whole kernel."""
     rows, width = math.prod(h_BWD.shape[:2]), kernel.size // len(kernel)
     places = _places(width * kernel.dtype.itemsize)
     split = math.gcd(SPLIT, len(kernel) // places) if rows > 1 else 1

@@ -1,9 +1,9 @@
-"""The network that generates: the trained one with adaLN folded into its weights, for few tokens.
+"""The network of decoding: the trained one with adaLN folded into its weights, for few tokens.
 
-In a pass over a window of W tokens everything in the cache is visible to the whole window, because
-its ranks are lower; inside the window the attention rule decides. So the cache needs no labels,
-only, for each row, how many of its slots are filled. Blocks are not stacked: to cut one block's
-weights out of a stack costs as much as to use them.
+In a pass over W tokens the whole window reads everything in the cache, because its ranks are lower;
+the attention rule applies inside the window. So the cache has no labels, only the number of filled
+slots of each row. Blocks are not stacked: slicing the weights of one block out of a stack
+costs as much as using them.
 """
 
 import dataclasses
@@ -83,7 +83,7 @@ def fold(config: ModelConfig, params: dict, mesh: Mesh | None = None) -> Network
       mesh: None = one device; else see shardings().
 
     Raises:
-      AssertionError: a parameter is none of those that this network knows; it names them.
+      AssertionError: the model has parameters that this network does not know; it names them.
     """
     make = functools.partial(_fold, config)
     if mesh is None:
@@ -105,9 +105,9 @@ def _fold(config: ModelConfig, params: dict) -> Network:
     blocks = []
     for i in range(config.blocks):
         weights = jax.tree.map(lambda leaf: leaf[i], stacked)  # noqa: B023
-        found = _fold_block(config, weights, [part[i] for part in of_blocks])
+        folded = _fold_block(config, weights, [part[i] for part in of_blocks])
         _check_all_taken({"blocks": weights})
-        blocks.append({name: put(name, array) for name, array in found.items()})
+        blocks.append({name: put(name, array) for name, array in folded.items()})
     kernel, bias = _behind_norm(left["final_norm"], left["logits"], *of_head)
     embedding = left["embedding"].pop("embedding")
     positions = left["positions"].pop("embedding") if config.max_positions else None
@@ -123,7 +123,7 @@ def _fold(config: ModelConfig, params: dict) -> Network:
 
 
 def _check_all_taken(left: dict) -> None:
-    """A part of the model that is forgotten here would silently change what is sampled."""
+    """AssertionError if a part of the model was not folded: samples would silently differ."""
     paths = [path for path, _ in jax.tree.leaves_with_path(left)]
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
     if names:
@@ -132,7 +132,7 @@ def _check_all_taken(left: dict) -> None:
 
 def _behind_norm(norm: dict, linear: dict, shift, scale):
     """(kernel, bias) acting on the normed h as `linear` does on (h · norm + its bias) · (1 + scale)
-    + shift. Takes what it uses out of both."""
+    + shift. Removes what it uses from both."""
     kernel, bias, norm_bias = linear.pop("kernel"), linear.pop("bias", None), norm.pop("bias", None)
     rows = norm.pop("scale") * (1 + scale) * jnp.ones(len(kernel))
     if norm_bias is not None:
@@ -144,27 +144,27 @@ def _behind_norm(norm: dict, linear: dict, shift, scale):
 
 
 def _fold_block(config, weights: dict, modulation) -> dict:
-    """What of a block is in the Network, taken out of `weights`."""
+    """The weights of one block of a Network; removes what it uses from `weights`."""
     shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation
     weights.pop("modulation", None)
-    found = {}
+    folded = {}
     qkv, qkv_bias = _behind_norm(weights["attention_norm"], weights["qkv"], shift, scale)
     queries = qkv.shape[2] - 2
     score = jnp.where(jnp.arange(queries + 2) < queries, config.head_width**-0.5, 1.0)[:, None]
-    if config.qk_norm:  # which would undo what is done to the weights
+    if config.qk_norm:  # the norm would undo a scale of the weights
         q, k = (weights[name].pop("scale") for name in ("q_norm", "k_norm"))
-        found["qk_norm_scale"] = jnp.stack([q] * queries + [k]) * score[:-1]
+        folded["qk_norm_scale"] = jnp.stack([q] * queries + [k]) * score[:-1]
         score = jnp.ones_like(score)
-    found["qkv"] = qkv * score[None, None]
-    found["qkv_bias"] = None if qkv_bias is None else qkv_bias * score[None]
-    found["mlp_in"], found["mlp_in_bias"] = _behind_norm(
+    folded["qkv"] = qkv * score[None, None]
+    folded["qkv_bias"] = None if qkv_bias is None else qkv_bias * score[None]
+    folded["mlp_in"], folded["mlp_in_bias"] = _behind_norm(
         weights["mlp_norm"], weights["mlp_in"], mlp_shift, mlp_scale
     )
     for name, by in (("attention_out", gate), ("mlp_out", mlp_gate)):
         bias = weights[name].pop("bias", None)
-        found[name] = weights[name].pop("kernel") * _row(by)
-        found[f"{name}_bias"] = None if bias is None else bias * by
-    return {name: array for name, array in found.items() if array is not None}
+        folded[name] = weights[name].pop("kernel") * _row(by)
+        folded[f"{name}_bias"] = None if bias is None else bias * by
+    return {name: array for name, array in folded.items() if array is not None}
 
 
 def _row(gate):

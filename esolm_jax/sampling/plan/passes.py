@@ -3,8 +3,8 @@
 Slot j holds the token of rank j in the generation order. A pass runs, in each row, the window of
 slots [start, end): those below `first` are known and enter the cache (or enter it again), the
 `size` slots from `first` on are generated, and the rest are masks too. Slots below `start` are in
-the cache. Whatever is still a mask is rewritten by a later pass, before anyone reads it as known.
-The families differ in these tables alone:
+the cache. A later pass overwrites the masks before a token reads them as known. Families differ in
+these tables only:
 
     family            window of a pass                          rank of slot j
     ar                the newest token                          j (and slot j holds text token j−1)
@@ -14,8 +14,8 @@ The families differ in these tables alone:
     eso_a, diffusion  everything up to this pass's masks        0 if known, else j
     eso_a, sequential as eso_b, after one pass over the prefix  0 in the diffusion prefix, else j
 
-A prompt comes first in the order. Passes that generate nothing put it in the cache, PREFILL slots
-at a time; where tokens of one rank read each other (mdlm, eso_a) it is in the window anyway.
+A prompt comes first in the order. Passes that generate nothing put it in the cache, PREFILL_CHUNK
+slots at a time. Where tokens of one rank read each other (mdlm, eso_a), it is in every window.
 """
 
 from typing import Self

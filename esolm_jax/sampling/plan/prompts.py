@@ -154,7 +154,7 @@ def _too_long(name: str, length: int) -> str:
     )
 
 
-def of_rewrite(
+def parse_rewrite(
     text: str, spans, tokenizer, *, seed=None, name="prompt", length: int = MAX_TOKENS
 ) -> Prompt:
     """The text with these spans of characters masked, to be generated again; for a canvas of
@@ -201,10 +201,10 @@ def _ascending(spans, text: str, name: str) -> list:
 
     for span in spans:
         check(span)
-    found = sorted(spans)
-    for before, span in itertools.pairwise(found):
+    ordered = sorted(spans)
+    for before, span in itertools.pairwise(ordered):
         check(span, before[1])
-    return found
+    return ordered
 
 
 def parse_file(path: pathlib.Path, tokenizer, *, length: int = MAX_TOKENS) -> list[Prompt]:
@@ -217,7 +217,7 @@ def parse_file(path: pathlib.Path, tokenizer, *, length: int = MAX_TOKENS) -> li
     where = f"--prompts={path}"
     text = regular_file.read_text(regular_file.expand(path), MAX_BYTES, where)
     text = text.removeprefix("\ufeff")
-    # Not splitlines(): JSON's strings may hold what Unicode, too, calls the end of a line.
+    # Not splitlines(): strings of JSON may contain other line separators of Unicode.
     lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise UserError(f"{where}: holds no prompts")
@@ -230,16 +230,16 @@ def parse_file(path: pathlib.Path, tokenizer, *, length: int = MAX_TOKENS) -> li
 
 def bounded(prompts: Iterable[Prompt]) -> list[Prompt]:
     """The prompts as a list. UserError as soon as they have more than MAX_TOKENS tokens."""
-    found, total = [], 0
+    kept, total = [], 0
     for prompt in prompts:
-        found.append(prompt)
+        kept.append(prompt)
         total += len(prompt.tokens)
         if total > MAX_TOKENS:
             raise UserError(
-                f"{prompt.name}: with it, the prompts have more than {MAX_TOKENS:,} tokens; give "
-                "fewer at a time"
+                f"{prompt.name}: the prompts up to this one have {total:,} tokens: must be at most "
+                f"{MAX_TOKENS:,}"
             )
-    return found
+    return kept
 
 
 _FIELDS = {"prompt": str, "text": str, "rewrite": list, "seed": int}
@@ -263,11 +263,11 @@ def _of_line(line: str, tokenizer, name: str, length: int) -> Prompt:
         return parse_text(fields["prompt"], tokenizer, **common)
     if fields.keys() != {"text", "rewrite"}:
         raise UserError(wanted)
-    return of_rewrite(fields["text"], fields["rewrite"], tokenizer, **common)
+    return parse_rewrite(fields["text"], fields["rewrite"], tokenizer, **common)
 
 
 def complete(prompt: Prompt, length: int) -> tuple[int, ...]:
-    """The tokens of the text to be: masks added up to `length`, unless it is whole.
+    """The tokens of the text, with masks added up to `length` unless the prompt is whole.
 
     Raises:
       UserError: it is longer, or leaves nothing to generate.
@@ -277,5 +277,5 @@ def complete(prompt: Prompt, length: int) -> tuple[int, ...]:
         raise UserError(_too_long(prompt.name, length))
     tokens = prompt.tokens if prompt.is_whole else prompt.tokens + (MASK,) * (length - have)
     if MASK not in tokens:
-        raise UserError(f"{prompt.name}: nothing in it is to be generated")
+        raise UserError(f"{prompt.name}: must have at least one token to generate")
     return tokens

@@ -111,10 +111,10 @@ def schedule_from_rows(canvas: Canvas, row: Callable[[int, np.ndarray], Row]) ->
     is_diffusion, all_sizes = np.zeros((batch, length), bool), []
     for b in range(batch):
         unknown = canvas.unknown(b)
-        found, sizes, of_diffusion = row(b, unknown)
+        generated, sizes, of_diffusion = row(b, unknown)
         known = np.nonzero(canvas.known[b])[0]
-        order[b] = [*known, *found, *range(canvas.length[b], length)]
-        is_diffusion[b, len(known) : len(known) + len(found)] = of_diffusion
+        order[b] = [*known, *generated, *range(canvas.length[b], length)]
+        is_diffusion[b, len(known) : len(known) + len(generated)] = of_diffusion
         all_sizes.append(sizes)
     table = np.zeros((max(map(len, all_sizes)), batch), np.int32)
     for b, sizes in enumerate(all_sizes):
@@ -217,15 +217,15 @@ def blockwise(canvas: Canvas, block_length: int, alpha_0: float, num_steps: int)
     blocks = -(-canvas.token.shape[1] // block_length)
 
     def row(b, unknown) -> Row:
-        seed, found = canvas.seeds[b], []
+        seed, blocks_of_row = canvas.seeds[b], []
         rng = seed.of_row()
         for block in range(blocks):
             first, last = np.searchsorted(unknown, block_length * np.array([block, block + 1]))
             here = unknown[first:last]
             steps = num_steps and max(1, num_steps // blocks + (block < num_steps % blocks))
             number = len(here) + block * len(unknown)
-            found.append(_ancestral(rng, seed, number, here, alpha_0, steps))
-        return tuple(map(np.concatenate, zip(*found, strict=True)))
+            blocks_of_row.append(_ancestral(rng, seed, number, here, alpha_0, steps))
+        return tuple(map(np.concatenate, zip(*blocks_of_row, strict=True)))
 
     return schedule_from_rows(canvas, row)
 
