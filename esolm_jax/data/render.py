@@ -94,6 +94,15 @@ class ByTokenizers(Decodes):
         """Ids of `text`, without specials."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
+    def recognizing(self, specials: Iterable[str] = ()) -> Any:
+        """A copy of the library's tokenizer that finds special tokens in text, as `transformers`
+        does: those of its own file, and `specials` (which get the next free ids if they are not in
+        the vocabulary). It does not depend on this object."""
+        copy = type(self._tokenizer).from_str(self._tokenizer.to_str())
+        copy.encode_special_tokens = False
+        copy.add_special_tokens(list(specials))
+        return copy
+
     @functools.cached_property
     def surfaces(self) -> Surfaces | None:
         specials = self.bos_id, self.eos_id, self.pad_id, self.mask_id

@@ -1,7 +1,8 @@
 """Evaluation: likelihood bounds of a trained model on a split.
 
-batches.py     batches of the windows of a split, on a mesh
-likelihood.py  the NELBO and the importance-weighted bound, with standard errors
+batches.py          batches of the windows of a split, on a mesh
+likelihood.py       the NELBO and the importance-weighted bound, with standard errors
 text_likelihood.py  log-likelihoods of single texts, for the Python API
-provenance.py  which data, windows and unigram baseline a figure belongs to
+provenance.py       which data, windows and unigram baseline a figure belongs to
+protocol/           published protocols: detokenizers, windows, generative perplexity, entropy
 """

@@ -1,8 +1,9 @@
 """Folders of the Hugging Face hub: GPT-2, Llama, Qwen 2 and 3.
 
-config.py    config.json → our config
-folder.py    the tensors of a folder: one safetensors file or shards
-names.py     parameter names ↔ our pytree
-from_hub.py  folder → workdir
-to_hub.py    workdir → folder
+config.py     config.json → our config
+folder.py     the tensors of a folder: one safetensors file or shards
+names.py      parameter names ↔ our pytree
+from_hub.py   folder → workdir
+in_memory.py  folder → model, weights and tokenizer in memory
+to_hub.py     workdir → folder
 """

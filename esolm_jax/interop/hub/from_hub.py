@@ -56,8 +56,8 @@ def convert(config, source: str, workdir: pathlib.Path, tokenizer: str) -> Conve
     tied = hub_config.is_tied(hub, settings)
     tensors = hub_folder.tensors(folder)
     hub_folder.check_blocks(tensors, config.model.blocks, settings)
-    ids = _num_ids(hub, folder)
-    found = _tokenizer(folder, tokenizer, hub, ids)
+    ids = num_ids(hub, folder)
+    found = read_tokenizer(folder, tokenizer, hub, ids)
     with config.unlocked():
         config.data.tokenizer, config.data.vocab_size = found.kind, ids
         config.data.tokenizer_path = into_workdir.saved_tokenizer(found, workdir)
@@ -78,7 +78,7 @@ def convert(config, source: str, workdir: pathlib.Path, tokenizer: str) -> Conve
 
     def save(checkpoints: checkpoint.Checkpoints, draft: pathlib.Path) -> None:
         params = _on_disk(model, draft / "arrays")
-        _fill(params, tensors, parts, ids, source)
+        fill(params, tensors, parts, ids, source)
         checkpoints.save_weights(params, meta)
 
     into_workdir.write(workdir, meta, found, save)
@@ -96,7 +96,8 @@ def _check_config(config, source: str) -> None:
             )
 
 
-def _num_ids(hub: dict, folder: pathlib.Path) -> int:
+def num_ids(hub: dict, folder: pathlib.Path) -> int:
+    """Rows of the folder's embedding. UserError: config.json does not say."""
     ids = hub.get("vocab_size")
     if type(ids) is not int or not 2 <= ids <= _MOST_IDS:
         raise UserError(
@@ -105,7 +106,9 @@ def _num_ids(hub: dict, folder: pathlib.Path) -> int:
     return ids
 
 
-def _tokenizer(folder: pathlib.Path, given: str, hub: dict, ids: int) -> tokenizer_lib.Tokenizer:
+def read_tokenizer(
+    folder: pathlib.Path, given: str, hub: dict, ids: int
+) -> tokenizer_lib.Tokenizer:
     """The tokenizer, as large as the embedding: tokenizer.json as it is, or one of our kinds."""
     path = regular_file.expand(given) if given else folder
     file = path / hub_tokenizer.FILE if path.is_dir() else path
@@ -137,7 +140,9 @@ def _on_disk(model: ModelConfig, folder: pathlib.Path) -> dict:
     return jax.tree.map_with_path(make, _shapes(model))
 
 
-def _fill(params: dict, tensors, parts: list[hub_names.Part], ids: int, where: str) -> None:
+def fill(params: dict, tensors, parts: list[hub_names.Part], ids: int, where: str) -> None:
+    """Writes all tensors into `params` (arrays of zeros), and the mask token's embedding.
+    UserError: a value is not finite."""
     bad: list[str] = []
     for part in tqdm.tqdm(parts, "tensors", disable=None, leave=False):
         node = params
