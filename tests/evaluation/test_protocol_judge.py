@@ -1,5 +1,6 @@
 """Generative perplexity and entropy against the published metrics, on the same texts and judge."""
 
+import doctest
 import math
 import pathlib
 import shutil
@@ -10,7 +11,7 @@ from golden_eval import FOLDER, read_json, read_npz
 
 from esolm_jax.errors import UserError
 from esolm_jax.evaluation import protocol
-from esolm_jax.evaluation.protocol.generative_perplexity import pooled_token_nll
+from esolm_jax.evaluation.protocol.published_perplexity import pooled_token_nll
 
 GOLDEN = read_json("genppl/cases.json")
 TEXTS = GOLDEN["samples"]
@@ -147,6 +148,7 @@ def test_nothing_to_score(judge, variant):
 @pytest.mark.parametrize(
     "texts, settings, message",
     [
+        ("a text", {}, "texts: must be a list of texts"),
         ([], {}, "texts: must have at least one text"),
         (["a", [1]], {}, "texts: must be all texts, or all rows"),
         ([[1, 2], [3]], {}, "rows of token ids of equal length"),
@@ -159,6 +161,17 @@ def test_nothing_to_score(judge, variant):
 def test_bad_arguments(judge, texts, settings, message):
     with pytest.raises(UserError, match=message):
         protocol.generative_perplexity(judge, texts, **settings)
+
+
+def test_examples_of_the_page_run(judge):
+    names = {
+        "judge_folder": FOLDER / "genppl" / "judge",
+        "bert_folder": FOLDER / "tokenizer_wordpiece",
+    }
+    names["gpt2_folder"] = FOLDER / "tokenizer_bpe"
+    page = pathlib.Path(__file__).parents[2] / "docs" / "evaluation_protocol.md"
+    found = doctest.testfile(str(page), module_relative=False, globs=names, encoding="utf-8")
+    assert found.failed == 0 and found.attempted > 15
 
 
 def test_judge_without_a_tokenizer(tmp_path):

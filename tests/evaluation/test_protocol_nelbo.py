@@ -76,7 +76,7 @@ def check_batch(got: nelbo.BatchNelbo, batch: dict):
 
 
 def check_figures(run: str, found: list[nelbo.BatchNelbo]):
-    figures = nelbo.published_nelbo(found)
+    figures = nelbo.nelbo_figures(found)
     close(figures["nll"], GOLDEN[f"{run}.final_nll"])
     close(figures["perplexity"], GOLDEN[f"{run}.final_ppl"])
     close(figures["bits_per_token"], GOLDEN[f"{run}.final_bpd"])
@@ -168,7 +168,7 @@ def test_weights_of_the_mean_are_the_tokens_of_the_diffusion_rows():
         / sum(getattr(batch, f"{name}_tokens") for batch in found)
         for name in ("diffusion", "sequential")
     )
-    assert nelbo.published_nelbo(found)["perplexity"] == pytest.approx(66.41, abs=0.005)
+    assert nelbo.nelbo_figures(found)["perplexity"] == pytest.approx(66.41, abs=0.005)
     assert math.exp(sound) == pytest.approx(64.96, abs=0.005)
 
 
@@ -177,4 +177,4 @@ def test_batches_without_a_row_for_the_diffusion_are_refused(rows, kappa):
     with pytest.raises(UserError, match=f"kappa={kappa}: leaves no row of a batch of {rows}"):
         nelbo.diffusion_rows(rows, kappa)
     with pytest.raises(UserError, match="batches: must have at least one token"):
-        nelbo.published_nelbo([])
+        nelbo.nelbo_figures([])

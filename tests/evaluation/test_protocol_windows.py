@@ -45,7 +45,7 @@ def test_tokenizer(name):
     if name == "text8":
         texts, ids = zip(*GOLDEN["text8_tokenizer"]["cases"], strict=True)
     else:
-        assert tokenizer.pad_id == expected["pad_token_id"]
+        assert tokenizer.padding.pad_id == expected["pad_token_id"]
         texts, *both = zip(*GOLDEN["document_tokens_small"], strict=True)
         ids = both[name == "wordpiece"]
     assert tokenizer.encode_batch(list(texts)) == list(ids)
@@ -60,9 +60,10 @@ def windows_of(case) -> tuple[np.ndarray, np.ndarray]:
     else:
         documents = DOCUMENTS[name]
     fields = ("dataset", "wrap", "insert_eos", "insert_special_tokens", "block_size", "num_proc")
-    settings = {field: case[field] for field in fields}
-    tokenizer = TOKENIZERS[case["tokenizer"]]
-    return protocol.windows_with_mask(documents, tokenizer, **settings, split=case["mode"])
+    settings = protocol.WindowSettings(
+        **{field: case[field] for field in fields}, split=case["mode"]
+    )
+    return protocol.windows_with_mask(documents, TOKENIZERS[case["tokenizer"]], settings)
 
 
 @pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda case: case["id"])
@@ -91,7 +92,7 @@ def test_windows(case):
 def test_windows_are_the_first_of_windows_with_mask():
     settings = {"dataset": "lm1b", "wrap": False, "insert_eos": True, "block_size": 12}
     texts = DOCUMENTS["small"]
-    ids, _ = protocol.windows_with_mask(texts, WORDPIECE, **settings)
+    ids, _ = protocol.windows_with_mask(texts, WORDPIECE, protocol.WindowSettings(**settings))
     np.testing.assert_array_equal(protocol.windows(iter(texts), WORDPIECE, **settings), ids)
 
 

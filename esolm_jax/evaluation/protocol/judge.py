@@ -4,11 +4,13 @@ import functools
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from esolm_jax.data.hub_tokenizer import HubTokenizer
 from esolm_jax.data.wordpieces import WordPieces
 from esolm_jax.errors import UserError
 from esolm_jax.family.labels import Layout, Tokens
@@ -35,6 +37,10 @@ class Judge:
           UserError: an unsupported architecture, or missing or damaged files.
         """
         found = in_memory.read(str(folder), jax.default_backend())
+        if not isinstance(found.tokenizer, WordPieces | HubTokenizer):
+            raise UserError(
+                f"{folder}: holds a {found.tokenizer.kind} tokenizer; a judge needs tokenizer.json"
+            )
         specials = ("<|endoftext|>",) if isinstance(found.tokenizer, WordPieces) else ()
         self._library = found.tokenizer.recognizing(specials)
         self._model, self._rows = found.model, rows
@@ -107,7 +113,9 @@ class Judge:
 
 
 @functools.partial(jax.jit, static_argnames=("model", "mask_id"))
-def _nll(params, token_BT, weight_BT, *, model: ModelConfig, mask_id: int):
+def _nll(
+    params: dict, token_BT: Any, weight_BT: Any, *, model: ModelConfig, mask_id: int
+) -> jax.Array:
     """float32 [B, T]: −log p of tokens with a weight, 0 elsewhere; no token reads a later one."""
     index = jnp.broadcast_to(jnp.arange(token_BT.shape[1], dtype=jnp.int32), token_BT.shape)
     layout = Layout(token_BT.shape[1])

@@ -8,9 +8,10 @@ the split has the larger variance.
 
 import dataclasses
 import math
-from collections.abc import Iterable
-from typing import Self
+from collections.abc import Callable, Iterable
+from typing import Any, Self
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -39,7 +40,7 @@ class Noise:
 _ESO = {"eso_a": eso_a, "eso_b": eso_b}
 
 
-def label(objective: str, x, noise_: Noise, *, alpha_0: float, mask: int) -> LabelledBatch:
+def label(objective: str, x: Any, noise_: Noise, *, alpha_0: float, mask: int) -> LabelledBatch:
     """Labelled tokens of one term of eso_a, eso_b or mdlm.
 
     As in the published code, padding is an ordinary token of the model: it is masked, ordered and
@@ -56,7 +57,7 @@ def label(objective: str, x, noise_: Noise, *, alpha_0: float, mask: int) -> Lab
     return _ESO[objective].label_diffusion(x, valid, masked, order_BL, weight, mask=mask)
 
 
-def label_ar(x, start: int | None) -> LabelledBatch:
+def label_ar(x: Any, start: int | None) -> LabelledBatch:
     """Labelled tokens of AR behind a start token (published: `bos` or `mask`). None: the first
     token of each row is the start token and is not predicted (published: `none`)."""
     if start is None:
@@ -64,7 +65,9 @@ def label_ar(x, start: int | None) -> LabelledBatch:
     return ar.label(x, np.ones(x.shape, bool), start=start)
 
 
-def token_nll(apply, head: Head, params, labelled: LabelledBatch, order_BL=None):
+def token_nll(
+    apply: Callable, head: Head, params: dict, labelled: LabelledBatch, order_BL: Any = None
+) -> jax.Array:
     """weight · (−log p) of each token, in text order: float32 [B, P].
 
     Args:
@@ -108,18 +111,12 @@ class BatchNelbo:
     sequential_tokens: int = 0
 
     @classmethod
-    def of(cls, valid, diffusion_nll=None, sequential_nll=None) -> Self:
+    def of(cls, valid: Any, diffusion_nll: Any = None, sequential_nll: Any = None) -> Self:
         """Of one batch. valid: bool [B, L]; the nll of its first rows and of the others, [·, L] in
         text order; None: no rows."""
         rows = 0 if diffusion_nll is None else len(diffusion_nll)
-        parts = []
-        for nll, kept in ((diffusion_nll, valid[:rows]), (sequential_nll, valid[rows:])):
-            if nll is None:
-                parts += [0.0, 0]
-            else:
-                kept = np.asarray(kept, bool)[:, -nll.shape[1] :]  # AR without a start token
-                parts += [float(np.sum(np.asarray(nll, np.float64)[kept])), int(kept.sum())]
-        return cls(*parts)
+        diffusion = _sums(diffusion_nll, valid[:rows])
+        return cls(*diffusion, *_sums(sequential_nll, valid[rows:]))
 
     @property
     def num_tokens(self) -> int:
@@ -143,7 +140,16 @@ class BatchNelbo:
         return self.sequential / self.sequential_tokens * self.num_tokens
 
 
-def importance_weighted(log_p_BO) -> float:
+def _sums(nll: Any, valid: Any) -> tuple[float, int]:
+    """Of the tokens that are not padding: Σ nll and how many. nll may lack the first column (AR
+    without a start token)."""
+    if nll is None:
+        return 0.0, 0
+    kept = np.asarray(valid, bool)[:, -nll.shape[1] :]
+    return float(np.sum(np.asarray(nll, np.float64)[kept])), int(kept.sum())
+
+
+def importance_weighted(log_p_BO: Any) -> float:
     """−Σ over rows of log mean_k exp(log p_k), in nats, as the published code takes it: it draws
     one set of K orders for *all rows of a batch*, masks everything, and ignores padding.
 
@@ -154,7 +160,7 @@ def importance_weighted(log_p_BO) -> float:
     return float(-log_mean_B.sum())
 
 
-def published_nelbo(batches: Iterable[BatchNelbo]) -> dict[str, float]:
+def nelbo_figures(batches: Iterable[BatchNelbo]) -> dict[str, float]:
     """Figures of an evaluation: nll (nats per token), perplexity, bits_per_token, and
     sequential_bits_per_token, the part of the sequential term."""
     batches = list(batches)

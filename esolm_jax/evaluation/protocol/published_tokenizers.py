@@ -19,22 +19,28 @@ _TEXT8_SPECIALS = "[CLS]", "[SEP]", "[BOS]", "[EOS]", "[MASK]", "[PAD]", "[RESER
 
 
 @dataclasses.dataclass(frozen=True)
+class Padding:
+    """The ids of padded windows: around each text, and behind it."""
+
+    first_id: int
+    last_id: int
+    pad_id: int
+
+
+@dataclasses.dataclass(frozen=True)
 class PublishedTokenizer:
     """Texts → ids, and the special ids that windows are made with.
 
     Attributes:
       encode_batch: list of texts → ids of each, without specials around them.
       bos_id, eos_id: of wrapped windows.
-      first_id, last_id: of padded windows; None if the published runs had none.
-      pad_id: of padded windows.
+      padding: of padded windows; None: no published run had them.
     """
 
     encode_batch: Callable[[list[str]], list[list[int]]]
     bos_id: int
     eos_id: int
-    first_id: int | None = None
-    last_id: int | None = None
-    pad_id: int | None = None
+    padding: Padding | None = None
 
 
 def read(given: str | Path) -> PublishedTokenizer:
@@ -57,14 +63,9 @@ def read(given: str | Path) -> PublishedTokenizer:
         encoded = library.encode_batch(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encoded]
 
-    return PublishedTokenizer(
-        encode_batch,
-        bos_id=found.bos_id,
-        eos_id=found.bos_id if is_bert else found.eos_id,
-        first_id=found.bos_id,
-        last_id=found.eos_id,
-        pad_id=library.token_to_id("[PAD]"),
-    )
+    padding = Padding(found.bos_id, found.eos_id, library.token_to_id("[PAD]"))
+    eos_id = found.bos_id if is_bert else found.eos_id
+    return PublishedTokenizer(encode_batch, found.bos_id, eos_id, padding)
 
 
 _TEXT8_IDS = {

@@ -1,7 +1,27 @@
 """Generative perplexity: how likely a judge finds generated texts, by two published protocols.
 
 Both depend on which texts share a call, and can only be compared with figures of the same variant,
-`max_length` and batch size.
+`max_length` and batch size. Texts are tokenized by the judge's tokenizer, truncated to `max_length`
+and padded with EOS to the longest of the call. The last `len(texts) % batch_size` texts are
+*dropped*; a batch is never larger than the number of texts.
+
+"pooled" (Eso-LM, Duo, MDLM): texts are cut into contexts of `context_length` tokens, in each of
+which the first token is not scored. Every other token that is not EOS is scored, and so is the
+first EOS of each context (none, if that is its first token). Since padding is EOS, a text without
+EOS that is shorter than its longest neighbour has its *first pad* scored; alone it has not.
+`perplexity` is exp(nll / num_tokens).
+
+"bd3" (BD3-LM): contexts overlap: each begins `stride` tokens after the last one, and only its new
+tokens are scored. No EOS is scored. `perplexity` is the *mean over batches* of the perplexity of
+each batch, without batches that have nothing to score. `entropy` is of the padded ids, so short
+texts beside a long one look repetitive, and it is a *sum* over each batch, averaged over batches:
+batch-size times too large.
+
+Token ids are scored as they are, each row one context, whatever `max_length` and `context_length`;
+they must have equal lengths.
+
+The published metrics accumulate over calls: add `nll` and `num_tokens` of several calls. Sums are
+float64 here and float32 there. With nothing to score the perplexity is NaN.
 """
 
 import math
@@ -12,8 +32,8 @@ from typing import Any
 import numpy as np
 
 from esolm_jax.errors import UserError, nearest
-from esolm_jax.evaluation.protocol.entropy import entropy
 from esolm_jax.evaluation.protocol.judge import Judge
+from esolm_jax.evaluation.protocol.unigram_entropy import entropy
 
 VARIANTS = ("pooled", "bd3")
 
@@ -29,29 +49,7 @@ def generative_perplexity(
     perplexity_batch_size: int = 8,
     context_length: int = 1024,
 ) -> dict[str, Any]:
-    """Perplexity of generated texts under a judge, as published.
-
-    Both variants: texts are tokenized by the judge's tokenizer, truncated to `max_length` and
-    padded with EOS to the longest of the call. The last `len(texts) % batch_size` texts are
-    *dropped*; a batch is never larger than the number of texts.
-
-    "pooled" (Eso-LM, Duo, MDLM): texts are cut into contexts of `context_length` tokens, in each of
-    which the first token is not scored. Every other token that is not EOS is scored, and so is the
-    first EOS of each context. Since padding is EOS, a text without EOS that is shorter than its
-    longest neighbour has its *first pad* scored; alone it has not. perplexity is exp(nll /
-    num_tokens).
-
-    "bd3" (BD3-LM): contexts overlap: each begins `stride` tokens after the last one, and only its
-    new tokens are scored. No EOS is scored. `perplexity` is the *mean over batches* of the
-    perplexity of each batch, without batches that have nothing to score. `entropy` is of the padded
-    ids, so short texts beside a long one look repetitive, and it is a *sum* over each batch,
-    averaged over batches: batch-size times too large.
-
-    Token ids are scored as they are, each row one context, whatever `max_length` and
-    `context_length`; they must have equal lengths.
-
-    The published metrics accumulate over calls: add `nll` and `num_tokens` of several calls. Sums
-    are float64 here and float32 there. With nothing to score the perplexity is NaN.
+    """Perplexity of generated texts under a judge, as published; see the module's description.
 
     Args:
       judge: a folder of the Hugging Face hub (GPT-2, Llama, Qwen), or a `Judge` (read once, for
@@ -74,6 +72,8 @@ def generative_perplexity(
     _check_positive(
         batch_size=batch_size, max_length=max_length, stride=stride, context_length=context_length
     )
+    if isinstance(texts, str):
+        raise UserError("texts: must be a list of texts, not one string")
     if not len(texts):
         raise UserError("texts: must have at least one text")
     judge = judge if isinstance(judge, Judge) else Judge(judge)
