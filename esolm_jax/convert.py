@@ -20,7 +20,8 @@ from esolm_jax.errors import UserError
 from esolm_jax.interop.hub import config as hub_config
 from esolm_jax.interop.hub import from_hub, to_hub
 from esolm_jax.interop.published import config as published_config
-from esolm_jax.interop.published import into_workdir, out_of_workdir
+from esolm_jax.interop.published import read as published_read
+from esolm_jax.interop.published import write as published_write
 from esolm_jax.training import checkpoint
 
 
@@ -79,8 +80,8 @@ def main(config, workdir: pathlib.Path) -> None:
 
 
 def _bring_in(config, source: str, workdir: pathlib.Path) -> None:
-    weights = _weights(into_workdir.WEIGHTS)
-    made = into_workdir.convert(config, source, workdir, flags.FLAGS.tokenizer, weights)
+    weights = _weights(published_read.WEIGHTS)
+    made = published_read.convert(config, source, workdir, flags.FLAGS.tokenizer, weights)
     print(
         f"{source}: {config.objective}, alpha_0 = {config.alpha_0}: {made.parameters:,} parameters "
         f"at step {made.step:,}"
@@ -119,13 +120,13 @@ def _send_out_to_hub(config, workdir: pathlib.Path, target: pathlib.Path) -> Non
 
 
 def _send_out_published(config, workdir: pathlib.Path, target: pathlib.Path) -> None:
-    _send_out(out_of_workdir.convert, config, workdir, target)
+    _send_out(published_write.convert, config, workdir, target)
     print(f"wrote {target}, under the published names")
     _print_way_back(f"--from={target}", "--workdir=NEW", f"--tokenizer={workdir}/tokenizer")
 
 
 def _send_out(convert, config, workdir: pathlib.Path, target: pathlib.Path) -> None:
-    weights = _weights(out_of_workdir.WEIGHTS)
+    weights = _weights(published_write.WEIGHTS)
     step, parameters = convert(config, workdir, target, weights, cli.step_flag())
     which = "the EMA" if weights == "ema" else "the raw weights"
     print(f"{workdir}: {which} at step {step:,}, {parameters:,} parameters")

@@ -18,7 +18,7 @@ from esolm_jax.errors import UserError
 from esolm_jax.interop.export import folder as export_folder
 from esolm_jax.interop.export import parity
 from esolm_jax.interop.export.folder import Wanted
-from esolm_jax.interop.published import out_of_workdir
+from esolm_jax.interop.published import write as published_write
 
 
 def define_flags() -> None:
@@ -42,9 +42,9 @@ def main(config, workdir: pathlib.Path) -> None:
     f = flags.FLAGS
     if not f.to:
         raise UserError("--to is missing: the folder to write, new or empty")
-    if f.weights not in out_of_workdir.WEIGHTS:
+    if f.weights not in published_write.WEIGHTS:
         raise UserError(
-            f"--weights={f.weights}: must be one of {', '.join(out_of_workdir.WEIGHTS)}"
+            f"--weights={f.weights}: must be one of {', '.join(published_write.WEIGHTS)}"
         )
     if not f.tolerance > 0:
         raise UserError(f"--tolerance={f.tolerance}: must be above 0")

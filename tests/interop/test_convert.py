@@ -20,7 +20,7 @@ from esolm_jax.errors import UserError
 from esolm_jax.family import eso_b
 from esolm_jax.interop.published import config as published_config
 from esolm_jax.interop.published import file as published_file
-from esolm_jax.interop.published.reference import INV_FREQ, Reference
+from esolm_jax.interop.published.names import INV_FREQ, PublishedModel
 from esolm_jax.model import build
 from esolm_jax.parallel import sharding
 from esolm_jax.training import checkpoint, restore
@@ -126,11 +126,11 @@ def golden_run(tmp_path):
     return make
 
 
-def restored(workdir) -> Reference:
+def restored(workdir) -> PublishedModel:
     config = checkpoint.saved_config(workdir)
     mesh = sharding.make_mesh(config.mesh)
     trained = restore.load_trained(config, workdir, "ema", mesh)
-    return Reference(trained.built.model, trained.params, trained.built.special.mask)
+    return PublishedModel(trained.built.model, trained.params, trained.built.special.mask)
 
 
 def test_golden_logits_and_names_through_a_workdir(golden_run, tmp_path):
@@ -267,7 +267,7 @@ def test_directions(refused, tmp_path, converted):
     refused([work, "--to=out.safetensors"], "no checkpoints here")
     out = [f"--workdir={converted}"]
     refused([*out, "--to=out.ckpt"], "--to=out.ckpt: must end in .safetensors")
-    refused([*out, f"--to={tmp_path}/no/a.safetensors"], "there is no folder")
+    refused([*out, f"--to={tmp_path}/no/a.safetensors"], "must be in a folder that exists")
     (tmp_path / "a.safetensors").write_text("mine")
     refused([*out, f"--to={tmp_path}/a.safetensors"], "is already there")
     refused([*out, f"--to={tmp_path}/b.safetensors", "--weights=both"], "--weights=both: must be")

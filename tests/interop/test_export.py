@@ -34,7 +34,8 @@ from esolm_jax.interop.export import (
 )
 from esolm_jax.interop.export.shipped import decode_loop, plain_transformer
 from esolm_jax.interop.published import config as published_config
-from esolm_jax.interop.published import into_workdir, out_of_workdir
+from esolm_jax.interop.published import read as published_read
+from esolm_jax.interop.published import write as published_write
 from esolm_jax.model import build
 from esolm_jax.model import transformer as model_lib
 from esolm_jax.model.lm_head import exclude_mask_token
@@ -103,7 +104,7 @@ def make_run(workdir: pathlib.Path, mesh=None, **fields) -> pathlib.Path:
     state = state.replace(ema=draw(1), step=jax.numpy.int32(7))
     meta = {"config": config.to_dict(), "cursor": 0, "tokenizer": tokenizer_entry(tokenizer)}
     meta["version"] = esolm_jax.__version__
-    into_workdir.write(workdir, meta, tokenizer, lambda kept, _: kept.save(state, meta))
+    published_read.write_workdir(workdir, meta, tokenizer, lambda kept, _: kept.save(state, meta))
     return workdir
 
 
@@ -114,7 +115,7 @@ def export(workdir, target, *args) -> dict:
 
 def trained(workdir, weights="ema"):
     config = checkpoint.saved_config(workdir)
-    return config, out_of_workdir.load(config, workdir, weights)
+    return config, published_write.load(config, workdir, weights)
 
 
 def measured(manifest) -> dict:
@@ -549,7 +550,7 @@ def test_parity_that_fails(refused, run, tmp_path, monkeypatch, one_batch_size):
         patch.setattr(onnx_graph, "MASKED", 0.0)
         refused([*args, "--formats=onnx"], "score.onnx (score)", told)
     with monkeypatch.context() as patch:
-        patch.setattr(onnx_graph, "NOBODY", -1)  # slots that are not filled are read
+        patch.setattr(onnx_graph, "EMPTY_RANK", -1)  # empty slots are read
         refused([*args, "--formats=onnx", "--parts=step"], "step.onnx (step)", told)
     with monkeypatch.context() as patch:
         pick = exported_sampler._pick

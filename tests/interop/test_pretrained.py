@@ -380,7 +380,7 @@ def test_what_cannot_go_out_is_told(converted, tmp_path, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     told(converted["llama"], tmp_path / "full", "is not empty")
-    told(converted["llama"], f"{tmp_path}/no/where/", "there is no folder")
+    told(converted["llama"], f"{tmp_path}/no/where/", "must be in a folder that exists")
 
 
 # The tokenizer.

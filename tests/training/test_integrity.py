@@ -12,7 +12,7 @@ import tiny_run
 from saved_steps import META, assert_same, make_state, shapes, steps_in, write
 
 from esolm_jax.errors import UserError
-from esolm_jax.interop.published import out_of_workdir
+from esolm_jax.interop.published import write as published_write
 from esolm_jax.training import checkpoint, checkpoint_digests, checkpoint_steps
 from esolm_jax.training.checkpoint_digests import FILE as DIGESTS
 
@@ -425,9 +425,9 @@ def test_exports_are_of_the_named_step(run):
     folder, _ = run
     config = checkpoint.saved_config(folder)
     for wanted, step in (("best", 4), ("2", 2)):
-        assert out_of_workdir.load(config, folder, "ema", wanted).step == step
+        assert published_write.load(config, folder, "ema", wanted).step == step
     with pytest.raises(UserError, match="there is no step 3"):
-        out_of_workdir.load(config, folder, "ema", "3")
+        published_write.load(config, folder, "ema", "3")
 
 
 def test_a_config_of_another_step_than_the_weights_is_refused(run):

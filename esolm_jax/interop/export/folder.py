@@ -15,7 +15,8 @@ from esolm_jax.interop import memory, safetensors_file
 from esolm_jax.interop.export import artefacts, parity, plain, sampling_plan
 from esolm_jax.interop.export.artefacts import WEIGHTS, Source
 from esolm_jax.interop.published import config as published_config
-from esolm_jax.interop.published import out_of_workdir, reference
+from esolm_jax.interop.published import names as published_names
+from esolm_jax.interop.published import write as published_write
 from esolm_jax.training import checkpoint, restore
 
 PARTS = ("score", "step", "sample")
@@ -108,9 +109,9 @@ def _copy_tokenizer(
 
 def _write_weights(config, workdir, draft, wanted: Wanted, left_out: dict) -> tuple[Source, dict]:
     """Weights, configs and tokenizer. The parameters are freed when this returns."""
-    trained = out_of_workdir.load(config, workdir, wanted.weights, wanted.step)
+    trained = published_write.load(config, workdir, wanted.weights, wanted.step)
     _copy_tokenizer(workdir, trained, draft / "tokenizer")
-    model, about = trained.built.model, out_of_workdir.about(trained, wanted.weights)
+    model, about = trained.built.model, published_write.about(trained, wanted.weights)
     shapes = plain.shapes(model, trained.params)
     batches = parity.examples(model, config.data.seq_len)
     source = Source(
@@ -133,7 +134,7 @@ def _write_weights(config, workdir, draft, wanted: Wanted, left_out: dict) -> tu
         if why := _no_published_names(config):
             left_out[PUBLISHED] = why
         else:
-            out_of_workdir.write(draft / PUBLISHED, trained, wanted.weights)
+            published_write.write(draft / PUBLISHED, trained, wanted.weights)
             results.write_json(draft / "published.json", published_config.to_hyper(config))
     network = source.network | dataclasses.asdict(plain.in_float32(model))
     described = {"network": network, "sampling": source.plan.about} | about
@@ -144,7 +145,7 @@ def _write_weights(config, workdir, draft, wanted: Wanted, left_out: dict) -> tu
 def _no_published_names(config) -> str:
     """Why the published code has no such model, or ""."""
     try:
-        reference.check_config(config.model)
+        published_names.check_config(config.model)
     except UserError as error:
         return str(error)
     return ""
@@ -152,7 +153,7 @@ def _no_published_names(config) -> str:
 
 def _write_artefacts(source: Source, wanted: Wanted) -> list[dict]:
     entries = []
-    memory.release()  # what is left of the parameters
+    memory.clear_jit_caches_and_trim()  # frees the rest of the parameters
     with source.weights() as weights:
         greedy = parity.Greedy.of(source.texts(weights))
         if "stablehlo" in wanted.formats:

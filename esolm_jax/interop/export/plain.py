@@ -1,9 +1,9 @@
 """The folded network under plain names, tensor by tensor: a transformer without adaLN.
 
 Names and layout are those of sampling/engine/network.py: `embedding` [V, D], `blocks.<i>.qkv`
-[D, G, R + 2, K] …, `logits` [D, V]; besides, unless positions are learned, `rope` [K/2]: the
-frequencies of the angles. What every runtime here can compute is listed in this file; another part
-of a model is refused.
+[D, G, R + 2, K] …, `logits` [D, V]. Models without learned positions also have `rope` [K/2], the
+frequencies of the angles. This file lists the parts of a model that every runtime can compute;
+models with other parts are refused.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ _STYLES = {
     "gpt2": {"norm": "layer", "activation": "gelu"},
     "llama": {"norm": "rms", "activation": "swiglu"},
 }
-# What the exported functions follow, or need not know.
+# Fields that the exported functions implement, or that do not change their results.
 _FIELDS = {"vocab_size", "width", "blocks", "heads", "cond_width", "style", "kv_heads", "mlp_width"}
 _FIELDS |= {"attention_width", "norm_eps", "qkv_bias", "qk_norm", "max_positions"}
 _FIELDS |= {"rope_base", "rope_factor", "rope_original_length"}
@@ -100,10 +100,10 @@ def tensors(config: ModelConfig, params: dict) -> Iterator[tuple[str, np.ndarray
 
 
 def _fold_part(one: ModelConfig, params: dict, block: int | None, name: str) -> dict:
-    """The folded parts of a block, or the array of this name outside the blocks; XLA computes
-    nothing but what is returned."""
-    at = block or 0
-    params = params | {"blocks": jax.tree.map(lambda a: a[at : at + 1], params["blocks"])}
+    """The folded arrays of a block, or the array of this name outside the blocks. XLA computes only
+    the returned arrays."""
+    index = block or 0
+    params = params | {"blocks": jax.tree.map(lambda a: a[index : index + 1], params["blocks"])}
 
     def part(params):
         found = _named(_fold(one, params))
@@ -119,7 +119,7 @@ def _fold_part(one: ModelConfig, params: dict, block: int | None, name: str) -> 
 
 
 def to_network(config: ModelConfig, weights: Mapping[str, jax.Array]) -> Network:
-    """The network that `sample` generates with, out of the plain names."""
+    """The network of `sample`, from weights by plain name."""
     params = jax.eval_shape(lambda: model_lib.init(config, prng.key(0)))
     like = jax.eval_shape(lambda p: _fold(in_float32(config), p), params)
     leaves = [weights[name] for name in _named(like)]

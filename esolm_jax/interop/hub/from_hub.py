@@ -23,8 +23,8 @@ from esolm_jax.interop import weight_types
 from esolm_jax.interop.hub import config as hub_config
 from esolm_jax.interop.hub import folder as hub_folder
 from esolm_jax.interop.hub import names as hub_names
-from esolm_jax.interop.published import into_workdir
-from esolm_jax.interop.published.into_workdir import Converted
+from esolm_jax.interop.published import read as published_read
+from esolm_jax.interop.published.read import Converted
 from esolm_jax.interop.shown import shown
 from esolm_jax.model import build, finite
 from esolm_jax.model import transformer as model_lib
@@ -48,7 +48,7 @@ def convert(config, source: str, workdir: pathlib.Path, tokenizer: str) -> Conve
     Raises:
       UserError: the folder, the config and the tokenizer do not fit, or the workdir is not empty.
     """
-    into_workdir.check_empty(workdir)
+    published_read.check_empty(workdir)
     folder = regular_file.expand(source)
     hub, settings = hub_config.read(folder), str(folder / hub_config.FILE)
     _check_config(config, source)
@@ -59,7 +59,7 @@ def convert(config, source: str, workdir: pathlib.Path, tokenizer: str) -> Conve
     found = _tokenizer(folder, tokenizer, hub, ids)
     with config.unlocked():
         config.data.tokenizer, config.data.vocab_size = found.kind, ids
-        config.data.tokenizer_path = into_workdir.saved_tokenizer(found, workdir)
+        config.data.tokenizer_path = published_read.saved_tokenizer(found, workdir)
     model = build.model_config(config, tokenizer_entry(found), "cpu")
     prefix = hub_folder.prefix_of(tensors, model.style)
     parts = hub_names.parts(model, ids, tied=tied, prefix=prefix)
@@ -80,7 +80,7 @@ def convert(config, source: str, workdir: pathlib.Path, tokenizer: str) -> Conve
         _fill(params, tensors, parts, ids, source)
         checkpoints.save_weights(params, meta)
 
-    into_workdir.write(workdir, meta, found, save)
+    published_read.write_workdir(workdir, meta, found, save)
     shapes = jax.tree.leaves(_shapes(model))
     return Converted(0, sum(a.size for a in shapes), "the one set of weights in it")
 

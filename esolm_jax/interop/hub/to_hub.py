@@ -15,7 +15,7 @@ from esolm_jax.interop import safetensors_file
 from esolm_jax.interop.hub import config as hub_config
 from esolm_jax.interop.hub import folder as hub_folder
 from esolm_jax.interop.hub import names as hub_names
-from esolm_jax.interop.published import out_of_workdir
+from esolm_jax.interop.published import write as published_write
 from esolm_jax.training import checkpoint, restore
 
 # (qkv_bias, qk_norm) → model_type, architecture
@@ -42,9 +42,9 @@ def convert(
     """
     results.check_new_folder("--to", target)
     if not target.parent.is_dir():
-        raise UserError(f"--to={target}: there is no folder {target.parent}")
+        raise UserError(f"--to={target}: must be in a folder that exists; create {target.parent}")
     kind = _kind(config)
-    trained = out_of_workdir.load(config, workdir, weights, step)
+    trained = published_write.load(config, workdir, weights, step)
     restore.load_tokenizer(workdir, trained.meta)  # verified before it is copied
     tokenizer = trained.meta["tokenizer"]
     if tokenizer["mask_id"] != tokenizer["vocab_size"]:

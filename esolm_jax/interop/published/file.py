@@ -13,7 +13,7 @@ from typing import Any
 from esolm_jax.errors import UserError
 from esolm_jax.files import regular_file
 from esolm_jax.interop import safetensors_file, weight_types
-from esolm_jax.interop.published import reference
+from esolm_jax.interop.published import names as published_names
 from esolm_jax.interop.shown import shown
 from esolm_jax.interop.torch_file import archive as torch_archive
 from esolm_jax.interop.torch_file.pickle import Object
@@ -152,7 +152,7 @@ def _backbone(file: pathlib.Path, tensors: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(name, str):
             raise UserError(f"{file}: its state_dict has a key {shown(name)}: must be a string")
         bare = _PREFIX.sub("", name, count=1) if _PREFIX.match(name) else name
-        if bare in reference.CONSTANTS or _NO_WEIGHTS.match(bare):
+        if bare in published_names.CONSTANTS or _NO_WEIGHTS.match(bare):
             continue
         if not hasattr(tensor, "__array__"):
             raise UserError(

@@ -188,7 +188,7 @@ def as_tokens(token, position, rank, in_context) -> Tokens:
     return Tokens(token, position, rank, jnp.asarray(in_context, bool))
 
 
-class Reference:
+class PublishedModel:
     """A model with published weights.
 
     Attributes:
@@ -229,11 +229,11 @@ class Reference:
 
 def load(
     weights: Mapping[str, np.ndarray], num_heads: int, mask_id: int | None = None
-) -> Reference:
+) -> PublishedModel:
     """A model from published parameter names, with or without the prefix `backbone.`; mask_id: by
     default the last id (103 in the runs on bert-base-uncased)."""
     weights = {name.removeprefix("backbone."): array for name, array in weights.items()}
     if "vocab_embed.embedding" not in weights:
         raise UserError("missing tensors: vocab_embed.embedding (is this an Eso-LM checkpoint?)")
     config = model_config(weights, num_heads)
-    return Reference(config, to_params(weights, config), mask_id)
+    return PublishedModel(config, to_params(weights, config), mask_id)

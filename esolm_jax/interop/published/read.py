@@ -16,15 +16,9 @@ from esolm_jax.data.manifest import tokenizer_entry
 from esolm_jax.data.render import num_ids
 from esolm_jax.errors import UserError
 from esolm_jax.files import workdir_lock
-from esolm_jax.interop.published import (
-    config as published_config,
-)
-from esolm_jax.interop.published import (
-    file as published_file,
-)
-from esolm_jax.interop.published import (
-    reference,
-)
+from esolm_jax.interop.published import config as published_config
+from esolm_jax.interop.published import file as published_file
+from esolm_jax.interop.published import names as published_names
 from esolm_jax.model import build
 from esolm_jax.process import prng
 from esolm_jax.training import checkpoint, optimizer, train_step
@@ -56,7 +50,7 @@ def convert(config, source: str, workdir: pathlib.Path, tokenizer: str, weights:
       UserError: the file, the config and the tokenizer do not fit, or the workdir is not empty.
     """
     check_empty(workdir)
-    reference.check_config(config.model)
+    published_names.check_config(config.model)
     published = published_file.read(source)
     published_config.check(config, published)
     found = _tokenizer(config, tokenizer)
@@ -78,7 +72,7 @@ def convert(config, source: str, workdir: pathlib.Path, tokenizer: str, weights:
         "prng": prng.IMPL,
         "converted": {"file": published.path.name, "weights": words},
     }
-    write(workdir, meta, found, lambda checkpoints, _: checkpoints.save(state, meta))
+    write_workdir(workdir, meta, found, lambda checkpoints, _: checkpoints.save(state, meta))
     return Converted(step, sum(a.size for a in jax.tree.leaves(raw)), words)
 
 
@@ -131,7 +125,7 @@ def _check_sizes(config, published: published_file.Published) -> None:
         raise UserError(
             f"{published.path}: vocab_embed.embedding: shape {table.shape} here, (V, D) in a model"
         )
-    sizes = reference.model_config(published.raw, config.model.heads)
+    sizes = published_names.model_config(published.raw, config.model.heads)
     for name in ("width", "blocks", "cond_width"):
         if config.model[name] != getattr(sizes, name):
             raise UserError(
@@ -146,16 +140,16 @@ def _sets(published: published_file.Published, model, weights: str) -> tuple[dic
     if weights == "ema" and published.shadow is None:
         raise UserError(f"--weights=ema: {where} has no EMA, but one set of weights")
     if published.shadow is None:
-        raw = reference.to_params(published.raw, model, where)
+        raw = published_names.to_params(published.raw, model, where)
         which = (published.ours or {}).get("weights")
         return raw, raw, f"the one set of weights in it{f' ({which})' if which else ''}"
     if weights == "raw":
-        raw = reference.to_params(published.raw, model, where)
+        raw = published_names.to_params(published.raw, model, where)
         return raw, raw, "the raw weights, not the EMA"
-    ema = reference.to_params(published.ema(), model, f"{where}, EMA")
+    ema = published_names.to_params(published.ema(), model, f"{where}, EMA")
     if weights == "ema":
         return ema, ema, "the EMA, not the raw weights"
-    raw = reference.to_params(published.raw, model, where)
+    raw = published_names.to_params(published.raw, model, where)
     same = jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), raw, ema))
     return raw, ema, "raw weights and EMA" + (", which are the same in it" if same else "")
 
@@ -169,7 +163,7 @@ def saved_tokenizer(tokenizer, workdir: pathlib.Path) -> str:
     return str(folder / tokenizer_lib.MODEL_FILE if is_file else folder)
 
 
-def write(
+def write_workdir(
     workdir: pathlib.Path,
     meta: dict,
     tokenizer,
