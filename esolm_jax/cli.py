@@ -57,19 +57,19 @@ def _flag_value(argv: list[str], name: str) -> str | None:
 
 def _define_flags(argv: list[str], verb: str, needs_workdir: bool, find_config) -> None:
     workdir, config = _flag_value(argv, "workdir"), _flag_value(argv, "config")
-    flags.DEFINE_string("workdir", None, "Where the run keeps its data, checkpoints and results.")
+    flags.DEFINE_string("workdir", None, "Folder of the run: data, checkpoints, results.")
     if any(re.match(r"--?help", arg) for arg in argv):
         return
     if needs_workdir and not workdir:
         raise UserError(f"--workdir is missing: python -m esolm_jax.{verb} --workdir=DIR …")
     if workdir and "://" in workdir:
         raise UserError(
-            f"--workdir={workdir}: must be a folder; mount the bucket (Cloud Storage FUSE) and "
-            "name the folder under which all hosts see it"
+            f"--workdir={workdir}: must be a folder, not a URL; mount the bucket (Cloud Storage "
+            "FUSE) at the same path on all hosts, and give that path"
         )
     workdir = pathlib.Path(workdir or ".").expanduser()
     if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"--workdir={workdir}: is a file; it must be a folder, or not there yet")
+        raise UserError(f"--workdir={workdir}: must be a folder or a new path, not a file")
     default = find_config(workdir)
     if not config and default is None:
         raise UserError(f"--config is missing: python -m esolm_jax.{verb} --config=configs/….py …")
@@ -209,7 +209,7 @@ def run(
             file = _flag_value(argv, "config")
             raise UserError(f"--config={file}: {type(error).__name__}: {what}") from error
         if len(rest) > 1:
-            raise UserError(f"{rest[1]!r}: not a flag; write --name=value")
+            raise UserError(f"{rest[1]!r}: must be a flag; write --name=value")
         return rest
 
     def body(argv):
@@ -220,8 +220,8 @@ def run(
         if several and not others_wait:
             verb = pathlib.Path(sys.argv[0]).stem
             raise UserError(
-                f"{verb} runs in one process, but {several} announces several; start it without "
-                "the launcher"
+                f"{verb}: must run in one process, but {several} announces several; start it "
+                "without the launcher"
             )
         with distributed.guard():
             if several or not one_process:

@@ -32,9 +32,9 @@ GIB = 2.0**30
 
 def define_flags() -> None:
     flags.DEFINE_string("topology", None, "The pod, such as v5e:16x16.")
-    flags.DEFINE_integer("num_slices", 1, "How many of them, joined by a slow network.", 1)
+    flags.DEFINE_integer("num_slices", 1, "Number of pods, joined by a slow network.", 1)
     flags.DEFINE_enum("program", "train", ("train", *programs.OTHERS), "What to compile.")
-    flags.DEFINE_string("out", None, "Where to write the JSON; default compile.json.")
+    flags.DEFINE_string("out", None, "The JSON file to write; default compile.json.")
     flags.DEFINE_bool("sweep", False, "Try meshes and remat policies, and print a table.")
 
 
@@ -123,14 +123,14 @@ def show(figures: dict) -> None:
     print(f"\nHBM of one chip, GiB of {hbm['available'] / GIB:.2f}:")
     for part in ("parameters", "ema", "optimizer", "activations", "temporaries"):
         print(f"  {part:<16}{hbm[part] / GIB:8.2f}")
-    print(f"  {'in all':<16}{hbm['total'] / GIB:8.2f}  {'fits' if hbm['fits'] else 'TOO MUCH'}")
+    print(f"  {'total':<16}{hbm['total'] / GIB:8.2f}  {'fits' if hbm['fits'] else 'TOO MUCH'}")
     flops = figures["flops"]
     print("\nTFLOPs of a step on one chip (compiled, necessary):")
     for kind in flops["necessary_by_kind"]:
         compiled = flops["by_kind"].get(kind, 0)
         print(f"  {kind:<16}{compiled / 1e12:8.3f}{flops['necessary_by_kind'][kind] / 1e12:10.3f}")
     print(
-        f"  {'in all':<16}{flops['compiled'] / 1e12:8.3f}{flops['necessary'] / 1e12:10.3f}  "
+        f"  {'total':<16}{flops['compiled'] / 1e12:8.3f}{flops['necessary'] / 1e12:10.3f}  "
         f"ratio {flops['ratio']:.3f}"
     )
     sent = figures["collectives"]
@@ -202,7 +202,7 @@ def main(config, workdir: pathlib.Path | None) -> None:
     del workdir
     f = flags.FLAGS
     if not f.topology:
-        raise UserError(f"--topology is missing; known are {topology.listed()}")
+        raise UserError(f"--topology is missing: must be one of {topology.listed()}")
     config_lib.validate(config)
     jax.config.update("jax_platforms", "cpu")  # the TPU's compiler is here, but no TPU
     out = pathlib.Path(f.out or "compile.json")

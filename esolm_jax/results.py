@@ -59,19 +59,20 @@ def check_can_write(*paths: pathlib.Path) -> None:
     """UserError unless these files can be written: before the work whose result they are."""
     for path in paths:
         if path.is_dir():
-            raise UserError(f"{path}: is a folder; a file of results is to be written there")
+            raise UserError(
+                f"{path}: must be a file, not a folder, because results are written to it"
+            )
         if not os.access(path.parent, os.W_OK):
-            raise UserError(f"{path}: cannot be written: {path.parent} is read-only, or not there")
+            raise UserError(f"{path}: cannot be written: {path.parent} is read-only or missing")
 
 
 def check_new_folder(flag: str, folder: pathlib.Path) -> None:
     """UserError unless there is no such folder, or nothing in it."""
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{flag}={folder}: is a file; it must be a new or empty folder")
+        raise UserError(f"{flag}={folder}: must be a new or empty folder, not a file")
     if folder.exists() and (there := sorted(path.name for path in folder.iterdir())):
         raise UserError(
-            f"{flag}={folder}: is not empty ({', '.join(there[:5])}); it must be a new or empty "
-            "folder"
+            f"{flag}={folder}: must be a new or empty folder, but holds {', '.join(there[:5])}"
         )
 
 

@@ -100,7 +100,7 @@ class Run:
             raise UserError(f"config.init_from={source!r}: {error}") from error
         weights, found = checkpoint.read_weights(workdir, "ema", like_of, step)
         finite.check_finite(weights, f"config.init_from={source!r}: {found.folder}")
-        print(f"weights from {workdir} at step {found.number:,}; all else starts afresh")
+        print(f"initial weights: {workdir} at step {found.number:,}; the optimizer state is new")
         return weights
 
     def check_health(self, state: TrainState, checkpoints, step: int) -> int:
@@ -167,7 +167,7 @@ def _train(run: Run, checkpoints, state: TrainState, cursor: int) -> int | None:
     )
     stop = distributed.StopSignal()
     if first < t.steps:
-        metrics.say("compiling the training step (the first step takes as long as that)")
+        metrics.say("compiling the training step (part of the time of the first step)")
     with contextlib.closing(reader), contextlib.closing(metrics):
         for step in range(first + 1, t.steps + 1):
             state, values = step_fn(state, sharding.put_batch(next(reader), mesh, t.batch_size))
@@ -196,7 +196,7 @@ def _train(run: Run, checkpoints, state: TrainState, cursor: int) -> int | None:
                 checkpoints.save(state, meta, nelbo=nelbo)
                 metrics.pause()
             if stopped_by and step < t.steps:
-                metrics.say(f"stopped at step {step}; run the same command again to go on")
+                metrics.say(f"stopped at step {step}; run the same command again to continue")
                 return stopped_by
         if first < t.steps and skipped:
             metrics.say(f"skipped steps (not finite): {skipped:,}")

@@ -47,15 +47,15 @@ KNOWN = {
 
 
 def parse(topology: str) -> tuple[Chip, str]:
-    """The chip of a topology such as "v5e:16x16", and the name as libtpu wants it.
+    """The chip of a topology such as "v5e:16x16", and its name in libtpu.
 
     Raises:
-      UserError: an unknown one; the message lists those that are known.
+      UserError: an unknown topology; the message lists the known ones.
     """
     known = [f"{chip}:{shape}" for chip, shapes in KNOWN.items() for shape in shapes]
     if topology not in known:
         raise UserError(
-            f"--topology={topology}: not known{nearest(topology, known)}. Known are {listed()}"
+            f"--topology={topology}: must be one of {listed()}{nearest(topology, known)}"
         )
     return CHIPS[topology.split(":")[0]], topology
 
@@ -84,7 +84,7 @@ def devices(topology: str, num_slices: int = 1) -> list:
         import libtpu  # noqa: F401
     except ImportError as error:
         raise UserError(
-            "the TPU compiler is not installed: pip install 'esolm_jax[tpu]' (libtpu)"
+            "--topology: needs the TPU compiler (libtpu): pip install 'esolm_jax[tpu]'"
         ) from error
     from jax.experimental import topologies
 

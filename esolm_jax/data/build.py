@@ -43,8 +43,8 @@ def prepare(config: Any, directory: str | Path, *, progress: bool = True) -> Man
         return _already_prepared(config, directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(
-            f"config.data.dir: {directory} is not empty and holds no {MANIFEST_FILE}; choose "
-            "another directory"
+            f"config.data.dir={directory}: must be empty or hold {MANIFEST_FILE}; choose another "
+            "folder"
         )
     with _partial(directory) as partial:
         if progress:
@@ -59,7 +59,7 @@ def prepare(config: Any, directory: str | Path, *, progress: bool = True) -> Man
         }
         for path, state in sources.file_states(config).items():
             if states.get(path) != state:
-                raise UserError(f"{path}: changed while it was read; prepare again")
+                raise UserError(f"{path}: changed during the read; prepare again")
         manifest = Manifest(
             directory=partial,
             source=config.data.source,
@@ -72,7 +72,7 @@ def prepare(config: Any, directory: str | Path, *, progress: bool = True) -> Man
             splits=splits,
         )
         write_manifest(manifest)
-        os.rename(partial, directory)  # fails if somebody filled `directory` in the meantime
+        os.rename(partial, directory)  # fails if another process has filled `directory`
     return load_manifest(directory)
 
 
@@ -82,19 +82,19 @@ def check_config(config: Any) -> None:
     for name, allowed in (("packing", windows.PACKINGS), ("tokenizer", KINDS)):
         if data[name] not in allowed:
             raise UserError(
-                f"config.data.{name}={data[name]!r}: allowed are {', '.join(allowed)}"
+                f"config.data.{name}={data[name]!r}: must be one of {', '.join(allowed)}"
                 f"{nearest(str(data[name]), allowed)}"
             )
     if data.seq_len < 1:
         raise UserError(f"config.data.seq_len={data.seq_len}: must be at least 1")
     if sources.get(config).given and not 0 < data.holdout < 0.5:
-        raise UserError(f"config.data.holdout={data.holdout}: must lie in (0, 0.5)")
+        raise UserError(f"config.data.holdout={data.holdout}: must be in (0, 0.5)")
 
 
 def _already_prepared(config: Any, directory: Path) -> Manifest:
     manifest = load_manifest(directory)
     compare(manifest, content_fields(config))
-    advice = "choose another config.data.dir, or delete that one"
+    advice = "choose another config.data.dir, or delete that folder"
     source_hash = sources.source_hash(config)
     if manifest.source_hash != source_hash:
         raise UserError(

@@ -83,7 +83,7 @@ def read(directory: str | Path) -> HubTokenizer:
     path = Path(directory).expanduser()
     if not is_here(path):
         raise UserError(
-            f"{path}: holds no tokenizer that `convert` carried over ({FILE} and {IDS_FILE})"
+            f"{path}: must hold a tokenizer written by `convert` ({FILE} and {IDS_FILE})"
         )
     ids = regular_file.read_json(path / IDS_FILE, regular_file.MB)
     if not isinstance(ids, dict) or not all(type(ids.get(name)) is int for name in _IDS):

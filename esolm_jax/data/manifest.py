@@ -57,7 +57,8 @@ class Manifest:
         """The entry of one split. Raises UserError if there is no such split."""
         if name not in self.splits:
             raise UserError(
-                f"split {name!r}: allowed are {', '.join(self.splits)}{nearest(name, self.splits)}"
+                f"split {name!r}: must be one of "
+                f"{', '.join(self.splits)}{nearest(name, self.splits)}"
             )
         return self.splits[name]
 
@@ -132,14 +133,14 @@ def load_manifest(directory: str | Path) -> Manifest:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"{directory}: no prepared data here; run `python -m esolm_jax.prepare` first, or "
-            "set config.data.dir to where they lie"
+            "set config.data.dir to their folder"
         ) from error
     except (OSError, ValueError, RecursionError) as error:
         what = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
         raise UserError(f"{path}: cannot be read: {what}") from error
     version = entries.get("version") if isinstance(entries, dict) else None
     if version != VERSION:
-        raise UserError(f"{path}: version {version!r:.40}, but {VERSION} is wanted; prepare again")
+        raise UserError(f"{path}: version={version!r:.40}: must be {VERSION}; prepare again")
     _check_entries(entries, path)
     try:
         manifest = Manifest(directory=directory, **entries)
@@ -185,13 +186,13 @@ def compare(manifest: Manifest, wanted: dict[str, Any]) -> None:
         prepared = manifest.data.get(name)
         if prepared != value:
             raise UserError(
-                f"{manifest.directory} was prepared with config.data.{name}={prepared!r}, but "
-                f"{value!r} is wanted: choose another config.data.dir, or delete that one"
+                f"config.data.{name}={value!r}: must be {prepared!r}, because {manifest.directory} "
+                "was prepared with it; choose another config.data.dir, or delete that folder"
             )
 
 
 def data_dir(config, workdir: Path) -> Path:
-    """Where the prepared data of a run lie."""
+    """The folder of the prepared data of a run."""
     return Path(config.data.dir).expanduser() if config.data.dir else workdir / "data"
 
 

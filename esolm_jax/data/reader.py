@@ -106,7 +106,7 @@ class TrainReader:
         rows = _check_rows(batch_size, rows)
         for name, value in (("seed", seed), ("workers", workers), ("cursor", cursor)):
             if value < 0:
-                raise UserError(f"{name}={value}: must not be negative")
+                raise UserError(f"{name}={value}: must be at least 0")
         # Grain's epoch e is shuffled with seed + e: spread the seeds, or neighbours share epochs.
         spread = int(np.random.SeedSequence(seed).generate_state(1)[0])
         examples = (
@@ -237,7 +237,7 @@ def _reading(manifest: Manifest, split: str) -> Iterator[None]:
 def _check_rows(batch_size: int, rows: Sequence[int] | None) -> list[int]:
     """The rows to read, all of them for None."""
     if batch_size < 1:
-        raise UserError(f"batch_size={batch_size}: must be positive")
+        raise UserError(f"batch_size={batch_size}: must be at least 1")
     if rows is None:
         return list(range(batch_size))
     rows = list(rows)

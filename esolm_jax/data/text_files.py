@@ -154,13 +154,15 @@ def to_text(value: Any, where: str) -> str:
             return value.decode("utf-8")
     except UnicodeError as error:
         raise UserError(f"{where}: not valid Unicode: {error}") from error
-    raise UserError(f"{where}: text is wanted, got {type(value).__name__}")
+    raise UserError(f"{where}: must be text, not {type(value).__name__}")
 
 
 def _given(config: Any) -> dict[str, str]:
     given = named_splits(config)
     if not given["train"]:
-        raise UserError("config.data.train='': the source 'text' needs files to train on")
+        raise UserError(
+            "config.data.train='': must name files, because config.data.source is 'text'"
+        )
     return given
 
 

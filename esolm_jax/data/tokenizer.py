@@ -69,7 +69,7 @@ class SentencePiece(Decodes):
         self.bos_id, self.eos_id = self._model.bos_id(), self._model.eos_id()
         for name, value in (("BOS", self.bos_id), ("EOS", self.eos_id)):
             if value < 0:
-                raise UserError(f"{where}: the model has no {name} token, and one is needed")
+                raise UserError(f"{where}: must have a {name} token")
         # Padding is only filler, never seen by the loss, so EOS can stand in for it.
         self.pad_id = self._model.pad_id() if self._model.pad_id() >= 0 else self.eos_id
         # The sign U+2581 itself would come back as a space, so it is spelled in bytes.
@@ -143,7 +143,7 @@ def from_config(config: Any, train_documents: Callable[[], Iterable[str]]) -> To
         return _published(data)
     if data.tokenizer != "sentencepiece":
         raise UserError(
-            f"config.data.tokenizer={data.tokenizer!r}: allowed are {', '.join(KINDS)}"
+            f"config.data.tokenizer={data.tokenizer!r}: must be one of {', '.join(KINDS)}"
             f"{nearest(data.tokenizer, KINDS)}"
         )
     if not data.tokenizer_path:
@@ -161,7 +161,7 @@ def _published(data: Any) -> WordPieces | HubTokenizer:
         return hub_tokenizer.read(data.tokenizer_path)
     tokenizer = wordpieces.read(data.tokenizer_path)
     if tokenizer.kind != data.tokenizer:
-        raise UserError(f"{where}: holds a {tokenizer.kind} tokenizer, not {data.tokenizer}")
+        raise UserError(f"{where}: must hold a {data.tokenizer} tokenizer, not {tokenizer.kind}")
     return tokenizer
 
 

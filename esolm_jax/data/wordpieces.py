@@ -53,7 +53,7 @@ class WordPieces(ByTokenizers):
         if missing := [name for name in _NEEDED[self.kind] if name not in vocab]:
             raise UserError(f"a {self.kind} tokenizer without {', '.join(missing)}")
         if self.kind == "gpt2" and sum(len(token) == 1 for token in vocab) < _BYTES:
-            raise UserError("a gpt2 tokenizer that has not all 256 bytes")
+            raise UserError("a gpt2 tokenizer must have tokens of all 256 bytes")
 
     def save(self, directory: str | Path) -> None:
         Path(directory, FILE).write_text(self._tokenizer.to_str(), encoding="utf-8")
@@ -127,7 +127,7 @@ def _pairs(merges: Any) -> list[tuple[str, str]]:
         isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair)
         for pair in merges
     ):
-        raise UserError("damaged: its merges are not all pairs of tokens")
+        raise UserError("damaged: its merges must be pairs of tokens")
     return [tuple(pair) for pair in merges]
 
 

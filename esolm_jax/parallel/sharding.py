@@ -62,23 +62,23 @@ PARAMETERS = {
 
 
 def mesh_shape(mesh_config, num_devices: int) -> dict[str, int]:
-    """Axis sizes of config.mesh over `num_devices`; one axis may be -1: whatever is left.
+    """Axis sizes of config.mesh over `num_devices`; one axis may be -1: the rest of the devices.
 
     Raises:
       UserError: they do not multiply to the devices.
     """
     sizes = {axis: mesh_config[axis] for axis in AXES}
-    said = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+    sizes_text = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) > 1:
-        raise UserError(f"config.mesh ({said}): only one axis may be -1")
+        raise UserError(f"config.mesh ({sizes_text}): must have at most one axis of -1")
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if free and num_devices % fixed == 0:
         sizes[free[0]] = num_devices // fixed
     elif fixed != num_devices:
-        misfit = "which does not divide" if free else "but there are"
+        must = "must multiply to a divisor of" if free else "must multiply to"
         raise UserError(
-            f"config.mesh ({said}): multiplies to {fixed}, {misfit} {num_devices} devices"
+            f"config.mesh ({sizes_text}): {must} the {num_devices} devices, not to {fixed}"
         )
     return sizes
 
@@ -93,7 +93,8 @@ def make_mesh(mesh_config, devices: Sequence | None = None) -> Mesh:
         devices = jax.devices()
         if mesh_config.devices > len(devices):
             raise UserError(
-                f"config.mesh.devices={mesh_config.devices}: only {len(devices)} are there"
+                f"config.mesh.devices={mesh_config.devices}: must be at most {len(devices)}, the "
+                "number of devices"
             )
         devices = devices[: mesh_config.devices or None]
     shape = mesh_shape(mesh_config, len(devices))

@@ -10,19 +10,19 @@ from esolm_jax.model import build
 from esolm_jax.model.finite import check_finite
 from esolm_jax.training import checkpoint
 
-# What weights were trained with, and can be used with alone.
+# Weights can be used only with the values of these fields that they were trained with.
 MODEL_FIELDS = config_lib.names_with("fixes_weights")
 
 
 def check_same_fields(config, meta: dict, is_fixed, advice: str = "another --workdir") -> None:
     """UserError if a field for which `is_fixed(name)` differs from the checkpoint's config; the
-    message advises to use the same or what `advice` says."""
+    message advises to use the saved value or `advice`."""
     saved = config_lib.flat(checkpoint.config_in(meta))
     for name, value in config_lib.flat(config).items():
         if is_fixed(name) and saved[name] != value:
             raise UserError(
-                f"config.{name}={value!r}: the checkpoint was trained with {saved[name]!r}; "
-                f"use that, or {advice}"
+                f"config.{name}={value!r}: must be {saved[name]!r}, as in the checkpoint; "
+                f"use that value, or {advice}"
             )
 
 
@@ -48,9 +48,7 @@ def load_tokenizer(workdir: pathlib.Path, meta: dict):
 def check_tokenizer(tokenizer, workdir: pathlib.Path, meta: dict) -> None:
     """UserError if the tokenizer in a workdir differs from the one in the checkpoint's meta."""
     if tokenizer.fingerprint != meta["tokenizer"]["fingerprint"]:
-        raise UserError(
-            f"{workdir / 'tokenizer'}: not the tokenizer that the checkpoint was trained on"
-        )
+        raise UserError(f"{workdir / 'tokenizer'}: must be the tokenizer of the checkpoint")
 
 
 @dataclasses.dataclass(frozen=True)

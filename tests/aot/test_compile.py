@@ -80,7 +80,7 @@ def test_unknown_pod_lists_the_known():
     with pytest.raises(UserError) as error:
         topology.parse("v5e:16x17")
     message = str(error.value)
-    assert message.startswith("--topology=v5e:16x17: not known")
+    assert message.startswith("--topology=v5e:16x17: must be one of")
     assert "v5e:16x16" in message and "v5p" in message
 
 

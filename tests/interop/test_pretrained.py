@@ -341,7 +341,7 @@ def test_other_misfits_are_told(refused, converted, tmp_path):
         args=["--config.model.max_positions=16"],
     )
     refused(llama, "the bytes tokenizer has 259 ids", args=["--tokenizer=bytes"])
-    refused(llama, "is not empty (checkpoints", workdir=converted["llama"])
+    refused(llama, "but holds checkpoints", workdir=converted["llama"])
 
 
 # And back.
@@ -379,7 +379,7 @@ def test_what_cannot_go_out_is_told(converted, tmp_path, capsys):
     told(converted["gpt2"], f"{tmp_path}/out/", "config.model.style='gpt2': must be 'llama'")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    told(converted["llama"], tmp_path / "full", "is not empty")
+    told(converted["llama"], tmp_path / "full", "must be a new or empty folder")
     told(converted["llama"], f"{tmp_path}/no/where/", "must be in a folder that exists")
 
 
@@ -439,7 +439,7 @@ def test_run_starts_with_the_weights(converted, prepared):
 @pytest.mark.parametrize(
     ("field", "value", "told"),
     [
-        ("model.norm_eps", 1e-5, "config.model.norm_eps=1e-05: the checkpoint was trained with"),
+        ("model.norm_eps", 1e-5, "config.model.norm_eps=1e-05: must be"),
         ("model.qk_norm", True, "config.model.qk_norm=True"),
         ("init_from", "nowhere", "config.init_from='nowhere'"),
     ],

@@ -448,7 +448,7 @@ def test_init_from_a_step(run, trained, tmp_path, capsys):
         more = [f"--config.data.dir={folder / 'data'}", "--config.train.steps=1"]
         workdir = f"--workdir={tmp_path / step}"
         assert tiny_run.command("train", workdir, *trained[1], *more, source) == 0
-        assert f"weights from {folder} at step {found}" in capsys.readouterr().out
+        assert f"initial weights: {folder} at step {found}" in capsys.readouterr().out
     flip(files_of(folder, 4, "ema")[-1])
     source = f"--config.init_from={folder}@4"
     assert tiny_run.command("train", f"--workdir={tmp_path / 'c'}", *trained[1], *more, source) == 2

@@ -55,7 +55,7 @@ class Wanted:
         why = {part: reason for part, reason in why.items() if reason}
         for part in self.parts:
             if part in why:
-                raise UserError(f"--parts={part}: can't be exported: {why[part]}")
+                raise UserError(f"--parts={part}: cannot be exported: {why[part]}")
         unasked = set(PARTS).difference(self.parts or PARTS)
         return why | dict.fromkeys(sorted(unasked - why.keys()), "not asked for")
 

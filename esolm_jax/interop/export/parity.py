@@ -173,9 +173,9 @@ def require(file: str, found: dict, tolerance: float) -> dict:
     error = found.get("max_logit_error", 0.0)
     if not error <= tolerance:
         raise UserError(
-            f"{file}: a logit is {error:.1e} off the trained model's, allowed is {tolerance:g}; "
-            "nothing was exported"
+            f"{file}: the largest error of a logit is {error:.1e}; must be at most "
+            f"{tolerance:g} (--tolerance); nothing was exported"
         )
     if not found.get("greedy_identical", True):
-        raise UserError(f"{file}: greedy samples differ from ours; nothing was exported")
+        raise UserError(f"{file}: greedy texts differ from those of `sample`; nothing was exported")
     return found

@@ -47,12 +47,12 @@ def check(config: ModelConfig) -> None:
         value = getattr(config, field.name)
         if field.name not in _FIELDS and value != field.default:
             raise UserError(
-                f"config.model.{field.name}={value!r}: can't be exported yet; must be "
+                f"config.model.{field.name}={value!r}: cannot be exported yet; must be "
                 f"{field.default!r}"
             )
     if config.style not in _STYLES:
         raise UserError(
-            f"config.model.style={config.style!r}: can't be exported yet; must be one of "
+            f"config.model.style={config.style!r}: cannot be exported yet; must be one of "
             f"{', '.join(_STYLES)}"
         )
 
@@ -67,7 +67,7 @@ def _fold(config: ModelConfig, params: dict) -> Network:
     found = set(_named(network))
     of_block = {f"blocks.{i}.{part}" for i in range(config.blocks) for part in PARTS}
     if unknown := found - _OUTSIDE - of_block:
-        raise UserError(f"parts of the model that can't be exported yet: {', '.join(unknown)}")
+        raise UserError(f"parts of the model that cannot be exported yet: {', '.join(unknown)}")
     return network
 
 

@@ -121,7 +121,9 @@ def special_ids(hub: dict[str, Any], where: str) -> dict[str, int]:
             raise UserError(f"{where}: {name}={shown(value)}: must be a token id")
         found[name.removesuffix("_token_id")] = None if value == -1 else value
     if found["eos"] is None:
-        raise UserError(f"{where}: eos_token_id is missing: documents are joined by that token")
+        raise UserError(
+            f"{where}: eos_token_id is missing; it must be there, because it joins documents"
+        )
     return {name: found["eos"] if i is None else i for name, i in found.items()}
 
 

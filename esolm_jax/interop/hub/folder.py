@@ -62,7 +62,9 @@ def _of_shards(folder: pathlib.Path) -> dict[str, Tensor]:
             found[key] = tensor
     if lost := sorted(files.keys() - found.keys()):
         listed = ", ".join(shown(name) for name in lost[:8])
-        raise UserError(f"--from={folder}: {INDEX} names tensors that no shard holds: {listed}")
+        raise UserError(
+            f"--from={folder}: tensors of {INDEX} are missing from all shards: {listed}"
+        )
     return found
 
 
@@ -71,7 +73,9 @@ def check_blocks(names: Iterable[str], blocks: int, where: str) -> None:
     the names of the model's tensors afterwards."""
     numbers = {match[1] for name in names if (match := _BLOCK.match(name))}
     if blocks > 2 * len(numbers) + 100:
-        raise UserError(f"{where}: has {blocks:,} blocks; its files have tensors of {len(numbers)}")
+        raise UserError(
+            f"{where}: has {blocks:,} blocks, but the files hold tensors of {len(numbers)}"
+        )
 
 
 def prefix_of(names: Iterable[str], style: str) -> str:

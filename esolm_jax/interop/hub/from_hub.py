@@ -82,7 +82,7 @@ def convert(config, source: str, workdir: pathlib.Path, tokenizer: str) -> Conve
 
     published_read.write_workdir(workdir, meta, found, save)
     shapes = jax.tree.leaves(_shapes(model))
-    return Converted(0, sum(a.size for a in shapes), "the one set of weights in it")
+    return Converted(0, sum(a.size for a in shapes), "its one set of weights")
 
 
 def _check_config(config, source: str) -> None:
@@ -91,7 +91,7 @@ def _check_config(config, source: str) -> None:
     for name in restore.MODEL_FIELDS:
         if ours[name] != theirs[name]:
             raise UserError(
-                f"config.{name}={ours[name]!r}: the model in {source} has {theirs[name]!r}"
+                f"config.{name}={ours[name]!r}: must be {theirs[name]!r}, as in {source}"
             )
 
 

@@ -49,8 +49,8 @@ def convert(
     tokenizer = trained.meta["tokenizer"]
     if tokenizer["mask_id"] != tokenizer["vocab_size"]:
         raise UserError(
-            f"--to={target}: the mask token (id {tokenizer['mask_id']}) is not the last id, so it "
-            "cannot be left out"
+            f"--to={target}: cannot be written, because the mask token (id {tokenizer['mask_id']}) "
+            "is not the last id"
         )
     ids = tokenizer["vocab_size"]
     parts = hub_names.parts(trained.built.model, ids, tied=False, prefix="model.")
@@ -76,11 +76,14 @@ def _kind(config) -> tuple[str, str]:
     for name, (value, wanted) in allowed.items():
         if value != wanted:
             raise UserError(
-                f"config.{name}={value!r}: must be {wanted!r} in a model for --to=FOLDER/; "
-                "--to=FILE.safetensors takes those of style 'dit'"
+                f"config.{name}={value!r}: must be {wanted!r} with --to=FOLDER/; use "
+                "--to=FILE.safetensors for a model of style 'dit'"
             )
     if (model.qkv_bias, model.qk_norm) not in _KINDS:
-        raise UserError("config.model.qkv_bias, qk_norm: no model of the hub has both")
+        raise UserError(
+            "config.model.qk_norm=True: must be False with model.qkv_bias, because no model of "
+            "the hub has both"
+        )
     return _KINDS[model.qkv_bias, model.qk_norm]
 
 

@@ -65,7 +65,7 @@ def model_config(weights: Mapping[str, np.ndarray], num_heads: int) -> model_lib
 
 
 def check_config(model) -> None:
-    """UserError if the published code has no such model; `model` is config.model."""
+    """UserError if the published code does not support the model; `model` is config.model."""
     allowed = {
         "style": ("dit",),
         "kv_heads": (0, model.heads),

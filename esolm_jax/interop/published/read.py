@@ -81,8 +81,8 @@ def check_empty(workdir: pathlib.Path) -> None:
     there = [path.name for path in workdir.iterdir()] if workdir.exists() else []
     if others := sorted(n for n in there if n != "data" and not workdir_lock.is_file_of_lock(n)):
         raise UserError(
-            f"--workdir={workdir}: is not empty ({', '.join(others[:5])}); it must be new, or "
-            "hold nothing but data/"
+            f"--workdir={workdir}: must be new, empty or hold only data/, but holds "
+            f"{', '.join(others[:5])}"
         )
 
 
@@ -129,8 +129,8 @@ def _check_sizes(config, published: published_file.Published) -> None:
     for name in ("width", "blocks", "cond_width"):
         if config.model[name] != getattr(sizes, name):
             raise UserError(
-                f"config.model.{name}={config.model[name]}: the tensors of {published.path} have "
-                f"{getattr(sizes, name)}"
+                f"config.model.{name}={config.model[name]}: must be {getattr(sizes, name)}, as in "
+                f"the tensors of {published.path}"
             )
 
 
@@ -138,11 +138,11 @@ def _sets(published: published_file.Published, model, weights: str) -> tuple[dic
     """params, ema, and a description of their source in the file."""
     where = str(published.path)
     if weights == "ema" and published.shadow is None:
-        raise UserError(f"--weights=ema: {where} has no EMA, but one set of weights")
+        raise UserError(f"--weights=ema: must be left out, because {where} has one set of weights")
     if published.shadow is None:
         raw = published_names.to_params(published.raw, model, where)
         which = (published.ours or {}).get("weights")
-        return raw, raw, f"the one set of weights in it{f' ({which})' if which else ''}"
+        return raw, raw, f"its one set of weights{f' ({which})' if which else ''}"
     if weights == "raw":
         raw = published_names.to_params(published.raw, model, where)
         return raw, raw, "the raw weights, not the EMA"
@@ -151,7 +151,7 @@ def _sets(published: published_file.Published, model, weights: str) -> tuple[dic
         return ema, ema, "the EMA, not the raw weights"
     raw = published_names.to_params(published.raw, model, where)
     same = jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), raw, ema))
-    return raw, ema, "raw weights and EMA" + (", which are the same in it" if same else "")
+    return raw, ema, "raw weights and EMA" + (" (identical)" if same else "")
 
 
 def saved_tokenizer(tokenizer, workdir: pathlib.Path) -> str:
@@ -169,13 +169,16 @@ def write_workdir(
     tokenizer,
     save: Callable[[checkpoint.Checkpoints, pathlib.Path], None],
 ) -> None:
-    """Config, tokenizer and checkpoint; beside the workdir first, so that one that was killed
-    leaves no half of it. `save` gets the checkpoints, and a folder for files of its own that is
-    deleted in the end."""
+    """Writes config, tokenizer and checkpoint to a folder next to the workdir, then moves them, so
+    that a killed process leaves no incomplete workdir.
+
+    Args:
+      save: writes the checkpoint, given the checkpoints and a folder for temporary files.
+    """
     hold = workdir_lock.hold(workdir, name=f"--workdir={workdir}")
     workdir = workdir.resolve()
     with hold, results.draft_beside(workdir) as draft:
-        check_empty(workdir)  # again: another run may have filled it
+        check_empty(workdir)  # again: another process may have written to it
         (draft / "tokenizer").mkdir()
         tokenizer.save(draft / "tokenizer")
         results.write_json(draft / "config.json", meta["config"])
