@@ -171,7 +171,7 @@ def table(found: dict) -> str:
     text += "memory, FLOPs and bytes are facts of the compiled programs, times are rooflines, not "
     text += "measurements. FLOPs are matrix products; of an attention kernel those of the blocks "
     text += "it computes; the head with half a chunk for rounding. Their ratio is to the "
-    text += "necessary ones (esolm_jax/aot/lower_bound.py: attention at the visible pairs, three "
+    text += "lower bound (esolm_jax/aot/lower_bound.py: attention at the visible pairs, three "
     text += "times forward, no recomputation). Bytes sent are those of ring algorithms beside "
     text += "the ideal of the sharding.\n"
     parts = {
@@ -199,7 +199,7 @@ def _work(found: dict) -> str:
         cells += [f"{flops['ratio']:.3f}", f"{flops['compiled'] / mdlm:.3f}" if mdlm else ""]
         rows.append([*cells, f"{f['collectives']['ratio']:.3f}"])
     return report_writer.table(
-        ["objective", "TFLOPs a chip", "x necessary", "x mdlm", "sent x"], rows
+        ["objective", "TFLOPs a chip", "x lower bound", "x mdlm", "sent x"], rows
     )
 
 

@@ -96,7 +96,7 @@ def next_command(verb: str, workdir: pathlib.Path, *flags_: str, keep: str = "")
 
 
 CONFIG = r"config(\..+)?"  # --config and its overrides
-PLACES = r"step|config\.(mesh\..+|data\.dir)"  # which checkpoint, data and devices
+CHECKPOINT_DATA_AND_DEVICES = r"step|config\.(mesh\..+|data\.dir)"
 
 
 def mesh_flags(config, mesh, *, sampling: bool = False) -> list[str]:
@@ -135,7 +135,8 @@ def _given(pattern: str) -> list[str]:
 
 
 def _join(config, *, stoppable: bool) -> None:
-    """Meets the other processes, if there are any, and makes sure that they do the same."""
+    """Joins the other processes of the run, if any, and checks that config and code are the
+    same."""
     timeouts = config.distributed
     distributed.start(
         init_timeout=timeouts.init_timeout,

@@ -278,7 +278,7 @@ def _run(run: Run) -> None:
     )
     print(f"wrote {workdir}/checkpoints, {workdir}/{metrics_lib.FILE}, {curve}")
     fits = cli.mesh_flags(config, run.built.mesh)
-    print(cli.next_command("evaluate", workdir, *fits, keep=cli.PLACES))
+    print(cli.next_command("evaluate", workdir, *fits, keep=cli.CHECKPOINT_DATA_AND_DEVICES))
 
 
 CLI = {"stoppable": True}

@@ -1,4 +1,4 @@
-"""TPU pods that the compiler knows, and what one of their chips has."""
+"""TPU pods that the compiler supports, and the specifications of their chips."""
 
 import dataclasses
 import os
@@ -11,7 +11,7 @@ from esolm_jax.errors import UserError, nearest
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What the vendor says of a device, as XLA counts them.
+    """The vendor's specifications of a device (a TensorCore or a chip, as XLA counts devices).
 
     Attributes:
       hbm_bytes: memory. flops: bfloat16 matrix products per second. hbm_bandwidth: bytes per
@@ -61,7 +61,7 @@ def parse(topology: str) -> tuple[Chip, str]:
 
 
 def listed() -> str:
-    """The known topologies, for people."""
+    """The known topologies, for messages."""
     return "; ".join(f"{chip}: {', '.join(shapes)}" for chip, shapes in KNOWN.items())
 
 
@@ -79,7 +79,7 @@ def devices(topology: str, num_slices: int = 1) -> list:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", chip.env)
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several compilers side by side
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several compilers at a time
     try:
         import libtpu  # noqa: F401
     except ImportError as error:

@@ -34,8 +34,8 @@ SHARD_WINDOWS = 65536
 def prepare(config: Any, directory: str | Path, *, progress: bool = True) -> Manifest:
     """Prepares the data of `config` in `directory`, all of it or nothing; returns the manifest.
 
-    If `directory` already holds the same data, made from the same source, it is left as it is.
-    Raises UserError for bad config or input, and rather than overwrite anything else.
+    A directory that holds the same data from the same source is left unchanged. Raises UserError
+    for bad config or input, and if `directory` holds anything else.
     """
     check_config(config)
     directory = Path(os.path.abspath(os.path.expanduser(directory)))
@@ -77,7 +77,7 @@ def prepare(config: Any, directory: str | Path, *, progress: bool = True) -> Man
 
 
 def check_config(config: Any) -> None:
-    """Raises UserError for the values of config.data that can be judged without the data."""
+    """Raises UserError for values of config.data that are wrong for any data."""
     data = config.data
     for name, allowed in (("packing", windows.PACKINGS), ("tokenizer", KINDS)):
         if data[name] not in allowed:
@@ -117,7 +117,7 @@ def _already_prepared(config: Any, directory: Path) -> Manifest:
 def _partial(directory: Path) -> Iterator[Path]:
     """A fresh sibling of `directory` to write in and then rename; removed on any error.
 
-    It is locked, so what a killed run left can be told from a run that is still writing.
+    A lock distinguishes the folder of a running process from that of a killed one.
     """
     partial = directory.with_name(f".{directory.name}.preparing")
     name = f"config.data.dir={str(directory)!r}"
@@ -198,7 +198,7 @@ def _write_shards(records: Iterator[bytes], directory: Path, split: str) -> list
                 if writer:
                     writer.close()
                 file = f"{split}-{len(shards):05d}.array_record"
-                # A group of one record: random access reads no more than it needs.
+                # Groups of one record, so that random access reads one record.
                 writer = ArrayRecordWriter(str(directory / file), "group_size:1")
                 shards.append({"file": file, "windows": 0})
             writer.write(record)

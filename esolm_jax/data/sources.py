@@ -1,7 +1,7 @@
 """The documents of a split, one str at a time, from any source.
 
-A new source is one file with a Source and one entry here (or one call of `register`). A validation
-or test split that is not given is held out of train by a hash of each document's text, so the
+A new source is one file with a Source and one entry here (or one call of `register`). An
+unspecified validation or test split is held out of train by a hash of each document's text, so the
 choice is stable, needs no memory, and puts equal documents in the same split.
 """
 
@@ -36,7 +36,7 @@ def unregister(name: str) -> None:
 
 
 def allowed() -> str:
-    """The allowed values of config.data.source, as words."""
+    """The allowed values of config.data.source, for messages."""
     *first, last = (source.spelling for source in _SOURCES.values())
     return f"{', '.join(first)} or {last}"
 
@@ -93,7 +93,7 @@ def documents(config: Any, split: str) -> Iterator[str]:
 
 
 def source_hash(config: Any) -> str:
-    """Hex digest of what the source holds: file contents, or what the source says of itself."""
+    """Hex digest of the content of the source: of its files, or of its identity."""
     source, digest = get(config), hashlib.sha256()
     if source.identity is not None:
         digest.update(source.identity(config))

@@ -32,7 +32,7 @@ _MAX_MODEL = 256 * regular_file.MB
 # The trainer holds its text, so it sees at most SAMPLE_LINES lines of at most LINE characters.
 SAMPLE_LINES = 200_000
 LINE = 256
-SPACE = "\u2581"  # SentencePiece's own sign for a space
+SPACE = "\u2581"  # SentencePiece's symbol for a space
 
 
 class Bytes(Decodes):
@@ -70,9 +70,9 @@ class SentencePiece(Decodes):
         for name, value in (("BOS", self.bos_id), ("EOS", self.eos_id)):
             if value < 0:
                 raise UserError(f"{where}: must have a {name} token")
-        # Padding is only filler, never seen by the loss, so EOS can stand in for it.
+        # Padding never reaches the loss, so EOS can serve as PAD.
         self.pad_id = self._model.pad_id() if self._model.pad_id() >= 0 else self.eos_id
-        # The sign U+2581 itself would come back as a space, so it is spelled in bytes.
+        # U+2581 itself would decode to a space, so it is spelled in bytes.
         self._space = [self._model.piece_to_id(f"<0x{b:02X}>") for b in SPACE.encode()]
         self._has_bytes = self._model.unk_id() not in self._space
 
@@ -101,7 +101,7 @@ Tokenizer = Bytes | SentencePiece | WordPieces | HubTokenizer
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
-    """The tokenizer that save() left in `directory`. Raises UserError if there is none."""
+    """The tokenizer that save() wrote to `directory`. Raises UserError if there is none."""
     model = Path(directory, MODEL_FILE)
     if model.is_file():
         return SentencePiece(regular_file.read_bytes(model, _MAX_MODEL), str(model))
@@ -116,8 +116,8 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
 
 
 def read_tokenizer(given: str | Path) -> Tokenizer:
-    """The tokenizer in a file or folder of any kind: what save() left, a SentencePiece .model, or
-    the files that wordpieces.read takes; "bytes" is the one of bytes. Raises UserError."""
+    """The tokenizer in a file or folder of any kind: the files of save(), a SentencePiece .model,
+    or the files of wordpieces.read; "bytes" is the tokenizer of bytes. Raises UserError."""
     path = regular_file.expand(given)
     if given == Bytes.kind:
         return Bytes()
@@ -130,9 +130,9 @@ def read_tokenizer(given: str | Path) -> Tokenizer:
 
 
 def from_config(config: Any, train_documents: Callable[[], Iterable[str]]) -> Tokenizer:
-    """The tokenizer that config.data asks for.
+    """The tokenizer of config.data.
 
-    A SentencePiece model that config.data.tokenizer_path names is taken as it is; else one of
+    A SentencePiece model that config.data.tokenizer_path names is used unchanged; else one of
     config.data.vocab_size tokens is trained, and only then `train_documents` is called.
     Raises UserError.
     """
@@ -166,7 +166,7 @@ def _published(data: Any) -> WordPieces | HubTokenizer:
 
 
 def train_sentencepiece(documents: Iterable[str], vocab_size: int) -> SentencePiece:
-    """Trains a lossless byte-fallback BPE model; equal documents give an equal model.
+    """Trains a lossless byte-fallback BPE model; equal documents give equal models.
 
     Raises UserError if SentencePiece refuses `vocab_size`.
     """

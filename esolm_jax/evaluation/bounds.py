@@ -47,7 +47,7 @@ def _error_note(bound: str, estimate: Estimate) -> str:
 
 
 def _line(result: dict) -> str:
-    """A bound in one line; an error without a remark is Monte Carlo noise."""
+    """A bound in one line; an error without a note is Monte Carlo noise."""
     text = f"{result['bound']}: perplexity {result['perplexity']:.2f}, "
     text += f"{result['nll_per_token']:.4f} nats per token"
     if result["standard_error"]:
