@@ -1,4 +1,4 @@
-"""python -m esolm_jax.train --config=FILE --workdir=DIR: trains, or resumes what lies in DIR."""
+"""python -m esolm_jax.train --config=FILE --workdir=DIR: trains, or resumes the run in DIR."""
 
 import contextlib
 import math
@@ -27,11 +27,11 @@ from esolm_jax.training.train_step import TrainState
 
 
 class Run:
-    """A training run: what is fixed about it, and how its parts are made."""
+    """A training run: its fixed settings, and factories of its parts."""
 
     def __init__(self, config, workdir: pathlib.Path):
         self.config, self.workdir = config, workdir
-        self.lock: workdir_lock.Lock | None = None  # of process 0, which alone writes metrics
+        self.lock: workdir_lock.Lock | None = None  # of process 0, the only writer of metrics
         self.manifest: Manifest = load_data(config, workdir)
         mesh = sharding.make_mesh(config.mesh)
         self.built = build.build_model(config, self.manifest.tokenizer, mesh)
@@ -40,8 +40,8 @@ class Run:
         self.metrics_entries = 0  # in the resumed checkpoint's meta
 
     def restore_or_init(self, checkpoints) -> tuple[TrainState, int]:
-        """The latest checkpoint's state and data cursor, or a fresh state at cursor 0, perhaps
-        with the weights of config.init_from; born in its place on the mesh."""
+        """The latest checkpoint's state and data cursor, or a new state at cursor 0, with
+        the weights of config.init_from if given; created with its shardings."""
         if not checkpoints.has_steps():
             return self.training.init(self._given_weights()), 0
         state, meta = checkpoints.restore(
@@ -64,7 +64,7 @@ class Run:
                 f"--workdir={self.workdir}: holds a pretrained model without the state of an "
                 f"optimizer; train from it in another --workdir: --config.init_from={self.workdir}"
             )
-        # Weights that `convert` brought were trained elsewhere: only the model is given.
+        # Converted weights were trained elsewhere, so only the model must be the same.
         free, fields = meta.get("converted", False), config_lib.fields()
         restore.check_same_fields(
             self.config,
@@ -77,7 +77,7 @@ class Run:
         prng.check_recorded(meta, f"--workdir={self.workdir}")
 
     def _given_weights(self) -> dict | None:
-        """Those of config.init_from. UserError: of another model, or on another tokenizer."""
+        """The weights of config.init_from. UserError: another model or another tokenizer."""
         source = self.config.init_from
         if not source:
             return None
@@ -139,7 +139,7 @@ class Run:
 
 
 def _train(run: Run, checkpoints, state: TrainState, cursor: int) -> int | None:
-    """Runs the steps that are left; returns the signal that ended them early, if one did."""
+    """Runs the remaining steps. Returns the signal that ended the run early, or None."""
     config, t = run.config, run.config.train
     mesh = run.built.mesh
     step_fn = run.training.step_fn()
@@ -167,7 +167,7 @@ def _train(run: Run, checkpoints, state: TrainState, cursor: int) -> int | None:
     )
     stop = distributed.StopSignal()
     if first < t.steps:
-        metrics.say("compiling the training step (part of the time of the first step)")
+        metrics.print("compiling the training step (part of the time of the first step)")
     with contextlib.closing(reader), contextlib.closing(metrics):
         for step in range(first + 1, t.steps + 1):
             state, values = step_fn(state, sharding.put_batch(next(reader), mesh, t.batch_size))
@@ -183,7 +183,7 @@ def _train(run: Run, checkpoints, state: TrainState, cursor: int) -> int | None:
                 nelbo = found["nelbo"]
                 metrics.log(step, {f"validation_{name}": v for name, v in found.items()})
                 if not math.isfinite(nelbo):
-                    metrics.say(
+                    metrics.print(
                         f"the NELBO at step {step} is {nelbo}, although all weights are finite"
                     )
                 metrics.pause()
@@ -196,10 +196,10 @@ def _train(run: Run, checkpoints, state: TrainState, cursor: int) -> int | None:
                 checkpoints.save(state, meta, nelbo=nelbo)
                 metrics.pause()
             if stopped_by and step < t.steps:
-                metrics.say(f"stopped at step {step}; run the same command again to continue")
+                metrics.print(f"stopped at step {step}; run the same command again to continue")
                 return stopped_by
         if first < t.steps and skipped:
-            metrics.say(f"skipped steps (not finite): {skipped:,}")
+            metrics.print(f"skipped steps (not finite): {skipped:,}")
     return None
 
 
@@ -227,11 +227,11 @@ def _holds_tokenizer(folder: pathlib.Path, fingerprint: str) -> bool:
         return False
 
 
-def _write_what_it_is(run: Run) -> None:
-    """The tokenizer and the config beside the checkpoints."""
+def _write_tokenizer_and_config(run: Run) -> None:
+    """Writes the tokenizer and the config next to the checkpoints."""
     folder = run.workdir / "tokenizer"
     if not _holds_tokenizer(folder, run.manifest.tokenizer["fingerprint"]):
-        with results.draft_beside(folder) as draft:  # on a full disk, the old one stays
+        with results.draft_beside(folder) as draft:  # a full disk leaves the old folder unchanged
             run.manifest.load_tokenizer().save(draft)
             shutil.rmtree(folder, ignore_errors=True)
             draft.rename(folder)
@@ -259,7 +259,7 @@ def _run(run: Run) -> None:
     if checkpoints.latest_step is not None:
         print(f"resuming {workdir} at step {int(state.step)}")
     if distributed.is_main():
-        _write_what_it_is(run)
+        _write_tokenizer_and_config(run)
     count = sum(a.size for a in jax.tree.leaves(state.params))
     print(
         f"{config.objective}, alpha_0 = {config.alpha_0}: {count:,} parameters, "

@@ -24,7 +24,7 @@ from esolm_jax.training.health import Health
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a step changes, plus the key that it does not (step k draws from fold_in(key, k)).
+    """The state of training. A step changes all of it but the key (step k uses fold_in(key, k)).
 
     Attributes:
       step: int32 scalar, steps done. params, ema: model.init's pytree, float32.
@@ -51,7 +51,7 @@ def init_state(params, optimizer, key) -> TrainState:
 
 
 def state_shardings(mesh, make_state: Callable, optimizer) -> TrainState:
-    """Where each part of the state lies: EMA and moments where their parameters are.
+    """The sharding of each part of the state; EMA and moments are sharded like their parameters.
 
     Raises:
       UserError: a parameter does not divide by the mesh.
@@ -70,10 +70,10 @@ def state_shardings(mesh, make_state: Callable, optimizer) -> TrainState:
 
 
 def label_batch(phases: Sequence[Phase], key, x, valid) -> tuple[LabelledBatch, ...]:
-    """Shares the rows of a global batch out among the phases, by their fractions, and labels them.
+    """Divides the rows of a global batch among the phases, by their fractions, and labels them.
 
-    Noise is drawn for the global batch at once: micro-batches are slices of the result, so each
-    has its own noise and their summed gradients are those of one large batch.
+    Noise is drawn for the global batch at once: micro-batches are slices of the result, so their
+    summed gradients are those of one large batch.
     """
     labelled, begin = [], 0
     for i, phase in enumerate(phases):
@@ -85,7 +85,7 @@ def label_batch(phases: Sequence[Phase], key, x, valid) -> tuple[LabelledBatch, 
 
 @dataclasses.dataclass(frozen=True)
 class PhaseLoss:
-    """What a step minimises, and how it is computed.
+    """The loss of a step and its gradient.
 
     Attributes:
       apply: of model.bind. head: the projection on the vocabulary.
@@ -102,8 +102,8 @@ class PhaseLoss:
     def losses(self, params, labelled, num_tokens, dropout_key=None):
         """Σ weight · (−log p) / num_tokens of each phase: float32 [phases], in nats per token.
 
-        `num_tokens` are the phases' token counts in the *global* batch, whatever part `labelled`
-        is.
+        `num_tokens`: token counts of the phases in the *global* batch, also if `labelled` is a
+        micro-batch.
         """
         hidden = self.apply(
             params,
@@ -142,8 +142,8 @@ class PhaseLoss:
     def loss_and_grads(self, params, labelled, dropout_key=None):
         """Phase losses [phases] and the gradient of their sum, in `accumulation` micro-batches.
 
-        Rows of each phase are cut into equal runs; only one run's activations are alive at a time;
-        its rows are split over the mesh. Gradients are summed in float32.
+        Each micro-batch has an equal share of the rows of each phase, sharded over the mesh. The
+        activations of one micro-batch are in memory at a time. Gradients are summed in float32.
         """
         num_tokens = [jnp.maximum(jnp.sum(part.num_tokens), 1) for part in labelled]
         if self.accumulation == 1:
@@ -172,7 +172,7 @@ def make_objective(config, built, phases: Sequence[Phase]) -> PhaseLoss:
     rows = config.train.batch_size // config.train.grad_accumulation
     length = config.data.seq_len
     multiple = math.lcm(8, built.mesh.shape["sequence"])
-    padded = config.data.packing == "pad"  # padding comes behind what is predicted
+    padded = config.data.packing == "pad"  # padding follows the predicted tokens
     queries = [
         trim.num_queries(length, phase.masked_fraction, round(phase.fraction * rows), multiple)
         if phase.can_trim_queries and not padded
@@ -184,11 +184,11 @@ def make_objective(config, built, phases: Sequence[Phase]) -> PhaseLoss:
 
 
 class Trainer:
-    """How a config trains a model on a mesh: its state and its step.
+    """The state and the step of a training run on a mesh.
 
     Attributes:
-      phases, objective, optimizer: what a step is made of.
-      shardings: TrainState of shardings, where each part of the state lies.
+      phases, objective, optimizer: the parts of a step.
+      shardings: the TrainState of shardings.
     """
 
     def __init__(self, config, built):
@@ -208,8 +208,8 @@ class Trainer:
         return init_state(params, self.optimizer, noise_key)
 
     def init(self, params=None) -> TrainState:
-        """A fresh state, born in its place on the mesh; with given parameters, which are donated,
-        or random ones."""
+        """A new state, created with its shardings: with given parameters, which are donated, or
+        with random ones."""
         make = jax.jit(self._make_state, donate_argnums=0, out_shardings=self.shardings)
         return distributed.together(make)(params)
 
@@ -228,10 +228,10 @@ class Trainer:
     def abstract_batch(self) -> dict:
         """ShapeDtypeStructs of a global batch."""
         shape = self.config.train.batch_size, self.config.data.seq_len
-        where = sharding.rows(self.built.mesh)
+        rows = sharding.rows(self.built.mesh)
         return {
-            "x": jax.ShapeDtypeStruct(shape, jnp.int32, sharding=where),
-            "valid": jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=where),
+            "x": jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows),
+            "valid": jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=rows),
         }
 
     def alpha_0_at(self, step):
@@ -243,8 +243,7 @@ class Trainer:
         config = self.config
         if not config.train.anneal_steps:
             return self.phases
-        # Query copies are trimmed as the α₀ at the end allows; until then most batches do not fit
-        # and run whole.
+        # Query copies are trimmed for the final α₀; until then most batches run untrimmed.
         return make_phases(
             config,
             self.built.special,
@@ -280,8 +279,8 @@ class Trainer:
 
     @jax.named_scope("finite")
     def _undo_if_not_finite(self, new: TrainState, old: TrainState, metrics: dict) -> TrainState:
-        """`new`, but with the weights, their average and the optimizer state of `old` if the step
-        is not finite, or follows a step that ends the run."""
+        """`new`, but with weights, EMA and optimizer state of `old` if the step is not finite, or
+        follows a step that ends the run."""
         counts = is_finite = health_lib.is_finite(metrics, new.params)
         if self.config.train.on_non_finite == "stop":
             counts = is_finite & (old.health.first_bad == 0)

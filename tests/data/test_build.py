@@ -200,7 +200,7 @@ def test_damaged_manifest(corpus, tmp_path):
     for text, message in [
         (whole[:100], "manifest.json: cannot be read"),
         (whole.replace('"version": 1', '"version": 7'), "version=7: must be 1"),
-        ("[]", "version None"),
+        ("[]", "version=None"),
         (json.dumps(entries), "manifest.json: corrupt"),
     ]:
         path.write_text(text)

@@ -178,7 +178,7 @@ def test_large_model_is_never_in_memory(tmp_path):
     (folder / "config.json").write_text(json.dumps(settings))
     config = hub_config.get_config(str(folder))
     model = build.model_config(config, {"vocab_size": IDS, "mask_id": IDS}, "cpu")
-    parts = hub_names.parts(model, IDS, tied=False, prefix="model.")
+    parts = hub_names.hub_tensors(model, IDS, tied=False, prefix="model.")
     tensors = {part.name: np.ones(part.shape, np.float16) for part in parts}
     safetensors.numpy.save_file(tensors, folder / "model.safetensors")
     size = 4 * sum(tensor.size for tensor in tensors.values())

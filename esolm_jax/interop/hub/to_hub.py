@@ -38,7 +38,8 @@ def convert(
     Returns: the checkpoint's step and the number of parameters written.
 
     Raises:
-      UserError: no checkpoint, a model that the hub does not have, or the folder is not empty.
+      UserError: no checkpoint, a model without a counterpart on the hub, or the folder is not
+        empty.
     """
     results.check_new_folder("--to", target)
     if not target.parent.is_dir():
@@ -53,7 +54,7 @@ def convert(
             "is not the last id"
         )
     ids = tokenizer["vocab_size"]
-    parts = hub_names.parts(trained.built.model, ids, tied=False, prefix="model.")
+    parts = hub_names.hub_tensors(trained.built.model, ids, tied=False, prefix="model.")
     params = jax.tree.map(np.asarray, trained.params)
     tensors = {part.name: part.get(_at(params, part.path)) for part in parts}
     with results.new_folder(target) as draft:
@@ -94,7 +95,7 @@ def _at(tree: dict, path: str):
 
 
 def _config_json(config, tokenizer: dict, kind: tuple[str, str]) -> dict:
-    """config.json, with RoPE written in the old and the new way."""
+    """config.json, with RoPE in the fields of old and of new versions of `transformers`."""
     model = config.model
     rope = {"rope_type": "default"}
     if model.rope_factor != 1:

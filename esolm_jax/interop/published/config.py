@@ -1,4 +1,4 @@
-"""The config of a published run, as a config file of its own: interop/published/config.py:FILE.
+"""The config of a published run, as a config file: interop/published/config.py:FILE.
 
 `convert` uses it when --config is left out. It holds FILE's hyper-parameters under our names.
 """
@@ -14,7 +14,7 @@ from esolm_jax.interop.published import file as published_file
 from esolm_jax.interop.published.file import find
 from esolm_jax.interop.shown import is_scalar, shown
 
-_FIELDS = {  # ours → where the published runs keep it; taken if it is there, of the right type
+_FIELDS = {  # ours → the path in published hyper-parameters; used if it has the right type
     "seed": "seed",
     "data.seq_len": "model.length",
     "block_length": "block_size",
@@ -52,7 +52,7 @@ _ESO = {  # by the mode of attention in each phase
 
 
 def get_config(path: str) -> ConfigDict:
-    """ConfigDict of the run that FILE was saved by.
+    """ConfigDict of the run that wrote FILE.
 
     Raises:
       UserError: FILE has no hyper-parameters, or their architecture is unsupported.

@@ -24,8 +24,7 @@ _NO_WEIGHTS = re.compile(
 )
 _CONFIG = "config.json"  # next to safetensors, as on the Hugging Face hub
 _CONFIG_SIZE = 16 * regular_file.MB
-# Tensors may share a storage, as tied embeddings do; but many names for one small storage would
-# fill the memory.
+# Tied embeddings share a storage. Many names for one small storage would exhaust memory.
 _MOST_SHARED = 2
 
 
@@ -78,7 +77,7 @@ class Published:
 
 
 def read(path: str) -> Published:
-    """Opens a file; tensors are read when they are used.
+    """Opens a file; tensors are read on use.
 
     Raises:
       UserError: the file is missing, truncated, hostile, or without weights.

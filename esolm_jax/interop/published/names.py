@@ -20,7 +20,7 @@ from esolm_jax.sampling.loops import decode
 from esolm_jax.sampling.plan import passes
 from esolm_jax.sampling.plan.schedule import Schedule
 
-# (published name, our path, is it a matrix to transpose). PyTorch's Linear is (out, in).
+# (published name, our path, whether to transpose). PyTorch's Linear is (out, in).
 _BLOCK = "blocks.{block}."
 _TABLE = (
     ("vocab_embed.embedding", "embedding/embedding", False),
@@ -45,11 +45,11 @@ _TABLE = (
     ("output_layer.adaLN_modulation.bias", "final_modulation/linear/bias", False),
 )
 INV_FREQ = "rotary_emb.inv_freq"
-CONSTANTS = (INV_FREQ,)  # stored next to the parameters, but not one
+CONSTANTS = (INV_FREQ,)  # stored with the parameters
 
 
 def model_config(weights: Mapping[str, np.ndarray], num_heads: int) -> model_lib.ModelConfig:
-    """Sizes read off the shapes; adaLN if there is a time embedding."""
+    """Sizes, from the shapes; adaLN if there is a time embedding."""
     vocab_size, width = weights["vocab_embed.embedding"].shape
     numbers = {m[1] for name in weights if (m := re.match(r"blocks\.([0-9]+)\.", name))}
     if width % (2 * num_heads):
@@ -112,7 +112,7 @@ def to_params(
     """Published names → our parameters (float32), every tensor used once and shape-checked.
 
     Args:
-      weights: arrays, or objects with a shape that np.asarray() reads; read one at a time.
+      weights: arrays, or objects with a shape for np.asarray(); read one at a time.
       where: names them in errors.
 
     Raises:
@@ -173,7 +173,7 @@ def to_published(params: dict) -> dict[str, np.ndarray]:
 
 
 def as_tokens(token, position, rank, in_context) -> Tokens:
-    """Tokens of four labels [B, T]; given Tokens are returned as they are.
+    """Tokens with four labels [B, T]; Tokens are returned unchanged.
 
     Raises:
       UserError: a label is missing.

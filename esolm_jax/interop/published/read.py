@@ -43,23 +43,24 @@ def convert(config, source: str, workdir: pathlib.Path, tokenizer: str, weights:
 
     Args:
       config: the run's config; model sizes must be those of the file.
-      source: the file. tokenizer: a file or folder, or "" for config.data.tokenizer_path.
-      weights: which set the checkpoint's `params` and `ema` are: the file's two, or one for both.
+      source: the file.
+      tokenizer: a file or folder, or "" for config.data.tokenizer_path.
+      weights: the source of `params` and `ema`: both sets of the file, or one for both.
 
     Raises:
-      UserError: the file, the config and the tokenizer do not fit, or the workdir is not empty.
+      UserError: file, config and tokenizer do not match, or the workdir is not empty.
     """
     check_empty(workdir)
     published_names.check_config(config.model)
     published = published_file.read(source)
     published_config.check(config, published)
-    found = _tokenizer(config, tokenizer)
-    _check_vocabulary(published, found)
+    chosen = _tokenizer(config, tokenizer)
+    _check_vocabulary(published, chosen)
     _check_sizes(config, published)
     with config.unlocked():
-        config.data.tokenizer = found.kind
-        config.data.tokenizer_path = saved_tokenizer(found, workdir)
-    model = build.model_config(config, tokenizer_entry(found), "cpu")
+        config.data.tokenizer = chosen.kind
+        config.data.tokenizer_path = saved_tokenizer(chosen, workdir)
+    model = build.model_config(config, tokenizer_entry(chosen), "cpu")
     raw, ema, words = _sets(published, model, weights)
     state = train_step.init_state(raw, optimizer.make(config), prng.key(config.seed))
     step = published.step or 0
@@ -67,12 +68,12 @@ def convert(config, source: str, workdir: pathlib.Path, tokenizer: str, weights:
     meta = {
         "config": config_lib.to_saved(config),
         "cursor": 0,
-        "tokenizer": tokenizer_entry(found),
+        "tokenizer": tokenizer_entry(chosen),
         "version": esolm_jax.__version__,
         "prng": prng.IMPL,
         "converted": {"file": published.path.name, "weights": words},
     }
-    write_workdir(workdir, meta, found, lambda checkpoints, _: checkpoints.save(state, meta))
+    write_workdir(workdir, meta, chosen, lambda checkpoints, _: checkpoints.save(state, meta))
     return Converted(step, sum(a.size for a in jax.tree.leaves(raw)), words)
 
 
