@@ -14,25 +14,24 @@ from esolm_jax.data import shakespeare, text_files, tfds_source
 from esolm_jax.data.source import SPLITS, Source
 from esolm_jax.errors import UserError, nearest
 from esolm_jax.files.regular_file import open_regular
+from esolm_jax.registry import Registry
 
-__all__ = ["SPLITS", "documents", "file_states", "get", "notes", "register", "source_hash"]
+__all__ = [
+    "SPLITS",
+    "documents",
+    "file_states",
+    "get",
+    "notes",
+    "register",
+    "source_hash",
+    "unregister",
+]
 
-_SOURCES: dict[str, Source] = {
-    module.SOURCE.name: module.SOURCE for module in (shakespeare, text_files, tfds_source)
-}
-
-
-def register(source: Source) -> Source:
-    """Adds a source; config.data.source can then name it. ValueError if the name is taken."""
-    if source.name in _SOURCES:
-        raise ValueError(f"source {source.name!r}: is registered already")
-    _SOURCES[source.name] = source
-    return source
-
-
-def unregister(name: str) -> None:
-    """Removes a source, such as one of a test."""
-    del _SOURCES[name]
+_SOURCES: Registry[Source] = Registry(
+    "source",
+    {module.SOURCE.name: module.SOURCE for module in (shakespeare, text_files, tfds_source)},
+)
+register, unregister = _SOURCES.register, _SOURCES.unregister  # names of config.data.source
 
 
 def allowed() -> str:
