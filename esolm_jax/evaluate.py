@@ -55,7 +55,7 @@ def evaluate(config, workdir: pathlib.Path) -> dict:
     entries = []
     for metric in metrics.selected(e.metrics, config):
         estimate = metric.make(config, trained.built, None)
-        found = estimate(
+        result = estimate(
             trained.params,
             batches(),
             split=split,
@@ -63,8 +63,8 @@ def evaluate(config, workdir: pathlib.Path) -> dict:
             progress=metric.name,
             total=math.ceil(windows / e.batch_size),
         )
-        check_finite(found, metric.name)
-        entries.append(found.figures | {"summary": found.line})
+        check_finite(result)
+        entries.append(result.figures | {"summary": result.line})
     return {
         "split": e.split,
         "windows": windows,

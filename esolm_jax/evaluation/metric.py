@@ -16,7 +16,7 @@ class Result:
     Attributes:
       value: the figure that training curves show.
       figures: JSON-able; an entry of `results` in evaluate.json.
-      line: the figures in one line of text.
+      line: the figures in one line of text, or the name and the value if that is not finite.
     """
 
     value: float
@@ -24,12 +24,12 @@ class Result:
     line: str
 
 
-def check_finite(result: Result, name: str) -> Result:
+def check_finite(result: Result) -> Result:
     """The result. UserError if its value is not finite."""
     if not math.isfinite(result.value):
         raise UserError(
-            f"{name}: is {result.value}, although all weights are finite: activations "
-            "overflow; evaluate an earlier step (--step=N), or with --config.model.dtype=float32"
+            f"{result.line}, although all weights are finite: activations overflow; evaluate an "
+            "earlier step (--step=N), or with --config.model.dtype=float32"
         )
     return result
 

@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 
 from esolm_jax import config as config_lib
-from esolm_jax.data.manifest import Manifest, open_tokenizer
+from esolm_jax.data.manifest import Manifest, open_tokenizer, tokenizer_entry
 from esolm_jax.errors import UserError
 from esolm_jax.model import build
 from esolm_jax.model.finite import check_finite
@@ -31,9 +31,8 @@ def check_same_tokenizer(manifest: Manifest, meta: dict) -> None:
     have, want = manifest.tokenizer, meta["tokenizer"]
     if have["fingerprint"] != want["fingerprint"]:
         raise UserError(
-            f"{manifest.directory}: prepared with another tokenizer than the checkpoint's "
-            f"({have['kind']} of {have['vocab_size']} tokens, {have['fingerprint'][:12]}…, not "
-            f"{want['kind']} of {want['vocab_size']} tokens, {want['fingerprint'][:12]}…)"
+            f"{manifest.directory}: must be prepared with the tokenizer of the checkpoint "
+            f"({describe_tokenizer(want)}), not {describe_tokenizer(have)}"
         )
 
 
@@ -47,8 +46,17 @@ def load_tokenizer(workdir: pathlib.Path, meta: dict):
 
 def check_tokenizer(tokenizer, workdir: pathlib.Path, meta: dict) -> None:
     """UserError if the tokenizer in a workdir differs from the one in the checkpoint's meta."""
-    if tokenizer.fingerprint != meta["tokenizer"]["fingerprint"]:
-        raise UserError(f"{workdir / 'tokenizer'}: must be the tokenizer of the checkpoint")
+    entry = meta["tokenizer"]
+    if tokenizer.fingerprint != entry["fingerprint"]:
+        raise UserError(
+            f"{workdir / 'tokenizer'}: must be the tokenizer of the checkpoint "
+            f"({describe_tokenizer(entry)}), not {describe_tokenizer(tokenizer_entry(tokenizer))}"
+        )
+
+
+def describe_tokenizer(entry: dict) -> str:
+    """Kind, size and fingerprint of a manifest's entry of a tokenizer, for messages."""
+    return f"{entry['kind']} of {entry['vocab_size']} tokens, {entry['fingerprint'][:12]}…"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -314,7 +314,10 @@ def test_tokenizer_of_another_run(refused, tmp_path, converted):
     vocab = content["model"]["vocab"]
     vocab["!"], vocab['"'] = vocab['"'], vocab["!"]
     (swapped / "tokenizer.json").write_text(json.dumps(content))
-    refused([*work, f"--from={out}", f"--tokenizer={swapped}"], "trained on another tokenizer")
+    refused(
+        [*work, f"--from={out}", f"--tokenizer={swapped}"],
+        "needs the tokenizer that it was trained on",
+    )
 
 
 def test_tensors_that_do_not_fit_are_listed_with_the_nearest(refused, tmp_path, gpt2):

@@ -239,7 +239,12 @@ def test_data_of_another_tokenizer_are_refused(refused, eso_b, tmp_path):
     other = tiny_run.write_data(tmp_path, **sentencepiece)
     args = [f"--workdir={eso_b}", f"--config.data.dir={other['data.dir']}"]
     refused("evaluate", args, "config.data.tokenizer='bytes': must be 'sentencepiece'")
-    refused("evaluate", args + arguments(sentencepiece), "another tokenizer", "bytes of 259")
+    refused(
+        "evaluate",
+        args + arguments(sentencepiece),
+        "with the tokenizer of the checkpoint",
+        "bytes of 259",
+    )
 
 
 @pytest.mark.parametrize("family", ["mdlm", "bd3"])

@@ -8,8 +8,6 @@ import pathlib
 
 import esolm_jax
 from esolm_jax import results
-from esolm_jax.data.manifest import open_tokenizer
-from esolm_jax.data.render import num_ids
 from esolm_jax.errors import UserError
 from esolm_jax.interop import memory, safetensors_file
 from esolm_jax.interop.export import artefacts, parity, plain, sampling_plan
@@ -95,14 +93,7 @@ def _copy_tokenizer(
     workdir: pathlib.Path, trained: restore.TrainedModel, folder: pathlib.Path
 ) -> None:
     """Copies the tokenizer. UserError unless it is the checkpoint's."""
-    tokenizer, want = open_tokenizer(workdir / "tokenizer"), trained.meta["tokenizer"]
-    ids, vocab_size = num_ids(tokenizer), trained.built.model.vocab_size
-    if ids != vocab_size or tokenizer.fingerprint != want["fingerprint"]:
-        raise UserError(
-            f"{workdir}/tokenizer: not the tokenizer that the checkpoint was trained on: "
-            f"{tokenizer.kind} of {ids} ids with the mask ({tokenizer.fingerprint[:12]}…); the "
-            f"model has {vocab_size}, of {want['kind']} ({want['fingerprint'][:12]}…)"
-        )
+    tokenizer = restore.load_tokenizer(workdir, trained.meta)
     folder.mkdir()
     tokenizer.save(folder)
 

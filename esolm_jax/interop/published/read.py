@@ -21,7 +21,7 @@ from esolm_jax.interop.published import file as published_file
 from esolm_jax.interop.published import names as published_names
 from esolm_jax.model import build
 from esolm_jax.process import prng
-from esolm_jax.training import checkpoint, optimizer, train_step
+from esolm_jax.training import checkpoint, optimizer, restore, train_step
 
 WEIGHTS = ("both", "ema", "raw")
 
@@ -110,9 +110,9 @@ def _check_vocabulary(published: published_file.Published, tokenizer) -> None:
     ours = (published.ours or {}).get("tokenizer")
     if ours and ours["fingerprint"] != tokenizer.fingerprint:
         raise UserError(
-            f"{published.path}: trained on another tokenizer ({ours['kind']} of "
-            f"{ours['vocab_size']} tokens, {ours['fingerprint'][:12]}…), not on this one "
-            f"({tokenizer.kind} of {tokenizer.vocab_size}, {tokenizer.fingerprint[:12]}…)"
+            f"{published.path}: needs the tokenizer that it was trained on "
+            f"({restore.describe_tokenizer(ours)}), not "
+            f"{restore.describe_tokenizer(tokenizer_entry(tokenizer))}"
         )
 
 
