@@ -34,7 +34,7 @@ ALPHA_0 = 0.5
 RATES = {"scratch": 2e-3, "annealed": 1e-3, "fine-tuned": 1e-3}
 LABELS = {
     "scratch": "from random weights",
-    "fine-tuned": "from the AR model, alpha_0 = 0.5 at once",
+    "fine-tuned": "from the AR model, alpha_0 = 0.5 from the start",
     "annealed": "from the AR model, alpha_0 annealed",
 }
 
@@ -118,10 +118,9 @@ def table(rows: list[dict]) -> str:
         cells += [f"{row['nelbo']:.3f}{error}", f"{row['perplexity']:.1f}"]
         lines.append([*cells, f"{row['bits_per_byte']:.3f}"])
     note = (
-        "Test plays of Shakespeare. Tokens are those each run was trained on; the AR model's come "
-        f"on top where it was the start. AdamW, cosine from {RATES['scratch']:g} (random weights "
-        f"and AR) or {RATES['annealed']:g}; α₀ is annealed over the first half of the steps. One "
-        "seed."
+        "Test split: plays of Shakespeare. Training tokens exclude those of the AR model. AdamW, "
+        f"with a cosine schedule from {RATES['scratch']:g} (random weights and AR) or "
+        f"{RATES['annealed']:g}. α₀ is annealed over the first half of the steps. One seed."
     )
     title = (
         "# From a pretrained AR model to an Eso-LM\n\nMade by `python -m benchmarks.anneal`.\n\n"

@@ -1,8 +1,8 @@
-"""python -m benchmarks.attention: every kind of attention that this device runs, side by side.
+"""python -m benchmarks.attention: times all attention implementations of this device.
 
-Forward and backward pass of one layer over the labels of each objective, taking turns in one run,
-and how far each is from the dense rule in float32. It says what `model.attention` should be on a
-device: on a GPU, whether flash beats chunked. Writes docs/attention.{json,md}.
+Forward and backward pass of one layer over the labels of each objective, interleaved in one run,
+with the error of each against dense attention in float32. Use it to choose `model.attention` for a
+device, such as flash or chunked on a GPU. Writes docs/attention.{json,md}.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def passes(length: int) -> dict[str, Tokens]:
 
 
 def kinds(tokens: Tokens, platform: str) -> list[str]:
-    """Those that run on the platform; splash without a layout would be chunked."""
+    """The kinds of the platform; splash needs a layout."""
     found = ["chunked", "dense", *(k for k, home in attention.ON.items() if home == platform)]
     return [k for k in found if k != "splash" or tokens.layout]
 
@@ -56,7 +56,7 @@ def error(found, exact) -> float:
 
 
 def measure(tokens: Tokens, arguments) -> dict[str, dict]:
-    """Milliseconds (median of turns) of each kind, and its error beside dense in float32."""
+    """Median milliseconds of each kind, and its error against dense in float32."""
     shape = arguments.rows, arguments.heads, tokens.rank.shape[1], arguments.width
     keys = jax.random.split(jax.random.key(0), 4)
     operands = [jax.random.normal(key, shape, arguments.dtype) for key in keys]
@@ -82,10 +82,13 @@ def main() -> None:
     arguments = parser.parse_args()
     found = {name: measure(row, arguments) for name, row in passes(arguments.length).items()}
     device = jax.devices()[0].device_kind
-    text = f"# Attention on this device ({device})\n\nMade by `python -m benchmarks.attention`: "
-    text += f"{arguments.rows} x {arguments.heads} heads of {arguments.width}, L = "
-    text += f"{arguments.length}, {arguments.dtype}, forward and backward pass of one layer.\n\n"
-    head = "labels", "kind", "ms", "speed, x chunked", "largest error, of the largest number"
+    text = f"# Speed of the attention implementations ({device})\n\n"
+    text += f"Made by `python -m benchmarks.attention`: {arguments.rows} x {arguments.heads} heads "
+    text += (
+        f"of {arguments.width}, L = {arguments.length}, {arguments.dtype}, forward and backward "
+    )
+    text += "pass of one layer.\n\n"
+    head = "labels", "kind", "ms", "speed, x chunked", "largest error / largest value"
     lines = []
     for name, row in found.items():
         for kind, cell in row.items():

@@ -110,7 +110,7 @@ def table(rows: list[dict]) -> str:
         cells = [row["objective"], f"{row['alpha_0']:g}", f"{row['perplexity']:.2f}{exact}"]
         cells += [f"{row['standard_error_nats']:.4f}", weighted, f"{row['bits_per_byte']:.3f}"]
         lines.append(cells)
-    title = "# The family, side by side\n\nMade by `python -m benchmarks.family`.\n\n"
+    title = "# All families with the same settings\n\nMade by `python -m benchmarks.family`.\n\n"
     return title + report_writer.table(head, lines)
 
 

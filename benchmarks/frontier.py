@@ -127,15 +127,16 @@ def table(report: dict) -> str:
     head = "model", "passes", "NFE", "ms a text", "perplexity", "entropy, nats"
     return (
         f"{_summary(report)}\n{report_writer.table(head, rows)}\n"
-        f"{report['texts']} texts of {report['length']} tokens each, in one batch, temperature 1; "
-        "perplexity under an AR model trained with another seed; compiling is left out. T = steps "
-        f"of the diffusion phase; k: speculation. {report['device']}.\n"
+        f"{report['texts']} texts of {report['length']} tokens each, in one batch, temperature 1, "
+        "without compilation. Perplexity is that of an AR model trained with another seed. T: "
+        "steps "
+        f"of the diffusion phase; k: drafts of speculation. Device: {report['device']}.\n"
     )
 
 
 def _summary(report: dict) -> str:
     """The page's title and AR against the other models."""
-    text = "# Quality against seconds\n\nMade by `python -m benchmarks.frontier`.\n"
+    text = "# Quality of texts against time\n\nMade by `python -m benchmarks.frontier`.\n"
     ar = report["models"].get("ar", {}).get("T = L")
     others = [
         (p["perplexity"], f"{model}, {name}", p["seconds_per_text"])

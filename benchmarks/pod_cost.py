@@ -165,15 +165,19 @@ GIB = 2.0**30
 
 def table(found: dict) -> str:
     """The figures as Markdown."""
-    text = "# What training costs on pods\n\n"
+    text = "# Cost of training on TPU pods\n\n"
     text += "Made by `python -m benchmarks.pod_cost` with the TPU compiler (libtpu "
-    text += f"{found['versions']['libtpu']}, jax {found['versions']['jax']}); no TPU was there: "
-    text += "memory, FLOPs and bytes are facts of the compiled programs, times are rooflines, not "
-    text += "measurements. FLOPs are matrix products; of an attention kernel those of the blocks "
-    text += "it computes; the head with half a chunk for rounding. Their ratio is to the "
-    text += "necessary ones (esolm_jax/aot/lower_bound.py: attention at the visible pairs, three "
-    text += "times forward, no recomputation). Bytes sent are those of ring algorithms beside "
-    text += "the ideal of the sharding.\n"
+    text += f"{found['versions']['libtpu']}, jax {found['versions']['jax']}), without a TPU. "
+    text += "Memory, FLOPs and bytes are those of the compiled programs; times are rooflines, not "
+    text += (
+        "measurements. FLOPs count matrix products. Those of an attention kernel are the blocks "
+    )
+    text += "that it computes; the head includes half a chunk for rounding. Their ratio is to the "
+    text += (
+        "lower bound (esolm_jax/aot/lower_bound.py: attention at the visible pairs, three times "
+    )
+    text += "forward, no recomputation). Bytes sent assume ring algorithms; their ratio is to the "
+    text += "ideal of the sharding.\n"
     parts = {
         "Every config on its pod": _configs,
         "All objectives at one batch (512 x 1024, remat none, v5p:2x2x4)": _work,
@@ -199,7 +203,7 @@ def _work(found: dict) -> str:
         cells += [f"{flops['ratio']:.3f}", f"{flops['compiled'] / mdlm:.3f}" if mdlm else ""]
         rows.append([*cells, f"{f['collectives']['ratio']:.3f}"])
     return report_writer.table(
-        ["objective", "TFLOPs a chip", "x necessary", "x mdlm", "sent x"], rows
+        ["objective", "TFLOPs a chip", "x lower bound", "x mdlm", "sent x"], rows
     )
 
 

@@ -448,7 +448,7 @@ def _notes(report: dict) -> str:
         f"Whole training steps: {s['width']} wide, {s['blocks']} blocks, {s['heads']} heads, "
         f"vocabulary {s['vocab_size']} with the mask, {s['batch_size']} × {s['length']} tokens, "
         f"{s['dtype']}, dropout {s['dropout']}. Median (least–greatest) of {report['rounds']} "
-        f"interleaved bursts of {report['steps']} steps. MFU: necessary FLOPs against a matrix "
+        f"interleaved bursts of {report['steps']} steps. MFU: lower-bound FLOPs against a matrix "
         f"product's {report['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s. {where}, "
         f"{m['threads']} CPU threads, jax {m['jax']}"
     )

@@ -23,7 +23,7 @@ if startup.is_verb():
 
 
 def __getattr__(name: str) -> typing.Any:
-    """Imports the API, and with it JAX, on first use: `import esolm_jax` alone takes no time."""
+    """Imports the API, and with it JAX, on first use: `import esolm_jax` alone is fast."""
     if name in __all__:
         return getattr(importlib.import_module("esolm_jax.language_model"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -25,8 +25,8 @@ from esolm_jax.data.tokenizer import Tokenizer
 from esolm_jax.errors import UserError
 from esolm_jax.evaluation.text_likelihood import LogLikelihood, TextLikelihood
 from esolm_jax.family.labels import Tokens
-from esolm_jax.interop.published import reference
-from esolm_jax.interop.published.reference import Reference
+from esolm_jax.interop.published import names as published_names
+from esolm_jax.interop.published.names import PublishedModel
 from esolm_jax.model import build
 from esolm_jax.parallel import sharding
 from esolm_jax.sampling import texts as texts_lib
@@ -85,7 +85,7 @@ class LanguageModel:
             where the family needs them (ar, bd3: at the start).
         """
         if isinstance(tokens, Tokens) or position is not None:
-            labelled = reference.as_tokens(tokens, position, rank, in_context)
+            labelled = published_names.as_tokens(tokens, position, rank, in_context)
             return self._run(labelled)
         labelled = self._label(np.asarray(tokens))
         by_rank = self._run(labelled)
@@ -123,7 +123,7 @@ class LanguageModel:
         first = plan.bidirectional_below[plan.prompt_passes :][:1].T
         rank = np.broadcast_to(plan.rank, ids.shape)
         rank = np.where(slot < first, 0, rank) if first.size else rank
-        return reference.as_tokens(token, plan.order, rank, np.ones_like(rank, bool))
+        return published_names.as_tokens(token, plan.order, rank, np.ones_like(rank, bool))
 
     def sample(self, prompts: str | Sequence[str] = (), **settings: Setting) -> list[str]:
         """Texts, as `python -m esolm_jax.sample` makes them from the same prompts and settings.
@@ -252,7 +252,7 @@ def load(
 
 def load_published(
     weights: Mapping[str, np.ndarray], num_heads: int, mask_id: int | None = None
-) -> Reference:
+) -> PublishedModel:
     """A model from weights of the published implementation, without a config or a tokenizer.
 
     Args:
@@ -260,11 +260,11 @@ def load_published(
       mask_id: by default the last id of the vocabulary.
 
     Returns:
-      A Reference, with logits(tokens) as LanguageModel has it for labelled tokens, and
+      A PublishedModel, with logits(tokens) as LanguageModel has it for labelled tokens, and
       sample(order, step_sizes, rng=…), which returns token ids. To sample from prompts, turn the
       file into a workdir with `python -m esolm_jax.convert`.
 
     Raises:
       UserError: tensors are missing, left over, of a wrong shape, or not finite.
     """
-    return reference.load(weights, num_heads, mask_id)
+    return published_names.load(weights, num_heads, mask_id)

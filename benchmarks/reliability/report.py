@@ -1,4 +1,4 @@
-"""The tables of docs/reliability.md, from the rows of all sections."""
+"""Writes docs/reliability.md from the rows of all sections."""
 
 import json
 import os
@@ -19,7 +19,7 @@ Outcomes of kills, damage and hostile input, counted by `python -m benchmarks.re
 - *clean error*: one line with the reason, and a non-zero exit code.
 - *fell back*: another intact checkpoint was used, with a line on stderr.
 - *accepted*, *exact*: valid input, read correctly.
-- *differs, said*: a setting that users change on purpose changes numbers, with a line on stderr.
+- *differs, noted*: a setting that users change on purpose changes numbers, with a line on stderr.
 - *silent*, *traceback*, *hang*: faults; all must be 0.
 
 """
@@ -32,9 +32,9 @@ TITLES = {
     "foreign": "Foreign files given to convert",
     "configs": "Values of config fields, and data files",
     "prompts": "Prompts and prompt files",
-    "infilling": "Infilling: is the known text kept?",
+    "infilling": "Known text in infilling",
     "settings": "Environment variables of JAX's users",
-    "cost": "What the checks cost",
+    "cost": "Cost of the checks",
 }
 # Columns that have another name in some tables.
 _ACCEPTED = {"identical": "accepted"}
@@ -43,7 +43,7 @@ RENAMED = {
     "configs": _ACCEPTED,
     "prompts": _ACCEPTED,
     "infilling": {"identical": "exact", "clean error": "refused", "silent": "changed"},
-    "settings": {"fell back": "differs, said"},
+    "settings": {"fell back": "differs, noted"},
 }
 
 

@@ -1,8 +1,8 @@
-"""How often a while loop of HLO text runs, read from its condition.
+"""The trip count of a while loop of HLO text, from its condition.
 
-Neither XLA nor its TPU compiler always writes the trip count beside the loop. It follows from the
-compare in the condition, the first value of the counter, and what the body adds to it; each is a
-constant, perhaps behind copies, fusions and outer loops that carry it along unchanged.
+XLA and its TPU compiler do not always annotate loops with their trip counts. The trip count follows
+from the comparison in the condition, the initial value of the counter and its increment. Each is a
+constant, possibly passed through copies, fusions and outer loops.
 """
 
 import dataclasses
@@ -144,7 +144,7 @@ def _element(name: str, index: int, frame: Frame) -> int | None:
 
 
 def _invariant(loop: Instruction, index: int, module: Module) -> bool:
-    """Whether the body of a while hands this element on as it was."""
+    """Whether the body of a while returns this element unchanged."""
     body = module.computations[loop.attribute("body")]
     if body.root.opcode != "tuple":
         return False

@@ -115,7 +115,7 @@ def parse(text: str) -> Module:
         else:  # attributes of a Pallas kernel may go on over several lines
             lines[-1] += " " + line
     if entry is None:
-        raise ValueError("not the text of an HLO module: it has no ENTRY computation")
+        raise ValueError("text: must be an HLO module with an ENTRY computation")
     first = text.split("\n", 1)[0]
     counts = [int(n) for n in re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", first)]
     return Module(computations, entry, functools.reduce(lambda a, b: a * b, counts, 1))

@@ -1,4 +1,4 @@
-"""The other programs that a pod may be asked to run: one batch of evaluation, one sampler step."""
+"""Programs of the other verbs: one batch of evaluation, one sampler step."""
 
 import functools
 
@@ -93,6 +93,6 @@ def show(figures: dict) -> None:
     sent = ", ".join(f"{k} {v / 1e6:.1f} MB" for k, v in figures["collectives"].items()) or "none"
     print(
         f"{figures['program']}: {hbm['arguments'] / gib:.2f} GiB of arguments, "
-        f"{hbm['temporaries'] / gib:.2f} of temporaries, {hbm['total'] / gib:.2f} in all of "
+        f"{hbm['temporaries'] / gib:.2f} of temporaries, {hbm['total'] / gib:.2f} in total of "
         f"{hbm['available'] / gib:.2f}; {figures['flops'] / 1e12:.4f} TFLOPs; sends {sent}"
     )

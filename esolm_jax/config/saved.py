@@ -99,7 +99,8 @@ def _with_current_names(values: dict, source: str) -> tuple[dict, list[str]]:
             )
         if new in current:
             raise UserError(
-                f"{source}: config.{new}: is there twice, also under an earlier name; remove one"
+                f"{source}: config.{new}: must be given once, but is also given under an earlier "
+                "name; remove one"
             )
         if new != name:
             told.append(f"config.{name} is config.{new} now")

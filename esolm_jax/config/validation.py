@@ -28,7 +28,9 @@ def _check_names_and_types(config: ConfigDict) -> None:
     for name in have.keys() - want.keys():
         raise UserError(f"config.{name}: unknown field{nearest(name, want)}")
     for name in want.keys() - have.keys():
-        raise UserError(f"config.{name}: missing; every field of default_config() must be there")
+        raise UserError(
+            f"config.{name}: missing; a config must have every field of default_config()"
+        )
     for name, value in have.items():
         kind = type(want[name].default)
         right = type(value) is kind or (kind is float and type(value) is int)
@@ -131,18 +133,20 @@ def validate_training(config: ConfigDict, fractions: dict[str, float], row_shard
     for phase, fraction in fractions.items():
         share = fraction * batch
         rows = round(share)
-        where = f"the {phase} loss gets {share:g} rows"
+        reason = f"because the {phase} loss gets {share:g} rows"
         if len(fractions) > 1:
-            where += f" (kappa={config.kappa})"
+            reason += f" (kappa={config.kappa})"
         if abs(share - rows) > 1e-6 or rows == 0:
             raise UserError(
-                f"config.train.batch_size={batch}: {where}; must be a whole number above 0"
+                f"config.train.batch_size={batch}: must give each loss a whole number of rows "
+                "above "
+                f"0, {reason}"
             )
         if rows % (accumulation * row_shards):
             raise UserError(
-                f"config.train.batch_size={batch}: {where}; must be a multiple of "
-                f"train.grad_accumulation x devices (mesh.data x mesh.fsdp) = "
-                f"{accumulation} x {row_shards}"
+                f"config.train.batch_size={batch}: must give each loss a multiple of "
+                f"train.grad_accumulation x devices (mesh.data x mesh.fsdp) = {accumulation} x "
+                f"{row_shards} rows, {reason}"
             )
 
 
@@ -151,8 +155,8 @@ def _check_num_orders(config: ConfigDict) -> None:
     num_orders = config.eval.num_orders
     if num_orders and not registry.get(config.objective).has_any_order_likelihood:
         raise UserError(
-            f"config.eval.num_orders={num_orders}: must be 0 with objective "
-            f"{config.objective}; only eso_b has an any-order likelihood"
+            f"config.eval.num_orders={num_orders}: must be 0 with objective {config.objective}, "
+            "because only eso_b has an any-order likelihood"
         )
 
 

@@ -1,9 +1,9 @@
 """Long documents are tokenized in parts, so that memory does not grow with their length.
 
-A part ends before white space, at a place where the tokens of the surrounding text equal those of
-its two sides. Each cut is tested, so the tokens are those of the whole document for every way to
-treat the space: attached to the next word, dropped, or added in front of every text. Only a word
-of more than MAX_WORD characters is cut inside.
+A part ends before white space, where the tokens of the surrounding text equal those of its two
+sides. Each cut is tested, so the tokens are those of the whole document for every treatment of the
+space: attached to the next word, dropped, or added in front of every text. Only words of more than
+MAX_WORD characters are cut.
 """
 
 import re

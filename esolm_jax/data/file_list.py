@@ -61,10 +61,10 @@ def find(split: str, spec: str) -> FileList:
             raise UserError(f"{field}: {kind}: {part}")
         files = walk.files(matches)
         if not files:
-            raise UserError(f"{field}: {part} holds no files ending with {endings}")
+            raise UserError(f"{field}: {part}: must hold files that end with {endings}")
         names.update(map(Path, files))
     if not names:
-        raise UserError(f"{field}: names no files")
+        raise UserError(f"{field}: must name files")
     return FileList(_once(sorted(names), walk.left_out), walk.left_out)
 
 

@@ -12,7 +12,7 @@ from esolm_jax.family.streams import index, labelled, stream
 
 
 def label(x, valid, *, start: int) -> LabelledBatch:
-    """x shifted right behind a start token, rank = position."""
+    """x shifted right after a start token, rank = position."""
     shifted = jnp.concatenate([jnp.full_like(x[:, :1], start), x[:, :-1]], axis=1)
     order_BL = index(x)
     tokens = stream(shifted, order_BL, order_BL, in_context=True, block=1)
@@ -55,6 +55,6 @@ FAMILY = Family(
     is_shifted=True,
     no_parallel="one token per step",
     no_speculation="no mask to draft with",
-    has_any_order_likelihood=True,  # of its only order
+    has_any_order_likelihood=True,  # of its single order
     export=Export(cached=True),
 )

@@ -8,5 +8,5 @@ multihost.py    barriers, and values that processes agree on
 stop_signal.py  SIGTERM and SIGINT end training after a step in all processes
 guard.py        announces a failure to the other processes and ends this one
 peers.py        detects that another process failed or died
-relay.py        a process between this one and the coordinator, which outlives either
+relay.py        a process between this one and the coordinator; it survives both
 """

@@ -129,7 +129,7 @@ class _Passing:
         is_open = _pass_on(coordinator, client)
         if not self._joined or self._closing:
             _shut_down(client)
-        elif is_open:  # the coordinator went first
+        elif is_open:  # the coordinator closed first
             self.lost.set()
 
 

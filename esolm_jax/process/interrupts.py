@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM end a verb with one line, at once, also while JAX compiles.
+"""SIGINT and SIGTERM end a verb with one line, immediately, also while JAX compiles.
 
 Python runs signal handlers between two instructions of the main thread, so a signal during an XLA
 compilation would wait for minutes. Here a thread receives it (signal.set_wakeup_fd). During

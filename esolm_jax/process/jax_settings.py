@@ -1,8 +1,8 @@
-"""Settings of JAX that come from the environment: pinned if they change what a seed means, recorded
-if they change the last digits only.
+"""Settings of JAX from the environment: pinned if they change the draws of a seed, recorded if they
+change the last digits only.
 
-Verbs run under pinned(). A library caller's settings are the caller's own; prng.key refuses those
-under which the same seed draws other numbers.
+Verbs run under pinned(). Settings of library callers are unchanged; prng.key refuses those that
+change the draws of a seed.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ PINNED = {
     "jax_numpy_dtype_promotion": "standard",
     "jax_explicit_x64_dtypes": "warn",
 }
-# The user's choice, with JAX's default: results differ in their last digits.
+# The user's choice, with JAX's default; they change the last digits of results.
 RECORDED = {
     "jax_default_matmul_precision": None,
     "jax_debug_nans": False,

@@ -30,7 +30,7 @@ def begin() -> None:
 
 
 def end(code: int) -> None:
-    """Ends the process at once; nothing is left to close."""
+    """Ends the process immediately, without cleanup."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -51,7 +51,7 @@ def check_xla_flags() -> None:
     given = os.environ.get("XLA_FLAGS", "")
     if not given.strip():
         return
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # as JAX sets it before it imports this
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # as JAX does before this import
     from jaxlib import xla_client  # imported by JAX in any case
 
     reader, writer = os.pipe()

@@ -464,4 +464,4 @@ def test_a_verb_of_one_process_refuses_a_launcher(monkeypatch, capsys, tmp_path)
     path = pathlib.Path(tiny_run.FILE)
     code = tiny_run.command("compile", f"--config={path}", "--topology=v5e:2x2")
     assert code == 2
-    assert "compile runs in one process, but JAX_NUM_PROCESSES=4" in capsys.readouterr().err
+    assert "compile: must run in one process, but JAX_NUM_PROCESSES=4" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Makes, checks and describes the artefacts of an export that compute something."""
+"""Makes, checks and describes the artefacts that compute something."""
 
 import contextlib
 import dataclasses
@@ -31,7 +31,7 @@ WEIGHTS = "weights.safetensors"
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What is exported, without its weights, which are in FOLDER/weights.safetensors.
+    """A model to export; its weights are in FOLDER/weights.safetensors.
 
     Attributes:
       parts: of score, step and sample.
@@ -64,14 +64,16 @@ class Source:
     def weights(self) -> Iterator[dict]:
         """The weights of the file, as JAX arrays; callers must not keep them."""
         path, found = self.folder / WEIGHTS, {}
-        for name, (offset, shape) in safetensors_file.places(path).items():  # never in memory twice
+        for name, (offset, shape) in safetensors_file.tensor_offsets(
+            path
+        ).items():  # never in memory twice
             array = np.fromfile(path, "<f4", math.prod(shape), offset=offset)
             found[name] = jnp.asarray(array.reshape(shape))
         try:
             yield found
         finally:
             found.clear()
-            memory.release()
+            memory.clear_jit_caches_and_trim()
 
     def texts(self, weights: dict) -> parity.Texts:
         network = plain.to_network(self.model, weights)
@@ -98,7 +100,7 @@ def _entry(source: Source, part: str, file: str, runtime: str, found: dict, suff
 
 
 def _measure(source: Source, greedy: parity.Greedy, part: str, function) -> dict:
-    """The parity of score or step, as a function of numpy arrays."""
+    """The parity of score or step, a function of NumPy arrays."""
     about, args = source.plan.about, (source.batches, source.logits)
     if part == "score":
         found = {"max_logit_error": parity.score_error(function, *args)}
@@ -140,7 +142,7 @@ def of_stablehlo(source: Source, greedy: parity.Greedy, weights: dict) -> list[d
         else:
             found = _measure(source, greedy, part, run)
         entries.append(_entry(source, part, path.name, runtime, found))
-        memory.release()
+        memory.clear_jit_caches_and_trim()
     return entries
 
 
@@ -165,5 +167,5 @@ def of_onnx(source: Source, greedy: parity.Greedy) -> list[dict]:
         found = _measure(source, greedy, part, function)
         entries.append(_entry(source, part, path.name, runtime, found, suffix="_out"))
         del run, function
-        memory.release()
+        memory.clear_jit_caches_and_trim()
     return entries

@@ -60,7 +60,7 @@ def no_step(config) -> str:
 
 
 def no_sampler(config) -> str:
-    """Why config.sample can't be exported as one program, or ""."""
+    """Why config.sample cannot be exported as one program, or ""."""
     s = config.sample
     try:
         generate.check(config)

@@ -11,7 +11,7 @@ from esolm_jax.errors import UserError
 from esolm_jax.files import regular_file
 from esolm_jax.interop import fit, safetensors_file
 from esolm_jax.interop.hub import names as hub_names
-from esolm_jax.interop.hub.names import Part
+from esolm_jax.interop.hub.names import HubTensor
 from esolm_jax.interop.safetensors_file import Tensor
 from esolm_jax.interop.shown import shown
 
@@ -25,7 +25,7 @@ def tensors(folder: pathlib.Path) -> dict[str, Tensor]:
     """All tensors by name.
 
     Raises:
-      UserError: no safetensors, a shard or a tensor that the index names is missing, damaged.
+      UserError: no safetensors, a missing shard or tensor of the index, or damaged.
     """
     has_index, has_file = (regular_file.is_there(folder / name) for name in (INDEX, FILE))
     if has_index and has_file:
@@ -62,16 +62,20 @@ def _of_shards(folder: pathlib.Path) -> dict[str, Tensor]:
             found[key] = tensor
     if lost := sorted(files.keys() - found.keys()):
         listed = ", ".join(shown(name) for name in lost[:8])
-        raise UserError(f"--from={folder}: {INDEX} names tensors that no shard holds: {listed}")
+        raise UserError(
+            f"--from={folder}: tensors of {INDEX} are missing from all shards: {listed}"
+        )
     return found
 
 
 def check_blocks(names: Iterable[str], blocks: int, where: str) -> None:
-    """UserError if config.json has many more blocks than the tensors do. It bounds the time to list
-    the names of the model's tensors afterwards."""
+    """UserError if config.json has many more blocks than the tensors. Bounds the time to list the
+    tensors of the model."""
     numbers = {match[1] for name in names if (match := _BLOCK.match(name))}
     if blocks > 2 * len(numbers) + 100:
-        raise UserError(f"{where}: has {blocks:,} blocks; its files have tensors of {len(numbers)}")
+        raise UserError(
+            f"{where}: has {blocks:,} blocks, but the files hold tensors of {len(numbers)}"
+        )
 
 
 def prefix_of(names: Iterable[str], style: str) -> str:
@@ -80,7 +84,7 @@ def prefix_of(names: Iterable[str], style: str) -> str:
     return prefix if any(name.startswith(prefix) for name in names) else ""
 
 
-def check(found: Mapping[str, Tensor], parts: list[Part], where: str) -> None:
+def check(found: Mapping[str, Tensor], parts: list[HubTensor], where: str) -> None:
     """UserError unless the tensors are those of the model, each of its shape."""
     ignored = {name for name in found if hub_names.BUFFERS.match(name)}
     wanted = {part.name: part.shape for part in parts}

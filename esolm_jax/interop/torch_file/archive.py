@@ -90,8 +90,9 @@ class Tensor:
 class Archive:
     """An opened file of torch.save.
 
-    Attributes: content: what was saved, its tensors as `Tensor`, its dicts as dict; where: names
-      the file in errors.
+    Attributes:
+      content: the saved object, its tensors as `Tensor`, its dicts as dict.
+      where: names the file in errors.
     """
 
     def __init__(self, path: pathlib.Path):
@@ -159,7 +160,7 @@ class Archive:
         info, begin = self._records[name], self._begins[name]
         record = memoryview(self._bytes)[begin : begin + info.file_size]
         if name not in self._sound:
-            # 0: torch was told to write no checksums.
+            # 0: torch.save wrote no checksums.
             if info.CRC not in (0, zlib.crc32(record)):
                 raise UserError(f"{self.where}: damaged: record {ascii(name[:100])}")
             self._sound.add(name)
@@ -202,7 +203,7 @@ class Archive:
             return Object(storage.kind)
         count = math.prod(shape)
         last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
-        # A tensor larger than its storage would fill the memory from a small file.
+        # A tensor larger than its storage would exhaust memory from a small file.
         if count and (last >= storage.size or count > storage.size):
             raise ValueError(f"a tensor of shape {shape} in a storage of {storage.size}")
         return Tensor(storage, offset, shape, stride)
