@@ -24,7 +24,7 @@ from esolm_jax.interop.hub import config as hub_config
 from esolm_jax.interop.hub import from_hub, to_hub
 from esolm_jax.training import metrics
 
-_WORKDIR = flags.DEFINE_string("workdir", "runs/anneal", "Where the runs lie.")
+_WORKDIR = flags.DEFINE_string("workdir", "runs/anneal", "Folder of the runs.")
 _OUT = flags.DEFINE_string("out", "docs", "Where the table and the plot go.")
 _AR_STEPS = flags.DEFINE_integer("ar_steps", 1000, "Training steps of the AR model.")
 _STEPS = flags.DEFINE_integer("steps", 400, "Training steps of each Eso-LM.")

@@ -1,4 +1,5 @@
-"""python -m benchmarks.family [--out=docs]: the whole family, trained alike, side by side.
+"""python -m benchmarks.family [--out=docs]: trains and evaluates all families with the same
+settings.
 
 Trains ar, mdlm, bd3, eso_a and eso_b on Shakespeare with the same model, optimizer and number of
 tokens, evaluates each on the held-out test plays, and writes family.json, family.png and
@@ -18,7 +19,7 @@ from esolm_jax import config as config_lib
 from esolm_jax import evaluate, prepare, results, train
 from esolm_jax.errors import UserError
 
-_WORKDIR = flags.DEFINE_string("workdir", "runs/family", "Where the runs lie.")
+_WORKDIR = flags.DEFINE_string("workdir", "runs/family", "Folder of the runs.")
 _OUT = flags.DEFINE_string("out", "docs", "Where the table and the plot go.")
 _STEPS = flags.DEFINE_integer("steps", 1000, "Training steps of each run.")
 

@@ -2,7 +2,7 @@
 
 Models of the family (trained as benchmarks.family trains them, unless they are already) generate
 texts in more and fewer passes. Quality is the perplexity of the texts under an AR model trained
-with another seed, beside the entropy of a text's tokens: texts that repeat themselves have a low
+with another seed, and the entropy of a text's tokens: texts that repeat themselves have a low
 perplexity and a low entropy. Writes frontier.json, frontier.md and frontier.png to --out.
 """
 

@@ -154,7 +154,7 @@ def _libtpu_version() -> str:
 
 
 def temporaries(figures: dict) -> float | None:
-    """Bytes beside the state, activations included."""
+    """Bytes in addition to the state, activations included."""
     if "hbm" in figures and "total" in figures["hbm"]:
         return figures["hbm"]["activations"] + figures["hbm"]["temporaries"]
     return figures.get("temporaries")
@@ -268,7 +268,7 @@ def plot(found: dict, path: pathlib.Path) -> None:
     figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.5), layout="constrained")
     points = list(found.get("scaling", {}).values())
     chips = [f["chips"] for f in points]
-    axes[0].plot(chips, [f["hbm"]["total"] / GIB for f in points], "o-", label="in all")
+    axes[0].plot(chips, [f["hbm"]["total"] / GIB for f in points], "o-", label="total")
     axes[0].plot(chips, [temporaries(f) / GIB for f in points], "s--", label="temporaries")
     axes[0].set(title="HBM of a chip", ylabel="GiB", xlabel="chips", ylim=0)
     for kind, style in (("sent", "o-"), ("ideal", "s--")):

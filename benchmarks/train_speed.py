@@ -1,10 +1,10 @@
 """python -m benchmarks.train_speed [--published=DIR]: training speed of all objectives together.
 
 Whole training steps (noise, forward, backward, clip, AdamW, EMA) on synthetic tokens, in tokens of
-text per second. The objectives take turns, a burst of steps each, so that a drift of the machine
-meets them all; every other round goes backwards. With --published=DIR, a checkout of the published
-PyTorch code (which needs torch and einops: --published_python), its steps of the same shapes take
-turns with ours, never at the same time. Writes --out (.json) and the table beside it (.md).
+text per second. The objectives are interleaved, a burst of steps each, so that a drift of the
+machine meets them all; every other round goes backwards. With --published=DIR, a checkout of the
+published PyTorch code (which needs torch and einops: --published_python), its steps of the same
+shapes take turns with ours, never at the same time. Writes --out (.json) and the table (.md).
 
     python -m benchmarks.train_speed --preset=cpu      # two cores, a few minutes
     python -m benchmarks.train_speed --preset=small    # a GPU or a TPU

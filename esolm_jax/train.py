@@ -117,8 +117,10 @@ class Run:
         except UserError as error:
             fault = f"{fault}; {error}"
         good = checkpoints.latest_step
-        found = "none" if good is None else f"{self.workdir / checkpoint.FOLDER}/{good}"
-        raise UserError(f"{fault}. Training ended at step {step}; last good checkpoint: {found}")
+        last_good = "none" if good is None else f"{self.workdir / checkpoint.FOLDER}/{good}"
+        raise UserError(
+            f"{fault}. Training ended at step {step}; last good checkpoint: {last_good}"
+        )
 
     def skips(self, skipped: int) -> dict:
         """The metric for skipped steps, if steps may be skipped."""
@@ -179,9 +181,9 @@ def _train(run: Run, checkpoints, state: TrainState, cursor: int) -> int | None:
             nelbo = None
             if step % t.eval_every == 0 or step == t.steps:
                 run.check_health(state, checkpoints, step)
-                found = _validate(run, estimators, state)
-                nelbo = found["nelbo"]
-                metrics.log(step, {f"validation_{name}": v for name, v in found.items()})
+                validation = _validate(run, estimators, state)
+                nelbo = validation["nelbo"]
+                metrics.log(step, {f"validation_{name}": v for name, v in validation.items()})
                 if not math.isfinite(nelbo):
                     metrics.print(
                         f"the NELBO at step {step} is {nelbo}, although all weights are finite"

@@ -29,7 +29,7 @@ def with_current_overrides(argv: list[str]) -> list[str]:
             announce_former_value(name, value, now)
             replaced[position] = [f"--config.{other}={new}" for other, new in now.items()]
             if "=" not in args[position]:
-                replaced[position + 1] = []  # the value is an argument of its own
+                replaced[position + 1] = []  # the value is a separate argument
     return [word for i, arg in enumerate(args) for word in replaced.get(i, [arg])]
 
 
