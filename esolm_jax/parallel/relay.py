@@ -46,19 +46,19 @@ class Relay:
 
     def joined(self) -> None:
         """Call when the process is connected: from now on a closed connection is a loss."""
-        self._say("joined")
+        self._send("joined")
 
     def close(self) -> None:
         """Call at the end of the run: the coordinator may close its connection."""
         self._closing = True
-        self._say("close")
+        self._send("close")
 
     def stop(self) -> None:
         self._closing = True
         self._process.kill()
         self._process.wait()
 
-    def _say(self, word: str) -> None:
+    def _send(self, word: str) -> None:
         try:
             self._process.stdin.write(f"{word}\n")
             self._process.stdin.flush()
