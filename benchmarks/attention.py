@@ -18,7 +18,7 @@ from esolm_jax.family.labels import Layout, Tokens
 
 
 def passes(length: int) -> dict[str, Tokens]:
-    """One row of each objective; eso_b's sequential phase as it is at α₀ = 0.5, trimmed."""
+    """One row of each objective; eso_b's sequential phase is that at α₀ = 0.5, trimmed."""
     layouts = {
         "ar, eso_b diffusion": Layout(length),
         "mdlm": Layout(length, block=length),
@@ -43,14 +43,14 @@ def kinds(tokens: Tokens, platform: str) -> list[str]:
 
 @functools.partial(jax.jit, static_argnames="kind")
 def step(tokens: Tokens, q, k, v, grad, *, kind: str):
-    """The result and the gradients of q, k and v, for that of the result."""
+    """The result, and the gradients of q, k and v for the gradient `grad` of the result."""
     run = functools.partial(attention.attend, queries=tokens, keys=tokens, kind=kind)
     out, pull = jax.vjp(run, q, k, v)
     return out, *pull(grad)
 
 
 def error(found, exact) -> float:
-    """The largest difference, of the result and each gradient in parts of its largest number."""
+    """The largest difference relative to the largest value, over the result and each gradient."""
     pairs = zip(found, exact, strict=True)
     return max(float(jnp.abs(a.astype(b.dtype) - b).max() / jnp.abs(b).max()) for a, b in pairs)
 

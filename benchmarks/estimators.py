@@ -138,7 +138,7 @@ def summary(estimates: list) -> dict:
         "printed_over_spread": None,
         "within_two_errors": None,
     }
-    if np.isnan(errors).any():  # none is printed
+    if np.isnan(errors).any():  # no error is printed
         return row
     row["printed_rms"] = math.sqrt(np.mean(errors**2))
     row["printed_least"], row["printed_greatest"] = float(errors.min()), float(errors.max())

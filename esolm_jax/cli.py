@@ -157,7 +157,7 @@ def _only_process_0_prints():
     if distributed.is_main():
         yield
     else:
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        with open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink):
             yield
 
 

@@ -152,16 +152,16 @@ def show(figures: dict) -> None:
 
 def sweep(config, name: str, num_slices: int) -> list[dict]:
     """Meshes and remat policies that the config allows on the pod, each compiled; best first."""
-    found = []
+    rows = []
     tried = list(candidates(config, topology.num_chips(name) * num_slices))
     for changes in tqdm(tried, desc="sweep", unit="compilation"):
         changed = config.copy_and_resolve_references()
         changed.update_from_flattened_dict(changes)
         try:
-            found.append(measure(changed, name, num_slices))
+            rows.append(measure(changed, name, num_slices))
         except UserError as error:
             tqdm.write(f"left out {changes}: {error}")
-    return sorted(found, key=lambda f: (not f["hbm"]["fits"], _seconds(f)))
+    return sorted(rows, key=lambda f: (not f["hbm"]["fits"], _seconds(f)))
 
 
 def _seconds(figures: dict) -> float:
@@ -183,9 +183,9 @@ def candidates(config, chips: int):
             }
 
 
-def show_table(found: list[dict]) -> None:
+def show_table(rows: list[dict]) -> None:
     print(f"{'mesh':<32}{'remat':<11}{'HBM GiB':>8}{'FLOPs x':>9}{'sent x':>8}{'ms':>9}{'MFU':>6}")
-    for figures in found:
+    for figures in rows:
         mesh = ", ".join(f"{k}={v}" for k, v in figures["mesh"].items() if v > 1)
         row = f"{mesh:<32}{figures['remat']:<11}"
         if "roofline" not in figures:
@@ -209,10 +209,10 @@ def main(config, workdir: pathlib.Path | None) -> None:
     jax.config.update("jax_platforms", "cpu")  # the TPU's compiler is here, but no TPU
     out = pathlib.Path(f.out or "compile.json")
     if f.sweep:
-        found = sweep(config, f.topology, f.num_slices)
-        show_table(found)
-        fits = bool(found) and found[0]["hbm"]["fits"]
-        figures: object = found
+        rows = sweep(config, f.topology, f.num_slices)
+        show_table(rows)
+        fits = bool(rows) and rows[0]["hbm"]["fits"]
+        figures: object = rows
     elif f.program != "train":
         training = make_training(config, f.topology, f.num_slices)
         figures = programs.measure(f.program, config, training, topology.parse(f.topology)[0])

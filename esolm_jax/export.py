@@ -63,14 +63,14 @@ def main(config, workdir: pathlib.Path) -> None:
     print(f"wrote {target}, with manifest.json")
 
 
-def _measured(found: dict) -> str:
+def _measured(figures: dict) -> str:
     parts = []
-    if "max_logit_error" in found:
-        parts.append(f"logits within {found['max_logit_error']:.1e} of the trained model's")
+    if "max_logit_error" in figures:
+        parts.append(f"logits within {figures['max_logit_error']:.1e} of the trained model's")
     for name, what in (("greedy_identical", "greedy"), ("sampled_identical", "drawn")):
-        if name in found:
+        if name in figures:
             parts.append(
-                f"{what} texts {'identical to' if found[name] else 'different from'} those of "
+                f"{what} texts {'identical to' if figures[name] else 'different from'} those of "
                 "`sample`"
             )
     return ", ".join(parts)

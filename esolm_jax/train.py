@@ -84,8 +84,10 @@ class Run:
         except UserError as error:
             fault = f"{fault}; {error}"
         good = checkpoints.latest_step
-        found = "none" if good is None else f"{self.workdir / checkpoint_steps.FOLDER}/{good}"
-        raise UserError(f"{fault}. Training ended at step {step}; last good checkpoint: {found}")
+        last_good = "none" if good is None else f"{self.workdir / checkpoint_steps.FOLDER}/{good}"
+        raise UserError(
+            f"{fault}. Training ended at step {step}; last good checkpoint: {last_good}"
+        )
 
     def skips(self, skipped: int) -> dict:
         """The metric for skipped steps, if steps may be skipped."""

@@ -36,7 +36,7 @@ grace="${GRACE:-60}" port="${PORT:-$(free_port)}"
 check_verb "$verb"
 logs="${LOGS:-}"
 
-command_of() { # sets `command`: that of process $1, with the arguments behind it
+command_of() { # sets `command`: that of process $1, followed by the arguments
   command=(env "JAX_COORDINATOR_ADDRESS=localhost:$port" "JAX_NUM_PROCESSES=$processes"
     "JAX_PROCESS_ID=$1" "JAX_NUM_CPU_DEVICES=$devices" JAX_PLATFORMS=cpu
     "${PYTHON:-.venv/bin/python}" -m "esolm_jax.$verb" "${@:2}")

@@ -143,7 +143,7 @@ class Inputs:
 
 
 class _Catch:
-    """Stands for checkpoint.Checkpoints: keeps the weights in memory."""
+    """Replaces checkpoint.Checkpoints: keeps the weights in memory."""
 
     def __init__(self, caught: dict):
         self.caught = caught

@@ -84,13 +84,13 @@ def collectives(
     operands = operands[: 1 if one else None]
     group = _group_size(kind, instruction.attributes, module)
     share = _share(kind, group)
-    found = []
+    messages = []
     for operand in operands:
         name = _op_name(instruction if len(operands) == 1 else operand, computation)
         for part in operand.shapes:
             a = _whole(kind, part, group, instruction)
-            found.append(Collective(kind, a.dtype, a.sizes, group, a.bytes * share, 1, (), name))
-    return found
+            messages.append(Collective(kind, a.dtype, a.sizes, group, a.bytes * share, 1, (), name))
+    return messages
 
 
 def bytes_by_kind(messages: Iterable[Collective]) -> dict[str, float]:

@@ -78,7 +78,7 @@ def _count(direction: str, difference: int, step: int) -> int | None:
 
 
 def _compare(frame: Frame) -> tuple[str, int] | None:
-    """(direction, left - right) of the compare that a condition returns, perhaps in a fusion."""
+    """(direction, left - right) of the compare that a condition returns, possibly in a fusion."""
     root = frame.computation.root
     while root.opcode == "fusion" or root.opcode in SAME:
         if root.opcode == "fusion":

@@ -70,10 +70,10 @@ def _convolution(instruction: Instruction, left: Shape, right: Shape, output: Sh
 
 
 def _windows(attributes: str) -> list[Window]:
-    found = re.search(r"window=\{([^}]*)\}", attributes)
-    if not found:
+    match = re.search(r"window=\{([^}]*)\}", attributes)
+    if not match:
         return []
-    texts = dict(field.split("=") for field in found[1].split())
+    texts = dict(field.split("=") for field in match[1].split())
     fields = {name: text.split("x") for name, text in texts.items()}
     of = {
         "size": "size",

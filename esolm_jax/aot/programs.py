@@ -69,7 +69,7 @@ def measure(program: str, config, training: Trainer, chip: Chip) -> dict:
     chunks = (
         config.eval.batch_size * config.data.seq_len / sharding.num_row_shards(training.built.mesh)
     )
-    found = hlo.analyse(
+    cost = hlo.analyse(
         compiled.as_text(),
         trip_counts={"predicted_chunks": chunks / config.model.loss_chunk},
         kernel_flops=report.kernel_flops(training, compiled.as_text()),
@@ -83,8 +83,8 @@ def measure(program: str, config, training: Trainer, chip: Chip) -> dict:
             "available": chip.hbm_bytes,
             "fits": total <= chip.hbm_bytes,
         },
-        "flops": found.flops,
-        "collectives": dict(found.collectives),
+        "flops": cost.flops,
+        "collectives": dict(cost.collectives),
     }
 
 

@@ -61,15 +61,15 @@ def _layouts(training: Trainer) -> list[Layout]:
     """The layouts of all passes of a training step, trimmed or not."""
     length = training.config.data.seq_len
     row = jax.ShapeDtypeStruct((1, length), "int32"), jax.ShapeDtypeStruct((1, length), "bool")
-    key, found = jax.eval_shape(lambda: prng.key(0)), []
+    key, layouts = jax.eval_shape(lambda: prng.key(0)), []
     for phase, queries in zip(training.phases, training.objective.queries, strict=True):
         layout = jax.eval_shape(phase.label, key, *row).tokens.layout
         if layout is None:  # ranks depend on the row
             layout = Layout(length, length) if phase.can_trim_queries else Layout(length)
         if phase.can_trim_queries:
-            found.append(Layout(length, queries or length, layout.block))
-        found.append(layout)
-    return found
+            layouts.append(Layout(length, queries or length, layout.block))
+        layouts.append(layout)
+    return layouts
 
 
 def _padded(training: Trainer) -> float:
@@ -129,7 +129,7 @@ def cost(training: Trainer, text: str) -> hlo.Cost:
     )
 
 
-def stray_gathers(training: Trainer, found: hlo.Cost) -> list[str]:
+def stray_gathers(training: Trainer, cost_of_step: hlo.Cost) -> list[str]:
     """Collectives outside of loops that gather all blocks of a stacked parameter."""
     blocks = training.built.model.blocks
     wholes = {
@@ -140,7 +140,7 @@ def stray_gathers(training: Trainer, found: hlo.Cost) -> list[str]:
     sizes = {math.prod(shape) for shape in wholes}
     return [
         f"{m.kind} {m.dtype}{list(m.shape)} {m.op_name}"
-        for m in found.messages
+        for m in cost_of_step.messages
         if blocks in m.shape and math.prod(m.shape) in sizes
     ]
 
@@ -149,31 +149,31 @@ def report(training: Trainer, compiled, chip: Chip) -> dict:
     """All figures of a compiled training step, as JSON-able numbers per chip and step."""
     config, built = training.config, training.built
     text = compiled.as_text()
-    found = cost(training, text)
+    cost_of_step = cost(training, text)
     work = lower_bound.step(config, training.phases)
     params = training.abstract_state().params
     chips = built.mesh.size
     needed = {k: v / chips for k, v in lower_bound.flops(built.model, work).items()}
     ideal = lower_bound.collective_bytes(config, built.model, work, built.mesh, params)
-    sent, best = sum(found.collectives.values()), sum(ideal.values())
-    flops = {"compiled": found.flops, "lower_bound": sum(needed.values())}
+    sent, best = sum(cost_of_step.collectives.values()), sum(ideal.values())
+    flops = {"compiled": cost_of_step.flops, "lower_bound": sum(needed.values())}
     hbm = memory(training, compiled, chip)
     return {
         "hbm": hbm,
         "flops": flops
         | {
-            "ratio": found.flops / flops["lower_bound"],
-            "by_kind": dict(found.flops_by_kind),
+            "ratio": cost_of_step.flops / flops["lower_bound"],
+            "by_kind": dict(cost_of_step.flops_by_kind),
             "lower_bound_by_kind": needed,
-            "uncounted_kernels": sorted({k.name for k in found.uncounted_kernels}),
+            "uncounted_kernels": sorted({k.name for k in cost_of_step.uncounted_kernels}),
         },
         "collectives": {
-            "sent": dict(found.collectives),
+            "sent": dict(cost_of_step.collectives),
             "ideal": ideal,
             "ratio": sent / best if best else 1.0,
-            "stray_gathers": stray_gathers(training, found),
+            "stray_gathers": stray_gathers(training, cost_of_step),
         },
-        "roofline": roofline(found.flops, flops["lower_bound"], sent, hbm, chip),
+        "roofline": roofline(cost_of_step.flops, flops["lower_bound"], sent, hbm, chip),
         "tokens_per_step": config.train.batch_size * config.data.seq_len,
         "full_branch_probability": _full_branch(training),
     }

@@ -1,4 +1,4 @@
-"""Configs saved with a checkpoint: written with the version of the schema, read of any earlier one.
+"""Configs saved with a checkpoint: written with the schema version, read from earlier versions.
 
 A saved config is a JSON object of fields and sections, and "schema_version" (1 if it is missing).
 """
@@ -22,10 +22,10 @@ def to_saved(config: ConfigDict) -> dict:
 
 
 def from_saved(saved: Mapping, source: str = "the saved config") -> ConfigDict:
-    """The config of a saved one, with today's names and fields, locked. Values are not validated.
+    """A saved config with today's names and fields, locked. Values are not validated.
 
     Args:
-      source: for messages, where it was saved.
+      source: for messages, the workdir or the file.
 
     Raises:
       UserError: a later version, an unknown or removed field, or a field is missing.

@@ -1,4 +1,4 @@
-"""Checks of a whole config: each field by itself, then fields that must agree with each other."""
+"""Checks of a whole config: each field, then the consistency of fields."""
 
 from collections.abc import Mapping
 
@@ -11,8 +11,8 @@ from esolm_jax.family import registry
 
 
 def validate(config: ConfigDict) -> None:
-    """UserError that names the field, its value and what is allowed, unless every field is fine
-    by itself and they agree with each other."""
+    """UserError that names a field, its value and the allowed values, unless each field is valid
+    and the fields are consistent."""
     _check_names_and_types(config)
     values = flat(config)
     for name, field in fields().items():
@@ -23,7 +23,7 @@ def validate(config: ConfigDict) -> None:
 
 
 def _check_names_and_types(config: ConfigDict) -> None:
-    """The fields of the schema, with values of their types."""
+    """UserError unless the fields are those of the schema, with values of their types."""
     have, want = flat(config), fields()
     for name in have.keys() - want.keys():
         raise UserError(f"config.{name}: unknown field{nearest(name, want)}")
@@ -46,7 +46,7 @@ def _fail_unless(ok: bool, name: str, value, allowed: str) -> None:
 
 
 def _check_objective(config: ConfigDict) -> None:
-    """What the family requires of alpha_0 and block_length."""
+    """UserError unless alpha_0 and block_length suit the family."""
     family = registry.get(config.objective)
     if family.fixed_alpha_0 is not None:
         _fail_unless(
@@ -65,7 +65,7 @@ def _check_objective(config: ConfigDict) -> None:
 
 
 def _check_model(config: ConfigDict) -> None:
-    """Sizes of the model that must divide each other."""
+    """UserError unless the sizes of the model divide each other."""
     model = config.model
     heads = "attention_width" if model.attention_width else "width"
     _fail_unless(
@@ -90,7 +90,7 @@ def _check_model(config: ConfigDict) -> None:
 
 
 def validate_mesh(config: ConfigDict, mesh: Mapping[str, int]) -> None:
-    """UserError unless what the mesh splits divides by its axes (by name: sizes)."""
+    """UserError unless heads and tokens divide by the axes of the mesh (sizes by name)."""
     kv_heads = config.model.kv_heads or config.model.heads
     tensor, sequence = mesh["tensor"], mesh["sequence"]
     for name, value in (("model.heads", config.model.heads), ("model.kv_heads", kv_heads)):
@@ -106,7 +106,7 @@ def validate_mesh(config: ConfigDict, mesh: Mapping[str, int]) -> None:
 
 
 def _check_annealing(config: ConfigDict) -> None:
-    """Annealing needs both phases."""
+    """UserError if annealing lacks one of the phases."""
     if config.train.anneal_steps:
         _fail_unless(
             registry.get(config.objective).has_two_phases and 0 < config.alpha_0 < 1,
@@ -119,9 +119,8 @@ def _check_annealing(config: ConfigDict) -> None:
 
 def validate_training(config: ConfigDict, fractions: dict[str, float], row_shards: int) -> None:
     """UserError unless the config can be trained: low variance only without a sequential phase,
-    annealing only with both phases, and every phase's share of the batch a whole number of rows
-    that divides by the micro-batches and, within each of these, by the devices that rows are split
-    over."""
+    annealing only with both phases, and a whole number of rows for each phase that divides by the
+    micro-batches and by the devices that shard rows."""
     _check_annealing(config)
     _fail_unless(
         not config.low_variance or config.alpha_0 == 1,
@@ -151,7 +150,7 @@ def validate_training(config: ConfigDict, fractions: dict[str, float], row_shard
 
 
 def _check_num_orders(config: ConfigDict) -> None:
-    """The importance-weighted bound exists for eso_b; ar is exact."""
+    """UserError if the importance-weighted bound does not exist for the family."""
     num_orders = config.eval.num_orders
     if num_orders and not registry.get(config.objective).has_any_order_likelihood:
         raise UserError(
@@ -161,8 +160,8 @@ def _check_num_orders(config: ConfigDict) -> None:
 
 
 def validate_evaluation(config: ConfigDict, row_shards: int) -> None:
-    """UserError unless the bounds asked for exist and a batch divides by the devices that rows
-    are split over."""
+    """UserError unless the requested bounds exist and a batch divides by the devices that shard
+    rows."""
     _check_num_orders(config)
     e = config.eval
     if e.batch_size % row_shards:

@@ -47,14 +47,14 @@ def render(
 
 def pieces_of(run: list[int], text_of: Callable[[list[int]], str]) -> list[str]:
     """The text that each id of a run adds; '' if the id does not complete a character."""
-    found, so_far = [], ""
+    pieces, so_far = [], ""
     for end in range(1, len(run) + 1):
         text = text_of(run[:end])
         if text.endswith("\ufffd") and end < len(run):
             text = so_far
-        found.append(text[len(so_far) :])
+        pieces.append(text[len(so_far) :])
         so_far = text
-    return found
+    return pieces
 
 
 class Decodes:

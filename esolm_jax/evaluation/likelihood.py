@@ -106,8 +106,8 @@ def log_mean_exp(log_p_BO: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """log mean_k exp over the last axis, and an estimate of its variance (NaN if K = 1).
 
     The variance is the jackknife's: the spread of the K values that leave one order out, summed. By
-    the Efron-Stein inequality its expectation is at least the variance with K − 1 orders, however
-    heavy the tails of p. The delta method is not: log p varies by many nats over orders, one order
+    the Efron-Stein inequality its expectation is at least the variance with K − 1 orders, for any
+    tails of p. The delta method is not: log p varies by many nats over orders, one order
     carries most of the mean, and the delta method's variance is below 1 nat² then.
     """
     orders = log_p_BO.shape[1]

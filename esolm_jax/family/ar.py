@@ -1,4 +1,4 @@
-"""AR: autoregression. One stream, shifted right behind a start token; rank = position."""
+"""AR: autoregression. One stream, shifted right after a start token; rank = position."""
 
 import functools
 
@@ -34,7 +34,7 @@ def windows(schedule, block_length: int) -> Windows:
     slot = np.arange(schedule.order.shape[1])
     refuse(
         (schedule.order != slot[None]).any(axis=1) | (schedule.sizes > 1).any(axis=0),
-        "objective ar generates in text order, one token per step, behind a prompt at the start",
+        "objective ar generates in text order, one token per step, after a prompt at the start",
     )
     first = schedule.first
     return Windows(schedule.num_known, start=first, end=first + 1, rank=slot)

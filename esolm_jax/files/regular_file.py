@@ -129,9 +129,9 @@ def _children(node: Any) -> list:
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    value = dict(pairs)
+    if len(value) != len(pairs):
         keys: set[str] = set()
         repeated = next(key for key, _ in pairs if key in keys or keys.add(key))
         raise ValueError(f"the key {repeated[:80]!r} is repeated")
-    return found
+    return value

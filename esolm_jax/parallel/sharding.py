@@ -200,12 +200,12 @@ def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
 
 def put_batch(batch: dict, mesh: Mesh, batch_size: int) -> dict:
     """This process's rows (local_rows, numpy) of a global batch → global arrays, split by rows."""
-    at = {row: i for i, row in enumerate(local_rows(mesh, batch_size))}
+    index_of = {row: i for i, row in enumerate(local_rows(mesh, batch_size))}
 
     def put(local):
         def part(index):
             wanted = range(batch_size)[index[0]]
-            return local[[at[row] for row in wanted]]
+            return local[[index_of[row] for row in wanted]]
 
         shape = (batch_size, *local.shape[1:])
         return jax.make_array_from_callback(shape, rows(mesh), part)

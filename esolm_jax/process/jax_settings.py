@@ -60,9 +60,9 @@ def recorded() -> dict:
     """The settings of RECORDED that differ from JAX's defaults, and XLA_FLAGS that may change the
     last digits; JSON-able, for a checkpoint's meta and for results."""
     values = {name: getattr(jax.config, name, default) for name, default in RECORDED.items()}
-    found = {name: value for name, value in values.items() if value != RECORDED[name]}
+    changed = {name: value for name, value in values.items() if value != RECORDED[name]}
     flags = [f for f in _split(os.environ.get("XLA_FLAGS", "")) if not f.startswith(_NO_EFFECT)]
-    return found | ({"XLA_FLAGS": " ".join(flags)} if flags else {})
+    return changed | ({"XLA_FLAGS": " ".join(flags)} if flags else {})
 
 
 def _split(flags: str) -> list[str]:

@@ -62,8 +62,8 @@ def check_xla_flags() -> None:
         os._exit(0)
     os.close(writer)
     with open(reader, encoding="utf-8", errors="replace") as file:
-        told = file.read()
+        message = file.read()
     if os.waitpid(child, 0)[1]:
-        lines = [re.sub(r"^[EF]\d+ .*?\] ", "", line) for line in told.splitlines()]
+        lines = [re.sub(r"^[EF]\d+ .*?\] ", "", line) for line in message.splitlines()]
         reason = next((line for line in lines if line.strip()), "refused by XLA")
         raise UserError(f"XLA_FLAGS={given}: {reason[:300]}")

@@ -40,7 +40,7 @@ def init_state(params, optimizer, key) -> TrainState:
 
 
 def state_shardings(mesh, make_state: Callable, optimizer) -> TrainState:
-    """Where each part of the state lies: EMA and moments where their parameters are.
+    """The sharding of each part of the state: EMA and moments like their parameters.
 
     Raises:
       UserError: a parameter does not divide by the mesh.

@@ -285,7 +285,7 @@ def test_raw_weights_are_other_weights(run, exported, tmp_path, capsys, one_batc
     args = "--weights=raw", "--formats=safetensors", "--parts=score"
     manifest = export(run, tmp_path / "raw", *args)
     assert "the RAW weights, not the EMA, of step 7" in capsys.readouterr().out
-    assert manifest["not_exported"]["step"] == "not asked for"
+    assert manifest["not_exported"]["step"] == "not requested"
     assert "one program is of the format stablehlo" in manifest["not_exported"]["sample"]
     raw, ema = (
         np.asarray(safetensors_file.read(folder / "weights.safetensors")[0]["embedding"])

@@ -46,7 +46,7 @@ class Wanted:
     step: str = checkpoint_steps.LATEST
 
     def left_out(self, config) -> dict[str, str]:
-        """Why a part is not exported, by part. UserError if it was asked for."""
+        """Reasons for parts that are not exported. UserError if such a part was requested."""
         why = {"step": sampling_plan.no_step(config), "sample": sampling_plan.no_sampler(config)}
         if "stablehlo" not in self.formats:
             why["sample"] = "the sampler as one program is of the format stablehlo"
@@ -55,7 +55,7 @@ class Wanted:
             if part in why:
                 raise UserError(f"--parts={part}: cannot be exported: {why[part]}")
         unasked = set(PARTS).difference(self.parts or PARTS)
-        return why | dict.fromkeys(sorted(unasked - why.keys()), "not asked for")
+        return why | dict.fromkeys(sorted(unasked - why.keys()), "not requested")
 
     def check_installed(self) -> None:
         """UserError if a package that a format needs is not installed."""

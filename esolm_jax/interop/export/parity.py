@@ -52,9 +52,9 @@ def examples(model: ModelConfig, length: int) -> list[Tokens]:
 def trained_logits(model: ModelConfig, params: dict, batches: list[Tokens]):
     """Logits of the training forward pass, float32, for each batch."""
     apply = jax.jit(model_lib.bind(plain.in_float32(model)))
-    found = [np.asarray(apply(params, tokens)) for tokens in batches]
+    logits = [np.asarray(apply(params, tokens)) for tokens in batches]
     memory.clear_jit_caches_and_trim()
-    return found
+    return logits
 
 
 def labels(tokens: Tokens, low: int = 0, high: int | None = None) -> tuple[np.ndarray, ...]:
@@ -158,26 +158,26 @@ def sampler_agrees(sample, texts: Texts) -> dict[str, bool]:
         rows = np.arange(batch, dtype=np.uint32)
         keys = jax.random.key_data(jax.vmap(jax.random.fold_in, (None, 0))(prng.key(0), rows))
         order, num_diffusion = decode_loop.draw_orders(texts.plan.about, 0, batch)
-        found = {
+        sampled = {
             name: sample(keys, np.float32(t), order, num_diffusion)
             for name, t in temperatures.items()
         }
         memory.clear_jit_caches_and_trim()
-        for name, text in found.items():
+        for name, text in sampled.items():
             temperature, sizes = temperatures[name], texts.plan.sizes
             ours = texts.of(order, num_diffusion, keys, sizes=sizes, temperature=temperature)
             agrees[name] &= np.array_equal(text, ours)
     return agrees
 
 
-def require(file: str, found: dict, tolerance: float) -> dict:
-    """Returns `found`. UserError unless logits agree to the tolerance and greedy texts match."""
-    error = found.get("max_logit_error", 0.0)
+def require(file: str, measured: dict, tolerance: float) -> dict:
+    """Returns `measured`. UserError unless logits agree to the tolerance and greedy texts match."""
+    error = measured.get("max_logit_error", 0.0)
     if not error <= tolerance:
         raise UserError(
             f"{file}: the largest error of a logit is {error:.1e}; must be at most "
             f"{tolerance:g} (--tolerance); nothing was exported"
         )
-    if not found.get("greedy_identical", True):
+    if not measured.get("greedy_identical", True):
         raise UserError(f"{file}: greedy texts differ from those of `sample`; nothing was exported")
-    return found
+    return measured

@@ -65,9 +65,9 @@ def description(config: ModelConfig) -> dict:
 
 def _fold(config: ModelConfig, params: dict) -> Network:
     network = network_lib.fold(config, params)
-    found = set(_named(network))
+    names = set(_named(network))
     of_block = {f"blocks.{i}.{part}" for i in range(config.blocks) for part in PARTS}
-    if unknown := found - _OUTSIDE - of_block:
+    if unknown := names - _OUTSIDE - of_block:
         raise UserError(f"parts of the model that cannot be exported yet: {', '.join(unknown)}")
     return network
 
@@ -107,12 +107,12 @@ def _fold_part(one: ModelConfig, params: dict, block: int | None, name: str) -> 
     params = params | {"blocks": jax.tree.map(lambda a: a[index : index + 1], params["blocks"])}
 
     def part(params):
-        found = _named(_fold(one, params))
+        arrays = _named(_fold(one, params))
         if block is None:
-            return {name: found[name]}
+            return {name: arrays[name]}
         return {
             k.replace("blocks.0.", f"blocks.{block}."): a
-            for k, a in found.items()
+            for k, a in arrays.items()
             if k.startswith("blocks.")
         }
 

@@ -113,18 +113,18 @@ def is_tied(hub: dict[str, Any], where: str) -> bool:
 def special_ids(hub: dict[str, Any], where: str) -> dict[str, int]:
     """Ids of BOS, EOS and PAD. Missing BOS and PAD are replaced by other ids: an AR text may begin
     with EOS, and PAD is unused. UserError: EOS is missing, or an id is not a number."""
-    found = {}
+    ids = {}
     for name in _SPECIAL:
         value = hub.get(name)
         value = value[0] if isinstance(value, list) and value else value
         if value is not None and (type(value) is not int or not -1 <= value <= _MOST):
             raise UserError(f"{where}: {name}={shown(value)}: must be a token id")
-        found[name.removesuffix("_token_id")] = None if value == -1 else value
-    if found["eos"] is None:
+        ids[name.removesuffix("_token_id")] = None if value == -1 else value
+    if ids["eos"] is None:
         raise UserError(
             f"{where}: eos_token_id is missing; it must be there, because it joins documents"
         )
-    return {name: found["eos"] if i is None else i for name, i in found.items()}
+    return {name: ids["eos"] if i is None else i for name, i in ids.items()}
 
 
 def get_config(path: str) -> ConfigDict:

@@ -196,14 +196,14 @@ def _objective(hyper: Any, where: str) -> tuple[str, float]:
         del modes["algo.diffusion_attn_mode"]
     if alpha_0 == 1:
         del modes["algo.sequential_attn_mode"]
-    found = {_ESO[path].get(mode) for path, mode in modes.items()}
-    if len(found) > 1 or None in found:
+    objectives = {_ESO[path].get(mode) for path, mode in modes.items()}
+    if len(objectives) > 1 or None in objectives:
         listed = ", ".join(f"{path}={shown(mode)}" for path, mode in modes.items())
         raise UserError(
             f"{where}: an unsupported architecture: {listed} (allowed: causal for Eso-LM (B); "
             "mixed2 in the diffusion phase and mixed in the sequential phase for (A))"
         )
-    return found.pop(), float(alpha_0)
+    return objectives.pop(), float(alpha_0)
 
 
 def _set_data(config: ConfigDict, hyper: Any, where: str) -> None:

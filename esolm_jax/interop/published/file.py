@@ -146,7 +146,7 @@ def _step(value: Any) -> int | None:
 
 def _backbone(file: pathlib.Path, tensors: Mapping[str, Any]) -> dict[str, Any]:
     """Parameters by name, without prefixes, buffers and tensors of other parts."""
-    found: dict[str, Any] = {}
+    parameters: dict[str, Any] = {}
     for name, tensor in tensors.items():
         if not isinstance(name, str):
             raise UserError(f"{file}: its state_dict has a key {shown(name)}: must be a string")
@@ -158,13 +158,13 @@ def _backbone(file: pathlib.Path, tensors: Mapping[str, Any]) -> dict[str, Any]:
                 f"{file}: {ascii(name[:100])} is {shown(tensor)}: must be a tensor "
                 "(nothing was executed)"
             )
-        if bare in found:
+        if bare in parameters:
             raise UserError(f"{file}: {ascii(bare[:100])} appears twice, under two prefixes")
-        found[bare] = tensor
-    if not found:
+        parameters[bare] = tensor
+    if not parameters:
         raise UserError(f"{file}: holds no tensors")
-    weight_types.check(found, str(file))
-    return found
+    weight_types.check(parameters, str(file))
+    return parameters
 
 
 def find(node: Any, path: str) -> Any:

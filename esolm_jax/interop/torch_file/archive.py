@@ -52,8 +52,8 @@ class _Storage:
     @property
     def dtype(self) -> np.dtype | None:
         """None for an unsupported type."""
-        found = DTYPES.get(self.kind.name) if self.kind.module == "torch" else None
-        return None if found is None else np.dtype(found)
+        numpy_type = DTYPES.get(self.kind.name) if self.kind.module == "torch" else None
+        return None if numpy_type is None else np.dtype(numpy_type)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,7 +38,7 @@ class DecodePlan:
 
     Attributes:
       order: [B, L]; known: [B, L], the known tokens by slot (unspecified where unknown).
-      rank: [L], the rank of each slot unless it lies below `bidirectional_below`.
+      rank: [L], the rank of each slot unless it is below `bidirectional_below`.
       start, first, size, end, bidirectional_below: [steps, B], slots as described above; slots
         below `bidirectional_below` are of rank 0.
       num_known: [B], how many leading slots hold known tokens.
@@ -95,11 +95,11 @@ class DecodePlan:
 
     @property
     def rows_of_tables(self) -> int:
-        """At least the steps, and seldom another number, for programs depend on it."""
+        """The number of steps, rounded up to a power of two: programs depend on it."""
         return _power(len(self.size))
 
     def padded(self, margin: int) -> Self:
-        """For the loop: with `margin` more slots, so that every window lies inside, and tables of
+        """For the loop: with `margin` more slots, so that every window fits, and tables of
         rows_of_tables."""
         order, known = (np.pad(a, ((0, 0), (0, margin))) for a in (self.order, self.known))
         more = self.rows_of_tables - len(self.size)

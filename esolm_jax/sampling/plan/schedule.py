@@ -135,7 +135,7 @@ def unmask_probabilities(alpha_0: float, num_steps: int) -> np.ndarray:
 def ancestral_sizes(rng: np.random.Generator, length: int, alpha_0: float, num_steps: int):
     """Step sizes of the diffusion phase: Binomial(remaining, p) each, empty steps dropped.
 
-    At α₀ = 1 whatever is left is un-masked in a last step. Returns int32 [<= T + 1].
+    At α₀ = 1 a last step un-masks the remaining tokens. Returns int32 [<= T + 1].
     """
     sizes, remaining = [], length
     for p in unmask_probabilities(alpha_0, num_steps):
@@ -190,8 +190,8 @@ def ancestral(canvas: Canvas, alpha_0: float, num_steps: int) -> Schedule:
 
 
 def strided(canvas: Canvas, alpha_0: float, num_steps: int, *, shuffle: bool) -> Schedule:
-    """Step i of n un-masks positions i, i+n, i+2n, …: far apart, so that tokens generated
-    together seldom conflict. The first round(α₀·n) strides are the diffusion phase.
+    """Step i of n un-masks positions i, i+n, i+2n, …: far apart, so that tokens of one
+    step rarely conflict. The first round(α₀·n) strides are the diffusion phase.
 
     `shuffle` puts the strides in random order.
     """
