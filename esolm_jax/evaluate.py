@@ -77,7 +77,7 @@ def _results(
     e, built = config.eval, trained.built
     for metric in metrics.selected(e.metrics, config):
         estimate = metric.make(config, built, None)
-        found = estimate(
+        result = estimate(
             trained.params,
             eval_batches(config, manifest, e.split, e.max_windows, built.mesh),
             split=manifest.split(e.split),
@@ -85,8 +85,8 @@ def _results(
             progress=metric.name,
             total=math.ceil(windows / e.batch_size),
         )
-        check_finite(found, metric.name)
-        yield found.figures | {"summary": found.line}
+        check_finite(result)
+        yield result.figures | {"summary": result.line}
 
 
 def _digest(workdir: pathlib.Path, step: int) -> str | None:
