@@ -54,14 +54,14 @@ def write(out: pathlib.Path, sections: dict[str, dict]) -> int:
     """
     machine = _machine()
     for section in sections.values():
-        section["commit"] = machine["commit"]
+        section |= {"commit": machine["commit"], "cpu": machine["cpu"]}
     path = out.with_suffix(".json")
     before = json.loads(path.read_text())["sections"] if path.exists() else {}
     sections = {name: (before | sections)[name] for name in TITLES if name in before | sections}
     text, faults = HEAD, 0
     for name, section in sections.items():
         rows = section["rows"]
-        measured = f"{section['seconds']:.0f} s, commit {section['commit']}.\n\n"
+        measured = f"{section['seconds']:.0f} s, {section['cpu']}, commit {section['commit']}.\n\n"
         text += f"## {TITLES[name]}\n\n"
         if name == "cost":
             text += report_writer.table(
@@ -74,7 +74,7 @@ def write(out: pathlib.Path, sections: dict[str, dict]) -> int:
         names = [RENAMED.get(name, {}).get(column, column) for column in columns]
         text += report_writer.table(names, [[row[c] for c in columns] for row in _with_sum(rows)])
         text += f"\n{measured}"
-    text += f"Measured on {machine['cpu']}, {machine['cores']} cores, two sections at a time.\n"
+    text += f"{machine['cores']} cores, two sections at a time.\n"
     report_writer.write(out, {"machine": machine, "sections": sections}, text)
     return faults
 
