@@ -33,7 +33,8 @@ STAGES = 2  # with more, blocks of wide heads may exceed shared memory
 def flash(q_BHTK, k_BGSK, v_BGSK, *labels, layout: Layout | None, interpret: bool = False):
     """Attention over these labels, [B, H, T, K] in the dtype of v; see `attend`.
 
-    A layout of queries and keys, if there is one, determines the blocks that are skipped.
+    `labels`: q_rank, q_in_context [B, T], k_rank, k_in_context [B, S]. With a layout, the skipped
+    blocks are known at trace time.
     `interpret` runs the kernels in Python, on any device.
     """
     width = q_BHTK.shape[-1]

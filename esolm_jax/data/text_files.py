@@ -74,8 +74,8 @@ class _Unzipped(io.RawIOBase):
         self._size += len(data)
         if self._size > BOMB_BYTES and self._size > BOMB_RATIO * self._zipped.tell():
             raise UserError(
-                f"{self._path}: a gzip bomb: its first {self._zipped.tell():,} bytes hold more "
-                f"than {BOMB_RATIO} times as many; if that is your text, unzip it first"
+                f"{self._path}: a gzip bomb: its first {self._zipped.tell():,} bytes unzip to "
+                f"more than {BOMB_RATIO} times as many; if the text is real, unzip the file first"
             )
         return len(data)
 

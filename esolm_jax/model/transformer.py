@@ -1,8 +1,8 @@
 """The transformer: pre-norm blocks that know token labels only (a DiT by default).
 
 Styles: "dit" (LayerNorm, GELU, biases in the MLP, adaLN), "gpt2" (with biases in the norms and
-behind the attention, too) and "llama" (RMSNorm, SwiGLU, no biases). What else pretrained models
-have (learned positions, biases or norms of queries and keys, …) are fields of ModelConfig.
+behind the attention, too) and "llama" (RMSNorm, SwiGLU, no biases). Other parts of pretrained
+models (learned positions, biases or norms of queries and keys, …) are fields of ModelConfig.
 
 Modules are Flax NNX; blocks are stacked along a leading axis N and scanned. Training and decoding
 jit plain pytrees of parameters: `init` and `bind` convert between the two views.
@@ -147,11 +147,11 @@ class Transformer(nnx.Module):
           batches: Tokens [B, T], each with its own B and T.
           predict: (offset, P) for each batch: results for the tokens [offset, offset + P) only;
             None = all T.
-          head: False = return what the head would project, [B, P, D] in the compute dtype, in
-            place of the logits (the loss projects no more tokens than it must).
+          head: False = return the inputs of the head, [B, P, D] in the compute dtype, in place of
+            the logits (the loss projects only tokens with a weight).
           dropout_key: None = no dropout.
-          sigma_B: float32 [B], what the time embedding is evaluated at; None = 0, which is what
-            training, likelihood and sampling all use.
+          sigma_B: float32 [B], the input of the time embedding; None = 0, as in training,
+            likelihood and sampling.
 
         Returns:
           For each batch logits float32 [B, P, V], mask token not yet excluded.

@@ -27,7 +27,7 @@ ZIGZAG = (
 )
 CONTRADICTION = (
     "config.sample.order=zigzag: is config.sample.path=zigzag, config.sample.order=ascending now, "
-    "which contradicts config.sample.path=spiral; set the fields that you mean"
+    "but config.sample.path=spiral is also set; remove one of them"
 )
 
 

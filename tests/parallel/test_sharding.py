@@ -210,7 +210,7 @@ def test_config_that_does_not_divide_by_the_mesh_is_told(fields, mesh, told):
 def test_a_kernel_for_other_devices_is_told(kind, home):
     config = default_config()
     config.model.attention = kind
-    told = f"config.model.attention='{kind}': must be for CPUs, not {home}s"
+    told = f"config.model.attention='{kind}': must be an implementation for CPUs, not {home}s"
     with pytest.raises(UserError, match=told):
         build.build_model(config, planned_tokenizer(config), make_mesh(data=-1))
 

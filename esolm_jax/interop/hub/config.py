@@ -122,7 +122,7 @@ def special_ids(hub: dict[str, Any], where: str) -> dict[str, int]:
         ids[name.removesuffix("_token_id")] = None if value == -1 else value
     if ids["eos"] is None:
         raise UserError(
-            f"{where}: eos_token_id is missing; it must be there, because it joins documents"
+            f"{where}: eos_token_id is missing; must be set because EOS joins documents"
         )
     return {name: ids["eos"] if i is None else i for name, i in ids.items()}
 
