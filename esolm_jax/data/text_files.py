@@ -148,7 +148,7 @@ def to_text(value: Any, where: str) -> str:
     """A field's value as str. UserError, beginning with `where`, if it is no valid text."""
     try:
         if isinstance(value, str):
-            value.encode("utf-8")  # JSON can hold half of a surrogate pair, which is no character
+            value.encode("utf-8")  # JSON can hold a lone surrogate, which is no character
             return value
         if isinstance(value, bytes):
             return value.decode("utf-8")

@@ -130,7 +130,7 @@ class Modulation(nnx.Module):
     def __call__(self, cond_BC):
         if self.linear is None:
             return (0.0, 0.0, 1.0, 0.0, 0.0, 1.0)[: self.parts]
-        # The kernel stays where it is; the small result is gathered.
+        # The kernel stays sharded; the small result is gathered.
         split = sharding.constrain(self.mesh, self.linear(cond_BC), None, "embed")
         whole = sharding.constrain(self.mesh, split, None, None)
         return jnp.split(whole[:, None], self.parts, axis=-1)

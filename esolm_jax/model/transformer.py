@@ -67,7 +67,7 @@ class Block(nnx.Module):
 
     def _heads(self, qkv_BTGRK, angles):
         parts = qkv_BTGRK.shape[3]
-        # Split, not sliced: the gradient is then put together, not summed from padded parts.
+        # Split, not sliced: the gradient is then a concatenation, not a sum of padded parts.
         split = jnp.split(qkv_BTGRK, (parts - 2, parts - 1), axis=3)
         q, k, v = (jnp.moveaxis(a, 1, 3) for a in split)
         q = q.reshape(len(q), -1, *q.shape[3:])
@@ -90,7 +90,7 @@ class Block(nnx.Module):
         ]
         normed = tuple(self.mlp_norm(h, mlp_shift, mlp_scale) for h in hs)
         inner = [checkpoint_name(i, "mlp_in") for i in self.mlp_in(normed)]
-        # Its input is all that is kept of it: the rest costs more to store than to compute again.
+        # Only its input is kept: the rest costs more to store than to recompute.
         active = jax.checkpoint(functools.partial(layers.activate, self.config))
         outs = self.mlp_out(tuple(active(i) for i in inner))
         return tuple(

@@ -56,7 +56,7 @@ def start(
     global _connection
     if jax.config.jax_num_cpu_devices > 1:
         # Collectives block threads of the pool that a process's CPU devices share. With the usual
-        # one for each device, devices that are at different collectives wait for ever.
+        # one for each device, devices at different collectives deadlock.
         os.environ.setdefault("PJRT_NPROC", str(8 * jax.config.jax_num_cpu_devices))
     told = launcher.launcher_env(os.environ)
     if told is None and not launcher.in_cluster(os.environ):

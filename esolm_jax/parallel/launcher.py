@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from esolm_jax.errors import UserError
 
 ENV_VARS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-CLUSTER = "ESOLM_CLUSTER"  # "1": JAX itself is to find out which cluster this is
+CLUSTER = "ESOLM_CLUSTER"  # "1": JAX detects the cluster
 _TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES", "MEGASCALE_NUM_SLICES")
 
 

@@ -108,8 +108,12 @@ def test_prepare(request, kind, tmp_path):
     [
         ("tokenizer.json", "{", "not JSON"),
         ("tokenizer.json", "{}", "damaged"),
-        ("tokenizer.json", '{"model": {"type": "Unigram", "vocab": []}}', "a Unigram tokenizer"),
-        ("tokenizer.json", '{"model": {"type": "BPE", "vocab": {}, "merges": []}}', "a BPE token"),
+        ("tokenizer.json", '{"model": {"type": "Unigram", "vocab": []}}', "tokenizer, not Unigram"),
+        (
+            "tokenizer.json",
+            '{"model": {"type": "BPE", "vocab": {}, "merges": []}}',
+            "tokenizer, not BPE",
+        ),
         ("vocab.txt", "a\nb\n", r"must have \[PAD\], \[UNK\]"),
         ("vocab.json", "{}", "merges.txt: no such file"),
         ("other.bin", "", "holds no tokenizer: tokenizer.json, vocab.json with merges.txt"),

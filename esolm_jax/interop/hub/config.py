@@ -38,7 +38,7 @@ _LLAMA = {
     "norm_eps": ("rms_norm_eps", 1e-6),
 }
 _QWEN = _LLAMA | {"kv_heads": ("num_key_value_heads", 32)}
-# Null is not "missing": it means as many key/value heads as heads, and an MLP 4 x as wide.
+# Null is not "missing": it means one key/value head per head, and an MLP of 4 x the width.
 _NULL = {"num_key_value_heads": 0, "n_inner": 0}
 _TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 _SILU = ("silu", "swish")

@@ -187,7 +187,7 @@ def start_state(
     known = np.full((batch, slots + 1), plan.start_token, np.int32)
     known[:, plan.shift : plan.shift + length] = plan.known
     is_known = np.arange(slots)[None] < plan.num_known[:, None]
-    by_row = {  # NumPy: a program takes it as it is; each jnp operation would be a program
+    by_row = {  # NumPy arrays: each jnp operation would compile a program
         "known": known,
         "revealed_at": np.where(is_known, -1, NEVER).astype(np.int32),
         "eos_position": np.full(batch, NEVER, np.int32),

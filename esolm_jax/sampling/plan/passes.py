@@ -29,7 +29,7 @@ from esolm_jax.family.family import Family, Windows
 from esolm_jax.sampling.plan.schedule import Schedule
 
 PREFILL_CHUNK = 256
-MANY = 16  # narrow passes that are worth a program of their own
+MANY = 16  # number of narrow passes that justify a separate program
 NEVER = np.iinfo(np.int32).max  # a position, rank or pass that does not exist
 
 
@@ -129,7 +129,7 @@ class DecodePlan:
         index = np.zeros(self.rows_of_tables, np.int32)
         widths, most = self.widths[low:high], int(self.size[low:high].max())
         rounded = [_round_up(width) for width in widths.tolist()]
-        if most == 0:  # a prompt's passes are alike, but for the last
+        if most == 0:  # passes of a prompt have one size, except the last
             return index, ((max(rounded), 0),)
         rounded = np.maximum(rounded, min(2, max(rounded)))
         least, widest = int(rounded.min()), int(rounded.max())
@@ -169,7 +169,7 @@ def _tables(schedule: Schedule, windows: Windows, mask_id: int) -> DecodePlan:
     together = int(np.bincount(rank).max(initial=1)) if prefill.any() else 1
     most = int(prefill.max(initial=0))
     parts = -(-most // (max(1, PREFILL_CHUNK // together) * together)) or 1
-    size = -(-most // (parts * together)) * together  # all alike
+    size = -(-most // (parts * together)) * together  # equal chunks
     chunk = size * np.arange(parts if most else 0)[:, None]
     low, high = (np.minimum(c, prefill[None]) for c in (chunk, chunk + size))
     first, done = schedule.first, schedule.sizes == 0

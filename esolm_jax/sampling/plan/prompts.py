@@ -97,7 +97,7 @@ def _count(count: str, span: str, name: str) -> int:
 def _check_unicode(text: str, name: str) -> None:
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # half of a surrogate pair
+    except UnicodeEncodeError as error:  # a lone surrogate
         raise UserError(
             f"{name}: must be Unicode, but character {error.start} is a lone surrogate"
         ) from error
