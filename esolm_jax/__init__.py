@@ -3,8 +3,8 @@
     load(workdir) → LanguageModel              .logits  .sample  .log_likelihood
     load_published(weights, num_heads)         a model from weights of the published implementation
 
-docs/python_api.md has examples. ARCHITECTURE.md is the map of the package: the rule, the way of a
-batch and of a prompt, the layers, the legend of shape suffixes.
+docs/python_api.md has examples. ARCHITECTURE.md is the map of the package: the attention rule,
+the data flow, the layers, the legend of shape suffixes.
 """
 
 import importlib

@@ -3,8 +3,8 @@
 python -m esolm_jax.convert --from=FILE --workdir=DIR --tokenizer=FILE_OR_FOLDER
 python -m esolm_jax.convert --workdir=DIR --to=OUT.safetensors [--step=N|best|latest]
 
-FOLDER: as on the Hugging Face hub, of a GPT-2, Llama or Qwen; what is written is an "ar" model of
-style "llama".
+FOLDER: a GPT-2, Llama or Qwen as on the Hugging Face hub. The written model must be an "ar" model
+of style "llama".
 
 python -m esolm_jax.convert --from=FOLDER --workdir=DIR
 python -m esolm_jax.convert --workdir=DIR --to=FOLDER/

@@ -95,7 +95,9 @@ class LanguageModel:
     def _run(self, tokens: Tokens) -> jax.Array:
         rows, shards = tokens.token.shape[0], sharding.num_row_shards(self._built.mesh)
         if rows % shards:
-            raise UserError(f"tokens: {rows} rows: must be a multiple of the {shards} devices")
+            raise UserError(
+                f"tokens: {rows} rows: must be a multiple of mesh.data x mesh.fsdp = {shards}"
+            )
         return self._apply(self.params, tokens)
 
     def _label(self, ids: np.ndarray) -> Tokens:
@@ -201,14 +203,14 @@ class LanguageModel:
 def check_sampling_fits(
     config: ConfigDict, tokenizer: Tokenizer, prompts: Sequence[prompts_lib.Prompt], mesh: Any
 ) -> None:
-    """UserError unless the texts that config.sample asks for fit the devices and their memory."""
+    """UserError unless the texts of config.sample fit the devices and their memory."""
     if jax.process_count() > 1:
-        raise UserError(f"sampling is for one process, but there are {jax.process_count()}")
+        raise UserError(f"sampling must run in one process, not in {jax.process_count()}")
     rows, shards = config.sample.num_texts * max(1, len(prompts)), sharding.num_row_shards(mesh)
     if rows % shards:
         raise UserError(
-            f"config.sample.num_texts={rows}: texts in all must be a multiple of the {shards} "
-            "devices (mesh.data x mesh.fsdp) that rows are split over"
+            f"config.sample.num_texts={config.sample.num_texts}: {rows} texts in total: must be a "
+            f"multiple of mesh.data x mesh.fsdp = {shards}"
         )
     if mesh.shape["sequence"] > 1:
         raise UserError(

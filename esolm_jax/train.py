@@ -109,7 +109,7 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class _Loop:
-    """What the steps of a run read and write.
+    """The inputs and outputs of the training loop.
 
     Attributes:
       estimators: metrics of the validation split, by name.

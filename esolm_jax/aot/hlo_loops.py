@@ -63,7 +63,7 @@ def trip_count(loop: Instruction, frame: Frame) -> int | None:
 
 
 def _count(direction: str, difference: int, step: int) -> int | None:
-    """How long `difference DIRECTION 0` holds, when each execution adds `step`."""
+    """The number of executions while `difference DIRECTION 0` holds; each adds `step`."""
     if direction in ("GT", "GE"):
         direction, difference, step = {"GT": "LT", "GE": "LE"}[direction], -difference, -step
     if direction == "NE" and step and difference % step == 0 and -difference // step >= 0:

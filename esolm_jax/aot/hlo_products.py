@@ -101,7 +101,7 @@ def _taps(inputs: int, outputs: int, window: Window) -> int:
 
 
 def _common(a: range, b: range) -> int:
-    """How many numbers two ascending ranges share."""
+    """The number of integers that two ascending ranges share."""
     if not a or not b:
         return 0
     divisor = math.gcd(a.step, b.step)

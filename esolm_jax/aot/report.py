@@ -211,6 +211,6 @@ def roofline(flops: float, needed: float, sent: float, hbm: dict, chip: Chip) ->
 
 
 def objective_name(config) -> str:
-    """Such as "eso_b, alpha_0 = 0.5"."""
+    """The objective's description, such as "eso_b, alpha_0 = 0.5"."""
     exact = is_exact(config) or registry.get(config.objective).fixed_alpha_0 is not None
     return config.objective if exact else f"{config.objective}, alpha_0 = {config.alpha_0}"

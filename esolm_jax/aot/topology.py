@@ -14,7 +14,7 @@ class Chip:
     """The vendor's specifications of a device (a TensorCore or a chip, as XLA counts devices).
 
     Attributes:
-      hbm_bytes: memory. flops: bfloat16 matrix products per second. hbm_bandwidth: bytes per
+      hbm_bytes: memory. flops: bfloat16 FLOPs per second. hbm_bandwidth: bytes per
         second. ici_bandwidth: bytes per second that it can send to its neighbours, all links.
       env: TPU_ACCELERATOR_TYPE for libtpu.
     """

@@ -66,8 +66,8 @@ def _values_before(missing: Mapping[str, Field], values: Mapping, source: str) -
                 before[name] = field.before(known)
             except (TypeError, ValueError) as error:  # values are not validated
                 raise UserError(
-                    f"{source}: config.{name}: missing, and the fields from which it follows are "
-                    f"of other types ({brief(error)}); {_OTHER_CODE}"
+                    f"{source}: config.{name}: missing, and it cannot be derived from the other "
+                    f"fields ({brief(error)}); {_OTHER_CODE}"
                 ) from error
     return before
 

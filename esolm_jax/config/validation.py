@@ -132,14 +132,13 @@ def validate_training(config: ConfigDict, fractions: dict[str, float], row_shard
     for phase, fraction in fractions.items():
         share = fraction * batch
         rows = round(share)
-        reason = f"because the {phase} loss gets {share:g} rows"
+        reason = f"but the {phase} loss gets {share:g} rows"
         if len(fractions) > 1:
             reason += f" (kappa={config.kappa})"
         if abs(share - rows) > 1e-6 or rows == 0:
             raise UserError(
-                f"config.train.batch_size={batch}: must give each loss a whole number of rows "
-                "above "
-                f"0, {reason}"
+                f"config.train.batch_size={batch}: must give each loss a positive whole "
+                f"number of rows, {reason}"
             )
         if rows % (accumulation * row_shards):
             raise UserError(
@@ -166,6 +165,6 @@ def validate_evaluation(config: ConfigDict, row_shards: int) -> None:
     e = config.eval
     if e.batch_size % row_shards:
         raise UserError(
-            f"config.eval.batch_size={e.batch_size}: must be a multiple of the {row_shards} "
-            "devices (mesh.data x mesh.fsdp)"
+            f"config.eval.batch_size={e.batch_size}: must be a multiple of mesh.data x "
+            f"mesh.fsdp = {row_shards}"
         )

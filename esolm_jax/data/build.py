@@ -98,16 +98,16 @@ def _already_prepared(config: Any, directory: Path) -> Manifest:
     source_hash = sources.source_hash(config)
     if manifest.source_hash != source_hash:
         raise UserError(
-            f"{directory} was prepared from other content of config.data.source="
-            f"{config.data.source!r} (hash {manifest.source_hash[:12]}, now {source_hash[:12]}): "
+            f"{directory}: was prepared from other content of config.data.source="
+            f"{config.data.source!r} (hash {manifest.source_hash[:12]}, now {source_hash[:12]}); "
             f"{advice}"
         )
     if config.data.tokenizer != "bytes" and config.data.tokenizer_path:
         now = from_config(config, lambda: ()).fingerprint
         if manifest.tokenizer["fingerprint"] != now:
             raise UserError(
-                f"{directory} was prepared with another tokenizer in config.data.tokenizer_path="
-                f"{config.data.tokenizer_path!r}: {advice}"
+                f"{directory}: was prepared with another tokenizer in config.data.tokenizer_path="
+                f"{config.data.tokenizer_path!r}; {advice}"
             )
     print(f"already prepared: {directory}")
     return manifest
@@ -160,7 +160,7 @@ def _first_tokens(
         for part in document_parts.encode(tokenizer, text):
             tokens += part
             if len(tokens) > length:
-                text = tokenizer.decode(tokens[:length])  # what the window keeps
+                text = tokenizer.decode(tokens[:length])  # the text in the window
                 break
         done(document_parts.num_bytes(text))
         yield tokens

@@ -65,7 +65,9 @@ class HubTokenizer(ByTokenizers):
             )
         for name in ("bos", "eos", "pad"):
             if not 0 <= self.ids[name] < size:
-                raise UserError(f"{where}: the {name} token has id {self.ids[name]} of {size}")
+                raise UserError(
+                    f"{where}: the {name} token has id {self.ids[name]}; must be below {size}"
+                )
 
     def save(self, directory: str | Path) -> None:
         Path(directory, FILE).write_bytes(self.content)

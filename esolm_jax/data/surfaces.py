@@ -69,7 +69,7 @@ class Surfaces:
         return out
 
     def _by_byte(self, data: bytes) -> list[str]:
-        """For each byte, the character that ends with it or ''; U+FFFD for invalid bytes."""
+        """The character that ends at each byte, or ''; U+FFFD for invalid bytes."""
         out: list[str] = []
         while len(out) < len(data):
             rest = data[len(out) :]

@@ -74,8 +74,8 @@ class _Unzipped(io.RawIOBase):
         self._size += len(data)
         if self._size > BOMB_BYTES and self._size > BOMB_RATIO * self._zipped.tell():
             raise UserError(
-                f"{self._path}: a gzip bomb: its first {self._zipped.tell():,} bytes hold more "
-                f"than {BOMB_RATIO} times as many; if that is your text, unzip it first"
+                f"{self._path}: a gzip bomb: its first {self._zipped.tell():,} bytes unzip to "
+                f"more than {BOMB_RATIO} times as many; if the text is real, unzip the file first"
             )
         return len(data)
 
@@ -148,7 +148,7 @@ def to_text(value: Any, where: str) -> str:
     """A field's value as str. UserError, beginning with `where`, if it is no valid text."""
     try:
         if isinstance(value, str):
-            value.encode("utf-8")  # JSON can hold half of a surrogate pair, which is no character
+            value.encode("utf-8")  # JSON can hold a lone surrogate, which is no character
             return value
         if isinstance(value, bytes):
             return value.decode("utf-8")

@@ -51,9 +51,9 @@ class WordPieces(ByTokenizers):
 
     def _check(self, vocab: dict[str, int]) -> None:
         if missing := [name for name in _NEEDED[self.kind] if name not in vocab]:
-            raise UserError(f"a {self.kind} tokenizer without {', '.join(missing)}")
+            raise UserError(f"a {self.kind} tokenizer must have {', '.join(missing)}")
         if self.kind == "gpt2" and sum(len(token) == 1 for token in vocab) < _BYTES:
-            raise UserError("a gpt2 tokenizer must have tokens of all 256 bytes")
+            raise UserError("a gpt2 tokenizer must have a token for each of the 256 bytes")
 
     def save(self, directory: str | Path) -> None:
         Path(directory, FILE).write_text(self._tokenizer.to_str(), encoding="utf-8")
@@ -151,7 +151,7 @@ def _of_json(content: Any) -> tuple[str, dict[str, int], list, bool]:
     before = json.dumps(content.get("pre_tokenizer"))
     if kind is None or (kind == "gpt2" and "ByteLevel" not in before):
         found = ascii(str(model.get("type"))[:80])[1:-1]
-        raise UserError(f"a {found} tokenizer; allowed: byte-level BPE, WordPiece")
+        raise UserError(f"must be a byte-level BPE or WordPiece tokenizer, not {found}")
     vocab = dict(_ids(model.get("vocab")))
     for added in content.get("added_tokens") or []:
         vocab.setdefault(added["content"], added["id"])

@@ -73,7 +73,7 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """How exported artefacts decode (interop/export).
+    """Settings for exported artefacts (interop/export).
 
     Attributes:
       cached: the shipped loop runs new tokens only; otherwise the whole text in each pass.
@@ -161,4 +161,4 @@ class Family:
 def refuse(is_wrong_B: np.ndarray, reason: str) -> None:
     """UserError that names the first wrong text, if any."""
     if is_wrong_B.any():
-        raise UserError(f"text {is_wrong_B.argmax()} (the first is 0): {reason}")
+        raise UserError(f"text {is_wrong_B.argmax()} (counted from 0): {reason}")

@@ -86,14 +86,15 @@ def _noise(s: PhaseSettings, key, valid, times_per_row: int):
 def diffusion_in_text_order(
     s: PhaseSettings, label, key, x, valid, *, times_per_row=1
 ) -> LabelledBatch:
-    """Masks are drawn; label(x, valid, masked, weight=…)."""
+    """Draws masks and weights, and returns label(x, valid, masked, weight=…)."""
     key_noise, _ = jax.random.split(key)
     masked, weight = _noise(s, key_noise, valid, times_per_row)
     return label(x, valid, masked, weight=weight)
 
 
 def _diffusion_shuffled(s: PhaseSettings, label, key, x, valid) -> LabelledBatch:
-    """Masks and a random order, clean tokens first; label(x, valid, masked, order, weight)."""
+    """Draws masks, weights and a random order with clean tokens first, and returns
+    label(x, valid, masked, order, weight)."""
     key_noise, key_order = jax.random.split(key)
     masked, weight = _noise(s, key_noise, valid, times_per_row=1)
     order_BL = orders.clean_first_random(key_order, masked, valid)
@@ -103,7 +104,8 @@ def _diffusion_shuffled(s: PhaseSettings, label, key, x, valid) -> LabelledBatch
 def _sequential(
     s: PhaseSettings, label, key, x, valid, *, clean_in_text_order: bool
 ) -> LabelledBatch:
-    """1 − α₀ of the tokens are masked, and predicted from left to right after the clean ones."""
+    """Masks tokens with probability 1 − α₀, orders them left to right after the clean ones, and
+    returns label(x, valid, masked, order, weight)."""
     key_mask, key_order = jax.random.split(key)
     masked = noise.draw_masks(key_mask, s.noise_alpha_0, valid)
     if clean_in_text_order:

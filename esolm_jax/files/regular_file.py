@@ -80,7 +80,7 @@ def read_bytes(path: str | Path, limit: int, where: str = "") -> bytes:
         size = os.fstat(file.fileno()).st_size
         if size > limit:
             raise UserError(
-                f"{where}: has {size / MB:,.0f} MiB; such a file has at most {limit / MB:,.0f}"
+                f"{where}: has {size / MB:,.0f} MiB; must have at most {limit / MB:,.0f} MiB"
             )
         try:
             return file.read(size)

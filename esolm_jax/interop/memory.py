@@ -11,8 +11,8 @@ _M_MMAP_THRESHOLD = -3  # of mallopt(3)
 def mmap_large_arrays(above: int = 2**20) -> None:
     """Allocates arrays of more than `above` bytes with mmap from now on.
 
-    By default, freed arrays of up to 32 MB stay in the heap: 80 MB after the restore of a 200 MB
-    checkpoint. Has no effect without glibc.
+    By default, freed arrays of up to 32 MB stay in the heap: 80 MB after the restore of a
+    200 MB checkpoint (at d49df3b). Has no effect without glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -66,7 +66,8 @@ def build_model(config, tokenizer: dict, mesh) -> BuiltModel:
     if attention.ON.get(model.attention, platform) != platform:
         raise UserError(
             f"config.model.attention={model.attention!r}: "
-            f"must be for {platform.upper()}s, not {attention.ON[model.attention].upper()}s"
+            f"must be an implementation for {platform.upper()}s, not "
+            f"{attention.ON[model.attention].upper()}s"
         )
     start = tokenizer["mask_id" if config.start_token == "mask" else "bos_id"]
     special = SpecialIds(mask=tokenizer["mask_id"], start=start)

@@ -58,7 +58,7 @@ def _is_finite(array: np.ndarray) -> bool:
 
 
 def _replicated(sharding) -> NamedSharding | None:
-    """On the devices of a sharding; None: on one device."""
+    """The replicated sharding on the same devices; None for an array on one device."""
     if isinstance(sharding, NamedSharding):
         return NamedSharding(sharding.mesh, PartitionSpec())
     return None

@@ -179,7 +179,7 @@ def nll(head: Head, hs, params, targets, weights):
     each batch.
 
     Args:
-      hs: tuple of [B, P, D], what the head projects (Transformer with head=False).
+      hs: tuple of [B, P, D], the inputs of the head (Transformer with head=False).
       params: {"kernel": [D, V], "bias": [V] or absent}.
       targets, weights: tuples of [B, P]; no target is the mask token where it has a weight.
     """

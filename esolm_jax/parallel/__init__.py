@@ -1,7 +1,7 @@
 """Many devices and many processes.
 
 sharding.py     the device mesh and the sharding of every array
-launcher.py     what the environment says: which of how many processes this one is
+launcher.py     the process index and count from the environment
 coordinator.py  the coordinator's address, and connecting to it
 distributed.py  start and end of a run's processes, and their numbers
 multihost.py    barriers, and values that processes agree on

@@ -102,7 +102,7 @@ class Watch:
                 continue  # _measure_silence() measures the coordinator's silence
 
     def _compare(self, beats: dict[str, str]) -> None:
-        """In process 0: announces a process whose counter has stopped."""
+        """Announces a process whose counter has stopped. Runs in process 0."""
         now = time.monotonic()
         for index in range(1, self._count):
             value = beats.get(f"{_BEAT}/{index}", "")
@@ -161,7 +161,7 @@ def say(message: str) -> None:
 
 
 def say_and_exit(message: str, code: int) -> None:
-    """Ends the process at once, without JAX's shutdown barrier."""
+    """Ends the process immediately, without JAX's shutdown barrier."""
     say(message)
     exit_now(code)
 

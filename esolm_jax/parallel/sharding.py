@@ -66,7 +66,7 @@ def mesh_shape(mesh_config, num_devices: int) -> dict[str, int]:
     """Axis sizes of config.mesh over `num_devices`; one axis may be -1: the rest of the devices.
 
     Raises:
-      UserError: they do not multiply to the devices.
+      UserError: their product is not the number of devices.
     """
     sizes = {axis: mesh_config[axis] for axis in AXES}
     sizes_text = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
@@ -116,9 +116,8 @@ def make_mesh(mesh_config, devices: Sequence | None = None) -> Mesh:
 
 
 def platform(mesh: Mesh | None) -> str:
-    """The platform of the devices of a mesh (None: of the default device), on which its programs
-    run
-    even if they are compiled elsewhere: "cpu", "gpu" or "tpu"."""
+    """The platform of the devices of a mesh (None: of the default device): "cpu", "gpu" or "tpu".
+    Its programs run there, even if they are compiled elsewhere."""
     return mesh.devices.flat[0].platform if mesh else jax.default_backend()
 
 
@@ -175,8 +174,8 @@ def parameters(mesh: Mesh, params):
             over = RULES[axis] if axis else None
             if over and size % mesh.shape[over]:
                 raise UserError(
-                    f"config.mesh.{over}={mesh.shape[over]}: must divide every dimension that is "
-                    f"split over it, but the `{axis}` dimension of {name} {leaf.shape} is {size}"
+                    f"config.mesh.{over}={mesh.shape[over]}: must divide {size}, the `{axis}` "
+                    f"dimension of {name} {leaf.shape}, because it is split over `{over}`"
                 )
         return named_sharding(mesh, *logical)
 

@@ -27,7 +27,9 @@ def key(seed) -> jax.Array:
     """
     for name, value in REQUIRED.items():
         if (given := getattr(jax.config, name)) != value:
-            raise UserError(f"{name}={given}: must be {value}; the same seed draws other numbers")
+            raise UserError(
+                f"{name}={given}: must be {value}, because the draws of a seed depend on it"
+            )
     return jax.random.key(seed, impl=IMPL)
 
 

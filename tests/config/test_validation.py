@@ -279,8 +279,7 @@ def test_batch_that_can_be_shared_out(batch, fractions, accumulation, devices):
             HALVES,
             1,
             1,
-            "must give each loss a whole number of rows above 0, because the diffusion loss "
-            "gets 3.5 "
+            "must give each loss a positive whole number of rows, but the diffusion loss gets 3.5 "
             "rows (kappa=0.5)",
         ),
         (8, {"a": 0.999, "b": 0.001}, 1, 1, "gets 7.992 rows"),
@@ -291,7 +290,7 @@ def test_batch_that_can_be_shared_out(batch, fractions, accumulation, devices):
             3,
             1,
             "must give each loss a multiple of train.grad_accumulation x devices (mesh.data x "
-            "mesh.fsdp) = 3 x 1 rows, because the diffusion loss gets 4 rows (kappa=0.5)",
+            "mesh.fsdp) = 3 x 1 rows, but the diffusion loss gets 4 rows (kappa=0.5)",
         ),
         (
             8,
@@ -299,7 +298,7 @@ def test_batch_that_can_be_shared_out(batch, fractions, accumulation, devices):
             1,
             8,
             "must give each loss a multiple of train.grad_accumulation x devices (mesh.data x "
-            "mesh.fsdp) = 1 x 8 rows, because the diffusion loss gets 4 rows (kappa=0.5)",
+            "mesh.fsdp) = 1 x 8 rows, but the diffusion loss gets 4 rows (kappa=0.5)",
         ),
         (
             16,
@@ -307,7 +306,7 @@ def test_batch_that_can_be_shared_out(batch, fractions, accumulation, devices):
             4,
             4,
             "must give each loss a multiple of train.grad_accumulation x devices (mesh.data x "
-            "mesh.fsdp) = 4 x 4 rows, because the diffusion loss gets 8 rows (kappa=0.5)",
+            "mesh.fsdp) = 4 x 4 rows, but the diffusion loss gets 8 rows (kappa=0.5)",
         ),
     ],
 )

@@ -400,7 +400,7 @@ def test_tokenizer_is_carried_over(converted, tmp_path):
     assert hub_tokenizer.read(tmp_path).fingerprint == tokenizer.fingerprint
     other = hub_tokenizer.HubTokenizer(tokenizer.content, tokenizer.ids | {"vocab_size": 70})
     assert other.fingerprint != tokenizer.fingerprint
-    with pytest.raises(UserError, match="the bos token has id 64 of 64"):
+    with pytest.raises(UserError, match="the bos token has id 64; must be below 64"):
         hub_tokenizer.HubTokenizer(tokenizer.content, tokenizer.ids | {"bos": IDS})
 
 

@@ -486,7 +486,7 @@ def test_special_files_and_large_ones_hold_no_prompts(refused, eso_b, tmp_path, 
     monkeypatch.setattr(prompts, "MAX_PROMPTS", 4)
     args = [f"--workdir={eso_b}"]
     refused("sample", [*args, f"--prompts={fifo}"], str(fifo), "is a FIFO")
-    refused("sample", [*args, f"--prompts={large}"], str(large), "such a file has at most 16")
+    refused("sample", [*args, f"--prompts={large}"], str(large), "must have at most 16 MiB")
     refused("sample", [*args, f"--prompts={many}"], str(many), "holds 5 prompts")
     monkeypatch.setattr(prompts, "MAX_PROMPTS", 5)
     monkeypatch.setattr(prompts, "MAX_TOKENS", 4)

@@ -30,7 +30,7 @@ FORMATS = tuple(_NEEDS)
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """What to export.
+    """The requested export.
 
     Attributes:
       weights: "ema" or "raw".

@@ -170,7 +170,7 @@ def _rms_normed(g: Graph, network: dict, x: str) -> str:
 
 
 def _rotate(g: Graph, x: str, half: int, cos: str, sin: str) -> str:
-    """x [b, t, …, K]."""
+    """RoPE (half-split) of x [b, t, …, K]."""
     a, b = g.part(x, -1, 0, half), g.part(x, -1, half, 2 * half)
     first = g("Sub", g("Mul", a, cos), g("Mul", b, sin))
     return g("Concat", first, g("Add", g("Mul", b, cos), g("Mul", a, sin)), axis=-1)

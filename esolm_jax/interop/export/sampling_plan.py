@@ -1,4 +1,4 @@
-"""How a family generates, as data that a program in any runtime can follow."""
+"""The sampling plan of a family as data, for programs in any runtime."""
 
 import dataclasses
 import itertools

@@ -38,7 +38,7 @@ _LLAMA = {
     "norm_eps": ("rms_norm_eps", 1e-6),
 }
 _QWEN = _LLAMA | {"kv_heads": ("num_key_value_heads", 32)}
-# Null is not "missing": it means as many key/value heads as heads, and an MLP 4 x as wide.
+# Null is not "missing": it means one key/value head per head, and an MLP of 4 x the width.
 _NULL = {"num_key_value_heads": 0, "n_inner": 0}
 _TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 _SILU = ("silu", "swish")
@@ -122,7 +122,7 @@ def special_ids(hub: dict[str, Any], where: str) -> dict[str, int]:
         ids[name.removesuffix("_token_id")] = None if value == -1 else value
     if ids["eos"] is None:
         raise UserError(
-            f"{where}: eos_token_id is missing; it must be there, because it joins documents"
+            f"{where}: eos_token_id is missing; must be set because EOS joins documents"
         )
     return {name: ids["eos"] if i is None else i for name, i in ids.items()}
 

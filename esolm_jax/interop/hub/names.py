@@ -87,8 +87,8 @@ _GPT2 = {
 
 
 def _llama_block(model: ModelConfig) -> list[HubTensor]:
-    """Of Llama, Qwen 2 (biases) and Qwen 3 (norms); our queries are stored with the key and the
-    value of their group, [D, G, H/G + 2, K]."""
+    """Tensors of Llama, Qwen 2 (biases) and Qwen 3 (norms). Our queries are stored with the key and
+    the value of their group, [D, G, R + 2, K]."""
     width, inner, one = model.width, model.inner, model.head_width
     groups = model.groups * one
     heads = {

@@ -124,7 +124,7 @@ def _check_sizes(config, published: published_file.Published) -> None:
         raise UserError(f"{published.path}: missing tensors: vocab_embed.embedding")
     if len(table.shape) != 2:
         raise UserError(
-            f"{published.path}: vocab_embed.embedding: shape {table.shape} here, (V, D) in a model"
+            f"{published.path}: vocab_embed.embedding: must have shape (V, D), not {table.shape}"
         )
     sizes = published_names.model_config(published.raw, config.model.heads)
     for name in ("width", "blocks", "cond_width"):

@@ -116,7 +116,9 @@ class Archive:
         self._root = pickles[0].removesuffix("data.pkl")
         order = self._root + "byteorder"
         if order in self._records and bytes(self._record(order)) != sys.byteorder.encode():
-            raise UserError(f"{path}: its numbers have the byte order of another machine")
+            raise UserError(
+                f"{path}: its byte order must be {sys.byteorder}-endian, as on this machine"
+            )
         self.content = torch_pickle.load(
             bytes(self._record(pickles[0])), self._storage, self._tensors(), self.where
         )
