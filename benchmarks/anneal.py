@@ -3,10 +3,10 @@
 1. Trains an autoregressive Llama-style model on the plays of Shakespeare and writes it as a Llama
    of the Hugging Face hub; this is the pretrained model.
 2. Converts it and anneals it from alpha_0 = 0 to 0.5.
-3. Trains the same model from random weights on as many tokens, at alpha_0 = 0.5.
+3. Trains the same model from random weights on the same number of tokens, at alpha_0 = 0.5.
 
 Writes anneal.json, anneal.md (the table) and anneal.png (the curves) to --out. About 20 minutes on
-two CPU cores. What is finished is not done again.
+two CPU cores. Finished runs are not repeated.
 """
 
 import functools
@@ -24,17 +24,17 @@ from esolm_jax.interop.hub import config as hub_config
 from esolm_jax.interop.hub import from_hub, to_hub
 from esolm_jax.training import metrics
 
-_WORKDIR = flags.DEFINE_string("workdir", "runs/anneal", "Where the runs lie.")
+_WORKDIR = flags.DEFINE_string("workdir", "runs/anneal", "Folder of the runs.")
 _OUT = flags.DEFINE_string("out", "docs", "Where the table and the plot go.")
 _AR_STEPS = flags.DEFINE_integer("ar_steps", 1000, "Training steps of the AR model.")
 _STEPS = flags.DEFINE_integer("steps", 400, "Training steps of each Eso-LM.")
 
 ALPHA_0 = 0.5
-# Random weights want the larger rate; with it, fine-tuning would forget more than it must.
+# Random weights need the larger rate; fine-tuning with it would forget more.
 RATES = {"scratch": 2e-3, "annealed": 1e-3, "fine-tuned": 1e-3}
 LABELS = {
     "scratch": "from random weights",
-    "fine-tuned": "from the AR model, alpha_0 = 0.5 at once",
+    "fine-tuned": "from the AR model, alpha_0 = 0.5 from the start",
     "annealed": "from the AR model, alpha_0 annealed",
 }
 
@@ -45,7 +45,7 @@ def ar_config(workdir: pathlib.Path):
     with config.unlocked():
         config.objective, config.alpha_0 = "ar", 0.0
         config.model.style, config.model.cond_width = "llama", 0
-        config.model.kv_heads, config.model.mlp_width = 2, 344  # as large as 4 x width with GELU
+        config.model.kv_heads, config.model.mlp_width = 2, 344  # same size as 4 x width with GELU
         config.data.dir = str(workdir / "ar_data")
         config.train.steps = _AR_STEPS.value
     config_lib.validate(config)
@@ -53,7 +53,7 @@ def ar_config(workdir: pathlib.Path):
 
 
 def convert(workdir: pathlib.Path) -> pathlib.Path:
-    """The AR model → a folder of the hub → a workdir; as a stranger's model would come."""
+    """The AR model → a folder of the hub → a workdir, as for a downloaded model."""
     folder, converted = workdir / "llama", workdir / "converted"
     if not folder.exists():
         to_hub.convert(ar_config(workdir), workdir / "ar", folder, "ema")
@@ -87,9 +87,9 @@ def eso_config(name: str, workdir: pathlib.Path, converted: pathlib.Path):
 
 
 def run(name: str, config, workdir: pathlib.Path) -> dict:
-    """Trains and evaluates; its row of the table."""
+    """Trains and evaluates a run; returns its row of the table."""
     folder = workdir / name
-    train.main(config, folder)  # resumes, or finds nothing left to do
+    train.main(config, folder)  # resumes; does nothing if the run is complete
     figures = evaluate.evaluate(config, folder)
     bound = figures["results"][0]
     curve = [e for e in metrics.read(folder) if "validation_nelbo" in e]
@@ -118,10 +118,9 @@ def table(rows: list[dict]) -> str:
         cells += [f"{row['nelbo']:.3f}{error}", f"{row['perplexity']:.1f}"]
         lines.append([*cells, f"{row['bits_per_byte']:.3f}"])
     note = (
-        "Test plays of Shakespeare. Tokens are those each run was trained on; the AR model's come "
-        f"on top where it was the start. AdamW, cosine from {RATES['scratch']:g} (random weights "
-        f"and AR) or {RATES['annealed']:g}; α₀ is annealed over the first half of the steps. One "
-        "seed."
+        "Test split: plays of Shakespeare. Training tokens exclude those of the AR model. AdamW, "
+        f"with a cosine schedule from {RATES['scratch']:g} (random weights and AR) or "
+        f"{RATES['annealed']:g}. α₀ is annealed over the first half of the steps. One seed."
     )
     title = (
         "# From a pretrained AR model to an Eso-LM\n\nMade by `python -m benchmarks.anneal`.\n\n"

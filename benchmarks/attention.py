@@ -1,8 +1,8 @@
-"""python -m benchmarks.attention: every kind of attention that this device runs, side by side.
+"""python -m benchmarks.attention: times all attention implementations of this device.
 
-Forward and backward pass of one layer over the labels of each objective, taking turns in one run,
-and how far each is from the dense rule in float32. It says what `model.attention` should be on a
-device: on a GPU, whether flash beats chunked. Writes docs/attention.{json,md}.
+Forward and backward pass of one layer over the labels of each objective, interleaved in one run,
+with the error of each against dense attention in float32. Use it to choose `model.attention` for a
+device, such as flash or chunked on a GPU. Writes docs/attention.{json,md}.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from esolm_jax.family.labels import Layout, Tokens
 
 
 def passes(length: int) -> dict[str, Tokens]:
-    """One row of each objective; eso_b's sequential phase as it is at α₀ = 0.5, trimmed."""
+    """One row of each objective; eso_b's sequential phase is that at α₀ = 0.5, trimmed."""
     layouts = {
         "ar, eso_b diffusion": Layout(length),
         "mdlm": Layout(length, block=length),
@@ -36,27 +36,27 @@ def passes(length: int) -> dict[str, Tokens]:
 
 
 def kinds(tokens: Tokens, platform: str) -> list[str]:
-    """Those that run on the platform; splash without a layout would be chunked."""
+    """The kinds of the platform; splash needs a layout."""
     found = ["chunked", "dense", *(k for k, home in attention.ON.items() if home == platform)]
     return [k for k in found if k != "splash" or tokens.layout]
 
 
 @functools.partial(jax.jit, static_argnames="kind")
 def step(tokens: Tokens, q, k, v, grad, *, kind: str):
-    """The result and the gradients of q, k and v, for that of the result."""
+    """The result, and the gradients of q, k and v for the gradient `grad` of the result."""
     run = functools.partial(attention.attend, queries=tokens, keys=tokens, kind=kind)
     out, pull = jax.vjp(run, q, k, v)
     return out, *pull(grad)
 
 
 def error(found, exact) -> float:
-    """The largest difference, of the result and each gradient in parts of its largest number."""
+    """The largest difference relative to the largest value, over the result and each gradient."""
     pairs = zip(found, exact, strict=True)
     return max(float(jnp.abs(a.astype(b.dtype) - b).max() / jnp.abs(b).max()) for a, b in pairs)
 
 
 def measure(tokens: Tokens, arguments) -> dict[str, dict]:
-    """Milliseconds (median of turns) of each kind, and its error beside dense in float32."""
+    """Median milliseconds of each kind, and its error against dense in float32."""
     shape = arguments.rows, arguments.heads, tokens.rank.shape[1], arguments.width
     keys = jax.random.split(jax.random.key(0), 4)
     operands = [jax.random.normal(key, shape, arguments.dtype) for key in keys]
@@ -82,10 +82,13 @@ def main() -> None:
     arguments = parser.parse_args()
     found = {name: measure(row, arguments) for name, row in passes(arguments.length).items()}
     device = jax.devices()[0].device_kind
-    text = f"# Attention on this device ({device})\n\nMade by `python -m benchmarks.attention`: "
-    text += f"{arguments.rows} x {arguments.heads} heads of {arguments.width}, L = "
-    text += f"{arguments.length}, {arguments.dtype}, forward and backward pass of one layer.\n\n"
-    head = "labels", "kind", "ms", "speed, x chunked", "largest error, of the largest number"
+    text = f"# Speed of the attention implementations ({device})\n\n"
+    text += f"Made by `python -m benchmarks.attention`: {arguments.rows} x {arguments.heads} heads "
+    text += (
+        f"of {arguments.width}, L = {arguments.length}, {arguments.dtype}, forward and backward "
+    )
+    text += "pass of one layer.\n\n"
+    head = "labels", "kind", "ms", "speed, x chunked", "largest error / largest value"
     lines = []
     for name, row in found.items():
         for kind, cell in row.items():

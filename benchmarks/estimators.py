@@ -23,7 +23,7 @@ from esolm_jax.evaluation.batches import eval_batches
 from esolm_jax.parallel import sharding
 from esolm_jax.training import checkpoint_meta, checkpoint_steps, restore
 
-NOTES = """# The spread of every estimator against its printed error
+NOTES = """# Standard errors of the estimators against their spread
 
 Made by `python -m benchmarks.estimators` at commit {commit} on {machine}, {threads} CPU threads,
 jax {jax}.
@@ -31,15 +31,15 @@ jax {jax}.
 {table}
 Each row estimates one figure with {seeds} seeds on the same windows, {batch_size} in a batch.
 
-- Spread: the standard deviation over seeds, itself known to {uncertain}.
-- Printed error: the root mean square of the {seeds} standard errors. None is printed (–) where one
-  draw leaves it unknown.
-- Differences: the independent differences between draws that one error is estimated from. A single
-  error is uncertain by about 1/√(2 × differences).
-- eso_b is the quickstart's model at step {step}, trained at α₀ = 0.5. The other objectives are 64
-  wide, of 2 blocks, and briefly trained: for the noise of their estimators, not for the perplexity.
+- Spread: the standard deviation over seeds, with a relative error of {uncertain}.
+- Printed error: the root mean square of the {seeds} standard errors. A single draw has none
+  (–).
+- Differences: independent differences between draws from which one error is estimated. The relative
+  error of that estimate is about 1/√(2 × differences).
+- eso_b is the quickstart's model at step {step}, trained at α₀ = 0.5. The other models are 64
+  wide, have 2 blocks and are briefly trained. They show the noise of estimators, not a perplexity.
 - The importance-weighted error is the jackknife's over orders. By the Efron-Stein inequality it is
-  on average at least the spread with one order less: too large rather than too small.
+  on average at least the spread with one order less, so it tends to be too large.
 {parts}"""
 PARTS = """\
 - The last row draws other windows, not other noise. Its error is `standard_error_of_split` in
@@ -138,7 +138,7 @@ def summary(estimates: list) -> dict:
         "printed_over_spread": None,
         "within_two_errors": None,
     }
-    if np.isnan(errors).any():  # none is printed
+    if np.isnan(errors).any():  # no error is printed
         return row
     row["printed_rms"] = math.sqrt(np.mean(errors**2))
     row["printed_least"], row["printed_greatest"] = float(errors.min()), float(errors.max())

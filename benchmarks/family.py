@@ -1,9 +1,10 @@
-"""python -m benchmarks.family [--out=docs]: the whole family, trained alike, side by side.
+"""python -m benchmarks.family [--out=docs]: trains and evaluates all families with the same
+settings.
 
 Trains ar, mdlm, bd3, eso_a and eso_b on Shakespeare with the same model, optimizer and number of
 tokens, evaluates each on the held-out test plays, and writes family.json, family.png and
 family.md (the table) to --out. About an hour on two CPU cores. Runs that are finished are
-evaluated again but not trained again; a run that was interrupted goes on.
+evaluated again but not trained again; interrupted runs resume.
 """
 
 import functools
@@ -18,7 +19,7 @@ from esolm_jax import config as config_lib
 from esolm_jax import evaluate, prepare, results, train
 from esolm_jax.errors import UserError
 
-_WORKDIR = flags.DEFINE_string("workdir", "runs/family", "Where the runs lie.")
+_WORKDIR = flags.DEFINE_string("workdir", "runs/family", "Folder of the runs.")
 _OUT = flags.DEFINE_string("out", "docs", "Where the table and the plot go.")
 _STEPS = flags.DEFINE_integer("steps", 1000, "Training steps of each run.")
 
@@ -37,8 +38,8 @@ RUNS = (
 
 
 def run_config(objective: str, alpha_0: float, workdir: pathlib.Path):
-    """The quickstart's config with another objective; nothing else differs, but that AR has no
-    adaLN, as published."""
+    """The quickstart's config with another objective; the only other
+    difference is that AR has no adaLN, as published."""
     config = get_config()
     with config.unlocked():
         config.objective, config.alpha_0 = objective, alpha_0
@@ -57,7 +58,7 @@ def name_of(objective: str, alpha_0: float) -> str:
 
 
 def trained(objective: str, alpha_0: float, workdir: pathlib.Path, seed: int = 0):
-    """(config, folder) of a member, trained unless it is already."""
+    """(config, folder) of a family, trained if it is not yet."""
     config = run_config(objective, alpha_0, workdir)
     name = name_of(objective, alpha_0)
     if seed:
@@ -68,12 +69,12 @@ def trained(objective: str, alpha_0: float, workdir: pathlib.Path, seed: int = 0
     saved = folder / "config.json"
     if saved.exists() and json.loads(saved.read_text())["train"]["steps"] != config.train.steps:
         raise UserError(f"--workdir={workdir}: {name} was trained for another number of --steps")
-    train.main(config, folder)  # resumes, or finds nothing left to do
+    train.main(config, folder)  # resumes; does nothing if the run is complete
     return config, folder
 
 
 def run(objective: str, alpha_0: float, workdir: pathlib.Path) -> dict:
-    """Trains and evaluates one member; its row of the table."""
+    """Trains and evaluates one family; returns its row of the table."""
     config, folder = trained(objective, alpha_0, workdir)
     figures = evaluate.evaluate(config, folder)
     results.write_json(folder / "evaluate.json", figures)
@@ -110,7 +111,7 @@ def table(rows: list[dict]) -> str:
         cells = [row["objective"], f"{row['alpha_0']:g}", f"{row['perplexity']:.2f}{exact}"]
         cells += [f"{row['standard_error_nats']:.4f}", weighted, f"{row['bits_per_byte']:.3f}"]
         lines.append(cells)
-    title = "# The family, side by side\n\nMade by `python -m benchmarks.family`.\n\n"
+    title = "# All families with the same settings\n\nMade by `python -m benchmarks.family`.\n\n"
     return title + report_writer.table(head, lines)
 
 

@@ -1,9 +1,9 @@
-"""python -m benchmarks.frontier [--workdir=runs/family --out=docs]: quality against seconds.
+"""python -m benchmarks.frontier [--workdir=runs/family --out=docs]: quality of texts against time.
 
-Models of the family (trained as benchmarks.family trains them, unless they are already) generate
-texts in more and fewer passes. Quality is the perplexity of the texts under an AR model trained
-with another seed, beside the entropy of a text's tokens: texts that repeat themselves have a low
-perplexity and a low entropy. Writes frontier.json, frontier.md and frontier.png to --out.
+Models of benchmarks.family, trained if necessary, generate texts with different numbers of passes.
+Quality is the perplexity of the texts under an AR model trained with another seed, and the entropy
+of a text's tokens: texts that repeat themselves have a low perplexity and a low entropy. Writes
+frontier.json, frontier.md and frontier.png to --out.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ REPEATS = 3
 
 @dataclasses.dataclass(frozen=True)
 class Judge:
-    """An AR model, which gives texts their exact likelihood."""
+    """An AR model that computes the exact likelihood of texts."""
 
     config: object
     trained: restore.TrainedModel
@@ -50,7 +50,7 @@ class Judge:
         return cls(config, restore.load_trained(config, folder, "ema", mesh))
 
     def perplexity(self, text_BL: np.ndarray) -> float:
-        """Of whole texts, per token."""
+        """The perplexity per token of whole texts."""
         estimate = likelihood.make_nelbo(self.config, self.trained.built)
         batch = {"x": np.asarray(text_BL, np.int32), "valid": np.ones(text_BL.shape, bool)}
         batch = sharding.put_batch(batch, self.trained.built.mesh, len(text_BL))
@@ -58,7 +58,7 @@ class Judge:
 
 
 def entropy(text_BL: np.ndarray) -> float:
-    """Nats: of the frequencies of the tokens in a text, the mean over texts."""
+    """The mean over texts of the entropy of their token frequencies, in nats."""
 
     def one(text):
         p = np.unique(text, return_counts=True)[1] / len(text)
@@ -68,7 +68,7 @@ def entropy(text_BL: np.ndarray) -> float:
 
 
 def point(generator: Generator, network, judge: Judge) -> dict:
-    """Generates the texts a few times and judges them."""
+    """Generates the texts several times and scores them."""
     run = generator.compile(network)
     seconds = []
     for _ in range(REPEATS):
@@ -86,7 +86,7 @@ def point(generator: Generator, network, judge: Judge) -> dict:
 
 
 def frontier(objective: str, alpha_0: float, judge: Judge, workdir: pathlib.Path) -> dict:
-    """All points of one model, by name of the point."""
+    """The points of one model by name."""
     config, folder = family.trained(objective, alpha_0, workdir)
     mesh = sharding.make_mesh(config.mesh)
     trained = restore.load_trained(config, folder, "ema", mesh)
@@ -107,7 +107,7 @@ def frontier(objective: str, alpha_0: float, judge: Judge, workdir: pathlib.Path
 
 
 def held_out(judge: Judge) -> dict:
-    """The same figures of as many windows of the test split."""
+    """The same figures for the same number of test windows."""
     manifest = load_manifest(judge.config.data.dir)
     batches = eval_batches(judge.config, manifest, "test", _TEXTS.value, judge.trained.built.mesh)
     rows = [(np.asarray(batch["x"]), np.asarray(batch["valid"])) for batch in batches]
@@ -127,15 +127,16 @@ def table(report: dict) -> str:
     head = "model", "passes", "NFE", "ms a text", "perplexity", "entropy, nats"
     return (
         f"{_summary(report)}\n{report_writer.table(head, rows)}\n"
-        f"{report['texts']} texts of {report['length']} tokens each, in one batch, temperature 1; "
-        "perplexity under an AR model trained with another seed; compiling is left out. T = steps "
-        f"of the diffusion phase; k: speculation. {report['device']}.\n"
+        f"{report['texts']} texts of {report['length']} tokens each, in one batch, temperature 1, "
+        "without compilation. Perplexity is that of an AR model trained with another seed. T: "
+        "steps "
+        f"of the diffusion phase; k: drafts of speculation. Device: {report['device']}.\n"
     )
 
 
 def _summary(report: dict) -> str:
-    """The page's title and AR against the other models."""
-    text = "# Quality against seconds\n\nMade by `python -m benchmarks.frontier`.\n"
+    """The title of the page, and AR compared with the other models."""
+    text = "# Quality of texts against time\n\nMade by `python -m benchmarks.frontier`.\n"
     ar = report["models"].get("ar", {}).get("T = L")
     others = [
         (p["perplexity"], f"{model}, {name}", p["seconds_per_text"])

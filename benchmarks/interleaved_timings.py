@@ -1,4 +1,4 @@
-"""Times calls fairly: they take turns, so that what slows the machine for a while slows all."""
+"""Interleaves the calls to be timed, so that a slow phase of the machine affects all of them."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ import numpy as np
 
 
 def timed(calls: Sequence[Callable], repeats: int) -> tuple[list[float], list]:
-    """Of each, already compiled: median seconds until its result is there, and the last result."""
+    """The median seconds and the last result of each call; calls must be compiled."""
     seconds, results = [[] for _ in calls], [None] * len(calls)
     for _ in range(repeats):
         for i, call in enumerate(calls):

@@ -1,9 +1,9 @@
-"""What the configs cost on pods, by the pods' own compiler: docs/pod_cost.{json,md,png}.
+"""The cost of the configs on pods, from the pods' compiler: docs/pod_cost.{json,md,png}.
 
     python -m benchmarks.pod_cost [--only=configs,scaling,work,length] [--match=7b]
 
 Needs `pip install 'esolm_jax[tpu]'` (the TPU compiler; no TPU) and about half an hour on two cores.
-What was measured before stays in the JSON until it is measured again.
+Earlier figures stay in the JSON until they are replaced.
 """
 
 import argparse
@@ -63,11 +63,11 @@ def case(file, argument, topology_name, num_slices=1, full_loss=False, **changes
 
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
-ROWS = 8  # a chip, in `scaling` and `length`
+ROWS = 8  # per chip, in `scaling` and `length`
 CHIPS = 4  # of `length`
-OWN_ROWS = 32  # a chip, as owt is configured
+OWN_ROWS = 32  # per chip, in configs/owt.py
 SECTIONS = {
-    # Every config on the pod that its docstring names.
+    # Each config on the pod of its docstring.
     "configs": [
         case("lm1b", "0.5", "v5e:4x4"),
         case("owt", "0.5", "v5e:4x4"),
@@ -78,17 +78,17 @@ SECTIONS = {
         case("7b", "0.5", "v5p:8x8x8"),
         case("7b", "0.5", "v5p:8x8x8", data__seq_len=10240),
     ],
-    # The same batch a chip on ever more chips.
+    # The same batch per chip on more chips.
     "scaling": [
         case("owt", "0.5", name, train__batch_size=ROWS * topology.num_chips(name))
         for name in ("v5p:2x2x4", "v5p:4x4x4", "v5p:4x8x8", "v5p:8x8x16")
     ],
-    # All objectives at one batch, nothing computed twice.
+    # All objectives at one batch, without recomputation.
     "work": [
         case("owt", argument, "v5p:2x2x4", train__batch_size=512, model__remat="none")
         for argument in ("ar", "mdlm", "bd3", "1", "0.5", "0.125", "0")
     ],
-    # One model at growing length, and the loss that holds all logits.
+    # One model at increasing length, with our loss and with a loss that holds all logits.
     "length": [
         case("owt", "0.5", "v5p:2x2x1", full_loss=f, data__seq_len=n, train__batch_size=CHIPS * r)
         for f in (False, True)
@@ -98,7 +98,7 @@ SECTIONS = {
 
 
 class FullLoss(PhaseLoss):
-    """The same objective through logits of all tokens that could be predicted: what is avoided."""
+    """The same objective with all logits in memory, for comparison."""
 
     def losses(self, params, labelled, num_tokens, dropout_key=None):
         tokens = tuple(part.tokens for part in labelled)
@@ -141,7 +141,7 @@ def run(names: list[str], match: str, workers: int, path: pathlib.Path) -> dict:
             found.setdefault(section, {})[one.name] = task.result()
             results.write_json(path, found)
             print(f"[{done}/{len(tasks)}] {section}: {one.name}", flush=True)
-    for section, cases in SECTIONS.items():  # in their order, and nothing that is no more
+    for section, cases in SECTIONS.items():  # in order, without obsolete sections
         kept = found.get(section, {})
         found[section] = {c.name: kept[c.name] for c in cases if c.name in kept}
     return found
@@ -154,7 +154,7 @@ def _libtpu_version() -> str:
 
 
 def temporaries(figures: dict) -> float | None:
-    """Bytes beside the state, activations included."""
+    """Bytes in addition to the state, activations included."""
     if "hbm" in figures and "total" in figures["hbm"]:
         return figures["hbm"]["activations"] + figures["hbm"]["temporaries"]
     return figures.get("temporaries")
@@ -165,15 +165,19 @@ GIB = 2.0**30
 
 def table(found: dict) -> str:
     """The figures as Markdown."""
-    text = "# What training costs on pods\n\n"
+    text = "# Cost of training on TPU pods\n\n"
     text += "Made by `python -m benchmarks.pod_cost` with the TPU compiler (libtpu "
-    text += f"{found['versions']['libtpu']}, jax {found['versions']['jax']}); no TPU was there: "
-    text += "memory, FLOPs and bytes are facts of the compiled programs, times are rooflines, not "
-    text += "measurements. FLOPs are matrix products; of an attention kernel those of the blocks "
-    text += "it computes; the head with half a chunk for rounding. Their ratio is to the "
-    text += "necessary ones (esolm_jax/aot/lower_bound.py: attention at the visible pairs, three "
-    text += "times forward, no recomputation). Bytes sent are those of ring algorithms beside "
-    text += "the ideal of the sharding.\n"
+    text += f"{found['versions']['libtpu']}, jax {found['versions']['jax']}), without a TPU. "
+    text += "Memory, FLOPs and bytes are those of the compiled programs; times are rooflines, not "
+    text += (
+        "measurements. FLOPs count matrix products. Those of an attention kernel are the blocks "
+    )
+    text += "that it computes; the head includes half a chunk for rounding. Their ratio is to the "
+    text += (
+        "lower bound (esolm_jax/aot/lower_bound.py: attention at the visible pairs, three times "
+    )
+    text += "forward, no recomputation). Bytes sent assume ring algorithms; their ratio is to the "
+    text += "ideal of the sharding.\n"
     parts = {
         "Every config on its pod": _configs,
         "All objectives at one batch (512 x 1024, remat none, v5p:2x2x4)": _work,
@@ -199,7 +203,7 @@ def _work(found: dict) -> str:
         cells += [f"{flops['ratio']:.3f}", f"{flops['compiled'] / mdlm:.3f}" if mdlm else ""]
         rows.append([*cells, f"{f['collectives']['ratio']:.3f}"])
     return report_writer.table(
-        ["objective", "TFLOPs a chip", "x necessary", "x mdlm", "sent x"], rows
+        ["objective", "TFLOPs a chip", "x lower bound", "x mdlm", "sent x"], rows
     )
 
 
@@ -264,7 +268,7 @@ def plot(found: dict, path: pathlib.Path) -> None:
     figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.5), layout="constrained")
     points = list(found.get("scaling", {}).values())
     chips = [f["chips"] for f in points]
-    axes[0].plot(chips, [f["hbm"]["total"] / GIB for f in points], "o-", label="in all")
+    axes[0].plot(chips, [f["hbm"]["total"] / GIB for f in points], "o-", label="total")
     axes[0].plot(chips, [temporaries(f) / GIB for f in points], "s--", label="temporaries")
     axes[0].set(title="HBM of a chip", ylabel="GiB", xlabel="chips", ylim=0)
     for kind, style in (("sent", "o-"), ("ideal", "s--")):

@@ -23,7 +23,7 @@ def least(measured: float, others: list[float]) -> float:
 
 
 def text(measured: float, others: list[float]) -> str:
-    """ "least–greatest", or the one figure there is."""
+    """ "least–greatest", or a single figure."""
     found = sorted({f"{ratio:.2f}": ratio for ratio in (measured, *others)}.items(), key=_ratio)
     return "–".join(dict.fromkeys((found[0][0], found[-1][0])))
 

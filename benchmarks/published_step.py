@@ -3,13 +3,13 @@
     python published_step.py DIR
 
 DIR is a checkout of the published implementation; this Python needs torch and einops. The first
-line of stdin is JSON, the shapes and the objectives; every further one asks for a burst of steps
-and is answered by a line of JSON on stdout with the seconds that it took. Nothing runs in between.
+line of stdin is JSON, the shapes and the objectives; every further line requests a burst of steps
+and is answered by a line of JSON on stdout with the seconds that it took. The process idles
+otherwise.
 
-The step is what the published trainer does: its loss, its optimizer, Lightning's gradient clip, its
-EMA. What a step has no use for (data, logging, the trainer itself) is stood in for, so that it
-need not be installed. FlexAttention has no backward pass on CPUs: PyTorch's own fused attention
-takes its place, with the published masks.
+The step is that of the published trainer: loss, optimizer, Lightning's gradient clip and EMA. Stubs
+replace packages that a step does not need (data, logging, the trainer itself). FlexAttention has no
+backward pass on CPUs, so PyTorch's fused attention replaces it, with the published masks.
 """
 
 import importlib.abc
@@ -62,23 +62,23 @@ ALGO = {
 }
 
 
-class StandIn:
-    """Whatever a stand-in module is asked for: a base class or a name in an annotation."""
+class Stub:
+    """Any attribute of a stub module: a base class or a name in an annotation."""
 
     def __init__(self, *args, **kwargs):
         del args, kwargs
 
 
-class StandInModule(types.ModuleType):
+class StubModule(types.ModuleType):
     __path__ = ()
 
     def __getattr__(self, name):
         if name.startswith("__"):
             raise AttributeError(name)
-        return StandIn
+        return Stub
 
 
-class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+class StubFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Finds the modules of UNUSED, before the real ones."""
 
     def find_spec(self, name, path=None, target=None):
@@ -86,14 +86,14 @@ class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             return importlib.machinery.ModuleSpec(name, self, is_package=True)
 
     def create_module(self, spec):
-        return StandInModule(spec.name)
+        return StubModule(spec.name)
 
     def exec_module(self, module):
         pass
 
 
 class PlainModule(torch.nn.Module):
-    """As much of a LightningModule as the published trainer's loss asks for, on a CPU."""
+    """The part of LightningModule that the published loss uses, on a CPU."""
 
     device, dtype = torch.device("cpu"), torch.float32
 
@@ -127,7 +127,7 @@ def warmup(config, *, optimizer):
 
 def load(directory: str):
     """The published modules (algo, dit)."""
-    sys.meta_path.insert(0, StandIns())
+    sys.meta_path.insert(0, StubFinder())
     sys.path.insert(0, directory)
     import hydra.utils
     import lightning
@@ -147,12 +147,12 @@ def namespace(fields: dict):
 
 
 def published_config(shapes: dict, objective: str, alpha_0: float):
-    """The published config, as far as a training step reads it."""
+    """The fields of the published config that a training step reads."""
     algo_fields = ALGO[objective] | {
         "alpha_0": alpha_0,
         "batch_split": {0.0: 0.0, 1.0: 1.0}.get(alpha_0, shapes["kappa"]),
         "loss_type": "elbo",
-        "prepend_token": "bos",  # predicts all L tokens, as the others do
+        "prepend_token": "bos",  # predicts all L tokens, like the other objectives
         "time_conditioning": False,
         "subs_masking": False,
         "T": 0,
@@ -224,7 +224,10 @@ class Trainer:
 
 
 def main() -> None:
-    answers, sys.stdout = sys.stdout, sys.stderr  # what the published code prints is no answer
+    answers, sys.stdout = (
+        sys.stdout,
+        sys.stderr,
+    )  # keeps prints of the published code out of the answers
     request = json.loads(sys.stdin.readline())
     torch.set_num_threads(request["threads"])
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""What every benchmark leaves behind: the figures, their table and their plot, side by side."""
+"""Writes the outputs of a benchmark: figures as JSON, a page with a table, and a plot."""
 
 import os
 import pathlib
@@ -33,8 +33,8 @@ def machine() -> str:
 def write(
     out: pathlib.Path, figures, text: str, draw: Callable[[pathlib.Path], None] | None = None
 ) -> None:
-    """Writes `out`.json and .md, and .png if there is one to draw; prints the text and where. The
-    page ends with the commit and the machine, unless the text names them."""
+    """Writes `out`.json and .md, and .png if `draw` is given; prints the text and the path. The
+    page ends with the commit and the machine, unless the text names the commit."""
     text = text if "commit" in text else f"{text}\nRecorded at commit {commit()} on {machine()}.\n"
     out.parent.mkdir(parents=True, exist_ok=True)
     results.write_json(out.with_suffix(".json"), figures)

@@ -177,28 +177,30 @@ def _notes(report: dict) -> str:
         f"CPU threads, jax {m['jax']}"
         + (f", torch {report['published']['torch']}" if report["published"] else "")
         + ".",
-        "Medians of 3 to 5 runs, or one run where it takes long, without compiling "
+        "Medians of 3 to 5 runs, or one run if it is long. Times exclude compilation "
         f"({max(r['compile_seconds'] for r in rows.values()):.0f} s at most) and planning "
         f"({max(r['plan_seconds'] for r in rows.values()):.2f} s at most).",
-        "≈: some passes, spread evenly over the generation, were timed (and of MDLM's large "
-        "batches, some rows), and the rest is extrapolated. Eso-LM (B) over MDLM: by MDLM's "
-        "sampler or by the training's forward pass, whichever is faster.",
-        "Bandwidth: weights once and the filled part of the cache, of what this machine reads from "
-        f"working sets of at most {sets}. Possible: the ratio if a pass of eso_b took no longer "
-        "than that read; at both limits: if a pass of either took no longer than that, or than its "
-        "FLOPs if they take longer.",
-        "FLOPs: matrix products of what a pass cannot do without, of "
-        f"{limits['flops_per_second'] / 1e9:.0f} GFLOP/s of a large product.",
+        "≈: extrapolated from some passes, spread evenly over the generation (for MDLM's large "
+        "batches, also from some rows).",
+        "Eso-LM (B) over MDLM: with the faster of MDLM's sampler and the forward pass of training.",
+        "Bandwidth: bytes of the weights and of the filled part of the cache, relative to the "
+        f"bandwidth of this machine for working sets of at most {sets}.",
+        "Possible: the ratio if a pass of eso_b took only the time of these reads. At both limits: "
+        "the ratio if a pass of either model took only the time of its reads or of its FLOPs, "
+        "whichever is longer.",
+        "FLOPs: lower bound of a pass, relative to "
+        f"{limits['flops_per_second'] / 1e9:.0f} GFLOP/s of a large matrix product.",
         "Other processes kept at most "
         f"{max(r['cores_busy_with_others'] for r in rows.values()):.2f} cores busy.",
     ]
     if report["published"]:
         parts.append(
-            "Published code: its own samplers (Eso-LM (B) and AR with their KV cache), in one "
-            "thread or in all, whichever was faster."
+            "Published code: its own samplers (Eso-LM (B) and AR with KV cache), with one thread "
+            "or all threads, whichever is faster."
         )
     commands = dict.fromkeys(row["command"] for row in rows.values())
-    return f"{' '.join(parts)}\n\n" + "\n".join(f"    {command}" for command in commands)
+    notes = "\n".join(f"- {part}" for part in parts)
+    return f"{notes}\n\n" + "\n".join(f"    {command}" for command in commands)
 
 
 def plot(rows: dict, path: pathlib.Path) -> None:

@@ -29,7 +29,7 @@ WAYS += [("chain", k, False) for k in (6, 8, 12)] + [("chain", 12, True)]
 
 
 def timed(generators: list[Generator], network, repeats: int) -> list[dict]:
-    """Of each, taking turns: median seconds of a run, its passes and acceptance."""
+    """Median seconds of interleaved runs, passes and acceptance, of each generator."""
     runs = [functools.partial(generator.compile(network), network) for generator in generators]
     return [
         _row(*each)
@@ -81,9 +81,9 @@ def table(found: dict) -> str:
     text = "# Lossless speculation on a trained model\n\n"
     text += f"Made by `python -m benchmarks.speculation`: a model {found['width']} wide, of "
     text += f"{found['blocks']} blocks and {found['step']} steps, {found['batch']} text(s) of "
-    text += f"{found['length']} tokens, temperature 1, against one token a pass: medians of runs "
-    text += "that take turns. Acceptance is by how far a draft was behind the last token that "
-    text += "stood.\n\n"
+    text += f"{found['length']} tokens, temperature 1, compared with one token per pass. "
+    text += "Medians of interleaved runs. Acceptance is by the distance of a draft from the last "
+    text += "final token.\n\n"
     head = "α₀", "drafts", "k", "tokens per pass", "seconds", "speed-up", "acceptance"
     rows = []
     for row in found["rows"]:

@@ -1,10 +1,10 @@
 """python -m benchmarks.train_speed [--published=DIR]: training speed of all objectives together.
 
 Whole training steps (noise, forward, backward, clip, AdamW, EMA) on synthetic tokens, in tokens of
-text per second. The objectives take turns, a burst of steps each, so that a drift of the machine
-meets them all; every other round goes backwards. With --published=DIR, a checkout of the published
-PyTorch code (which needs torch and einops: --published_python), its steps of the same shapes take
-turns with ours, never at the same time. Writes --out (.json) and the table beside it (.md).
+text per second. The objectives are interleaved, a burst of steps each, so that a drift of the
+machine affects all of them; every other round runs in reverse order. With --published=DIR, a
+checkout of the published PyTorch code (which needs torch and einops: --published_python), its steps
+of the same shapes are interleaved with ours. Writes --out (.json) and the table (.md).
 
     python -m benchmarks.train_speed --preset=cpu      # two cores, a few minutes
     python -m benchmarks.train_speed --preset=small    # a GPU or a TPU
@@ -36,7 +36,7 @@ from esolm_jax.parallel import sharding
 from esolm_jax.training import train_step
 
 OBJECTIVES = "ar mdlm bd3 eso_a:0.5 eso_b:1 eso_b:0.5 eso_b:0.125 eso_b:0".split()
-PUBLISHED = ("ar", "mdlm", "eso_a", "eso_b")  # what the published code trains
+PUBLISHED = ("ar", "mdlm", "eso_a", "eso_b")  # objectives of the published code
 
 _PRESET = flags.DEFINE_enum("preset", "cpu", ["cpu", "small"], "Shapes.")
 _OBJECTIVES = flags.DEFINE_list("objectives", OBJECTIVES, "Each is NAME or NAME:ALPHA_0.")
@@ -46,7 +46,7 @@ _STEPS = flags.DEFINE_integer("steps", 8, "Steps in a burst.")
 _PUBLISHED = flags.DEFINE_string("published", "", "A checkout of the published code.")
 _PYTHON = flags.DEFINE_string("published_python", sys.executable, "Python with torch and einops.")
 _PATIENCE = flags.DEFINE_float(
-    "patience", 0, "Seconds, in all, to wait for other processes to pause (Linux only)."
+    "patience", 0, "Seconds to wait in total for other processes to pause (Linux only)."
 )
 _THREADS = flags.DEFINE_integer("threads", 0, "CPU threads of either; 0 = all (Linux only).")
 _BLOCKS = flags.DEFINE_integer("blocks", 0, "Instead of the preset's.")
@@ -58,7 +58,7 @@ _MATMUL = flags.DEFINE_integer("matmul", 0, "Side of the ceiling's matrices; 0 =
 @dataclasses.dataclass(frozen=True)
 class Preset:
     """Shapes of a benchmark. vocab_size is without the mask token; matmul is the side of the
-    square matrices whose product, in the compute dtype, is the ceiling."""
+    square matrices whose product, in the compute dtype, measures peak FLOP/s."""
 
     fields: dict
     vocab_size: int
@@ -140,16 +140,17 @@ class Ours:
 
     @property
     def state_key(self):
-        """Objectives with the same parameters train the same state in turn: it is held once."""
+        """Objectives with the same parameters share one state in memory and train it one after
+        another."""
         return self.config.model.cond_width
 
     def flops(self) -> float:
-        """That a step cannot do without (matrix products, forward and backward)."""
+        """Lower bound of the FLOPs of a step (matrix products, forward and backward)."""
         work = lower_bound.step(self.config, self.training.phases)
         return sum(lower_bound.flops(self.built.model, work).values())
 
     def burst(self, states: dict, steps: int) -> float:
-        """Seconds a step."""
+        """Seconds per step."""
         state = states.pop(self.state_key, None) or self.training.init()
         jax.block_until_ready(state)
         begin = time.perf_counter()
@@ -183,7 +184,7 @@ def compile_all(preset: Preset, names: list[str]) -> list[Ours]:
 
 
 class Published:
-    """The process that runs the published code's steps when told to (published_step.py)."""
+    """The process that runs steps of the published code on request (published_step.py)."""
 
     def __init__(self, config, vocab_size: int, names: list[str]):
         o, m = config.optimizer, config.model
@@ -220,7 +221,7 @@ class Published:
         return json.loads(line)
 
     def burst(self, name: str, steps: int) -> tuple[float, float]:
-        """Seconds a step, and CPU seconds in all."""
+        """Seconds per step, and total CPU seconds."""
         answer = self._ask({"name": name, "steps": steps})
         return answer["seconds"] / steps, answer["cpu_seconds"]
 
@@ -234,7 +235,7 @@ def num_threads() -> int:
 
 
 class Load:
-    """CPU that other processes of the machine use, where the system says so (Linux)."""
+    """CPU use of other processes of the machine (Linux)."""
 
     QUIET = 0.1  # cores
 
@@ -252,7 +253,7 @@ class Load:
         return ticks / os.sysconf("SC_CLK_TCK")
 
     def wait(self) -> None:
-        """Until others pause, or the patience is at an end."""
+        """Waits until other processes pause, or for the patience."""
         while self.patience > 0:
             busy, begin = self.busy(), time.perf_counter()
             time.sleep(0.5)
@@ -262,8 +263,8 @@ class Load:
                 return
 
     def during(self, bursts) -> tuple[list[float], float]:
-        """What bursts() returns first, and how many cores others kept busy meanwhile. It returns
-        that and the CPU seconds of the published code's process."""
+        """The result of bursts(), and the cores that other processes kept busy. bursts() also
+        returns the CPU seconds of the published code's process."""
         busy, own, begin = self.busy(), time.process_time(), time.perf_counter()
         taken, published = bursts()
         own = time.process_time() - own + published
@@ -271,7 +272,7 @@ class Load:
 
 
 def matmul_ceiling(side: int, dtype: str, load: Load) -> float:
-    """FLOP/s of a product of square matrices: the best of several, in a quiet moment."""
+    """FLOP/s of a product of square matrices: the best of several on a quiet machine."""
     a = jnp.ones((side, side), dtype)
     product = jax.jit(lambda a, b: a @ b)
     jax.block_until_ready(product(a, a))
@@ -298,10 +299,10 @@ def turn(one: Ours, states: dict, published: Published | None, names: list[str],
 def measure(ours: list[Ours], published: Published | None, names: list[str], load: Load) -> dict:
     """{name: [rounds]}: (seconds a step of ours and of the published code, others' cores).
 
-    A turn that other processes disturbed is taken again while the patience lasts.
+    A burst that other processes disturbed is repeated while the patience lasts.
     """
     found, states = {one.name: [] for one in ours}, {}
-    for one in ours:  # the first steps are thrown away
+    for one in ours:  # the first steps are discarded
         turn(one, states, published, names, _STEPS.value)
     for index in range(_ROUNDS.value):
         for one in ours[:: -1 if index % 2 else 1]:
@@ -367,7 +368,7 @@ def make_rows(ours: list[Ours], found: dict, ceiling: float) -> list[dict]:
 
 
 def machine() -> dict:
-    """What ran it."""
+    """The machine and the versions."""
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -401,7 +402,7 @@ def _range(figure: dict, form: str) -> str:
 
 
 def _over_published(row: dict) -> str:
-    """The range over machines where there are two, else that over rounds."""
+    """The range over two machines, or over rounds for one."""
     ratio, others = row["speed_relative_to_published"], published_ratios.TRAINING.get(row["name"])
     return published_ratios.text(ratio["median"], others) if others else _range(ratio, ".2f")
 
@@ -448,7 +449,7 @@ def _notes(report: dict) -> str:
         f"Whole training steps: {s['width']} wide, {s['blocks']} blocks, {s['heads']} heads, "
         f"vocabulary {s['vocab_size']} with the mask, {s['batch_size']} × {s['length']} tokens, "
         f"{s['dtype']}, dropout {s['dropout']}. Median (least–greatest) of {report['rounds']} "
-        f"interleaved bursts of {report['steps']} steps. MFU: necessary FLOPs against a matrix "
+        f"interleaved bursts of {report['steps']} steps. MFU: lower-bound FLOPs against a matrix "
         f"product's {report['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s. {where}, "
         f"{m['threads']} CPU threads, jax {m['jax']}"
     )

@@ -3,7 +3,7 @@
     python -m esolm_jax.prepare --config=configs/lm1b.py:0.5 --workdir=runs/lm1b
     python -m esolm_jax.train --config=configs/lm1b.py:0.5 --workdir=runs/lm1b
 
-The argument behind the colon is alpha_0 of Eso-LM (B), or one of ar, mdlm, bd3, eso_a.
+The argument after the colon is alpha_0 of Eso-LM (B), or one of ar, mdlm, bd3, eso_a.
 
 Hardware: 16 chips of v5e; as compiled for v5e:4x4, 4.5 of 16 GiB a chip, a step of 17 ms or more
 (MFU 92 % at most). Expected: the paper's test perplexities (NELBO) are 36.12, 32.53, 26.29 and

@@ -5,7 +5,7 @@
     python -m esolm_jax.train --config=configs/owt.py:0.5 --workdir=/mnt/bucket/owt \\
         --config.data.train='/mnt/bucket/text/*.jsonl'
 
-The argument behind the colon is alpha_0 of Eso-LM (B), or one of ar, mdlm, bd3, eso_a: `owt.py:1`,
+The argument after the colon is alpha_0 of Eso-LM (B), or one of ar, mdlm, bd3, eso_a: `owt.py:1`,
 `owt.py:0.125`, `owt.py:mdlm`. The documents are yours to bring, in any form that `prepare` reads.
 
 Hardware: 16 chips of v5e; as compiled for v5e:4x4, 6.1 of 16 GiB a chip, a step of 0.20 s or more

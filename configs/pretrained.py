@@ -7,10 +7,10 @@
         --config.data.train='text/*.jsonl'
 
 MODEL is a folder of the Hugging Face hub: config.json, *.safetensors, tokenizer.json. The argument
-behind the colon is the workdir that `convert` wrote: its model and tokenizer are taken as they are.
-alpha_0 rises from 0, where text is generated from left to right as the model always did, to 0.5.
-Hardware: parameters, their average, the optimizer's state and gradients are 20 bytes a parameter: a
-model of 1 billion fits on one chip of 40 GB; 7 billion want 8 of them.
+after the colon is the workdir that `convert` wrote; its model and tokenizer are unchanged. alpha_0
+rises from 0 (left to right, as the pretrained model generates) to 0.5. Hardware: parameters, EMA,
+optimizer state and gradients are 20 bytes per parameter. A model of 1 billion fits on one chip of
+40 GB; 7 billion need 8 of them.
 """
 
 from esolm_jax.errors import UserError
@@ -19,7 +19,9 @@ from esolm_jax.training import checkpoint_meta, checkpoint_steps
 
 def get_config(workdir: str = ""):
     if not workdir:
-        raise UserError("--config=configs/pretrained.py:WORKDIR: name what `convert` wrote")
+        raise UserError(
+            "--config=configs/pretrained.py:WORKDIR: must name the workdir that `convert` wrote"
+        )
     config = checkpoint_meta.saved_config(*checkpoint_steps.split_source(workdir))
     with config.unlocked():
         config.init_from = workdir

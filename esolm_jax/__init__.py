@@ -3,8 +3,8 @@
     load(workdir) → LanguageModel              .logits  .sample  .log_likelihood
     load_published(weights, num_heads)         a model from weights of the published implementation
 
-docs/python_api.md has examples. ARCHITECTURE.md is the map of the package: the rule, the way of a
-batch and of a prompt, the layers, the legend of shape suffixes.
+docs/python_api.md has examples. ARCHITECTURE.md is the map of the package: the attention rule,
+the data flow, the layers, the legend of shape suffixes.
 """
 
 import importlib
@@ -23,7 +23,7 @@ if startup.is_verb():
 
 
 def __getattr__(name: str) -> typing.Any:
-    """Imports the API, and with it JAX, on first use: `import esolm_jax` alone takes no time."""
+    """Imports the API, and with it JAX, on first use: `import esolm_jax` alone is fast."""
     if name in __all__:
         return getattr(importlib.import_module("esolm_jax.language_model"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

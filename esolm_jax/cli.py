@@ -61,19 +61,19 @@ def _flag_value(argv: list[str], name: str) -> str | None:
 
 def _define_flags(argv: list[str], verb: str, needs_workdir: bool, find_config) -> None:
     workdir, config = _flag_value(argv, "workdir"), _flag_value(argv, "config")
-    flags.DEFINE_string("workdir", None, "Where the run keeps its data, checkpoints and results.")
+    flags.DEFINE_string("workdir", None, "Folder of the run: data, checkpoints, results.")
     if any(re.match(r"--?help", arg) for arg in argv):
         return
     if needs_workdir and not workdir:
         raise UserError(f"--workdir is missing: python -m esolm_jax.{verb} --workdir=DIR …")
     if workdir and "://" in workdir:
         raise UserError(
-            f"--workdir={workdir}: must be a folder; mount the bucket (Cloud Storage FUSE) and "
-            "name the folder under which all hosts see it"
+            f"--workdir={workdir}: must be a folder, not a URL; mount the bucket (Cloud Storage "
+            "FUSE) at the same path on all hosts, and give that path"
         )
     workdir = pathlib.Path(workdir or ".").expanduser()
     if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"--workdir={workdir}: is a file; it must be a folder, or not there yet")
+        raise UserError(f"--workdir={workdir}: must be a folder or a new path, not a file")
     default = find_config(workdir)
     if not config and default is None:
         raise UserError(f"--config is missing: python -m esolm_jax.{verb} --config=configs/….py …")
@@ -100,7 +100,7 @@ def next_command(verb: str, workdir: pathlib.Path, *flags_: str, keep: str = "")
 
 
 CONFIG = r"config(\..+)?"  # --config and its overrides
-PLACES = r"step|config\.(mesh\..+|data\.dir)"  # which checkpoint, data and devices
+CHECKPOINT_DATA_AND_DEVICES = r"step|config\.(mesh\..+|data\.dir)"
 
 
 def mesh_flags(config, mesh, *, sampling: bool = False) -> list[str]:
@@ -139,7 +139,8 @@ def _given(pattern: str) -> list[str]:
 
 
 def _join(config, *, stoppable: bool) -> None:
-    """Meets the other processes, if there are any, and makes sure that they do the same."""
+    """Joins the other processes of the run, if any, and checks that config and code are the
+    same."""
     timeouts = config.distributed
     distributed.start(
         init_timeout=timeouts.init_timeout,
@@ -156,7 +157,7 @@ def _only_process_0_prints():
     if distributed.is_main():
         yield
     else:
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        with open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink):
             yield
 
 
@@ -211,7 +212,7 @@ def _parse(verb: Verb, argv: list[str]) -> list[str]:
         file = _flag_value(argv, "config")
         raise UserError(f"--config={file}: {type(error).__name__}: {what}") from error
     if len(rest) > 1:
-        raise UserError(f"{rest[1]!r}: not a flag; write --name=value")
+        raise UserError(f"{rest[1]!r}: must be a flag; write --name=value")
     return rest
 
 
@@ -223,8 +224,8 @@ def _run_main(main: Callable[[ConfigDict, pathlib.Path], None], verb: Verb) -> N
     if several and not verb.others_wait:
         name = pathlib.Path(sys.argv[0]).stem
         raise UserError(
-            f"{name} runs in one process, but {several} announces several; start it without "
-            "the launcher"
+            f"{name}: must run in one process, but {several} announces several; start it "
+            "without the launcher"
         )
     with guard():
         if several or not verb.one_process:

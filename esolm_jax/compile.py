@@ -1,8 +1,8 @@
-"""python -m esolm_jax.compile --config=FILE --topology=v5e:16x16: what a training step of this
-config costs on a pod, found out by the pod's own compiler, without a pod.
+"""python -m esolm_jax.compile --config=FILE --topology=v5e:16x16: the cost of a
+training step on a pod, from the pod's compiler, without the pod.
 
-Compiles the very step that `train` runs and prints, and saves as JSON, what one chip must hold,
-compute and send, beside what the model makes necessary. Exit code 1 if it does not fit.
+Compiles the step that `train` runs. Prints, and saves as JSON, the memory, FLOPs and bytes sent of
+one chip, compared with lower bounds from the model's shape. Exit code 1 if it does not fit.
 """
 
 import itertools
@@ -32,17 +32,17 @@ GIB = 2.0**30
 
 def define_flags() -> None:
     flags.DEFINE_string("topology", None, "The pod, such as v5e:16x16.")
-    flags.DEFINE_integer("num_slices", 1, "How many of them, joined by a slow network.", 1)
+    flags.DEFINE_integer("num_slices", 1, "Number of pods, joined by a slow network.", 1)
     flags.DEFINE_enum("program", "train", ("train", *programs.OTHERS), "What to compile.")
-    flags.DEFINE_string("out", None, "Where to write the JSON; default compile.json.")
+    flags.DEFINE_string("out", None, "The JSON file to write; default compile.json.")
     flags.DEFINE_bool("sweep", False, "Try meshes and remat policies, and print a table.")
 
 
 def make_training(config, name: str, num_slices: int = 1) -> Trainer:
-    """How `config` would train on a pod; the tokenizer is taken to be what config.data asks for.
+    """The Trainer of `config` on a pod, with the planned tokenizer of config.data.
 
     Raises:
-      UserError: the topology is unknown, or something of the config does not divide by it.
+      UserError: the topology is unknown, or a size in the config does not divide by it.
     """
     devices = topology.devices(name, num_slices)
     mesh = sharding.make_mesh(config.mesh, devices)
@@ -53,7 +53,7 @@ def compile_step(training: Trainer):
     """The compiled training step.
 
     Raises:
-      OutOfMemory: the compiler found no way to fit it in memory.
+      OutOfMemory: it does not fit in memory.
     """
     arguments = training.abstract_state(), training.abstract_batch()
     return try_compile(training.step_fn().lower(*arguments))
@@ -108,7 +108,7 @@ def measure(config, name: str, num_slices: int = 1) -> dict:
 
 
 def show(figures: dict) -> None:
-    """Prints the figures for people."""
+    """Prints the figures."""
     mesh = ", ".join(f"{k}={v}" for k, v in figures["mesh"].items() if v > 1)
     print(
         f"{figures['objective']}: {figures['parameters']:,} parameters, {figures['batch_size']} x "
@@ -123,14 +123,16 @@ def show(figures: dict) -> None:
     print(f"\nHBM of one chip, GiB of {hbm['available'] / GIB:.2f}:")
     for part in ("parameters", "ema", "optimizer", "activations", "temporaries"):
         print(f"  {part:<16}{hbm[part] / GIB:8.2f}")
-    print(f"  {'in all':<16}{hbm['total'] / GIB:8.2f}  {'fits' if hbm['fits'] else 'TOO MUCH'}")
+    print(f"  {'total':<16}{hbm['total'] / GIB:8.2f}  {'fits' if hbm['fits'] else 'TOO MUCH'}")
     flops = figures["flops"]
-    print("\nTFLOPs of a step on one chip (compiled, necessary):")
-    for kind in flops["necessary_by_kind"]:
+    print("\nTFLOPs of a step on one chip (compiled, lower bound):")
+    for kind in flops["lower_bound_by_kind"]:
         compiled = flops["by_kind"].get(kind, 0)
-        print(f"  {kind:<16}{compiled / 1e12:8.3f}{flops['necessary_by_kind'][kind] / 1e12:10.3f}")
+        print(
+            f"  {kind:<16}{compiled / 1e12:8.3f}{flops['lower_bound_by_kind'][kind] / 1e12:10.3f}"
+        )
     print(
-        f"  {'in all':<16}{flops['compiled'] / 1e12:8.3f}{flops['necessary'] / 1e12:10.3f}  "
+        f"  {'total':<16}{flops['compiled'] / 1e12:8.3f}{flops['lower_bound'] / 1e12:10.3f}  "
         f"ratio {flops['ratio']:.3f}"
     )
     sent = figures["collectives"]
@@ -150,16 +152,16 @@ def show(figures: dict) -> None:
 
 def sweep(config, name: str, num_slices: int) -> list[dict]:
     """Meshes and remat policies that the config allows on the pod, each compiled; best first."""
-    found = []
+    rows = []
     tried = list(candidates(config, topology.num_chips(name) * num_slices))
     for changes in tqdm(tried, desc="sweep", unit="compilation"):
         changed = config.copy_and_resolve_references()
         changed.update_from_flattened_dict(changes)
         try:
-            found.append(measure(changed, name, num_slices))
+            rows.append(measure(changed, name, num_slices))
         except UserError as error:
             tqdm.write(f"left out {changes}: {error}")
-    return sorted(found, key=lambda f: (not f["hbm"]["fits"], _seconds(f)))
+    return sorted(rows, key=lambda f: (not f["hbm"]["fits"], _seconds(f)))
 
 
 def _seconds(figures: dict) -> float:
@@ -181,9 +183,9 @@ def candidates(config, chips: int):
             }
 
 
-def show_table(found: list[dict]) -> None:
+def show_table(rows: list[dict]) -> None:
     print(f"{'mesh':<32}{'remat':<11}{'HBM GiB':>8}{'FLOPs x':>9}{'sent x':>8}{'ms':>9}{'MFU':>6}")
-    for figures in found:
+    for figures in rows:
         mesh = ", ".join(f"{k}={v}" for k, v in figures["mesh"].items() if v > 1)
         row = f"{mesh:<32}{figures['remat']:<11}"
         if "roofline" not in figures:
@@ -202,15 +204,15 @@ def main(config, workdir: pathlib.Path | None) -> None:
     del workdir
     f = flags.FLAGS
     if not f.topology:
-        raise UserError(f"--topology is missing; known are {topology.listed()}")
+        raise UserError(f"--topology is missing: must be one of {topology.listed()}")
     config_lib.validate(config)
     jax.config.update("jax_platforms", "cpu")  # the TPU's compiler is here, but no TPU
     out = pathlib.Path(f.out or "compile.json")
     if f.sweep:
-        found = sweep(config, f.topology, f.num_slices)
-        show_table(found)
-        fits = bool(found) and found[0]["hbm"]["fits"]
-        figures: object = found
+        rows = sweep(config, f.topology, f.num_slices)
+        show_table(rows)
+        fits = bool(rows) and rows[0]["hbm"]["fits"]
+        figures: object = rows
     elif f.program != "train":
         training = make_training(config, f.topology, f.num_slices)
         figures = programs.measure(f.program, config, training, topology.parse(f.topology)[0])

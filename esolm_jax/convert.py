@@ -3,8 +3,8 @@
 python -m esolm_jax.convert --from=FILE --workdir=DIR --tokenizer=FILE_OR_FOLDER
 python -m esolm_jax.convert --workdir=DIR --to=OUT.safetensors [--step=N|best|latest]
 
-FOLDER: as on the Hugging Face hub, of a GPT-2, Llama or Qwen; what is written is an "ar" model of
-style "llama".
+FOLDER: a GPT-2, Llama or Qwen as on the Hugging Face hub. The written model must be an "ar" model
+of style "llama".
 
 python -m esolm_jax.convert --from=FOLDER --workdir=DIR
 python -m esolm_jax.convert --workdir=DIR --to=FOLDER/
@@ -20,7 +20,8 @@ from esolm_jax.errors import UserError
 from esolm_jax.interop.hub import config as hub_config
 from esolm_jax.interop.hub import from_hub, to_hub
 from esolm_jax.interop.published import config as published_config
-from esolm_jax.interop.published import into_workdir, out_of_workdir
+from esolm_jax.interop.published import read as published_read
+from esolm_jax.interop.published import write as published_write
 from esolm_jax.training import checkpoint_steps
 
 
@@ -31,14 +32,14 @@ def define_flags() -> None:
         "A file of published weights (.ckpt, .pt, .bin, .safetensors), or the folder of a "
         "pretrained model.",
     )
-    flags.DEFINE_string("to", "", "The .safetensors file to write, or the folder, with / behind.")
+    flags.DEFINE_string("to", "", "The .safetensors file to write, or a folder with a trailing /.")
     flags.DEFINE_string("tokenizer", "", "With --from: file or folder of the run's tokenizer.")
     flags.DEFINE_string("weights", "", "With --from: both | ema | raw; with --to: ema | raw.")
     cli.define_step_flag()
 
 
 def default_config(flag: cli.FlagValue) -> str | None:
-    """With --from, the config that the file's own hyper-parameters make; else the one saved."""
+    """With --from, the config of the file's hyper-parameters; else the saved config."""
     _check_direction(flag("from"), flag("to"))
     if flag("config"):
         return None
@@ -58,7 +59,7 @@ def _check_direction(source: str | None, target: str | None) -> None:
 
 
 def _weights(allowed: tuple[str, ...]) -> str:
-    """--weights, by default the first of those allowed."""
+    """--weights, by default the first of the allowed ones."""
     given = flags.FLAGS.weights or allowed[0]
     if given not in allowed:
         raise UserError(f"--weights={given}: must be one of {', '.join(allowed)}")
@@ -69,43 +70,46 @@ def main(config, workdir: pathlib.Path) -> None:
     source, target = flags.FLAGS["from"].value, flags.FLAGS.to
     _check_direction(source, target)
     if source and hub_config.is_folder(source):
-        _bring_in_pretrained(config, source, workdir)
+        _from_hub(config, source, workdir)
     elif source:
-        _bring_in(config, source, workdir)
+        _from_published(config, source, workdir)
     elif target.endswith("/") or pathlib.Path(target).expanduser().is_dir():
-        _send_out_to_hub(config, workdir, pathlib.Path(target).expanduser())
+        _to_hub(config, workdir, pathlib.Path(target).expanduser())
     else:
-        _send_out_published(config, workdir, pathlib.Path(target).expanduser())
+        _to_published(config, workdir, pathlib.Path(target).expanduser())
 
 
-def _bring_in(config, source: str, workdir: pathlib.Path) -> None:
-    weights = _weights(into_workdir.WEIGHTS)
-    made = into_workdir.convert(config, source, workdir, flags.FLAGS.tokenizer, weights)
+def _from_published(config, source: str, workdir: pathlib.Path) -> None:
+    weights = _weights(published_read.WEIGHTS)
+    made = published_read.convert(config, source, workdir, flags.FLAGS.tokenizer, weights)
     print(
         f"{source}: {config.objective}, alpha_0 = {config.alpha_0}: {made.parameters:,} parameters "
         f"at step {made.step:,}"
     )
     print(
-        f"taken: {made.weights}; the optimizer starts afresh, so the learning rate warms up again"
+        f"converted {made.weights}; the optimizer state is new, so the learning rate warms up again"
     )
     step = f"{workdir}/{checkpoint_steps.FOLDER}/{made.step}"
     print(f"wrote {step}, {workdir}/tokenizer, and config.json")
     print(cli.next_command("sample", workdir))
     text = ["--config.data.source=text", "--config.data.train=FILES", "--config.data.test=FILES"]
-    print("to evaluate it or to train on, prepare text for it first (FILES: yours):")
+    print("to evaluate it or to continue training, prepare text first (FILES: your files):")
     print(cli.command("prepare", workdir, *text))
 
 
-def _bring_in_pretrained(config, source: str, workdir: pathlib.Path) -> None:
+def _from_hub(config, source: str, workdir: pathlib.Path) -> None:
     if flags.FLAGS.weights:
-        raise UserError(f"--weights={flags.FLAGS.weights}: a folder has one set of weights")
+        raise UserError(
+            f"--weights={flags.FLAGS.weights}: must be left out, because a folder has one set of "
+            "weights"
+        )
     made = from_hub.convert(config, source, workdir, flags.FLAGS.tokenizer)
     print(
         f"{source}: {config.model.style}-style, {made.parameters:,} parameters with the mask token"
     )
     print(f"wrote {workdir}/{checkpoint_steps.FOLDER}/0, {workdir}/tokenizer, and config.json")
     print(cli.next_command("sample", workdir))
-    print("to make an Eso-LM of it, with your own text (FILES), in a new folder (NEW):")
+    print("to train it into an Eso-LM on your text (FILES), in a new folder (NEW):")
     file = pathlib.Path("configs/pretrained.py")
     file = file if file.is_file() else pathlib.Path(__file__).parents[1] / file
     recipe = [f"--config={file}:{workdir}", "--config.data.train=FILES"]
@@ -113,27 +117,27 @@ def _bring_in_pretrained(config, source: str, workdir: pathlib.Path) -> None:
     print(cli.command("train", pathlib.Path("NEW"), *recipe))
 
 
-def _send_out_to_hub(config, workdir: pathlib.Path, target: pathlib.Path) -> None:
-    _send_out(to_hub.convert, config, workdir, target)
+def _to_hub(config, workdir: pathlib.Path, target: pathlib.Path) -> None:
+    _write(to_hub.convert, config, workdir, target)
     print(f"wrote {target}: config.json, model.safetensors and the tokenizer")
-    _print_way_back(f"--from={target}", "--workdir=NEW")
+    _print_inverse(f"--from={target}", "--workdir=NEW")
 
 
-def _send_out_published(config, workdir: pathlib.Path, target: pathlib.Path) -> None:
-    _send_out(out_of_workdir.convert, config, workdir, target)
+def _to_published(config, workdir: pathlib.Path, target: pathlib.Path) -> None:
+    _write(published_write.convert, config, workdir, target)
     print(f"wrote {target}, under the published names")
-    _print_way_back(f"--from={target}", "--workdir=NEW", f"--tokenizer={workdir}/tokenizer")
+    _print_inverse(f"--from={target}", "--workdir=NEW", f"--tokenizer={workdir}/tokenizer")
 
 
-def _send_out(convert, config, workdir: pathlib.Path, target: pathlib.Path) -> None:
-    weights = _weights(out_of_workdir.WEIGHTS)
+def _write(convert, config, workdir: pathlib.Path, target: pathlib.Path) -> None:
+    weights = _weights(published_write.WEIGHTS)
     step, parameters = convert(config, workdir, target, weights, cli.step_flag())
     which = "the EMA" if weights == "ema" else "the raw weights"
     print(f"{workdir}: {which} at step {step:,}, {parameters:,} parameters")
 
 
-def _print_way_back(*args: str) -> None:
-    print(f"and back: python -m esolm_jax.convert {shlex.join(args)}")
+def _print_inverse(*args: str) -> None:
+    print(f"to convert it back: python -m esolm_jax.convert {shlex.join(args)}")
 
 
 CLI = cli.Verb(one_process=True, define_flags=define_flags, default_config=default_config)

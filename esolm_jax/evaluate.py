@@ -1,9 +1,9 @@
 """python -m esolm_jax.evaluate --workdir=DIR: perplexity bounds of the checkpoint in DIR.
 
 --step=N|best|latest   which checkpoint (default: latest)
---verify               only check whether every file of the workdir is what was written
+--verify               only check every file of the workdir for damage
 
-evaluate.json is the last evaluation; evaluations.jsonl has a line of each.
+evaluate.json is the last evaluation; evaluations.jsonl has one line per evaluation.
 """
 
 import datetime
@@ -33,10 +33,10 @@ FILE, HISTORY = "evaluate.json", "evaluations.jsonl"
 
 
 def evaluate(config, workdir: pathlib.Path) -> dict:
-    """All metrics that the config asks for, as a JSON-able dict.
+    """All metrics of config.eval.metrics, as a JSON-able dict.
 
     Raises:
-      UserError: the data or their tokenizer are not the model's; a bound the family has not.
+      UserError: data or tokenizer of another model; a bound that the family lacks.
     """
     e = config.eval
     mesh = sharding.make_mesh(config.mesh)
@@ -77,7 +77,7 @@ def _results(
     e, built = config.eval, trained.built
     for metric in metrics.selected(e.metrics, config):
         estimate = metric.make(config, built, None)
-        found = estimate(
+        result = estimate(
             trained.params,
             eval_batches(config, manifest, e.split, e.max_windows, built.mesh),
             split=manifest.split(e.split),
@@ -85,8 +85,8 @@ def _results(
             progress=metric.name,
             total=math.ceil(windows / e.batch_size),
         )
-        check_finite(found, metric.name)
-        yield found.figures | {"summary": found.line}
+        check_finite(result)
+        yield result.figures | {"summary": result.line}
 
 
 def _digest(workdir: pathlib.Path, step: int) -> str | None:
@@ -142,7 +142,7 @@ def main(config, workdir: pathlib.Path) -> None:
     print(_what_of(figures))
     print(f"wrote {path}, and a line in {history}")
     fits = cli.mesh_flags(config, sharding.make_mesh(config.mesh), sampling=True)
-    print(cli.next_command("sample", workdir, *fits, keep=cli.PLACES))
+    print(cli.next_command("sample", workdir, *fits, keep=cli.CHECKPOINT_DATA_AND_DEVICES))
 
 
 CLI = cli.Verb(reads_checkpoint=True, define_flags=define_flags, default_config=default_config)

@@ -25,8 +25,8 @@ from esolm_jax.data.tokenizer import Tokenizer
 from esolm_jax.errors import UserError
 from esolm_jax.evaluation.text_likelihood import LogLikelihood, TextLikelihood
 from esolm_jax.family.labels import Tokens
-from esolm_jax.interop.published import reference
-from esolm_jax.interop.published.reference import Reference
+from esolm_jax.interop.published import names as published_names
+from esolm_jax.interop.published.names import PublishedModel
 from esolm_jax.model import build
 from esolm_jax.parallel import sharding
 from esolm_jax.sampling import texts as texts_lib
@@ -85,7 +85,7 @@ class LanguageModel:
             where the family needs them (ar, bd3: at the start).
         """
         if isinstance(tokens, Tokens) or position is not None:
-            labelled = reference.as_tokens(tokens, position, rank, in_context)
+            labelled = published_names.as_tokens(tokens, position, rank, in_context)
             return self._run(labelled)
         labelled = self._label(np.asarray(tokens))
         by_rank = self._run(labelled)
@@ -95,7 +95,9 @@ class LanguageModel:
     def _run(self, tokens: Tokens) -> jax.Array:
         rows, shards = tokens.token.shape[0], sharding.num_row_shards(self._built.mesh)
         if rows % shards:
-            raise UserError(f"tokens: {rows} rows: must be a multiple of the {shards} devices")
+            raise UserError(
+                f"tokens: {rows} rows: must be a multiple of mesh.data x mesh.fsdp = {shards}"
+            )
         return self._apply(self.params, tokens)
 
     def _label(self, ids: np.ndarray) -> Tokens:
@@ -123,7 +125,7 @@ class LanguageModel:
         first = plan.bidirectional_below[plan.prompt_passes :][:1].T
         rank = np.broadcast_to(plan.rank, ids.shape)
         rank = np.where(slot < first, 0, rank) if first.size else rank
-        return reference.as_tokens(token, plan.order, rank, np.ones_like(rank, bool))
+        return published_names.as_tokens(token, plan.order, rank, np.ones_like(rank, bool))
 
     def sample(self, prompts: str | Sequence[str] = (), **settings: Setting) -> list[str]:
         """Texts, as `python -m esolm_jax.sample` makes them from the same prompts and settings.
@@ -201,14 +203,14 @@ class LanguageModel:
 def check_sampling_fits(
     config: ConfigDict, tokenizer: Tokenizer, prompts: Sequence[prompts_lib.Prompt], mesh: Any
 ) -> None:
-    """UserError unless the texts that config.sample asks for fit the devices and their memory."""
+    """UserError unless the texts of config.sample fit the devices and their memory."""
     if jax.process_count() > 1:
-        raise UserError(f"sampling is for one process, but there are {jax.process_count()}")
+        raise UserError(f"sampling must run in one process, not in {jax.process_count()}")
     rows, shards = config.sample.num_texts * max(1, len(prompts)), sharding.num_row_shards(mesh)
     if rows % shards:
         raise UserError(
-            f"config.sample.num_texts={rows}: texts in all must be a multiple of the {shards} "
-            "devices (mesh.data x mesh.fsdp) that rows are split over"
+            f"config.sample.num_texts={config.sample.num_texts}: {rows} texts in total: must be a "
+            f"multiple of mesh.data x mesh.fsdp = {shards}"
         )
     if mesh.shape["sequence"] > 1:
         raise UserError(
@@ -252,7 +254,7 @@ def load(
 
 def load_published(
     weights: Mapping[str, np.ndarray], num_heads: int, mask_id: int | None = None
-) -> Reference:
+) -> PublishedModel:
     """A model from weights of the published implementation, without a config or a tokenizer.
 
     Args:
@@ -260,11 +262,11 @@ def load_published(
       mask_id: by default the last id of the vocabulary.
 
     Returns:
-      A Reference, with logits(tokens) as LanguageModel has it for labelled tokens, and
+      A PublishedModel, with logits(tokens) as LanguageModel has it for labelled tokens, and
       sample(order, step_sizes, rng=…), which returns token ids. To sample from prompts, turn the
       file into a workdir with `python -m esolm_jax.convert`.
 
     Raises:
       UserError: tensors are missing, left over, of a wrong shape, or not finite.
     """
-    return reference.load(weights, num_heads, mask_id)
+    return published_names.load(weights, num_heads, mask_id)

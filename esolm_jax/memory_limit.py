@@ -1,6 +1,6 @@
 """Compares lower bounds of a run's memory with the available memory, before any allocation.
 
-A refused config would not have fitted. The bounds follow from the sizes in the config alone. CPU
+A refused config cannot fit. The bounds follow from the sizes in the config alone. CPU
 devices share the memory of their host.
 """
 
@@ -24,8 +24,8 @@ FLOAT = 4
 BATCH_BYTES = 4 + 1  # of a token: its id and whether it is valid
 CANVAS_BYTES = 4 + 1 + 4 + 4 + 1  # of a token: Canvas.token, known; Schedule.order, known, …
 TABLE_BYTES = 7 * 4  # of a pass of a row: Schedule.sizes and the tables of DecodePlan
-WORKER_BYTES = 80e6  # of a worker process, alone: 88 MB measured
-WORKERS_PER_CORE = 16  # more only wait for each other: 256 on 2 cores take 10 minutes to start
+WORKER_BYTES = 80e6  # of a worker process, alone: 88 MB at 49b28bf
+WORKERS_PER_CORE = 16  # more contend for cores: 256 on 2 cores took 10 minutes to start at 49b28bf
 _NO_LIMIT = 2**60
 
 
@@ -203,7 +203,7 @@ def host_memory() -> tuple[float, str]:
 
 
 def _meminfo(name: str) -> int:
-    """Bytes of a line of /proc/meminfo; −1 if it is not there."""
+    """Bytes of a line of /proc/meminfo; −1 if it is missing."""
     try:
         lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))

@@ -18,7 +18,7 @@ def main(config, workdir: pathlib.Path) -> None:
             f"{split['windows']:,} windows of {manifest.seq_len}, "
             f"unigram perplexity {unigram_perplexity(manifest, name):.1f}"
         )
-    print(f"wrote {directory}/manifest.json, the tokenizer and the windows beside it")
+    print(f"wrote {directory}: windows, tokenizer and manifest.json")
     print(cli.next_command("train", workdir, keep=cli.CONFIG))
 
 

@@ -1,4 +1,4 @@
-"""Result files and folders: whole or not there, never half-written."""
+"""Result files and folders: complete or absent, never partially written."""
 
 import contextlib
 import json
@@ -28,15 +28,16 @@ def draft_of(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes beside the file first and renames, so that what was there stays until it is done."""
+    """Writes a temporary file and renames it, so the old file exists until the new one is
+    complete."""
     with draft_of(path) as draft:
         draft.write_text(text, encoding="utf-8")
 
 
 def dumps(value, **options) -> str:
-    """Strict JSON, which every parser reads: a float that is not finite becomes null.
+    """Strict JSON: a float that is not finite becomes null.
 
-    Takes NumPy's and JAX's arrays and scalars, too. `options` are those of json.dumps.
+    Supports arrays and scalars of NumPy and JAX. `options` are those of json.dumps.
     """
     return json.dumps(_strict(value), allow_nan=False, **options)
 
@@ -56,22 +57,23 @@ def write_json(path: pathlib.Path, value) -> None:
 
 
 def check_can_write(*paths: pathlib.Path) -> None:
-    """UserError unless these files can be written: before the work whose result they are."""
+    """UserError unless these files can be written; called before the work that they hold."""
     for path in paths:
         if path.is_dir():
-            raise UserError(f"{path}: is a folder; a file of results is to be written there")
+            raise UserError(
+                f"{path}: must be a file, not a folder, because results are written to it"
+            )
         if not os.access(path.parent, os.W_OK):
-            raise UserError(f"{path}: cannot be written: {path.parent} is read-only, or not there")
+            raise UserError(f"{path}: cannot be written: {path.parent} is read-only or missing")
 
 
 def check_new_folder(flag: str, folder: pathlib.Path) -> None:
-    """UserError unless there is no such folder, or nothing in it."""
+    """UserError unless the folder is new or empty."""
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{flag}={folder}: is a file; it must be a new or empty folder")
+        raise UserError(f"{flag}={folder}: must be a new or empty folder, not a file")
     if folder.exists() and (there := sorted(path.name for path in folder.iterdir())):
         raise UserError(
-            f"{flag}={folder}: is not empty ({', '.join(there[:5])}); it must be a new or empty "
-            "folder"
+            f"{flag}={folder}: must be a new or empty folder, but holds {', '.join(there[:5])}"
         )
 
 
@@ -94,7 +96,7 @@ def draft_beside(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A folder to write in, which takes the place of `folder` unless something fails."""
+    """A temporary folder to write to; it replaces `folder` at the end unless an error occurs."""
     folder = folder.resolve()
     with draft_beside(folder) as draft:
         yield draft

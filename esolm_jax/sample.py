@@ -32,7 +32,7 @@ def define_flags() -> None:
 
 
 def _flag(name: str, default):
-    """Of this verb; as a library, there are none."""
+    """The value of a flag of this verb; `default` if `sample` is called as a function."""
     return flags.FLAGS[name].value if name in flags.FLAGS else default
 
 

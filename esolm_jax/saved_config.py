@@ -1,7 +1,7 @@
-"""The config saved with a checkpoint, as a config file of its own: saved_config.py:WORKDIR.
+"""The config saved with a checkpoint, as a config file: saved_config.py:WORKDIR.
 
-This is what `evaluate` and `sample` run with when --config is left out, so overrides such as
---config.alpha_0=0.25 apply to the config that the model was trained with. WORKDIR@STEP names one of
+`evaluate` and `sample` use it when --config is left out, so overrides such as
+--config.alpha_0=0.25 apply to the config of the training run. WORKDIR@STEP names one of
 its checkpoints: a number, best or latest.
 """
 

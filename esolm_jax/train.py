@@ -1,4 +1,4 @@
-"""python -m esolm_jax.train --config=FILE --workdir=DIR: trains, or resumes what lies in DIR."""
+"""python -m esolm_jax.train --config=FILE --workdir=DIR: trains, or resumes the run in DIR."""
 
 import contextlib
 import dataclasses
@@ -36,11 +36,11 @@ from esolm_jax.training.train_state import TrainState
 
 
 class Run:
-    """A training run: what is fixed about it, and how its parts are made."""
+    """A training run: its fixed settings, and factories of its parts."""
 
     def __init__(self, config, workdir: pathlib.Path):
         self.config, self.workdir = config, workdir
-        self.lock: workdir_lock.Lock | None = None  # of process 0, which alone writes metrics
+        self.lock: workdir_lock.Lock | None = None  # of process 0, the only writer of metrics
         self.manifest: Manifest = load_data(config, workdir)
         mesh = sharding.make_mesh(config.mesh)
         self.built = build.build_model(config, self.manifest.tokenizer, mesh)
@@ -49,8 +49,8 @@ class Run:
         self.metrics_entries = 0  # in the resumed checkpoint's meta
 
     def restore_or_init(self, checkpoints) -> tuple[TrainState, int]:
-        """The latest checkpoint's state and data cursor, or a fresh state at cursor 0, perhaps
-        with the weights of config.init_from; born in its place on the mesh."""
+        """The latest checkpoint's state and data cursor, or a new state at cursor 0, with
+        the weights of config.init_from if given; created with its shardings."""
         if not checkpoints.has_steps():
             like = self.training.abstract_state().ema
             return self.training.init(restore.initial_weights(self.config, self.manifest, like)), 0
@@ -84,8 +84,10 @@ class Run:
         except UserError as error:
             fault = f"{fault}; {error}"
         good = checkpoints.latest_step
-        found = "none" if good is None else f"{self.workdir / checkpoint_steps.FOLDER}/{good}"
-        raise UserError(f"{fault}. Training ended at step {step}; last good checkpoint: {found}")
+        last_good = "none" if good is None else f"{self.workdir / checkpoint_steps.FOLDER}/{good}"
+        raise UserError(
+            f"{fault}. Training ended at step {step}; last good checkpoint: {last_good}"
+        )
 
     def skips(self, skipped: int) -> dict:
         """The metric for skipped steps, if steps may be skipped."""
@@ -107,7 +109,7 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class _Loop:
-    """What the steps of a run read and write.
+    """The inputs and outputs of the training loop.
 
     Attributes:
       estimators: metrics of the validation split, by name.
@@ -127,11 +129,11 @@ class _Loop:
     def validate(self, state: TrainState, step: int) -> float:
         """Logs the metrics of the validation split; the NELBO."""
         self.run.check_health(state, self.checkpoints, step)
-        found = _validate(self.run, self.estimators, state)
-        nelbo = found["nelbo"]
-        self.metrics.log(step, {f"validation_{name}": v for name, v in found.items()})
+        validation = _validate(self.run, self.estimators, state)
+        nelbo = validation["nelbo"]
+        self.metrics.log(step, {f"validation_{name}": v for name, v in validation.items()})
         if not math.isfinite(nelbo):
-            self.metrics.say(
+            self.metrics.print(
                 f"the NELBO at step {step} is {nelbo}, although all weights are finite"
             )
         self.metrics.pause()
@@ -162,15 +164,17 @@ class _Loop:
             if step % t.checkpoint_every == 0 or is_last or stopped_by:
                 self.save(state, step, nelbo)
             if stopped_by and not is_last:
-                self.metrics.say(f"stopped at step {step}; run the same command again to go on")
+                self.metrics.print(
+                    f"stopped at step {step}; run the same command again to continue"
+                )
                 return stopped_by
         if first < t.steps and (skipped := int(state.health.skipped)):
-            self.metrics.say(f"skipped steps (not finite): {skipped:,}")
+            self.metrics.print(f"skipped steps (not finite): {skipped:,}")
         return None
 
 
 def _train(run: Run, checkpoints, state: TrainState, cursor: int) -> int | None:
-    """Runs the steps that are left; returns the signal that ended them early, if one did."""
+    """Runs the remaining steps. Returns the signal that ended the run early, or None."""
     config, t = run.config, run.config.train
     estimators = {
         metric.name: metric.make(config, run.built, 1)
@@ -196,7 +200,7 @@ def _train(run: Run, checkpoints, state: TrainState, cursor: int) -> int | None:
     stop = StopSignal()
     with contextlib.closing(reader), contextlib.closing(metrics):
         if first < t.steps:
-            metrics.say("compiling the training step (the first step takes as long as that)")
+            metrics.print("compiling the training step (part of the time of the first step)")
         return _Loop(run, checkpoints, reader, metrics, estimators).steps(state, first, stop)
 
 
@@ -224,11 +228,11 @@ def _holds_tokenizer(folder: pathlib.Path, fingerprint: str) -> bool:
         return False
 
 
-def _write_what_it_is(run: Run) -> None:
-    """The tokenizer and the config beside the checkpoints."""
+def _write_tokenizer_and_config(run: Run) -> None:
+    """Writes the tokenizer and the config next to the checkpoints."""
     folder = run.workdir / "tokenizer"
     if not _holds_tokenizer(folder, run.manifest.tokenizer["fingerprint"]):
-        with results.draft_beside(folder) as draft:  # on a full disk, the old one stays
+        with results.draft_beside(folder) as draft:  # a full disk leaves the old folder unchanged
             run.manifest.load_tokenizer().save(draft)
             shutil.rmtree(folder, ignore_errors=True)
             draft.rename(folder)
@@ -256,7 +260,7 @@ def _run(run: Run) -> None:
     if checkpoints.latest_step is not None:
         print(f"resuming {workdir} at step {int(state.step)}")
     if distributed.is_main():
-        _write_what_it_is(run)
+        _write_tokenizer_and_config(run)
     count = sum(a.size for a in jax.tree.leaves(state.params))
     print(
         f"{config.objective}, alpha_0 = {config.alpha_0}: {count:,} parameters, "
@@ -275,7 +279,7 @@ def _run(run: Run) -> None:
     )
     print(f"wrote {workdir}/checkpoints, {workdir}/{metrics_lib.FILE}, {curve}")
     fits = cli.mesh_flags(config, run.built.mesh)
-    print(cli.next_command("evaluate", workdir, *fits, keep=cli.PLACES))
+    print(cli.next_command("evaluate", workdir, *fits, keep=cli.CHECKPOINT_DATA_AND_DEVICES))
 
 
 CLI = cli.Verb(stoppable=True)

@@ -1,12 +1,12 @@
 # shellcheck shell=bash
-# What the launchers share; sourced by them, from the repository's root.
+# Functions of all launchers, which source this file from the repository's root.
 
 fail() {
   echo "error: $*" >&2
   exit 2
 }
 
-quote() { # the words on one line, as a shell reads them back; in single quotes where that suffices
+quote() { # prints the words on one line, quoted for a shell
   local word line=""
   for word; do
     case "$word" in
@@ -19,7 +19,7 @@ quote() { # the words on one line, as a shell reads them back; in single quotes 
 }
 
 # Temporary files go to a private folder with an unpredictable name.
-# shellcheck disable=SC2016,SC2034 # expanded and used by the others
+# shellcheck disable=SC2016,SC2034 # expanded and used by the launchers
 TEMPORARY='mktemp -d "${TMPDIR:-/tmp}/esolm_jax.XXXXXXXXXX"'
 
 check_verb() { # VERB: one of the modules that are commands
@@ -28,7 +28,7 @@ check_verb() { # VERB: one of the modules that are commands
   [[ " $verbs " == *" $1 "* ]] || fail "VERB=$1: must be one of $verbs"
 }
 
-check_shared_workdir() { # args …: --workdir must be among them, a folder that all hosts can see
+check_shared_workdir() { # args …: --workdir must name a folder that all hosts can see
   local arg workdir="" previous=""
   for arg; do
     case "$previous" in --workdir | -workdir) workdir=$arg ;; esac
@@ -36,5 +36,5 @@ check_shared_workdir() { # args …: --workdir must be among them, a folder that
     previous=$arg
   done
   [[ $workdir == /* ]] \
-    || fail "--workdir=$workdir: must be a folder /… mounted on all hosts, as Cloud Storage FUSE does"
+    || fail "--workdir=$workdir: must be an absolute path mounted on all hosts, such as by Cloud Storage FUSE"
 }

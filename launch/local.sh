@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Runs one verb in several processes on this machine, each with fake CPU devices: the way we test.
+# Runs one verb in several processes on this machine, each with simulated CPU devices.
 #   bash launch/local.sh [--dry-run] PROCESSES DEVICES VERB [args …]
 #   bash launch/local.sh 2 4 train --config=configs/shakespeare.py --workdir=runs/two
 # Process 0 prints here, process I into $LOGS/I.log. Paths are relative to the repository's root.
 # Ctrl-C and SIGTERM reach every process. The exit code is that of the first process that failed.
 # --dry-run prints the commands and runs nothing. Environment:
-#   PYTHON  an interpreter that has the project installed (.venv, made if it is not there)
-#   PORT    where the processes find each other (a free one)
-#   LOGS    the folder of the logs, owned by you (a new private one in $TMPDIR)
-#   GRACE   seconds that the others get to end by themselves after one failed (60)
+#   PYTHON  an interpreter with the project installed (default: .venv, created if missing)
+#   PORT    port of the coordinator (default: a free one)
+#   LOGS    folder of the logs, owned by you (default: a new private one in $TMPDIR)
+#   GRACE   seconds for the other processes to end after one failed (default: 60)
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -32,11 +32,11 @@ grace="${GRACE:-60}" port="${PORT:-$(free_port)}"
 [[ $processes =~ ^[1-9][0-9]*$ ]] || fail "PROCESSES=$processes: must be a whole number from 1 up"
 [[ $devices =~ ^[1-9][0-9]*$ ]] || fail "DEVICES=$devices: must be a whole number from 1 up"
 [[ $grace =~ ^[0-9]+$ ]] || fail "GRACE=$grace: must be a whole number of seconds"
-[[ $port =~ ^[1-9][0-9]{0,4}$ && $port -lt 65536 ]] || fail "PORT=$port: must be within 1 to 65535"
+[[ $port =~ ^[1-9][0-9]{0,4}$ && $port -lt 65536 ]] || fail "PORT=$port: must be in 1 to 65535"
 check_verb "$verb"
 logs="${LOGS:-}"
 
-command_of() { # sets `command`: that of process $1, with the arguments behind it
+command_of() { # sets `command`: that of process $1, followed by the arguments
   command=(env "JAX_COORDINATOR_ADDRESS=localhost:$port" "JAX_NUM_PROCESSES=$processes"
     "JAX_PROCESS_ID=$1" "JAX_NUM_CPU_DEVICES=$devices" JAX_PLATFORMS=cpu
     "${PYTHON:-.venv/bin/python}" -m "esolm_jax.$verb" "${@:2}")
@@ -105,7 +105,7 @@ while [ ${#pids[@]} -gt 0 ]; do
     kill -0 "${pids[i]}" 2>/dev/null || ended "$i"
   done
   if [ -n "$deadline" ] && [ "$SECONDS" -ge "$deadline" ] && [ ${#pids[@]} -gt 0 ]; then
-    echo "killing process(es) ${!pids[*]}: still there $grace s after the first failed" >&2
+    echo "killing process(es) ${!pids[*]}: still running $grace s after the first failure" >&2
     end_all
     break
   fi

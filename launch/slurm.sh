@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Submits one verb to SLURM: one process for each GPU, or one a node where no GPUs are asked for.
+# Submits one verb to SLURM: one process per GPU, or one per node without GPUs.
 #   bash launch/slurm.sh [--dry-run] --nodes=N [options] -- VERB args …
 #   bash launch/slurm.sh --nodes=4 --gpus-per-node=8 --cpus-per-task=8 --time=24:00:00 \
 #     -- train --config=configs/shakespeare.py --workdir=/shared/runs/one
-# Ahead of the time limit, training saves a checkpoint; the job goes back into the queue and resumes.
-# This checkout and its .venv must lie where all nodes see them; so must the workdir.
+# Before the time limit, training saves a checkpoint; the job is requeued and resumes.
+# All nodes must see this checkout, its .venv and the workdir.
 #   --gpus-per-node=G   --cpus-per-task=C   --time=[DAYS-]HOURS:MINUTES:SECONDS
 #   --partition=NAME    --account=NAME      --name=NAME (esolm-VERB)
 #   --stop-ahead=S      seconds between SIGTERM and the time limit (300)
 #   --extra=ARG         one more argument for sbatch, e.g. --extra=--qos=long; may be repeated
-#   --dry-run           prints what would be run, and runs nothing
-# Environment: PYTHON, an interpreter that has the project installed (.venv/bin/python).
+#   --dry-run           prints the commands and runs nothing
+# Environment: PYTHON, an interpreter with the project installed (default: .venv/bin/python).
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -31,12 +31,12 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
     --cpus-per-task=*) number cpus-per-task "$value"; cpus=$value ;;
     --stop-ahead=*) number stop-ahead "$value"; ahead=$value ;;
     --time=*)
-      [[ $value =~ ^([0-9]+-)?[0-9]+(:[0-9]+){0,2}$ ]] || fail "$1: must be as 24:00:00 or 2-00:00:00"
+      [[ $value =~ ^([0-9]+-)?[0-9]+(:[0-9]+){0,2}$ ]] || fail "$1: must look like 24:00:00 or 2-00:00:00"
       options+=("$1") ;;
     --partition=?* | --account=?*) options+=("$1") ;;
     --name=?*) name=$value ;;
     --extra=?*) options+=("$value") ;;
-    *) fail "$1: not an option, or empty; see --help (VERB and its arguments come after --)" ;;
+    *) fail "$1: must be a known option with a value; see --help (VERB and its arguments come after --)" ;;
   esac
   shift
 done
@@ -48,25 +48,25 @@ check_verb "$verb"
 
 python="${PYTHON:-$PWD/.venv/bin/python}"
 if [ ! "$dry" ]; then
-  command -v sbatch >/dev/null || fail "sbatch: not found; this needs a machine that submits to SLURM"
+  command -v sbatch >/dev/null || fail "sbatch: not found; run this on a login node of SLURM"
   command -v "$python" >/dev/null || fail "PYTHON=$python: no such program; see launch/install.sh"
 fi
 
 # JAX takes the processes' number, ids and addresses from srun's variables, and gives each process
-# the GPU of its number on the node: so every process must see all GPUs of its node.
+# the GPU of its number on the node: so each process must see all GPUs of its node.
 submit=(sbatch "--job-name=${name:-esolm-$verb}" "--nodes=$nodes" "--ntasks-per-node=${gpus:-1}")
 [ -z "$gpus" ] || submit+=("--gpus-per-node=$gpus")
 [ -z "$cpus" ] || submit+=("--cpus-per-task=$cpus")
 submit+=(--requeue --open-mode=append "--signal=TERM@$ahead" ${options[@]+"${options[@]}"})
 
-# The first process to end may not take the others with it: they may be saving the checkpoint still.
+# The end of one process must not kill the others, which may still be saving the checkpoint.
 step=(srun --kill-on-bad-exit=0 ${cpus:+"--cpus-per-task=$cpus"} "$python" -m "esolm_jax.$verb" "$@")
 script="#!/usr/bin/env bash
 cd $(quote "$PWD") || exit
 code=0
 $(quote "${step[@]}") || code=\$?"
 [ "$verb" != train ] || script+="
-# 143: stopped by SIGTERM, with a checkpoint. The same command goes on from there.
+# 143: stopped by SIGTERM, with a checkpoint. The same command resumes from it.
 [ \"\$code\" != 143 ] || scontrol requeue \"\$SLURM_JOB_ID\""
 script+="
 exit \"\$code\""

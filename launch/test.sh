@@ -9,5 +9,5 @@ export JAX_PLATFORMS=cpu
 .venv/bin/ruff format --check .
 .venv/bin/lint-imports
 .venv/bin/mypy
-# Files stay together on a worker, for what they set up, until one has nothing left to do.
+# Files stay on one worker, to share their fixtures, until a worker is idle.
 .venv/bin/python -m pytest -n 2 --dist worksteal "$@"

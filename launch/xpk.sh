@@ -4,12 +4,12 @@
 #   bash launch/xpk.sh --cluster=c --tpu-type=v5litepod-256 --image=gcr.io/p/esolm_jax \
 #     -- train --config=configs/text.py --workdir=/mnt/bucket/run
 # IMAGE has this checkout as its working folder, installed with `pip install -e '.[tpu]'`.
-#   --num-slices=N      how many of TYPE (1)
+#   --num-slices=N      number of slices (1)
 #   --project=PROJECT   --zone=ZONE   of gcloud (its defaults)
 #   --name=NAME         of the workload (esolm-VERB-month-day-time)
 #   --max-restarts=N    after a loss of hosts; training resumes from its checkpoint (10)
 #   --extra=ARG         one more argument for xpk, e.g. --extra=--spot; may be repeated
-#   --dry-run           prints what would be run, and runs nothing
+#   --dry-run           prints the commands and runs nothing
 # The workdir must be a folder mounted on all hosts, such as a bucket by Cloud Storage FUSE.
 
 set -euo pipefail
@@ -34,7 +34,7 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
       restarts=$value ;;
     --project=?* | --zone=?*) options+=("$1") ;;
     --extra=?*) options+=("$value") ;;
-    *) fail "$1: not an option, or empty; see --help (VERB and its arguments come after --)" ;;
+    *) fail "$1: must be a known option with a value; see --help (VERB and its arguments come after --)" ;;
   esac
   shift
 done

@@ -106,7 +106,7 @@ def _in_own_process(name: str, quick: bool, folder: pathlib.Path) -> dict:
 
 
 def _all_sections(names: list[str], quick: bool, jobs: int) -> dict[str, dict]:
-    """Each section in a process of its own, `jobs` at a time; what is timed, alone at the end."""
+    """Each section in its own process, `jobs` at a time; timed sections run alone at the end."""
     with tempfile.TemporaryDirectory(prefix="reliability-") as folder:
         run = functools.partial(_in_own_process, quick=quick, folder=pathlib.Path(folder))
         counted = [name for name in names if name not in TIMED]

@@ -4,7 +4,7 @@
 returns one row per kind with the numbers of inputs that ended with one line (clean), were rightly
 accepted (accepted), were wrongly accepted (silent), ended in a traceback, or hung.
 
-    python -m benchmarks.reliability.configs     prints the table; a minute on 2 cores
+    python -m benchmarks.reliability.configs     prints the table; takes a minute on 2 cores
 """
 
 import codecs
@@ -27,7 +27,7 @@ MEMORY = 8 * 10**9  # bytes of address space of the child
 SECONDS = 30  # until one input counts as hung
 ALL_SECONDS = 900
 
-# (name, what is called, whether it must be refused; None = either)
+# (name, function, whether the input must be refused; None = either)
 Case = tuple[str, Callable[[], object], bool | None]
 
 
@@ -242,7 +242,7 @@ def small(folder: pathlib.Path) -> Iterator[Case]:
 
 
 def _new(folder: pathlib.Path, name: str) -> pathlib.Path:
-    """A path of this name in a fresh folder."""
+    """A path of this name in a new folder."""
     return pathlib.Path(tempfile.mkdtemp(dir=folder)) / name
 
 
@@ -293,7 +293,7 @@ def _outcome(call: Callable[[], object], refused: bool | None) -> tuple[str, str
 
 
 def _child() -> None:
-    """Tries everything; prints the rows, and on stderr what went wrong."""
+    """Tries all cases; prints the rows, and faults on stderr."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     signal.signal(signal.SIGALRM, _alarm)
     rows = []

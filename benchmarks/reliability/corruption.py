@@ -1,7 +1,7 @@
 """Damages files of a workdir: is it detected, and does the run fall back?
 
 Each attempt copies a workdir with three checkpoints and prepared data, damages one file, runs
-evaluate, sample or train, and compares the result with those of the undamaged workdir.
+evaluate, sample or train, and compares the result with that of the undamaged workdir.
 """
 
 import json
@@ -79,7 +79,7 @@ def kind_of(path: pathlib.Path) -> str:
 
 
 def run(folder: pathlib.Path, attempts: int, seed: int = 0) -> list[dict]:
-    """Rows by place: checkpoint items, prepared data, other files of the workdir."""
+    """Rows by kind of file: checkpoint items, prepared data, other files of the workdir."""
     args = [arg for arg in tiny.write_text(folder / "text") if "data.dir" not in arg]
     args += [f"--config.train.steps={STEPS}"]
     original = folder / "original"
@@ -99,7 +99,7 @@ def run(folder: pathlib.Path, attempts: int, seed: int = 0) -> list[dict]:
         name = rng.choice(list(DAMAGES))
         verb = ("evaluate", "train", "sample")[(i // len(kinds) + i) % 3]
         outcome, why = tries.attempt(verb, inside, name, rng)
-        row = rows.setdefault(_place(kind), Row(f"damage to {_place(kind)}"))
+        row = rows.setdefault(_group(kind), Row(f"damage to {_group(kind)}"))
         row.add(outcome, f"{verb}, {inside}, {name} (seed {seed}, attempt {i}): {why}")
         if outcome in ("silent", "traceback", "hang"):
             print(f"  {outcome}: {verb}, {inside}, {name}: {why[-1500:]}", flush=True)
@@ -109,7 +109,7 @@ def run(folder: pathlib.Path, attempts: int, seed: int = 0) -> list[dict]:
     return [row.to_json() for row in rows.values()]
 
 
-def _place(kind: str) -> str:
+def _group(kind: str) -> str:
     parts = kind.split("/")
     if parts[0] == "checkpoints":
         items = ("params", "ema", "optimizer", "meta", "metrics")

@@ -73,11 +73,11 @@ def _restore(like: TrainState, folder: pathlib.Path) -> float:
 
 
 def digest_cost(megabytes: int = 200, rounds: int = 5) -> dict:
-    """Medians in seconds, with and without digests, and what digests add.
+    """Medians in seconds, with and without digests, and the time that digests add.
 
     Returns: state_megabytes; blocked_seconds, save_seconds, save_cpu_seconds, restore_seconds:
-    {"with", "without"}; save_share, save_cpu_share, restore_share: what digests add, of the time
-    without them; blocked_added_seconds: to each save, of the training loop's.
+    {"with", "without"}; save_share, save_cpu_share, restore_share: added time relative to the time
+    without digests; blocked_added_seconds: to each save, of the training loop's.
     """
     state = _state(megabytes)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -20,7 +20,7 @@ from esolm_jax import config as config_lib
 from esolm_jax.interop.hub import config as hub_config
 from esolm_jax.interop.hub import from_hub
 from esolm_jax.interop.published import config as published_config
-from esolm_jax.interop.published import into_workdir
+from esolm_jax.interop.published import read as published_read
 from esolm_jax.training import restore
 
 TESTS = pathlib.Path(__file__).resolve().parents[2] / "tests"
@@ -111,15 +111,15 @@ class Inputs:
         with config.unlocked():
             config.mesh.devices = 1
         config_lib.validate(config)
-        into_workdir.write, kept = write, into_workdir.write
+        published_read.write_workdir, kept = write, published_read.write_workdir
         try:
             workdir, source = self.folder / "none", str(case.source)
             if hub_config.is_folder(source):
                 from_hub.convert(config, source, workdir, case.tokenizer)
             else:
-                into_workdir.convert(config, source, workdir, case.tokenizer, "both")
+                published_read.convert(config, source, workdir, case.tokenizer, "both")
         finally:
-            into_workdir.write = kept
+            published_read.write_workdir = kept
         fields = config_lib.flat(config)
         names = (*restore.MODEL_FIELDS, "alpha_0", "block_length")
         return caught, {name: fields[name] for name in names}
@@ -143,7 +143,7 @@ class Inputs:
 
 
 class _Catch:
-    """Stands for checkpoint.Checkpoints: keeps the weights in memory."""
+    """Replaces checkpoint.Checkpoints: keeps the weights in memory."""
 
     def __init__(self, caught: dict):
         self.caught = caught

@@ -49,7 +49,7 @@ class Call(tuple):
 
 
 class Torch(pickle._Pickler):
-    """Writes what torch.save writes, and collects the storages of NumPy arrays."""
+    """Writes the pickle of torch.save and collects the storages of NumPy arrays."""
 
     dispatch = dict(pickle._Pickler.dispatch)
 
@@ -172,7 +172,7 @@ def other_opcodes(program: bytes, rng: random.Random) -> bytes:
 
 
 def paths_of(value: Any, path: tuple = ()) -> Iterator[tuple]:
-    """Every place in nested dicts and lists."""
+    """The path of each value in nested dicts and lists."""
     if path:
         yield path
     children = value.items() if isinstance(value, dict) else ()
@@ -182,7 +182,7 @@ def paths_of(value: Any, path: tuple = ()) -> Iterator[tuple]:
 
 
 def with_value(value: Any, path: tuple, new: Any) -> Any:
-    """A copy with another value in one place."""
+    """A copy with another value at this path."""
     found = copy.deepcopy(value)
     node = found
     for key in path[:-1]:
@@ -192,7 +192,7 @@ def with_value(value: Any, path: tuple, new: Any) -> Any:
 
 
 def swapped(value: Any, rng: random.Random) -> tuple[Any, str]:
-    """Another type in one place, and its description."""
+    """A copy with a value of another type at one path, and a description."""
     path = rng.choice(list(paths_of(value)))
     name = rng.choice(list(SWAPS))
     old = value

@@ -1,4 +1,4 @@
-"""The tables of docs/reliability.md, from the rows of all sections."""
+"""Writes docs/reliability.md from the rows of all sections."""
 
 import json
 import os
@@ -19,7 +19,7 @@ Outcomes of kills, damage and hostile input, counted by `python -m benchmarks.re
 - *clean error*: one line with the reason, and a non-zero exit code.
 - *fell back*: another intact checkpoint was used, with a line on stderr.
 - *accepted*, *exact*: valid input, read correctly.
-- *differs, said*: a setting that users change on purpose changes numbers, with a line on stderr.
+- *differs, noted*: a setting that users change on purpose changes numbers, with a line on stderr.
 - *silent*, *traceback*, *hang*: faults; all must be 0.
 
 """
@@ -32,9 +32,9 @@ TITLES = {
     "foreign": "Foreign files given to convert",
     "configs": "Values of config fields, and data files",
     "prompts": "Prompts and prompt files",
-    "infilling": "Infilling: is the known text kept?",
+    "infilling": "Known text in infilling",
     "settings": "Environment variables of JAX's users",
-    "cost": "What the checks cost",
+    "cost": "Cost of the checks",
 }
 # Columns that have another name in some tables.
 _ACCEPTED = {"identical": "accepted"}
@@ -43,7 +43,7 @@ RENAMED = {
     "configs": _ACCEPTED,
     "prompts": _ACCEPTED,
     "infilling": {"identical": "exact", "clean error": "refused", "silent": "changed"},
-    "settings": {"fell back": "differs, said"},
+    "settings": {"fell back": "differs, noted"},
 }
 
 
@@ -54,14 +54,14 @@ def write(out: pathlib.Path, sections: dict[str, dict]) -> int:
     """
     machine = _machine()
     for section in sections.values():
-        section["commit"] = machine["commit"]
+        section |= {"commit": machine["commit"], "cpu": machine["cpu"]}
     path = out.with_suffix(".json")
     before = json.loads(path.read_text())["sections"] if path.exists() else {}
     sections = {name: (before | sections)[name] for name in TITLES if name in before | sections}
     text, faults = HEAD, 0
     for name, section in sections.items():
         rows = section["rows"]
-        measured = f"{section['seconds']:.0f} s, commit {section['commit']}.\n\n"
+        measured = f"{section['seconds']:.0f} s, {section['cpu']}, commit {section['commit']}.\n\n"
         text += f"## {TITLES[name]}\n\n"
         if name == "cost":
             text += report_writer.table(
@@ -74,7 +74,7 @@ def write(out: pathlib.Path, sections: dict[str, dict]) -> int:
         names = [RENAMED.get(name, {}).get(column, column) for column in columns]
         text += report_writer.table(names, [[row[c] for c in columns] for row in _with_sum(rows)])
         text += f"\n{measured}"
-    text += f"Measured on {machine['cpu']}, {machine['cores']} cores, two sections at a time.\n"
+    text += f"{machine['cores']} cores, two sections at a time.\n"
     report_writer.write(out, {"machine": machine, "sections": sections}, text)
     return faults
 

@@ -26,7 +26,7 @@ def concurrent_starts(folder: pathlib.Path, starts: int) -> list[dict]:
         same = any(ended.code == 0 for ended in ends)
         same = same and verbs.call(tiny.final_state, str(workdir)) == reference
         if not any(ended.code == 0 for ended in ends):
-            row.add("silent", f"nobody trained: {ends[0].err[-500:]}")
+            row.add("silent", f"no process trained: {ends[0].err[-500:]}")
         for ended in ends:
             if ended.fault or (ended.code and not ended.is_clean_error):
                 row.add(ended.fault or "traceback", ended.err[-1500:])

@@ -1,9 +1,9 @@
-"""What a compiled program costs one chip, from its optimised HLO text.
+"""The cost of a compiled program on one chip, from its optimised HLO text.
 
-XLA's own cost analysis counts a scanned body once and sees nothing inside a Pallas kernel. Here the
-calls are followed from the entry, with loops as often as they run. Only matrix products count as
-work, in FLOPs that the chip executes: recomputation is in them, element-wise and transcendental
-operations are not.
+XLA's own cost analysis counts the body of a scan once and ignores Pallas kernels. This analysis
+follows calls from the entry computation and multiplies loops by their trip counts. It counts the
+FLOPs of matrix products that the chip executes, recomputation included. It does not count
+element-wise and transcendental operations.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from esolm_jax.aot.hlo_products import product_flops
 
 
 class UnknownLoop(ValueError):
-    """A loop whose trip count depends on data, and nobody said what it is."""
+    """A loop with a data-dependent trip count that `trip_counts` does not give."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Product:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A Pallas kernel. flops: of one execution; None where `kernel_flops` does not name it."""
+    """A Pallas kernel. flops: of one execution; None if `kernel_flops` does not give them."""
 
     name: str
     op_name: str
@@ -57,15 +57,15 @@ Event = Product | Kernel | Collective | Loop
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What one run of the program costs one chip.
+    """The cost of one run of the program on one chip.
 
     Attributes:
       flops: of all matrix products, and of the kernels that `kernel_flops` names.
       flops_by_kind: the same, split by op_name.
       collectives: kind → bytes that one chip sends (hlo_collectives.Collective).
       products, messages, kernels: the parts, each with its executions.
-      uncounted_kernels: those of `kernels` that `kernel_flops` does not name.
-      unknown_loops: data-dependent loops that `trip_counts` does not name; counted once.
+      uncounted_kernels: kernels without an entry in `kernel_flops`.
+      unknown_loops: data-dependent loops without an entry in `trip_counts`; counted once.
     """
 
     flops: float
@@ -101,7 +101,7 @@ def analyse(
       strict: raise at a loop with unknown trip count, rather than list it.
 
     Raises:
-      ValueError: this is no HLO module. UnknownLoop: see strict.
+      ValueError: not an HLO module. UnknownLoop: see strict.
     """
     module = parse(text)
     reader = _Reader(trip_counts, kernel_flops, branches, started_channels(module))
@@ -109,7 +109,7 @@ def analyse(
     loops = tuple(e for e in events if isinstance(e, Loop))
     if strict and loops:
         names = ", ".join(sorted({repr(loop.op_name) for loop in loops}))
-        raise UnknownLoop(f"trip count depends on data: {names}; say it in trip_counts")
+        raise UnknownLoop(f"trip count depends on data: {names}; give it in trip_counts")
     kernels = tuple(e for e in events if isinstance(e, Kernel))
     messages = tuple(e for e in events if isinstance(e, Collective))
     products = tuple(e for e in events if isinstance(e, Product))
@@ -146,7 +146,7 @@ class _Reader:
     started: set[str]
 
     def events(self, frame: Frame) -> list[Event]:
-        """Everything that one execution of a computation does, calls included."""
+        """The events of one execution of a computation, calls included."""
         return [e for i in frame.computation.instructions.values() for e in self._of(i, frame)]
 
     def _of(self, i: Instruction, frame: Frame) -> list[Event]:

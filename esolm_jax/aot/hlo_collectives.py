@@ -1,4 +1,4 @@
-"""What one chip sends in a collective of HLO text."""
+"""Bytes that one chip sends in the collectives of HLO text."""
 
 import dataclasses
 import math
@@ -46,10 +46,10 @@ class Collective:
 
 
 def started_channels(module: Module) -> set[str]:
-    """Channels of collectives that the TPU compiler runs beside other fusions.
+    """Channels of collectives that the TPU compiler overlaps with other fusions.
 
-    It repeats such a collective in the fusion that starts it, in those that it runs beside and in
-    the one that ends it, always with the same channel.
+    It repeats such a collective, with the same channel, in the fusion that starts it, in the
+    overlapped fusions and in the fusion that ends it.
     """
     return {
         i.attribute("channel_id")
@@ -79,18 +79,18 @@ def collectives(
         return []
     if kind == "all-reduce" and computation.name.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"  # the TPU's: all-reduce and dynamic-slice in one fusion
-    one = kind in ("collective-permute", "send")  # other operands are places and tokens
+    one = kind in ("collective-permute", "send")  # other operands are offsets and tokens
     operands = [computation.instructions[name] for name in instruction.operands]
     operands = operands[: 1 if one else None]
     group = _group_size(kind, instruction.attributes, module)
     share = _share(kind, group)
-    found = []
+    messages = []
     for operand in operands:
         name = _op_name(instruction if len(operands) == 1 else operand, computation)
         for part in operand.shapes:
             a = _whole(kind, part, group, instruction)
-            found.append(Collective(kind, a.dtype, a.sizes, group, a.bytes * share, 1, (), name))
-    return found
+            messages.append(Collective(kind, a.dtype, a.sizes, group, a.bytes * share, 1, (), name))
+    return messages
 
 
 def bytes_by_kind(messages: Iterable[Collective]) -> dict[str, float]:

@@ -1,8 +1,8 @@
-"""How often a while loop of HLO text runs, read from its condition.
+"""The trip count of a while loop of HLO text, from its condition.
 
-Neither XLA nor its TPU compiler always writes the trip count beside the loop. It follows from the
-compare in the condition, the first value of the counter, and what the body adds to it; each is a
-constant, perhaps behind copies, fusions and outer loops that carry it along unchanged.
+XLA and its TPU compiler do not always annotate loops with their trip counts. The trip count follows
+from the comparison in the condition, the initial value of the counter and its increment. Each is a
+constant, possibly passed through copies, fusions and outer loops.
 """
 
 import dataclasses
@@ -63,7 +63,7 @@ def trip_count(loop: Instruction, frame: Frame) -> int | None:
 
 
 def _count(direction: str, difference: int, step: int) -> int | None:
-    """How long `difference DIRECTION 0` holds, when each execution adds `step`."""
+    """The number of executions while `difference DIRECTION 0` holds; each adds `step`."""
     if direction in ("GT", "GE"):
         direction, difference, step = {"GT": "LT", "GE": "LE"}[direction], -difference, -step
     if direction == "NE" and step and difference % step == 0 and -difference // step >= 0:
@@ -78,7 +78,7 @@ def _count(direction: str, difference: int, step: int) -> int | None:
 
 
 def _compare(frame: Frame) -> tuple[str, int] | None:
-    """(direction, left - right) of the compare that a condition returns, perhaps in a fusion."""
+    """(direction, left - right) of the compare that a condition returns, possibly in a fusion."""
     root = frame.computation.root
     while root.opcode == "fusion" or root.opcode in SAME:
         if root.opcode == "fusion":
@@ -144,7 +144,7 @@ def _element(name: str, index: int, frame: Frame) -> int | None:
 
 
 def _invariant(loop: Instruction, index: int, module: Module) -> bool:
-    """Whether the body of a while hands this element on as it was."""
+    """Whether the body of a while returns this element unchanged."""
     body = module.computations[loop.attribute("body")]
     if body.root.opcode != "tuple":
         return False

@@ -1,4 +1,4 @@
-"""Optimised HLO text → computations and instructions: only what hlo.py needs of it."""
+"""Optimised HLO text → computations and instructions: the subset that hlo.py needs."""
 
 import dataclasses
 import functools
@@ -60,18 +60,18 @@ class Instruction:
     @functools.cached_property
     def op_name(self) -> str:
         """Path of jax.named_scope and transformations, or ""."""
-        found = re.search(r'(?:^|[ ,])metadata=\{[^}]*?op_name="([^"]*)"', self.attributes)
-        return found[1] if found else ""
+        match = re.search(r'(?:^|[ ,])metadata=\{[^}]*?op_name="([^"]*)"', self.attributes)
+        return match[1] if match else ""
 
     def attribute(self, name: str) -> str | None:
         """The text of `name=…` up to the next comma or space; None if absent."""
-        found = re.search(rf"(?:^|[ ,]){name}=%?([^\s,]+)", self.attributes)
-        return found[1] if found else None
+        match = re.search(rf"(?:^|[ ,]){name}=%?([^\s,]+)", self.attributes)
+        return match[1] if match else None
 
     def names(self, name: str) -> tuple[str, ...]:
         """The computations in `name={%a, %b}`, or in `name=%a`."""
-        found = re.search(rf"(?:^|[ ,]){name}=(\{{[^}}]*\}}|%[\w.\-]+)", self.attributes)
-        return tuple(re.findall(r"%([\w.\-]+)", found[1])) if found else ()
+        match = re.search(rf"(?:^|[ ,]){name}=(\{{[^}}]*\}}|%[\w.\-]+)", self.attributes)
+        return tuple(re.findall(r"%([\w.\-]+)", match[1])) if match else ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,10 +112,10 @@ def parse(text: str) -> Module:
             header = None
         elif re.match(r"\s+(ROOT )?%?[\w.\-]+ = ", line):
             lines.append(line)
-        else:  # attributes of a Pallas kernel may go on over several lines
+        else:  # attributes of a Pallas kernel may span several lines
             lines[-1] += " " + line
     if entry is None:
-        raise ValueError("not the text of an HLO module: it has no ENTRY computation")
+        raise ValueError("text: must be an HLO module with an ENTRY computation")
     first = text.split("\n", 1)[0]
     counts = [int(n) for n in re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", first)]
     return Module(computations, entry, functools.reduce(lambda a, b: a * b, counts, 1))
@@ -128,20 +128,20 @@ def _computation(name: str, lines: list[str]) -> Computation:
 
 
 def _instruction(line: str) -> Instruction:
-    found = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = ", line)
-    start = found.end()
+    match = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = ", line)
+    start = match.end()
     stop = _closing(line, start) if line[start] == "(" else line.index(" ", start)
     opcode = re.compile(r"\s*([\w\-]+)\(").match(line, stop)
     end = _closing(line, opcode.end() - 1)
     inside = line[opcode.end() : end - 1]
-    return Instruction(found[1], line[start:stop], opcode[1], inside, line[end:].lstrip(", "))
+    return Instruction(match[1], line[start:stop], opcode[1], inside, line[end:].lstrip(", "))
 
 
 def _closing(line: str, start: int) -> int:
-    """Index behind the bracket that closes the one at `start`."""
+    """Index after the bracket that closes the one at `start`."""
     depth = 0
-    for found in re.compile(r"[()]").finditer(line, start):
-        depth += 1 if found[0] == "(" else -1
+    for match in re.compile(r"[()]").finditer(line, start):
+        depth += 1 if match[0] == "(" else -1
         if depth == 0:
-            return found.end()
+            return match.end()
     raise ValueError(f"unbalanced brackets in HLO: {line[:200]}")

@@ -1,8 +1,8 @@
 """Floating-point operations of one matrix product in HLO text: a dot, a convolution, or a reduce.
 
-The TPU compiler turns every dot into a convolution: contracted dimensions become input features,
-batch dimensions become spatial ones with strides, padding and dilation so arranged that each output
-meets only its own inputs. Taps that fall on padding or between dilated inputs are no work.
+The TPU compiler turns each dot into a convolution. Contracted dimensions become input features;
+batch dimensions become spatial ones, with strides, padding and dilation such that each output reads
+only its own inputs. Taps on padding or between dilated inputs are not counted.
 """
 
 import dataclasses
@@ -15,8 +15,8 @@ from esolm_jax.aot.hlo_parse import Computation, Instruction, Shape
 def product_flops(instruction: Instruction, computation: Computation) -> int:
     """Multiplications and additions of a matrix product; 0 for any other instruction.
 
-    [M, K] x [K, N] is 2 M K N. Counted as the chip computes it: what a compiler does twice is
-    counted twice, and zeros that are stored (causal masks, padded batches) are multiplied.
+    [M, K] x [K, N] is 2 M K N. Counted as executed: recomputed products count again, and so do
+    stored zeros (causal masks, padded batches).
     """
     opcode = instruction.opcode
     if opcode == "reduce":
@@ -70,11 +70,11 @@ def _convolution(instruction: Instruction, left: Shape, right: Shape, output: Sh
 
 
 def _windows(attributes: str) -> list[Window]:
-    found = re.search(r"window=\{([^}]*)\}", attributes)
-    if not found:
+    match = re.search(r"window=\{([^}]*)\}", attributes)
+    if not match:
         return []
-    said = dict(part.split("=") for part in found[1].split())
-    fields = {name: text.split("x") for name, text in said.items()}
+    texts = dict(field.split("=") for field in match[1].split())
+    fields = {name: text.split("x") for name, text in texts.items()}
     of = {
         "size": "size",
         "stride": "stride",
@@ -101,7 +101,7 @@ def _taps(inputs: int, outputs: int, window: Window) -> int:
 
 
 def _common(a: range, b: range) -> int:
-    """How many numbers two ascending ranges share."""
+    """The number of integers that two ascending ranges share."""
     if not a or not b:
         return 0
     divisor = math.gcd(a.step, b.step)

@@ -1,6 +1,6 @@
-"""What a training step cannot do without: FLOPs from the model's shape, bytes from its sharding.
+"""Lower bounds of a training step: FLOPs from the model's shape, bytes from its sharding.
 
-The yardsticks that a compiled step is held against (compile.py).
+`compile` compares compiled steps with them.
 """
 
 import math
@@ -13,7 +13,7 @@ from esolm_jax.family.phase import Phase
 from esolm_jax.model.model_config import ModelConfig
 from esolm_jax.parallel import sharding
 
-BACKWARD = 2  # every product has two of its size in the backward pass
+BACKWARD = 2  # matrix products in the backward pass for each one in the forward pass
 
 
 def row(config, phase: Phase) -> Work:
@@ -43,7 +43,7 @@ def flops(model: ModelConfig, work: Work) -> dict[str, float]:
 
 
 def gather_bytes(size: float, group: int) -> float:
-    """What one chip sends so that all of a group have an array of `size` bytes, each a part."""
+    """Bytes that one chip sends in an all-gather of `size` bytes over a group."""
     return size * (group - 1) / group
 
 
@@ -69,7 +69,7 @@ def collective_bytes(config, model: ModelConfig, work: Work, mesh, params) -> di
             size /= shape["tensor"]
         others = shape["data"] * shape["sequence"]
         if name.endswith("modulation/linear/kernel"):
-            continue  # one vector comes in: the gradient follows from that of the bias
+            continue  # one input vector: its gradient follows from that of the bias
         if "embed" in axes:
             times = 2 if name.startswith("blocks/") else 1
             sent["all-gather"] += micro * times * gather_bytes(size * compute, shape["fsdp"])

@@ -1,4 +1,4 @@
-"""The other programs that a pod may be asked to run: one batch of evaluation, one sampler step."""
+"""Programs of the other verbs: one batch of evaluation, one sampler step."""
 
 import functools
 
@@ -69,7 +69,7 @@ def measure(program: str, config, training: Trainer, chip: Chip) -> dict:
     chunks = (
         config.eval.batch_size * config.data.seq_len / sharding.num_row_shards(training.built.mesh)
     )
-    found = hlo.analyse(
+    cost = hlo.analyse(
         compiled.as_text(),
         trip_counts={"predicted_chunks": chunks / config.model.loss_chunk},
         kernel_flops=report.kernel_flops(training, compiled.as_text()),
@@ -83,8 +83,8 @@ def measure(program: str, config, training: Trainer, chip: Chip) -> dict:
             "available": chip.hbm_bytes,
             "fits": total <= chip.hbm_bytes,
         },
-        "flops": found.flops,
-        "collectives": dict(found.collectives),
+        "flops": cost.flops,
+        "collectives": dict(cost.collectives),
     }
 
 
@@ -93,6 +93,6 @@ def show(figures: dict) -> None:
     sent = ", ".join(f"{k} {v / 1e6:.1f} MB" for k, v in figures["collectives"].items()) or "none"
     print(
         f"{figures['program']}: {hbm['arguments'] / gib:.2f} GiB of arguments, "
-        f"{hbm['temporaries'] / gib:.2f} of temporaries, {hbm['total'] / gib:.2f} in all of "
+        f"{hbm['temporaries'] / gib:.2f} of temporaries, {hbm['total'] / gib:.2f} in total of "
         f"{hbm['available'] / gib:.2f}; {figures['flops'] / 1e12:.4f} TFLOPs; sends {sent}"
     )

@@ -1,4 +1,4 @@
-"""What a compiled step costs one chip, beside what it must cost."""
+"""The cost of a compiled step on one chip, compared with its lower bounds."""
 
 import math
 import re
@@ -23,7 +23,7 @@ _PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
 
 
 def local_bytes(tree) -> float:
-    """Bytes of one chip's part of ShapeDtypeStructs with shardings."""
+    """Bytes of one chip's shards of ShapeDtypeStructs with shardings."""
     return float(
         sum(
             math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -35,7 +35,7 @@ def local_bytes(tree) -> float:
 def kernel_flops(training: Trainer, text: str) -> dict[str, float]:
     """FLOPs of one execution of every splash kernel in a program, by its name.
 
-    Counted are the blocks that the kernel computes: those of its layout with anything visible.
+    Counts the blocks that the kernel computes: those with a visible pair.
     """
     model, parts = training.built.model, training.built.mesh.shape["sequence"]
     by_size = {}
@@ -61,15 +61,15 @@ def _layouts(training: Trainer) -> list[Layout]:
     """The layouts of all passes of a training step, trimmed or not."""
     length = training.config.data.seq_len
     row = jax.ShapeDtypeStruct((1, length), "int32"), jax.ShapeDtypeStruct((1, length), "bool")
-    key, found = jax.eval_shape(lambda: prng.key(0)), []
+    key, layouts = jax.eval_shape(lambda: prng.key(0)), []
     for phase, queries in zip(training.phases, training.objective.queries, strict=True):
         layout = jax.eval_shape(phase.label, key, *row).tokens.layout
         if layout is None:  # ranks depend on the row
             layout = Layout(length, length) if phase.can_trim_queries else Layout(length)
         if phase.can_trim_queries:
-            found.append(Layout(length, queries or length, layout.block))
-        found.append(layout)
-    return found
+            layouts.append(Layout(length, queries or length, layout.block))
+        layouts.append(layout)
+    return layouts
 
 
 def _padded(training: Trainer) -> float:
@@ -82,8 +82,8 @@ def _padded(training: Trainer) -> float:
 
 
 def _activations(text: str, blocks: int, params: list[tuple[int, ...]]) -> float:
-    """Bytes that the forward scan over blocks keeps for the backward pass: what a loop carries
-    with one entry a block, and is no parameter; of the loop that carries most."""
+    """Bytes that the forward scan over blocks keeps for the backward pass: arrays in the carry of a
+    loop with one entry per block that are not parameters; the maximum over loops."""
     most = 0.0
     for match in re.finditer(r"= \((.*?)\) while\(", text):
         total = 0.0
@@ -96,7 +96,7 @@ def _activations(text: str, blocks: int, params: list[tuple[int, ...]]) -> float
 
 
 def memory(training: Trainer, compiled, chip: Chip) -> dict:
-    """HBM of one chip, in bytes, by what it holds."""
+    """HBM of one chip, in bytes, by content."""
     stats = compiled.memory_analysis()
     state = training.abstract_state()
     shapes = [leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(state.params)]
@@ -129,8 +129,8 @@ def cost(training: Trainer, text: str) -> hlo.Cost:
     )
 
 
-def stray_gathers(training: Trainer, found: hlo.Cost) -> list[str]:
-    """Messages outside a loop that bring together a stacked parameter, all blocks of it."""
+def stray_gathers(training: Trainer, cost_of_step: hlo.Cost) -> list[str]:
+    """Collectives outside of loops that gather all blocks of a stacked parameter."""
     blocks = training.built.model.blocks
     wholes = {
         leaf.shape
@@ -140,7 +140,7 @@ def stray_gathers(training: Trainer, found: hlo.Cost) -> list[str]:
     sizes = {math.prod(shape) for shape in wholes}
     return [
         f"{m.kind} {m.dtype}{list(m.shape)} {m.op_name}"
-        for m in found.messages
+        for m in cost_of_step.messages
         if blocks in m.shape and math.prod(m.shape) in sizes
     ]
 
@@ -149,31 +149,31 @@ def report(training: Trainer, compiled, chip: Chip) -> dict:
     """All figures of a compiled training step, as JSON-able numbers per chip and step."""
     config, built = training.config, training.built
     text = compiled.as_text()
-    found = cost(training, text)
+    cost_of_step = cost(training, text)
     work = lower_bound.step(config, training.phases)
     params = training.abstract_state().params
     chips = built.mesh.size
     needed = {k: v / chips for k, v in lower_bound.flops(built.model, work).items()}
     ideal = lower_bound.collective_bytes(config, built.model, work, built.mesh, params)
-    sent, best = sum(found.collectives.values()), sum(ideal.values())
-    flops = {"compiled": found.flops, "necessary": sum(needed.values())}
+    sent, best = sum(cost_of_step.collectives.values()), sum(ideal.values())
+    flops = {"compiled": cost_of_step.flops, "lower_bound": sum(needed.values())}
     hbm = memory(training, compiled, chip)
     return {
         "hbm": hbm,
         "flops": flops
         | {
-            "ratio": found.flops / flops["necessary"],
-            "by_kind": dict(found.flops_by_kind),
-            "necessary_by_kind": needed,
-            "uncounted_kernels": sorted({k.name for k in found.uncounted_kernels}),
+            "ratio": cost_of_step.flops / flops["lower_bound"],
+            "by_kind": dict(cost_of_step.flops_by_kind),
+            "lower_bound_by_kind": needed,
+            "uncounted_kernels": sorted({k.name for k in cost_of_step.uncounted_kernels}),
         },
         "collectives": {
-            "sent": dict(found.collectives),
+            "sent": dict(cost_of_step.collectives),
             "ideal": ideal,
             "ratio": sent / best if best else 1.0,
-            "stray_gathers": stray_gathers(training, found),
+            "stray_gathers": stray_gathers(training, cost_of_step),
         },
-        "roofline": roofline(found.flops, flops["necessary"], sent, hbm, chip),
+        "roofline": roofline(cost_of_step.flops, flops["lower_bound"], sent, hbm, chip),
         "tokens_per_step": config.train.batch_size * config.data.seq_len,
         "full_branch_probability": _full_branch(training),
     }
@@ -192,9 +192,9 @@ def _full_branch(training: Trainer) -> float:
 
 
 def roofline(flops: float, needed: float, sent: float, hbm: dict, chip: Chip) -> dict:
-    """Seconds of a step if nothing but its slowest resource counted, and the MFU of that.
+    """Seconds of a step if only its slowest resource counted, and the MFU of that.
 
-    Memory traffic is at least: the state read and written, what is kept written and read.
+    Memory traffic is a lower bound: state and activations are read once and written once.
     """
     state = hbm["parameters"] + hbm["ema"] + hbm["optimizer"]
     compute = flops / chip.flops
@@ -211,6 +211,6 @@ def roofline(flops: float, needed: float, sent: float, hbm: dict, chip: Chip) ->
 
 
 def objective_name(config) -> str:
-    """Such as "eso_b, alpha_0 = 0.5"."""
+    """The objective's description, such as "eso_b, alpha_0 = 0.5"."""
     exact = is_exact(config) or registry.get(config.objective).fixed_alpha_0 is not None
     return config.objective if exact else f"{config.objective}, alpha_0 = {config.alpha_0}"

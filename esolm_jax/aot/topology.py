@@ -1,4 +1,4 @@
-"""TPU pods that the compiler knows, and what one of their chips has."""
+"""TPU pods that the compiler supports, and the specifications of their chips."""
 
 import dataclasses
 import os
@@ -11,10 +11,10 @@ from esolm_jax.errors import UserError, nearest
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What the vendor says of a device, as XLA counts them.
+    """The vendor's specifications of a device (a TensorCore or a chip, as XLA counts devices).
 
     Attributes:
-      hbm_bytes: memory. flops: bfloat16 matrix products per second. hbm_bandwidth: bytes per
+      hbm_bytes: memory. flops: bfloat16 FLOPs per second. hbm_bandwidth: bytes per
         second. ici_bandwidth: bytes per second that it can send to its neighbours, all links.
       env: TPU_ACCELERATOR_TYPE for libtpu.
     """
@@ -47,21 +47,21 @@ KNOWN = {
 
 
 def parse(topology: str) -> tuple[Chip, str]:
-    """The chip of a topology such as "v5e:16x16", and the name as libtpu wants it.
+    """The chip of a topology such as "v5e:16x16", and its name in libtpu.
 
     Raises:
-      UserError: an unknown one; the message lists those that are known.
+      UserError: an unknown topology; the message lists the known ones.
     """
     known = [f"{chip}:{shape}" for chip, shapes in KNOWN.items() for shape in shapes]
     if topology not in known:
         raise UserError(
-            f"--topology={topology}: not known{nearest(topology, known)}. Known are {listed()}"
+            f"--topology={topology}: must be one of {listed()}{nearest(topology, known)}"
         )
     return CHIPS[topology.split(":")[0]], topology
 
 
 def listed() -> str:
-    """The known topologies, for people."""
+    """The known topologies, for messages."""
     return "; ".join(f"{chip}: {', '.join(shapes)}" for chip, shapes in KNOWN.items())
 
 
@@ -79,12 +79,12 @@ def devices(topology: str, num_slices: int = 1) -> list:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", chip.env)
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several compilers side by side
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several compilers at a time
     try:
         import libtpu  # noqa: F401
     except ImportError as error:
         raise UserError(
-            "the TPU compiler is not installed: pip install 'esolm_jax[tpu]' (libtpu)"
+            "--topology: needs the TPU compiler (libtpu): pip install 'esolm_jax[tpu]'"
         ) from error
     from jax.experimental import topologies
 

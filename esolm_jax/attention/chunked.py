@@ -25,7 +25,8 @@ CHUNK_LOOP = 256  # queries, and keys, of one iteration of the loop
 def chunked(q_BHTK, k_BGSK, v_BGSK, *labels, layout: Layout | None, platform: str):
     """Attention over these labels, [B, H, T, K] in the dtype of v; see `attend`.
 
-    A layout of queries and keys, if there is one, determines the keys that are skipped.
+    `labels`: q_rank, q_in_context [B, T], k_rank, k_in_context [B, S]. With a layout, the skipped
+    keys are known at trace time.
     """
     dtype = v_BGSK.dtype
     if platform == "cpu":  # XLA lacks some matmuls of bfloat16 on a CPU

@@ -51,7 +51,10 @@ def splash(
     """
     length, num_keys = q_BHTK.shape[2], k_BGSK.shape[2]
     if num_keys != layout.queries + layout.length:
-        raise ValueError(f"{num_keys} keys do not fit {layout}")
+        raise ValueError(
+            f"S={num_keys}: must be {layout.queries + layout.length}, because the layout is "
+            f"{layout}"
+        )
     shards = num_keys // length
     tiles = tiling(layout, shards)
     if front := tiles.layout.queries - layout.queries:  # extra query copies, which no token reads

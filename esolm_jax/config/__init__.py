@@ -1,7 +1,7 @@
 """The config of a run: every field declared once, in the table of its section.
 
     sections/      the fields: default, one line of documentation, allowed values (field.py)
-    checks.py      checks of one value, and the words for them
+    checks.py      checks of one value
     schema.py      all fields; default_config(), from which a config file starts
     validation.py  checks of a whole config
     saved.py       configs in checkpoints, of this version of the schema and of earlier ones
@@ -11,8 +11,8 @@
     page.py        docs/config.md
     overrides.py   a config with some fields set to other values
 
-Imports no JAX. To add a field, add one line to its section; a field that later checkpoints have
-and earlier ones lack needs `before`. To rename a field, use `formerly`; to rename a value,
+Imports no JAX. To add a field, add one line to its section; if earlier checkpoints lack it, it
+needs `before`. To rename a field, use `formerly`; to rename a value,
 `former_values`.
 """
 

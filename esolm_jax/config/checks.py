@@ -1,4 +1,4 @@
-"""Checks of one value: what a field allows, and the words for it."""
+"""Checks of one value, and their description in messages."""
 
 import dataclasses
 from collections.abc import Callable, Collection
@@ -29,7 +29,7 @@ class Check:
     text: str
 
     def hint(self, value) -> str:
-        """What to add to a message that refuses the value."""
+        """An addition to the message that refuses the value."""
         del value
         return ""
 
@@ -109,8 +109,8 @@ SEED = Check(lambda v: 0 <= v < 2**32, "in [0, 2**32)")
 
 
 def as_32_bits(value):
-    """A number as programs use it (floats rounded to float32); None if it is not finite, or
-    overflows or underflows."""
+    """A number in 32 bits (floats rounded to float32); None if it is not finite, overflows or
+    underflows."""
     if not isinstance(value, int | float):
         return value
     if value and not SMALLEST <= abs(value) <= LARGEST:  # NaN compares as False

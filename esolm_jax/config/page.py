@@ -1,4 +1,4 @@
-"""docs/config.md, made of the declarations: python -m esolm_jax.config.page docs/config.md"""
+"""Generates docs/config.md from the declarations: python -m esolm_jax.config.page docs/config.md"""
 
 import pathlib
 import sys

@@ -10,8 +10,8 @@ class Removed:
     """A former field.
 
     Attributes:
-      value: what esolm_jax does today; a saved config with this value still loads.
-      advice: what to do with another value: an imperative sentence.
+      value: the behaviour of esolm_jax today; a saved config with this value still loads.
+      advice: for other values, an imperative sentence.
     """
 
     value: object

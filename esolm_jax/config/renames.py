@@ -31,7 +31,7 @@ def announce_renamed(old: str, new: str) -> None:
 
 
 def values_now(former_values: Mapping[str, Mapping[str, Value]], value) -> Mapping[str, Value]:
-    """What to set instead of a value, by dotted name, if it is a former one; else {}."""
+    """The values that replace a former value, by dotted name; {} if it is not a former one."""
     return former_values.get(value, {}) if isinstance(value, str) else {}
 
 
@@ -41,10 +41,10 @@ def announce_former_value(name: str, value: str, now: Mapping[str, Value]) -> No
 
 
 def contradiction(name: str, value: str, now: Mapping[str, Value], other: str, have) -> UserError:
-    """The error for a former value that sets another field, which has a different value."""
+    """The error for a former value that conflicts with the explicit value `have` of `other`."""
     return UserError(
-        f"{as_text({name: value})}: is {as_text(now)} now, which contradicts "
-        f"{as_text({other: have})}; set the fields that you mean"
+        f"{as_text({name: value})}: is {as_text(now)} now, but "
+        f"{as_text({other: have})} is also set; remove one of them"
     )
 
 

@@ -1,4 +1,4 @@
-"""Configs saved with a checkpoint: written with the version of the schema, read of any earlier one.
+"""Configs saved with a checkpoint: written with the schema version, read from earlier versions.
 
 A saved config is a JSON object of fields and sections, and "schema_version" (1 if it is missing).
 """
@@ -22,10 +22,10 @@ def to_saved(config: ConfigDict) -> dict:
 
 
 def from_saved(saved: Mapping, source: str = "the saved config") -> ConfigDict:
-    """The config of a saved one, with today's names and fields, locked. Values are not validated.
+    """A saved config with today's names and fields, locked. Values are not validated.
 
     Args:
-      source: for messages, where it was saved.
+      source: for messages, the workdir or the file.
 
     Raises:
       UserError: a later version, an unknown or removed field, or a field is missing.
@@ -66,8 +66,8 @@ def _values_before(missing: Mapping[str, Field], values: Mapping, source: str) -
                 before[name] = field.before(known)
             except (TypeError, ValueError) as error:  # values are not validated
                 raise UserError(
-                    f"{source}: config.{name}: missing, and the fields from which it follows are "
-                    f"of other types ({brief(error)}); {_OTHER_CODE}"
+                    f"{source}: config.{name}: missing, and it cannot be derived from the other "
+                    f"fields ({brief(error)}); {_OTHER_CODE}"
                 ) from error
     return before
 
@@ -99,7 +99,8 @@ def _with_current_names(values: dict, source: str) -> tuple[dict, list[str]]:
             )
         if new in current:
             raise UserError(
-                f"{source}: config.{new}: is there twice, also under an earlier name; remove one"
+                f"{source}: config.{new}: must be given once, but is also given under an earlier "
+                "name; remove one"
             )
         if new != name:
             told.append(f"config.{name} is config.{new} now")

@@ -71,13 +71,13 @@ def config_of(values: Mapping[str, Value]) -> ConfigDict:
 
 def flat(config: Mapping | ConfigDict) -> dict:
     """Fields by dotted name: {"data.seq_len": 128, …}."""
-    found = {}
+    values = {}
     for name, value in config.items():
         if isinstance(value, ConfigDict):
-            found |= {f"{name}.{inner}": v for inner, v in flat(value).items()}
+            values |= {f"{name}.{inner}": v for inner, v in flat(value).items()}
         else:
-            found[name] = value
-    return found
+            values[name] = value
+    return values
 
 
 def is_allowed(name: str, value) -> bool:

@@ -1,4 +1,4 @@
-"""Checks of a whole config: each field by itself, then fields that must agree with each other."""
+"""Checks of a whole config: each field, then the consistency of fields."""
 
 from collections.abc import Mapping
 
@@ -11,8 +11,8 @@ from esolm_jax.family import registry
 
 
 def validate(config: ConfigDict) -> None:
-    """UserError that names the field, its value and what is allowed, unless every field is fine
-    by itself and they agree with each other."""
+    """UserError that names a field, its value and the allowed values, unless each field is valid
+    and the fields are consistent."""
     _check_names_and_types(config)
     values = flat(config)
     for name, field in fields().items():
@@ -23,12 +23,14 @@ def validate(config: ConfigDict) -> None:
 
 
 def _check_names_and_types(config: ConfigDict) -> None:
-    """The fields of the schema, with values of their types."""
+    """UserError unless the fields are those of the schema, with values of their types."""
     have, want = flat(config), fields()
     for name in have.keys() - want.keys():
         raise UserError(f"config.{name}: unknown field{nearest(name, want)}")
     for name in want.keys() - have.keys():
-        raise UserError(f"config.{name}: missing; every field of default_config() must be there")
+        raise UserError(
+            f"config.{name}: missing; a config must have every field of default_config()"
+        )
     for name, value in have.items():
         kind = type(want[name].default)
         right = type(value) is kind or (kind is float and type(value) is int)
@@ -44,7 +46,7 @@ def _fail_unless(ok: bool, name: str, value, allowed: str) -> None:
 
 
 def _check_objective(config: ConfigDict) -> None:
-    """What the family requires of alpha_0 and block_length."""
+    """UserError unless alpha_0 and block_length suit the family."""
     family = registry.get(config.objective)
     if family.fixed_alpha_0 is not None:
         _fail_unless(
@@ -63,7 +65,7 @@ def _check_objective(config: ConfigDict) -> None:
 
 
 def _check_model(config: ConfigDict) -> None:
-    """Sizes of the model that must divide each other."""
+    """UserError unless the sizes of the model divide each other."""
     model = config.model
     heads = "attention_width" if model.attention_width else "width"
     _fail_unless(
@@ -88,7 +90,7 @@ def _check_model(config: ConfigDict) -> None:
 
 
 def validate_mesh(config: ConfigDict, mesh: Mapping[str, int]) -> None:
-    """UserError unless what the mesh splits divides by its axes (by name: sizes)."""
+    """UserError unless heads and tokens divide by the axes of the mesh (sizes by name)."""
     kv_heads = config.model.kv_heads or config.model.heads
     tensor, sequence = mesh["tensor"], mesh["sequence"]
     for name, value in (("model.heads", config.model.heads), ("model.kv_heads", kv_heads)):
@@ -104,7 +106,7 @@ def validate_mesh(config: ConfigDict, mesh: Mapping[str, int]) -> None:
 
 
 def _check_annealing(config: ConfigDict) -> None:
-    """Annealing needs both phases."""
+    """UserError if annealing lacks one of the phases."""
     if config.train.anneal_steps:
         _fail_unless(
             registry.get(config.objective).has_two_phases and 0 < config.alpha_0 < 1,
@@ -117,9 +119,8 @@ def _check_annealing(config: ConfigDict) -> None:
 
 def validate_training(config: ConfigDict, fractions: dict[str, float], row_shards: int) -> None:
     """UserError unless the config can be trained: low variance only without a sequential phase,
-    annealing only with both phases, and every phase's share of the batch a whole number of rows
-    that divides by the micro-batches and, within each of these, by the devices that rows are split
-    over."""
+    annealing only with both phases, and a whole number of rows for each phase that divides by the
+    micro-batches and by the devices that shard rows."""
     _check_annealing(config)
     _fail_unless(
         not config.low_variance or config.alpha_0 == 1,
@@ -131,38 +132,39 @@ def validate_training(config: ConfigDict, fractions: dict[str, float], row_shard
     for phase, fraction in fractions.items():
         share = fraction * batch
         rows = round(share)
-        where = f"the {phase} loss gets {share:g} rows"
+        reason = f"but the {phase} loss gets {share:g} rows"
         if len(fractions) > 1:
-            where += f" (kappa={config.kappa})"
+            reason += f" (kappa={config.kappa})"
         if abs(share - rows) > 1e-6 or rows == 0:
             raise UserError(
-                f"config.train.batch_size={batch}: {where}; must be a whole number above 0"
+                f"config.train.batch_size={batch}: must give each loss a positive whole "
+                f"number of rows, {reason}"
             )
         if rows % (accumulation * row_shards):
             raise UserError(
-                f"config.train.batch_size={batch}: {where}; must be a multiple of "
-                f"train.grad_accumulation x devices (mesh.data x mesh.fsdp) = "
-                f"{accumulation} x {row_shards}"
+                f"config.train.batch_size={batch}: must give each loss a multiple of "
+                f"train.grad_accumulation x devices (mesh.data x mesh.fsdp) = {accumulation} x "
+                f"{row_shards} rows, {reason}"
             )
 
 
 def _check_num_orders(config: ConfigDict) -> None:
-    """The importance-weighted bound exists for eso_b; ar is exact."""
+    """UserError if the importance-weighted bound does not exist for the family."""
     num_orders = config.eval.num_orders
     if num_orders and not registry.get(config.objective).has_any_order_likelihood:
         raise UserError(
-            f"config.eval.num_orders={num_orders}: must be 0 with objective "
-            f"{config.objective}; only eso_b has an any-order likelihood"
+            f"config.eval.num_orders={num_orders}: must be 0 with objective {config.objective}, "
+            "because only eso_b has an any-order likelihood"
         )
 
 
 def validate_evaluation(config: ConfigDict, row_shards: int) -> None:
-    """UserError unless the bounds asked for exist and a batch divides by the devices that rows
-    are split over."""
+    """UserError unless the requested bounds exist and a batch divides by the devices that shard
+    rows."""
     _check_num_orders(config)
     e = config.eval
     if e.batch_size % row_shards:
         raise UserError(
-            f"config.eval.batch_size={e.batch_size}: must be a multiple of the {row_shards} "
-            "devices (mesh.data x mesh.fsdp)"
+            f"config.eval.batch_size={e.batch_size}: must be a multiple of mesh.data x "
+            f"mesh.fsdp = {row_shards}"
         )

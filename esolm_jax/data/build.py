@@ -34,8 +34,8 @@ SHARD_WINDOWS = 65536
 def prepare(config: Any, directory: str | Path, *, progress: bool = True) -> Manifest:
     """Prepares the data of `config` in `directory`, all of it or nothing; returns the manifest.
 
-    If `directory` already holds the same data, made from the same source, it is left as it is.
-    Raises UserError for bad config or input, and rather than overwrite anything else.
+    A directory that holds the same data from the same source is left unchanged. Raises UserError
+    for bad config or input, and if `directory` holds anything else.
     """
     check_config(config)
     directory = Path(os.path.abspath(os.path.expanduser(directory)))
@@ -43,8 +43,8 @@ def prepare(config: Any, directory: str | Path, *, progress: bool = True) -> Man
         return _already_prepared(config, directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(
-            f"config.data.dir: {directory} is not empty and holds no {MANIFEST_FILE}; choose "
-            "another directory"
+            f"config.data.dir={directory}: must be empty or hold {MANIFEST_FILE}; choose another "
+            "folder"
         )
     with _partial(directory) as partial:
         if progress:
@@ -59,7 +59,7 @@ def prepare(config: Any, directory: str | Path, *, progress: bool = True) -> Man
         }
         for path, state in sources.file_states(config).items():
             if states.get(path) != state:
-                raise UserError(f"{path}: changed while it was read; prepare again")
+                raise UserError(f"{path}: changed during the read; prepare again")
         manifest = Manifest(
             directory=partial,
             source=config.data.source,
@@ -72,42 +72,42 @@ def prepare(config: Any, directory: str | Path, *, progress: bool = True) -> Man
             splits=splits,
         )
         write_manifest(manifest)
-        os.rename(partial, directory)  # fails if somebody filled `directory` in the meantime
+        os.rename(partial, directory)  # fails if another process has filled `directory`
     return load_manifest(directory)
 
 
 def check_config(config: Any) -> None:
-    """Raises UserError for the values of config.data that can be judged without the data."""
+    """Raises UserError for values of config.data that are wrong for any data."""
     data = config.data
     for name, allowed in (("packing", windows.PACKINGS), ("tokenizer", KINDS)):
         if data[name] not in allowed:
             raise UserError(
-                f"config.data.{name}={data[name]!r}: allowed are {', '.join(allowed)}"
+                f"config.data.{name}={data[name]!r}: must be one of {', '.join(allowed)}"
                 f"{nearest(str(data[name]), allowed)}"
             )
     if data.seq_len < 1:
         raise UserError(f"config.data.seq_len={data.seq_len}: must be at least 1")
     if sources.get(config).given and not 0 < data.holdout < 0.5:
-        raise UserError(f"config.data.holdout={data.holdout}: must lie in (0, 0.5)")
+        raise UserError(f"config.data.holdout={data.holdout}: must be in (0, 0.5)")
 
 
 def _already_prepared(config: Any, directory: Path) -> Manifest:
     manifest = load_manifest(directory)
     compare(manifest, content_fields(config))
-    advice = "choose another config.data.dir, or delete that one"
+    advice = "choose another config.data.dir, or delete that folder"
     source_hash = sources.source_hash(config)
     if manifest.source_hash != source_hash:
         raise UserError(
-            f"{directory} was prepared from other content of config.data.source="
-            f"{config.data.source!r} (hash {manifest.source_hash[:12]}, now {source_hash[:12]}): "
+            f"{directory}: was prepared from other content of config.data.source="
+            f"{config.data.source!r} (hash {manifest.source_hash[:12]}, now {source_hash[:12]}); "
             f"{advice}"
         )
     if config.data.tokenizer != "bytes" and config.data.tokenizer_path:
         now = from_config(config, lambda: ()).fingerprint
         if manifest.tokenizer["fingerprint"] != now:
             raise UserError(
-                f"{directory} was prepared with another tokenizer in config.data.tokenizer_path="
-                f"{config.data.tokenizer_path!r}: {advice}"
+                f"{directory}: was prepared with another tokenizer in config.data.tokenizer_path="
+                f"{config.data.tokenizer_path!r}; {advice}"
             )
     print(f"already prepared: {directory}")
     return manifest
@@ -117,7 +117,7 @@ def _already_prepared(config: Any, directory: Path) -> Manifest:
 def _partial(directory: Path) -> Iterator[Path]:
     """A fresh sibling of `directory` to write in and then rename; removed on any error.
 
-    It is locked, so what a killed run left can be told from a run that is still writing.
+    A lock distinguishes the folder of a running process from that of a killed one.
     """
     partial = directory.with_name(f".{directory.name}.preparing")
     name = f"config.data.dir={str(directory)!r}"
@@ -160,7 +160,7 @@ def _first_tokens(
         for part in document_parts.encode(tokenizer, text):
             tokens += part
             if len(tokens) > length:
-                text = tokenizer.decode(tokens[:length])  # what the window keeps
+                text = tokenizer.decode(tokens[:length])  # the text in the window
                 break
         done(document_parts.num_bytes(text))
         yield tokens
@@ -209,7 +209,7 @@ def _write_shards(records: Iterator[bytes], directory: Path, split: str) -> list
                 if writer:
                     writer.close()
                 file = f"{split}-{len(shards):05d}.array_record"
-                # A group of one record: random access reads no more than it needs.
+                # Groups of one record, so that random access reads one record.
                 writer = ArrayRecordWriter(str(directory / file), "group_size:1")
                 shards.append({"file": file, "windows": 0})
             writer.write(record)

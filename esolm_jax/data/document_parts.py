@@ -1,9 +1,9 @@
 """Long documents are tokenized in parts, so that memory does not grow with their length.
 
-A part ends before white space, at a place where the tokens of the surrounding text equal those of
-its two sides. Each cut is tested, so the tokens are those of the whole document for every way to
-treat the space: attached to the next word, dropped, or added in front of every text. Only a word
-of more than MAX_WORD characters is cut inside.
+A part ends before white space, where the tokens of the surrounding text equal those of its two
+sides. Each cut is tested, so the tokens are those of the whole document for every treatment of the
+space: attached to the next word, dropped, or added in front of every text. Only words of more than
+MAX_WORD characters are cut.
 """
 
 import re
@@ -34,12 +34,12 @@ def _cut(tokenizer: Any, text: str, start: int) -> tuple[int, int]:
     """The end of the part that begins at `start`."""
     if tokenizer.kind == "bytes":
         return start + PART, start + PART
-    found = _SPACE.finditer(text, start + PART, start + MAX_WORD)
-    for match, _ in zip(found, range(TRIED), strict=False):
-        at = match.start()
-        low, high = max(start, at - CONTEXT), at + CONTEXT
+    spaces = _SPACE.finditer(text, start + PART, start + MAX_WORD)
+    for match, _ in zip(spaces, range(TRIED), strict=False):
+        index = match.start()
+        low, high = max(start, index - CONTEXT), index + CONTEXT
         whole = tokenizer.encode(text[low:high])
-        for stop, begin in ((at, at), (at, at + 1), (at + 1, at + 1)):
+        for stop, begin in ((index, index), (index, index + 1), (index + 1, index + 1)):
             sides = tokenizer.encode(text[low:stop]) + tokenizer.encode(text[begin:high])
             if sides == whole:
                 return stop, begin

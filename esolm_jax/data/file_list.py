@@ -61,22 +61,22 @@ def find(split: str, spec: str) -> FileList:
             raise UserError(f"{field}: {kind}: {part}")
         files = walk.files(matches)
         if not files:
-            raise UserError(f"{field}: {part} holds no files ending with {endings}")
+            raise UserError(f"{field}: {part}: must hold files that end with {endings}")
         names.update(map(Path, files))
     if not names:
-        raise UserError(f"{field}: names no files")
+        raise UserError(f"{field}: must name files")
     return FileList(_once(sorted(names), walk.left_out), walk.left_out)
 
 
 def _matches(pattern: str, field: str) -> list[str]:
     """The paths that match a glob. UserError: too many, for example because of circular links."""
-    found = list(itertools.islice(glob.iglob(pattern, recursive=True), MAX_MATCHES + 1))
-    if len(found) > MAX_MATCHES:
+    paths = list(itertools.islice(glob.iglob(pattern, recursive=True), MAX_MATCHES + 1))
+    if len(paths) > MAX_MATCHES:
         raise UserError(
             f"{field}: {pattern} matches more than {MAX_MATCHES:,} paths; name the folder, or "
             "remove circular links"
         )
-    return sorted(found)
+    return sorted(paths)
 
 
 class _Walk:
@@ -87,9 +87,9 @@ class _Walk:
 
     def files(self, paths: list[str]) -> list[str]:
         """Visits each folder once."""
-        found, folders, links, seen = [], [], [], set()
+        files, folders, links, seen = [], [], [], set()
         for path in paths:
-            self._sort(path, found, folders, links)
+            self._sort(path, files, folders, links)
         # Links last, so that a file is listed by its real name.
         while folders or links:
             path = folders.pop() if folders else links.pop(0)
@@ -104,8 +104,8 @@ class _Walk:
             except OSError as error:
                 raise UserError(f"{path}: cannot be read: {error.strerror}") from error
             for name in names:
-                self._sort(os.path.join(path, name), found, folders, links)
-        return found
+                self._sort(os.path.join(path, name), files, folders, links)
+        return files
 
     def _sort(self, path: str, files: list[str], folders: list[str], links: list[str]) -> None:
         """Appends the path to one of the lists, or leaves it out."""

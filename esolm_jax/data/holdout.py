@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from esolm_jax.errors import UserError
 
 MANY, MAX_PARTS = 10, 32  # total parts, for fewer than MANY documents
-SHORT = 16  # average characters of a part; shorter parts are the last resort
+SHORT = 16  # average characters of a part; shorter parts are tried last
 FEW = 4096  # smallest hashes kept: enough to fill an empty split
 _SPACE = re.compile(r"\s")
 Read = Callable[[], Iterator[str]]  # the non-blank documents of train
@@ -36,9 +36,9 @@ class Holdout:
     parts: int = 1
 
     def split_of(self, text: str) -> str:
-        at = place(text)
+        value = text_hash(text)
         for split, (low, high) in zip(self.held, self.bounds, strict=True):
-            if low <= at < high:
+            if low <= value < high:
                 return split
         return "train"
 
@@ -47,8 +47,8 @@ class Holdout:
         return (part for text in read() for part in cut(text, self.parts))
 
 
-def place(text: str) -> float:
-    """A hash of the text in [0, 1)."""
+def text_hash(text: str) -> float:
+    """A hash of the text, in [0, 1)."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") / 2**64
 
@@ -64,10 +64,10 @@ def find(held: tuple[str, ...], holdout: float, read: Read, field: str) -> Holdo
     if not held or _fills_all(wanted, read):
         return wanted
     for tried in _finer(wanted, holdout, read):
-        places = _smallest(place(text) for text in tried.documents(read))
-        if len(places) > len(held):
-            return dataclasses.replace(tried, bounds=_repaired(tried, places))
-    if not places:
+        hashes = _smallest(text_hash(text) for text in tried.documents(read))
+        if len(hashes) > len(held):
+            return dataclasses.replace(tried, bounds=_repaired(tried, hashes))
+    if not hashes:
         return wanted  # no documents: sources.documents raises the error
     given = " and ".join(f"config.data.{split}" for split in held)
     raise UserError(
@@ -98,35 +98,35 @@ def _fills_all(wanted: Holdout, read: Read) -> bool:
     return False
 
 
-def _smallest(places: Iterator[float]) -> list[float]:
+def _smallest(hashes: Iterator[float]) -> list[float]:
     """The FEW smallest distinct hashes, ascending, and the largest."""
     few: set[float] = set()
     largest = None
-    for at in places:
-        few.add(at)
-        largest = at if largest is None else max(at, largest)
+    for value in hashes:
+        few.add(value)
+        largest = value if largest is None else max(value, largest)
         if len(few) > 2 * FEW:
             few = set(heapq.nsmallest(FEW, few))
     return sorted(few | {largest} if few else few)
 
 
-def _repaired(wanted: Holdout, places: list[float]) -> tuple[tuple[float, float], ...]:
-    """Bounds that give every split of `held`, and train, at least one of the ascending `places`,
+def _repaired(wanted: Holdout, hashes: list[float]) -> tuple[tuple[float, float], ...]:
+    """Bounds that give every split of `held`, and train, at least one of the ascending `hashes`,
     with as few changes of split as possible."""
-    count = len(places)
-    ranges = []  # [first, last) of the places, for each split
+    count = len(hashes)
+    ranges = []  # [first, last) of the hashes, for each split
     for low, high in wanted.bounds:
-        first = sum(at < low for at in places)
-        ranges.append([first, max(sum(at < high for at in places), first + 1)])
+        first = sum(value < low for value in hashes)
+        ranges.append([first, max(sum(value < high for value in hashes), first + 1)])
     for left, right in zip(ranges, ranges[1:], strict=False):  # room for the one before
         right[0] = max(right[0], left[1])
         right[1] = max(right[1], right[0] + 1)
-    most = count - (ranges[0][0] == 0)  # leave one place to train
+    most = count - (ranges[0][0] == 0)  # leave one hash to train
     for i in reversed(range(len(ranges))):
         ranges[i][1] = min(ranges[i][1], most)
         ranges[i][0] = min(ranges[i][0], ranges[i][1] - 1)
         most = ranges[i][0]
-    ends = [*places, 2.0]
+    ends = [*hashes, 2.0]
     return tuple((ends[first], ends[last]) for first, last in ranges)
 
 

@@ -1,7 +1,7 @@
-"""The tokenizer of a pretrained model, carried over as it is: a tokenizer.json of any kind.
+"""The tokenizer of a pretrained model, unchanged: a tokenizer.json of any kind.
 
-Needs the package `tokenizers` (pip install -e '.[interop]'). tokenizer.json does not say which
-tokens begin, end and fill a text, nor how many ids the model has; ids.json beside it does.
+Needs the package `tokenizers` (pip install -e '.[interop]'). tokenizer.json lacks the ids
+of BOS, EOS and PAD and the size of the model's vocabulary; ids.json in the same folder has them.
 """
 
 import hashlib
@@ -21,9 +21,8 @@ _IDS = ("vocab_size", "bos", "eos", "pad")
 class HubTokenizer(ByTokenizers):
     """A tokenizer.json, for a model with `vocab_size` ids; the mask is one past them.
 
-    The model may have more ids than the tokenizer has tokens (they fill its embedding up to a round
-    number): these decode to nothing. Special tokens are never found in text: there, they are
-    spelled like any other word.
+    The model may have more ids than the tokenizer has tokens, because its embedding is padded;
+    these ids decode to nothing. Text is never encoded to special tokens: their names are spelled.
     """
 
     kind = KIND
@@ -66,7 +65,9 @@ class HubTokenizer(ByTokenizers):
             )
         for name in ("bos", "eos", "pad"):
             if not 0 <= self.ids[name] < size:
-                raise UserError(f"{where}: the {name} token has id {self.ids[name]} of {size}")
+                raise UserError(
+                    f"{where}: the {name} token has id {self.ids[name]}; must be below {size}"
+                )
 
     def save(self, directory: str | Path) -> None:
         Path(directory, FILE).write_bytes(self.content)
@@ -74,16 +75,16 @@ class HubTokenizer(ByTokenizers):
 
 
 def is_here(directory: str | Path) -> bool:
-    """Whether `directory` holds what save() leaves."""
+    """Whether `directory` holds a tokenizer of save()."""
     return all(regular_file.is_there(Path(directory, name)) for name in (FILE, IDS_FILE))
 
 
 def read(directory: str | Path) -> HubTokenizer:
-    """What save() left in a folder. UserError: it is not there, or damaged."""
+    """The tokenizer that save() wrote to a folder. UserError: missing or damaged."""
     path = Path(directory).expanduser()
     if not is_here(path):
         raise UserError(
-            f"{path}: holds no tokenizer that `convert` carried over ({FILE} and {IDS_FILE})"
+            f"{path}: must hold a tokenizer written by `convert` ({FILE} and {IDS_FILE})"
         )
     ids = regular_file.read_json(path / IDS_FILE, regular_file.MB)
     if not isinstance(ids, dict) or not all(type(ids.get(name)) is int for name in _IDS):

@@ -1,8 +1,8 @@
 """Detects damage to prepared data: the manifest, its neighbouring files and the shards.
 
 The manifest has the SHA-256 of its own content, of the tokenizer's files and of the unigram counts;
-these are verified whenever data are loaded. The shards' records are verified by `record_problems`
-(the verb verify) and, as they are read, by the checksums of ArrayRecord. Data prepared at commit
+these are verified when data are loaded. The shards' records are verified by `record_problems`
+(the verb verify) and, during reads, by the checksums of ArrayRecord. Data prepared at commit
 947f88e have digests of the records only; their other files are checked for consistency.
 """
 

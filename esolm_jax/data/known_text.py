@@ -130,7 +130,7 @@ class _Encoder:
 
 
 def _cut(window: str) -> str:
-    """Without its last word, if it is one character longer than WINDOW."""
+    """The window without its last word, if it is one character longer than WINDOW."""
     if len(window) <= WINDOW:
         return window
     end = max(window.rfind(" ", 1), window.rfind("\n", 1))

@@ -1,4 +1,5 @@
-"""The manifest: what was prepared, from what, and how (manifest.json beside the shards)."""
+"""The manifest of prepared data: source, settings and content (manifest.json, next to the
+shards)."""
 
 import dataclasses
 import json
@@ -19,9 +20,9 @@ UNIGRAM_FILE = "unigram.npy"
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What lies in `directory`.
+    """The content of `directory`.
 
-    data: the fields of config.data that decide the content (see content_fields).
+    data: the fields of config.data that determine the content (see content_fields).
     tokenizer: kind, fingerprint, vocab_size, mask_id, bos_id, eos_id, pad_id.
     splits: name -> {documents, bytes (UTF-8, of the text in the windows), tokens (valid, in the
         windows), windows, sha256 (of all records, joined), shards: [{file, windows, size_bytes}]}.
@@ -57,7 +58,8 @@ class Manifest:
         """The entry of one split. Raises UserError if there is no such split."""
         if name not in self.splits:
             raise UserError(
-                f"split {name!r}: allowed are {', '.join(self.splits)}{nearest(name, self.splits)}"
+                f"split {name!r}: must be one of "
+                f"{', '.join(self.splits)}{nearest(name, self.splits)}"
             )
         return self.splits[name]
 
@@ -65,12 +67,12 @@ class Manifest:
         return [str(self.directory / shard["file"]) for shard in self.split(split)["shards"]]
 
     def unigram_counts(self) -> np.ndarray:
-        """How often each token stands in the train split: int64 [vocab_size]."""
+        """The count of each token in the train split: int64 [vocab_size]."""
         tokens = self.split("train")["tokens"]
         return integrity.read_counts(self.directory / UNIGRAM_FILE, self.vocab_size, tokens)
 
     def load_tokenizer(self) -> Tokenizer:
-        """The tokenizer in `directory`. Raises UserError if it is not the one that was used."""
+        """The tokenizer in `directory`. Raises UserError if it is not the one of the manifest."""
         tokenizer = open_tokenizer(self.directory)
         if tokenizer.fingerprint != self.tokenizer["fingerprint"]:
             raise UserError(f"{self.directory}: the tokenizer is not the one of {MANIFEST_FILE}")
@@ -98,11 +100,11 @@ def tokenizer_entry(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def content_fields(config: Any) -> dict[str, Any]:
-    """The fields of config.data that decide what is prepared, for this source and tokenizer."""
+    """The fields of config.data that determine the prepared data, for this source and tokenizer."""
     names = ["source", "seq_len", "packing", "tokenizer"]
     if config.data.tokenizer == "sentencepiece":
         names.append("tokenizer_path")
-        if not config.data.tokenizer_path:  # a given model has the vocabulary it has
+        if not config.data.tokenizer_path:  # a given model fixes the vocabulary
             names.append("vocab_size")
     if sources.get(config).given:
         names += ["train", "validation", "test", "holdout", "text_field"]
@@ -114,8 +116,8 @@ def write_manifest(manifest: Manifest) -> None:
     entries = dataclasses.asdict(manifest)
     directory = entries.pop("directory")  # not written, so that prepared data can be moved
     shards = {shard["file"] for split in manifest.splits.values() for shard in split["shards"]}
-    beside = {path.name for path in directory.iterdir()} - shards - {MANIFEST_FILE}
-    entries["files"] = integrity.hash_files(directory, sorted(beside))
+    neighbours = {path.name for path in directory.iterdir()} - shards - {MANIFEST_FILE}
+    entries["files"] = integrity.hash_files(directory, sorted(neighbours))
     entries[integrity.DIGEST] = integrity.digest(entries)
     Path(directory, MANIFEST_FILE).write_text(results.dumps(entries, indent=2) + "\n")
 
@@ -132,14 +134,14 @@ def load_manifest(directory: str | Path) -> Manifest:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"{directory}: no prepared data here; run `python -m esolm_jax.prepare` first, or "
-            "set config.data.dir to where they lie"
+            "set config.data.dir to their folder"
         ) from error
     except (OSError, ValueError, RecursionError) as error:
         what = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
         raise UserError(f"{path}: cannot be read: {what}") from error
     version = entries.get("version") if isinstance(entries, dict) else None
     if version != VERSION:
-        raise UserError(f"{path}: version {version!r:.40}, but {VERSION} is wanted; prepare again")
+        raise UserError(f"{path}: version={version!r:.40}: must be {VERSION}; prepare again")
     _check_entries(entries, path)
     try:
         manifest = Manifest(directory=directory, **entries)
@@ -173,7 +175,7 @@ def _check_entries(entries: dict[str, Any], path: Path) -> None:
 
 
 def check(manifest: Manifest, config: Any) -> None:
-    """Raises UserError if the prepared data are not what config.data asks to read."""
+    """Raises UserError if the prepared data do not match config.data."""
     wanted = content_fields(config)
     names = ("source", "seq_len", "packing", "tokenizer", "tokenizer_path", "vocab_size")
     compare(manifest, {name: wanted[name] for name in names if name in wanted})
@@ -185,26 +187,26 @@ def compare(manifest: Manifest, wanted: dict[str, Any]) -> None:
         prepared = manifest.data.get(name)
         if prepared != value:
             raise UserError(
-                f"{manifest.directory} was prepared with config.data.{name}={prepared!r}, but "
-                f"{value!r} is wanted: choose another config.data.dir, or delete that one"
+                f"config.data.{name}={value!r}: must be {prepared!r}, because {manifest.directory} "
+                "was prepared with it; choose another config.data.dir, or delete that folder"
             )
 
 
 def data_dir(config, workdir: Path) -> Path:
-    """Where the prepared data of a run lie."""
+    """The folder of the prepared data of a run."""
     return Path(config.data.dir).expanduser() if config.data.dir else workdir / "data"
 
 
 def load_data(config, workdir: Path) -> Manifest:
-    """The run's manifest; UserError if the data are missing or not what config.data says."""
+    """The run's manifest; UserError if the data are missing or do not match config.data."""
     manifest = load_manifest(data_dir(config, workdir))
     check(manifest, config)
     return manifest
 
 
 def planned_tokenizer(config) -> dict:
-    """What `prepare` would write of the tokenizer that config.data asks for, as far as a model
-    needs to know; of a SentencePiece file, its size is taken to be data.vocab_size."""
+    """The manifest's entry of the tokenizer of config.data before `prepare`, as far as a model
+    needs it. A SentencePiece model is assumed to have data.vocab_size tokens."""
     published = {"bert": (30522, 103, 101), "gpt2": (50257, 50257, 50256)}
     size = Bytes.vocab_size if config.data.tokenizer == "bytes" else config.data.vocab_size
     entry = published.get(config.data.tokenizer, (size, size, 0))

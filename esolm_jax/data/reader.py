@@ -1,8 +1,8 @@
 """Readers: prepared windows -> batches {'x': int32 [b, L], 'valid': bool [b, L]}.
 
-A reader makes some rows of every global batch (`rows`, ascending; b of them), those that this
-process's devices hold: see sharding.local_rows. Which rows are read where changes nothing in the
-global batches. Padding has x == pad_id and valid == False.
+A reader makes the rows of each global batch that this process's devices hold (`rows`, ascending; b
+of them): see sharding.local_rows. Global batches are independent of the distribution of rows.
+Padding has x == pad_id and valid == False.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ PREFETCH = 4  # batches
 
 
 class _Unpack(grain.transforms.Map):
-    """Record -> {'x', 'valid'}; a class, so that it can travel to worker processes."""
+    """Record -> {'x', 'valid'}; a class, so that it can be pickled for worker processes."""
 
     def __init__(self, manifest: Manifest):
         self._args = manifest.dtype, manifest.seq_len, manifest.pad_id
@@ -58,7 +58,7 @@ class _Rows(grain.MapDataset):
 
 
 def _die_with_parent(worker: int, workers: int) -> None:
-    """Ends this worker process when its parent is gone, killed or aborted: nobody else would."""
+    """Ends this worker process when its parent ends, also if the parent was killed."""
     del worker, workers
 
     def wait():
@@ -71,8 +71,8 @@ def _die_with_parent(worker: int, workers: int) -> None:
 @contextlib.contextmanager
 def _signals_blocked():
     """Blocks SIGINT and SIGTERM in threads and processes that start within this context. A terminal
-    or a scheduler sends them to all processes, but the trainer has to end its workers itself."""
-    resource_tracker.ensure_running()  # else the first worker starts it and unblocks them
+    or a scheduler sends them to all processes, but only the trainer may end its workers."""
+    resource_tracker.ensure_running()  # the first worker would start it and unblock them
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
@@ -84,8 +84,8 @@ class TrainReader:
     """Endless shuffled batches of the train split; every epoch is another permutation.
 
     `cursor` is the global index of the next example (examples handed out so far, over all
-    processes and epochs): batch_size more with every batch. A reader made with a cursor goes on
-    exactly where that one stood, also with other rows or another number of workers.
+    processes and epochs): batch_size more with every batch. A reader made with a cursor continues
+    exactly at that example, also with other rows or another number of workers.
     """
 
     def __init__(
@@ -106,8 +106,9 @@ class TrainReader:
         rows = _check_rows(batch_size, rows)
         for name, value in (("seed", seed), ("workers", workers), ("cursor", cursor)):
             if value < 0:
-                raise UserError(f"{name}={value}: must not be negative")
-        # Grain's epoch e is shuffled with seed + e: spread the seeds, or neighbours share epochs.
+                raise UserError(f"{name}={value}: must be at least 0")
+        # Grain shuffles epoch e with seed + e; spread the seeds, so that close seeds share no
+        # epochs.
         spread = int(np.random.SeedSequence(seed).generate_state(1)[0])
         examples = (
             grain.MapDataset.source(_source(manifest, "train"))
@@ -151,14 +152,14 @@ class TrainReader:
         return batch
 
     def close(self) -> None:
-        """Ends the reading threads and worker processes; without it Grain complains at exit."""
+        """Ends the reading threads and worker processes; without it Grain prints errors at exit."""
         if isinstance(self._iterator, grain.DatasetIterator):
             self._iterator.close()
-        self._iterator = iter(())  # nothing of it may live until exit
+        self._iterator = iter(())  # must not live until exit
 
 
 def num_windows(manifest: Manifest, split: str, max_windows: int = 0) -> int:
-    """How many windows eval_batches goes through."""
+    """The number of windows of eval_batches."""
     windows = manifest.split(split)["windows"]
     return min(windows, max_windows) if max_windows > 0 else windows
 
@@ -174,7 +175,7 @@ def eval_batches(
     """Every window of a split once, in order, as batches of static shape.
 
     `batch_size` is global; without `rows`, all of them are read. max_windows > 0 takes that many
-    windows, evenly spaced. The last batch is filled up with rows that have no valid token. Raises
+    windows, evenly spaced. The last batch is padded with rows without a valid token. Raises
     UserError (at once) for a bad split or rows.
     """
     rows = _check_rows(batch_size, rows)
@@ -198,7 +199,7 @@ def eval_batches(
 def unigram_perplexity(manifest: Manifest, split: str, max_windows: int = 0) -> float:
     """Perplexity of a split's valid tokens under the train split's counts, add-one smoothed.
 
-    `max_windows` takes the same part of the split as eval_batches does.
+    `max_windows` selects the same windows as eval_batches.
     """
     seen = manifest.unigram_counts()
     counts = seen + 1
@@ -223,7 +224,7 @@ def _source(manifest: Manifest, split: str) -> Any:
 
 @contextlib.contextmanager
 def _reading(manifest: Manifest, split: str) -> Iterator[None]:
-    """UserError for a shard that is damaged: ArrayRecord has checksums of its records."""
+    """Turns errors of damaged shards into UserErrors; ArrayRecord has checksums of its records."""
     try:
         yield
     except (RuntimeError, ValueError, OSError, EOFError) as error:
@@ -237,7 +238,7 @@ def _reading(manifest: Manifest, split: str) -> Iterator[None]:
 def _check_rows(batch_size: int, rows: Sequence[int] | None) -> list[int]:
     """The rows to read, all of them for None."""
     if batch_size < 1:
-        raise UserError(f"batch_size={batch_size}: must be positive")
+        raise UserError(f"batch_size={batch_size}: must be at least 1")
     if rows is None:
         return list(range(batch_size))
     rows = list(rows)

@@ -1,4 +1,4 @@
-"""Ids → text, alike for all tokenizers."""
+"""Ids → text, for all tokenizers."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -9,7 +9,7 @@ from esolm_jax.data.surfaces import Surfaces
 
 
 def num_ids(tokenizer: Any) -> int:
-    """How many ids there are with the mask, which may be one of the vocabulary or one past it."""
+    """The number of ids, with the mask, which is in the vocabulary or one past it."""
     return max(tokenizer.vocab_size, tokenizer.mask_id + 1)
 
 
@@ -46,15 +46,15 @@ def render(
 
 
 def pieces_of(run: list[int], text_of: Callable[[list[int]], str]) -> list[str]:
-    """What each id of a run adds to its text; '' if it does not complete a character."""
-    found, so_far = [], ""
+    """The text that each id of a run adds; '' if the id does not complete a character."""
+    pieces, so_far = [], ""
     for end in range(1, len(run) + 1):
         text = text_of(run[:end])
         if text.endswith("\ufffd") and end < len(run):
             text = so_far
-        found.append(text[len(so_far) :])
+        pieces.append(text[len(so_far) :])
         so_far = text
-    return found
+    return pieces
 
 
 class Decodes:

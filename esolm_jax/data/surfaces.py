@@ -69,7 +69,7 @@ class Surfaces:
         return out
 
     def _by_byte(self, data: bytes) -> list[str]:
-        """For each byte, the character that ends with it or ''; U+FFFD for invalid bytes."""
+        """The character that ends at each byte, or ''; U+FFFD for invalid bytes."""
         out: list[str] = []
         while len(out) < len(data):
             rest = data[len(out) :]
@@ -128,8 +128,8 @@ def of_sentencepiece(model: Any) -> Surfaces | None:
     first = [inside[i] if is_byte[i] else text.encode() for i, text in enumerate(first)]
     whole = [i for i in range(size) if spells[i] and not is_byte[i]]
     anchor = next((i for i in whole if first[i].isalnum()), None)
-    found = Surfaces(inside, first, spells, each_byte=True)
-    return found if _concatenates(found, anchor, whole, model.decode) else None
+    surfaces = Surfaces(inside, first, spells, each_byte=True)
+    return surfaces if _concatenates(surfaces, anchor, whole, model.decode) else None
 
 
 def of_tokenizers(tokenizer: Any, size: int, specials: Iterable[int]) -> Surfaces | None:
@@ -144,11 +144,11 @@ def of_tokenizers(tokenizer: Any, size: int, specials: Iterable[int]) -> Surface
     if anchor is None:
         return None
     start = alone[anchor]
-    behind = decode_all([[anchor, i] for i in range(size)])
-    if not all(text.startswith(start) for text in behind):
+    after_anchor = decode_all([[anchor, i] for i in range(size)])
+    if not all(text.startswith(start) for text in after_anchor):
         return None
     kinds = _decoders(tokenizer)
-    inside = [text[len(start) :].encode() for text in behind]
+    inside = [text[len(start) :].encode() for text in after_anchor]
     first = [text.encode() for text in alone]
     is_byte = [False] * size
     for token, i in tokenizer.get_vocab(with_added_tokens=True).items():
@@ -166,21 +166,21 @@ def of_tokenizers(tokenizer: Any, size: int, specials: Iterable[int]) -> Surface
         if i is not None and i < size:
             spells[i] = False
     whole = [i for i in range(size) if spells[i] and not is_byte[i] and inside[i]]
-    found = Surfaces(inside, first, spells, each_byte="ByteFallback" in kinds)
-    return found if _concatenates(found, anchor, whole, decode) else None
+    surfaces = Surfaces(inside, first, spells, each_byte="ByteFallback" in kinds)
+    return surfaces if _concatenates(surfaces, anchor, whole, decode) else None
 
 
 def _decoders(tokenizer: Any) -> set[str]:
     """The types of its decoders."""
     if tokenizer.decoder is None:
         return set()
-    found: set[str] = set()
+    kinds: set[str] = set()
     nodes = [json.loads(tokenizer.decoder.__getstate__())]
     while nodes:
         node = nodes.pop()
-        found.add(node.get("type"))
+        kinds.add(node.get("type"))
         nodes += node.get("decoders", [])
-    return found
+    return kinds
 
 
 def _bytes_of(token: str, decoders: set[str]) -> bytes | None:

@@ -1,4 +1,4 @@
-"""Own text: .txt and .jsonl files, plain or gzipped, in bounded memory."""
+"""Text files of the user: .txt and .jsonl, plain or gzipped, in bounded memory."""
 
 import codecs
 import contextlib
@@ -19,7 +19,7 @@ from esolm_jax.files.regular_file import open_regular
 
 MAX_DOCUMENT = 64 * 1024  # bytes; longer .txt files are cut into documents of at most this
 MIN_DOCUMENT = 2 * 1024
-PIECES = 400  # a small corpus is cut finer, into about so many, so that some can be held out
+PIECES = 400  # documents into which a small corpus is cut, so that some can be held out
 MAX_LINE = 64 * 1024**2  # bytes of a line of .jsonl
 BOMB_BYTES, BOMB_RATIO = 16 * 1024**2, 200  # a .gz file beyond both is refused
 
@@ -32,8 +32,8 @@ _OTHER_MARKS = {  # UTF-32 first: its mark begins with that of UTF-16
 
 
 def documents(config: Any, split: str, spec: str) -> Iterator[str]:
-    """The documents of the files that `spec` names: a line of .jsonl, or a .txt file, cut at line
-    ends where it is too long to be held out, or held in memory, as one."""
+    """The documents of the files that `spec` names: lines of .jsonl, or .txt files. Long
+    .txt files are cut at line ends."""
     paths = file_list.find(split, spec).files
     total = sum(path.stat().st_size for path in paths)
     longest = min(max(total // PIECES, MIN_DOCUMENT), MAX_DOCUMENT)
@@ -74,8 +74,8 @@ class _Unzipped(io.RawIOBase):
         self._size += len(data)
         if self._size > BOMB_BYTES and self._size > BOMB_RATIO * self._zipped.tell():
             raise UserError(
-                f"{self._path}: a gzip bomb: its first {self._zipped.tell():,} bytes hold more "
-                f"than {BOMB_RATIO} times as many; if that is your text, unzip it first"
+                f"{self._path}: a gzip bomb: its first {self._zipped.tell():,} bytes unzip to "
+                f"more than {BOMB_RATIO} times as many; if the text is real, unzip the file first"
             )
         return len(data)
 
@@ -148,19 +148,21 @@ def to_text(value: Any, where: str) -> str:
     """A field's value as str. UserError, beginning with `where`, if it is no valid text."""
     try:
         if isinstance(value, str):
-            value.encode("utf-8")  # JSON can spell half a surrogate pair, which is no character
+            value.encode("utf-8")  # JSON can hold a lone surrogate, which is no character
             return value
         if isinstance(value, bytes):
             return value.decode("utf-8")
     except UnicodeError as error:
         raise UserError(f"{where}: not valid Unicode: {error}") from error
-    raise UserError(f"{where}: text is wanted, got {type(value).__name__}")
+    raise UserError(f"{where}: must be text, not {type(value).__name__}")
 
 
 def _given(config: Any) -> dict[str, str]:
     given = named_splits(config)
     if not given["train"]:
-        raise UserError("config.data.train='': the source 'text' needs files to train on")
+        raise UserError(
+            "config.data.train='': must name files, because config.data.source is 'text'"
+        )
     return given
 
 

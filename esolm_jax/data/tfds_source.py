@@ -10,7 +10,7 @@ from esolm_jax.errors import UserError, nearest
 
 
 def builder_of(config: Any) -> Any:
-    """The builder of config.data.source, downloaded and prepared if it was not."""
+    """The builder of config.data.source, downloaded and prepared if necessary."""
     import tensorflow_datasets as tfds  # slow, and only this source needs it
 
     name, data_dir = config.data.source.removeprefix("tfds:"), config.data.tfds_dir or None

@@ -32,7 +32,7 @@ _MAX_MODEL = 256 * regular_file.MB
 # The trainer holds its text, so it sees at most SAMPLE_LINES lines of at most LINE characters.
 SAMPLE_LINES = 200_000
 LINE = 256
-SPACE = "\u2581"  # SentencePiece's own sign for a space
+SPACE = "\u2581"  # SentencePiece's symbol for a space
 
 
 class Bytes(Decodes):
@@ -69,10 +69,10 @@ class SentencePiece(Decodes):
         self.bos_id, self.eos_id = self._model.bos_id(), self._model.eos_id()
         for name, value in (("BOS", self.bos_id), ("EOS", self.eos_id)):
             if value < 0:
-                raise UserError(f"{where}: the model has no {name} token, and one is needed")
-        # Padding is only filler, never seen by the loss, so EOS can stand in for it.
+                raise UserError(f"{where}: must have a {name} token")
+        # Padding never reaches the loss, so EOS can serve as PAD.
         self.pad_id = self._model.pad_id() if self._model.pad_id() >= 0 else self.eos_id
-        # The sign U+2581 itself would come back as a space, so it is spelled in bytes.
+        # U+2581 itself would decode to a space, so it is spelled in bytes.
         self._space = [self._model.piece_to_id(f"<0x{b:02X}>") for b in SPACE.encode()]
         self._has_bytes = self._model.unk_id() not in self._space
 
@@ -101,7 +101,7 @@ Tokenizer = Bytes | SentencePiece | WordPieces | HubTokenizer
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
-    """The tokenizer that save() left in `directory`. Raises UserError if there is none."""
+    """The tokenizer that save() wrote to `directory`. Raises UserError if there is none."""
     model = Path(directory, MODEL_FILE)
     if model.is_file():
         return SentencePiece(regular_file.read_bytes(model, _MAX_MODEL), str(model))
@@ -116,8 +116,8 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
 
 
 def read_tokenizer(given: str | Path) -> Tokenizer:
-    """The tokenizer in a file or folder of any kind: what save() left, a SentencePiece .model, or
-    the files that wordpieces.read takes; "bytes" is the one of bytes. Raises UserError."""
+    """The tokenizer in a file or folder of any kind: the files of save(), a SentencePiece .model,
+    or the files of wordpieces.read; "bytes" is the tokenizer of bytes. Raises UserError."""
     path = regular_file.expand(given)
     if given == Bytes.kind:
         return Bytes()
@@ -130,9 +130,9 @@ def read_tokenizer(given: str | Path) -> Tokenizer:
 
 
 def from_config(config: Any, train_documents: Callable[[], Iterable[str]]) -> Tokenizer:
-    """The tokenizer that config.data asks for.
+    """The tokenizer of config.data.
 
-    A SentencePiece model that config.data.tokenizer_path names is taken as it is; else one of
+    A SentencePiece model that config.data.tokenizer_path names is used unchanged; else one of
     config.data.vocab_size tokens is trained, and only then `train_documents` is called.
     Raises UserError.
     """
@@ -143,7 +143,7 @@ def from_config(config: Any, train_documents: Callable[[], Iterable[str]]) -> To
         return _published(data)
     if data.tokenizer != "sentencepiece":
         raise UserError(
-            f"config.data.tokenizer={data.tokenizer!r}: allowed are {', '.join(KINDS)}"
+            f"config.data.tokenizer={data.tokenizer!r}: must be one of {', '.join(KINDS)}"
             f"{nearest(data.tokenizer, KINDS)}"
         )
     if not data.tokenizer_path:
@@ -161,12 +161,12 @@ def _published(data: Any) -> WordPieces | HubTokenizer:
         return hub_tokenizer.read(data.tokenizer_path)
     tokenizer = wordpieces.read(data.tokenizer_path)
     if tokenizer.kind != data.tokenizer:
-        raise UserError(f"{where}: holds a {tokenizer.kind} tokenizer, not {data.tokenizer}")
+        raise UserError(f"{where}: must hold a {data.tokenizer} tokenizer, not {tokenizer.kind}")
     return tokenizer
 
 
 def train_sentencepiece(documents: Iterable[str], vocab_size: int) -> SentencePiece:
-    """Trains a lossless byte-fallback BPE model; equal documents give an equal model.
+    """Trains a lossless byte-fallback BPE model; equal documents give equal models.
 
     Raises UserError if SentencePiece refuses `vocab_size`.
     """

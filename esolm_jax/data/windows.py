@@ -1,7 +1,7 @@
 """Packing: token documents -> windows of at most L tokens -> records.
 
-A record is the window's valid tokens alone, little-endian; a record shorter than L says that
-the rest of its window is padding. The generators hold one part and one window, no more.
+A record holds the window's valid tokens, little-endian; the rest of a window whose record is
+shorter than L is padding. The generators hold one part and one window.
 """
 
 from collections.abc import Iterable, Iterator
@@ -35,7 +35,7 @@ def cut(parts: Iterable[list[int]], length: int) -> Iterator[list[int]]:
 
 
 def pad(documents: Iterable[list[int]], length: int, eos_id: int) -> Iterator[list[int]]:
-    """One document a window: its first `length` tokens, and EOS if there is room for it."""
+    """One document per window: its first `length` tokens, and EOS if there is room for it."""
     for tokens in documents:
         yield (tokens[:length] + [eos_id])[:length]
 
@@ -47,7 +47,7 @@ def to_record(window: list[int], dtype: str) -> bytes:
 def from_record(
     record: bytes, dtype: str, length: int, pad_id: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns x int32 [length], filled up with `pad_id`, and valid bool [length]."""
+    """Returns x int32 [length], padded with `pad_id`, and valid bool [length]."""
     tokens = np.frombuffer(record, dtype)
     x = np.full(length, pad_id, np.int32)
     x[: len(tokens)] = tokens

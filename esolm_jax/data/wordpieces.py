@@ -1,8 +1,8 @@
 """The tokenizers of the published runs, from local files: GPT-2's BPE and BERT's WordPiece.
 
 Needs the package `tokenizers` (pip install -e '.[interop]'). The files are those of the Hugging
-Face hub: tokenizer.json, or vocab.json beside merges.txt, or vocab.txt. However they are given, the
-same vocabulary makes the same tokenizer, with the same fingerprint.
+Face hub: tokenizer.json, or vocab.json with merges.txt, or vocab.txt. The same vocabulary gives
+the same tokenizer with the same fingerprint, from any of these files.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from esolm_jax.files import regular_file
 
 KINDS = ("gpt2", "bert")
 FILE = "tokenizer.json"
-_ALLOWED = f"{FILE}, vocab.json with merges.txt beside it (GPT-2), or vocab.txt (BERT)"
+_ALLOWED = f"{FILE}, vocab.json with merges.txt in the same folder (GPT-2), or vocab.txt (BERT)"
 _NEEDED = {"gpt2": ("<|endoftext|>",), "bert": ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")}
 _BYTES = 256
 _MAX_SIZE = 256 * regular_file.MB  # of a file
@@ -29,8 +29,8 @@ class WordPieces(ByTokenizers):
 
     GPT-2 has no mask token: it becomes one past the last id, as in the published checkpoints; its
     <|endoftext|> is BOS, EOS and PAD. BERT's [MASK] is one of its ids; BOS is [CLS], EOS is [SEP].
-    Special tokens are never found in text: there, they are spelled like any other word. BERT's is
-    lossy: case, accents and white space are gone.
+    Text is never encoded to special tokens: their names are spelled. BERT's tokenizer loses case,
+    accents and white space.
     """
 
     def __init__(self, kind: str, vocab: dict[str, int], merges: list, *, lowercase: bool):
@@ -51,9 +51,9 @@ class WordPieces(ByTokenizers):
 
     def _check(self, vocab: dict[str, int]) -> None:
         if missing := [name for name in _NEEDED[self.kind] if name not in vocab]:
-            raise UserError(f"a {self.kind} tokenizer without {', '.join(missing)}")
+            raise UserError(f"a {self.kind} tokenizer must have {', '.join(missing)}")
         if self.kind == "gpt2" and sum(len(token) == 1 for token in vocab) < _BYTES:
-            raise UserError("a gpt2 tokenizer that has not all 256 bytes")
+            raise UserError("a gpt2 tokenizer must have a token for each of the 256 bytes")
 
     def save(self, directory: str | Path) -> None:
         Path(directory, FILE).write_text(self._tokenizer.to_str(), encoding="utf-8")
@@ -83,7 +83,7 @@ def read(path: str | Path) -> WordPieces:
     """The tokenizer in a file or folder.
 
     Raises:
-      UserError: nothing of the kind there, damaged, or a tokenizer of another kind.
+      UserError: no such files, damaged, or a tokenizer of another kind.
     """
     file = _find(regular_file.expand(path))
     try:
@@ -127,7 +127,7 @@ def _pairs(merges: Any) -> list[tuple[str, str]]:
         isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair)
         for pair in merges
     ):
-        raise UserError("damaged: its merges are not all pairs of tokens")
+        raise UserError("damaged: its merges must be pairs of tokens")
     return [tuple(pair) for pair in merges]
 
 
@@ -151,7 +151,7 @@ def _of_json(content: Any) -> tuple[str, dict[str, int], list, bool]:
     before = json.dumps(content.get("pre_tokenizer"))
     if kind is None or (kind == "gpt2" and "ByteLevel" not in before):
         found = ascii(str(model.get("type"))[:80])[1:-1]
-        raise UserError(f"a {found} tokenizer; allowed: byte-level BPE, WordPiece")
+        raise UserError(f"must be a byte-level BPE or WordPiece tokenizer, not {found}")
     vocab = dict(_ids(model.get("vocab")))
     for added in content.get("added_tokens") or []:
         vocab.setdefault(added["content"], added["id"])

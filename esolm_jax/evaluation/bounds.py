@@ -47,7 +47,7 @@ def _error_note(bound: str, estimate: Estimate) -> str:
 
 
 def _line(result: dict) -> str:
-    """A bound in one line; an error without a remark is Monte Carlo noise."""
+    """A bound in one line; an error without a note is Monte Carlo noise."""
     text = f"{result['bound']}: perplexity {result['perplexity']:.2f}, "
     text += f"{result['nll_per_token']:.4f} nats per token"
     if result["standard_error"]:
@@ -74,10 +74,10 @@ def _make_nelbo(config, model, draws: int | None):
     bound = "exact" if exact else "nelbo"
 
     def run(params, batches, *, split, seed, progress=None, total=None) -> Result:
-        found = estimate(
+        drawn = estimate(
             params, batches, num_samples=draws, seed=seed, progress=progress, total=total
         )
-        return _result(bound, found, split, num_samples=draws)
+        return _result(bound, drawn, split, num_samples=draws)
 
     return run
 
@@ -87,10 +87,10 @@ def _make_importance_weighted(config, model, draws: int | None):
     num_orders = draws or config.eval.num_orders
 
     def run(params, batches, *, split, seed, progress=None, total=None) -> Result:
-        found = estimate(
+        drawn = estimate(
             params, batches, num_orders=num_orders, seed=seed, progress=progress, total=total
         )
-        return _result("importance_weighted", found, split, num_orders=num_orders)
+        return _result("importance_weighted", drawn, split, num_orders=num_orders)
 
     return run
 

@@ -1,6 +1,6 @@
 """Likelihood bounds: the NELBO by Monte Carlo, and the importance-weighted any-order bound.
 
-Everything here is in nats; estimates are per real (not padding) token.
+All values are in nats; estimates are per real (not padding) token.
 
 What each figure bounds, for a text x:
 
@@ -12,10 +12,10 @@ What each figure bounds, for a text x:
 - NELBO of Eso-LM (A and B): −log p′(x) of another sampler, with the whole canvas: every diffusion
   step draws a new order of known tokens and masks, a mask reads the masks before it, and one token
   is revealed. p′ = p at α₀ = 0, where there is one order. At α₀ > 0, the NELBO and the
-  importance-weighted bound are of two distributions, and neither has to be the larger: for a single
+  importance-weighted bound bound two distributions, and either can be the larger one: for a single
   text, on average over texts, or at K = 1.
 
-Diffusion bounds leave out the ends of time, a part ε = 1e-3 of the noise levels (noise.EPS).
+Diffusion bounds exclude the ends of time, a fraction ε = 1e-3 of the noise levels (noise.EPS).
 """
 
 import dataclasses
@@ -43,10 +43,10 @@ class Estimate:
     Attributes:
       nll: nats per token.
       standard_error: of `nll`, for other draws of noise on the *same* windows (0 for an exact
-        likelihood, NaN when one draw leaves it unknown).
+        likelihood, NaN for a single draw).
       num_tokens: real tokens evaluated.
-      error_samples: independent differences between draws that the error is estimated from; of few,
-        it is a rough estimate: its relative error is about 1/√(2 error_samples).
+      error_samples: independent differences between draws from which the error is estimated; the
+        relative error of that estimate is about 1/√(2 error_samples).
       window_nll: nats of each window, float64 [windows].
       window_tokens: real tokens of each window, int64 [windows].
     """
@@ -78,8 +78,8 @@ class Estimate:
 
 def labelled_nll(apply, head: Head, params, labelled):
     """Σ weight · (−log p) of each row: float32 [B]."""
-    at = (0, labelled.target.shape[1])
-    hidden = apply(params, labelled.tokens, predict=at, head=False)
+    predicted = (0, labelled.target.shape[1])
+    hidden = apply(params, labelled.tokens, predict=predicted, head=False)
     target, weight = (labelled.target,), (labelled.weight,)
     return sequence_nll(head, (hidden,), params["logits"], target, weight)[0]
 
@@ -106,8 +106,8 @@ def log_mean_exp(log_p_BO: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """log mean_k exp over the last axis, and an estimate of its variance (NaN if K = 1).
 
     The variance is the jackknife's: the spread of the K values that leave one order out, summed. By
-    the Efron-Stein inequality its expectation is at least the variance with K − 1 orders, however
-    heavy the tails of p. The delta method is not: log p varies by many nats over orders, one order
+    the Efron-Stein inequality its expectation is at least the variance with K − 1 orders, for any
+    tails of p. The delta method is not: log p varies by many nats over orders, one order
     carries most of the mean, and the delta method's variance is below 1 nat² then.
     """
     orders = log_p_BO.shape[1]
@@ -115,7 +115,7 @@ def log_mean_exp(log_p_BO: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if orders == 1:
         return total, np.full(len(log_p_BO), np.nan)
     falling = -np.sort(-log_p_BO, axis=1)
-    # The sums without the largest term are recomputed: a difference would cancel.
+    # Sums without the largest term are recomputed, because a difference would cancel.
     without_others = total[:, None] + np.log1p(-np.exp(falling[:, 1:] - total[:, None]))
     left_out = np.concatenate([_logsumexp(falling[:, 1:])[:, None], without_others], axis=1)
     return total - math.log(orders), left_out.var(axis=1) * orders
@@ -150,7 +150,8 @@ def _batches(batches: Iterable[dict], mesh, progress: str | None, total: int | N
 def _estimate(
     nll: float, rows: list, tokens: list, variance: float, error_samples: int
 ) -> Estimate:
-    """`rows`, `tokens`: nats [B] and real tokens [B] of each batch; rows without any are filler."""
+    """`rows`, `tokens`: nats [B] and real tokens [B] of each batch; rows without any are
+    padding."""
     window_nll, window_tokens = np.concatenate(rows), np.concatenate(tokens)
     total = int(window_tokens.sum())
     is_real = window_tokens > 0
@@ -176,8 +177,8 @@ def make_nelbo(config, built: BuiltModel):
     """Returns estimate(params, batches, *, num_samples, seed, …) → Estimate of the NELBO.
 
     `num_samples` draws of noise per window; the error is estimated from their spread, batch by
-    batch, since times are stratified within a batch. Where the NELBO is exact
-    (is_exact), one draw is all. Batches are global: {"x", "valid"}, [B, L].
+    batch, since times are stratified within a batch. One draw suffices where
+    the NELBO is exact (is_exact). Batches are global: {"x", "valid"}, [B, L].
     """
     phases = make_phases(config, built.special, low_variance=False)
     exact = is_exact(config)
@@ -209,8 +210,8 @@ def make_importance_weighted(config, built: BuiltModel):
     """Returns estimate(params, batches, *, num_orders, seed, …) → Estimate of the
     importance-weighted bound −log mean_k p_σk(x), for eso_b at any α₀.
 
-    Every window draws its own orders, so that the variances of windows add up. The error is that of
-    the bound with this K, not the distance to the likelihood, which is below it."""
+    Every window draws its own orders, so the variances of windows add up. The error is that of the
+    bound with this K, not its distance to the likelihood, which it exceeds in expectation."""
     label = functools.partial(eso_b.any_order, alpha_0=config.alpha_0, special=built.special)
     draw = _compiled(functools.partial(any_order_log_p, built.apply, label, built.head), built)
 

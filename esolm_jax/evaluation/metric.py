@@ -11,12 +11,12 @@ from esolm_jax.model.build import BuiltModel
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a metric found.
+    """The result of a metric.
 
     Attributes:
       value: the figure that training curves show.
       figures: JSON-able; an entry of `results` in evaluate.json.
-      line: the figures in one line, for people.
+      line: the figures in one line of text, or the name and the value if that is not finite.
     """
 
     value: float
@@ -24,18 +24,18 @@ class Result:
     line: str
 
 
-def check_finite(result: Result, name: str) -> Result:
+def check_finite(result: Result) -> Result:
     """The result. UserError if its value is not finite."""
     if not math.isfinite(result.value):
         raise UserError(
-            f"{name}: is {result.value}, although all weights are finite: activations "
-            "overflow; evaluate an earlier step (--step=N), or with --config.model.dtype=float32"
+            f"{result.line}, although all weights are finite: activations overflow; evaluate an "
+            "earlier step (--step=N), or with --config.model.dtype=float32"
         )
     return result
 
 
 class Estimator(Protocol):
-    """Computes a metric; called once per evaluation, so what it compiles is compiled once.
+    """Computes a metric. It is called once per evaluation and compiles its programs once.
 
     Args:
       params: the weights. batches: global batches {"x": int32 [B, L], "valid": bool [B, L]}.
@@ -59,9 +59,9 @@ class Metric:
     """A metric, by the name that config.eval.metrics and config.train.metrics use.
 
     Attributes:
-      make: (config, model, draws) → its estimator. draws: Monte-Carlo draws per window; None: as
-        config.eval says.
-      applies: config → whether there is anything to compute.
+      make: (config, model, draws) → its estimator. draws: Monte-Carlo draws per window; None: those
+        of config.eval.
+      applies: config → whether the metric exists for it.
     """
 
     name: str

@@ -7,24 +7,12 @@ not import this module; or one call of `register`.
 from esolm_jax.config import METRICS
 from esolm_jax.evaluation.bounds import IMPORTANCE_WEIGHTED, NELBO
 from esolm_jax.evaluation.metric import Metric
+from esolm_jax.registry import Registry
 
-_METRICS: dict[str, Metric] = {metric.name: metric for metric in (NELBO, IMPORTANCE_WEIGHTED)}
-
-
-def register(metric: Metric) -> Metric:
-    """Adds a metric; config.eval.metrics and config.train.metrics can then name it. ValueError if
-    the name is taken."""
-    if metric.name in _METRICS:
-        raise ValueError(f"metric {metric.name!r}: is registered already")
-    _METRICS[metric.name] = metric
-    METRICS.append(metric.name)
-    return metric
-
-
-def unregister(name: str) -> None:
-    """Removes a metric, such as one of a test."""
-    del _METRICS[name]
-    METRICS.remove(name)
+_METRICS: Registry[Metric] = Registry(
+    "metric", {metric.name: metric for metric in (NELBO, IMPORTANCE_WEIGHTED)}, names=METRICS
+)
+register, unregister = _METRICS.register, _METRICS.unregister  # names of config.*.metrics
 
 
 def selected(names: str, config) -> list[Metric]:

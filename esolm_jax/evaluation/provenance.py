@@ -9,7 +9,7 @@ from esolm_jax.data.reader import unigram_perplexity
 
 
 def training_data(manifest: Manifest) -> dict:
-    """For a checkpoint's meta: identifies the training text."""
+    """Identifies the training text in a checkpoint's meta."""
     return {
         "source": manifest.source,
         "source_hash": manifest.source_hash,
@@ -18,8 +18,9 @@ def training_data(manifest: Manifest) -> dict:
 
 
 def evaluated_data(manifest: Manifest, split: str, windows: int) -> dict:
-    """For evaluate.json: the source, its files as named in the config, hashes, and the evaluated
-    part of the split. A source's hash covers its files' content, a split's hash its windows."""
+    """The data entry of evaluate.json: the source, its files as named in the config, hashes, and
+    the evaluated part of the split. A source's hash covers its files' content, a split's hash its
+    windows."""
     entry = manifest.split(split)
     names = ("train", "validation", "test", "holdout", "text_field")
     return {

@@ -1,4 +1,4 @@
-"""AR: autoregression. One stream, shifted right behind a start token; rank = position."""
+"""AR: autoregression. One stream, shifted right after a start token; rank = position."""
 
 import functools
 
@@ -12,7 +12,7 @@ from esolm_jax.family.streams import index, labelled, stream
 
 
 def label(x, valid, *, start: int) -> LabelledBatch:
-    """x shifted right behind a start token, rank = position."""
+    """x shifted right after a start token, rank = position."""
     shifted = jnp.concatenate([jnp.full_like(x[:, :1], start), x[:, :-1]], axis=1)
     order_BL = index(x)
     tokens = stream(shifted, order_BL, order_BL, in_context=True, block=1)
@@ -34,7 +34,7 @@ def windows(schedule, block_length: int) -> Windows:
     slot = np.arange(schedule.order.shape[1])
     refuse(
         (schedule.order != slot[None]).any(axis=1) | (schedule.sizes > 1).any(axis=0),
-        "objective ar generates in text order, one token per step, behind a prompt at the start",
+        "objective ar generates in text order, one token per step, after a prompt at the start",
     )
     first = schedule.first
     return Windows(schedule.num_known, start=first, end=first + 1, rank=slot)
@@ -55,6 +55,6 @@ FAMILY = Family(
     is_shifted=True,
     no_parallel="one token per step",
     no_speculation="no mask to draft with",
-    has_any_order_likelihood=True,  # of its only order
+    has_any_order_likelihood=True,  # of its single order
     export=Export(cached=True),
 )

@@ -12,7 +12,7 @@ from esolm_jax.family.streams import index, labelled, stream, two_streams
 
 
 def label(x, valid, masked, weight, *, mask: int, block_length: int) -> LabelledBatch:
-    """z_t ‖ x, rank = position // block length; padding is of a rank after all blocks."""
+    """z_t ‖ x, rank = position // block length; padding has a rank after all blocks."""
     order_BL = index(x)
     num_blocks = x.shape[1] // block_length
     rank = jnp.where(valid, order_BL // block_length, num_blocks)
@@ -22,7 +22,7 @@ def label(x, valid, masked, weight, *, mask: int, block_length: int) -> Labelled
 
 
 def phases(s: PhaseSettings) -> tuple[Phase, ...]:
-    """One diffusion phase; every block of a row has a time of its own."""
+    """One diffusion phase; each block of a row has its own time."""
     to_label = functools.partial(label, mask=s.special.mask, block_length=s.block_length)
     times = s.seq_len // s.block_length
     diffusion = functools.partial(diffusion_in_text_order, s, to_label, times_per_row=times)
@@ -30,7 +30,8 @@ def phases(s: PhaseSettings) -> tuple[Phase, ...]:
 
 
 def windows(schedule, block_length: int) -> Windows:
-    """A block is one rank: its passes run it whole; the first also caches the block before."""
+    """A block is one rank and each pass runs it whole; its first pass also caches the previous
+    block."""
     first = schedule.first
     slot = np.arange(schedule.order.shape[1])
     refuse(

@@ -39,8 +39,8 @@ def phases(s: PhaseSettings) -> tuple[Phase, ...]:
 
 
 def windows(schedule, block_length: int) -> Windows:
-    """Diffusion: known tokens see each other, so each pass runs them all again. Sequential: the
-    diffusion tokens are cached by one pass, then as (B)."""
+    """Diffusion: known tokens see each other, so each pass recomputes all of them. Sequential: one
+    pass caches the diffusion tokens, then as (B)."""
     first, prefix = schedule.first, schedule.num_diffusion[None]
     cached = first > prefix  # the prefix, with its final ranks
     return Windows(
@@ -53,7 +53,7 @@ def windows(schedule, block_length: int) -> Windows:
 
 
 def work(phase: Phase, length: int, alpha_0: float, block_length: int) -> Work:
-    """That of (B), and the pairs of clean tokens that read each other."""
+    """The work of (B), plus the pairs of clean tokens that read each other."""
     base = eso_b.work(phase, length, alpha_0, block_length)
     both_clean = (
         alpha_0**2 if phase.can_trim_queries else alpha_0**2 / 3

@@ -18,7 +18,7 @@ from esolm_jax.family.streams import index, labelled, stream, two_streams
 
 
 def label_diffusion(x, valid, masked, order_BL, weight, *, mask: int) -> LabelledBatch:
-    """z_t in generation order, causal in it."""
+    """z_t in generation order, with causal attention."""
     z, rank = jnp.where(masked, mask, x), index(order_BL)
     tokens = stream(z, order_BL, rank, in_context=True, block=1)
     return labelled(tokens, x, valid, order_BL, weight)
@@ -27,7 +27,7 @@ def label_diffusion(x, valid, masked, order_BL, weight, *, mask: int) -> Labelle
 def label_sequential(x, valid, masked, order_BL, weight, *, mask: int) -> LabelledBatch:
     """z ‖ x in generation order, the same ranks for both copies.
 
-    With everything masked this is the any-order likelihood: token r of z predicts x_σ(r) given
+    With all tokens masked, this is the any-order likelihood: token r of z predicts x_σ(r) given
     x_σ(<r).
     """
     rank = index(order_BL)
@@ -37,7 +37,7 @@ def label_sequential(x, valid, masked, order_BL, weight, *, mask: int) -> Labell
 
 
 def any_order(key, x, valid, *, alpha_0: float, special: SpecialIds) -> LabelledBatch:
-    """A random order σ, every token predicted from those before it in σ: −log p_σ(x)."""
+    """A random order σ, every token predicted from the tokens before it in σ: −log p_σ(x)."""
     key_mask, key_order = jax.random.split(key)
     late = noise.draw_masks(key_mask, alpha_0, valid)
     order_BL = orders.clean_first_then_left_to_right(key_order, late, valid)
@@ -49,7 +49,7 @@ def phases(s: PhaseSettings) -> tuple[Phase, ...]:
 
 
 def windows(schedule, block_length: int) -> Windows:
-    """Each pass holds what the last one generated (as context) and its own masks."""
+    """Each pass runs the tokens of the previous one, as context, and its own masks."""
     return Windows(
         prefill=schedule.num_known,
         start=schedule.new_context,

@@ -1,4 +1,4 @@
-"""Family: everything that distinguishes one member of the family from another, as one object."""
+"""Family: all that distinguishes one family from another, in one object."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,14 +11,14 @@ from esolm_jax.family.phase import Phase, PhaseSettings
 
 
 class GenerationSteps(Protocol):
-    """What a family needs to know of a sampling schedule (sampling/plan/schedule.py).
+    """The part of a sampling schedule (sampling/plan/schedule.py) that a family reads.
 
     Attributes:
       order: [B, L], the position at each rank. sizes: [steps, B], tokens generated in each step.
       num_known: [B], how many leading ranks are known. length: [B], tokens of each text.
-      num_diffusion: [B], how many leading ranks are known or of the diffusion phase.
+      num_diffusion: [B], how many leading ranks are known or in the diffusion phase.
       first: [steps, B], the first rank that a step generates.
-      new_context: [steps, B], the first rank that the step before generated.
+      new_context: [steps, B], the first rank that the previous step generated.
     """
 
     order: np.ndarray
@@ -35,9 +35,9 @@ class Windows:
     """The slots that each decoding pass runs; slot j holds the token of rank j in the order.
 
     Attributes:
-      prefill: [B], how many known slots are put in the cache before the first step.
+      prefill: [B], number of known slots that are cached before the first step.
       start, end: [steps, B] or broadcastable: a pass runs the slots [start, end).
-      rank: [L], the rank of each slot. bidirectional_below: slots below it are of rank 0;
+      rank: [L], the rank of each slot. bidirectional_below: slots below it have rank 0;
         [steps, B], or 0.
     """
 
@@ -50,12 +50,12 @@ class Windows:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """The expected work of one row of a phase (or a sum of such).
+    """The expected work of one row of a phase, or of several rows.
 
     Attributes:
-      tokens: must go through the blocks; query copies without a loss need not.
-      predicted: must be projected on the vocabulary.
-      pairs: of a query and a key that it may read.
+      tokens: tokens that the blocks process, without query copies that have no loss.
+      predicted: tokens that the head projects on the vocabulary.
+      pairs: pairs of a query and a visible key.
     """
 
     tokens: float
@@ -73,13 +73,13 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """How exported artefacts decode (interop/export).
+    """Settings for exported artefacts (interop/export).
 
     Attributes:
-      cached: the shipped loop runs new tokens only; else the whole text in every pass.
+      cached: the shipped loop runs new tokens only; otherwise the whole text in each pass.
       prefix_of_one_rank: known tokens of the diffusion phase have rank 0.
       no_step: why there is no cached step function, or "".
-      step_note: what a caller of the cached step has to know, or "".
+      step_note: a note for callers of the cached step, or "".
     """
 
     cached: bool = False
@@ -89,7 +89,7 @@ class Export:
 
 
 def one_token(length: int, block_length: int) -> int:
-    """Every token has a rank of its own."""
+    """Each token has its own rank."""
     return 1
 
 
@@ -105,7 +105,7 @@ def whole_text(length: int, block_length: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A member of the family. The model, the loss and the loops know nothing else of it.
+    """A family of models. The model, the loss and the sampling loops read nothing else of it.
 
     Attributes:
       name: of config.objective.
@@ -113,13 +113,13 @@ class Family:
       windows: (schedule, block_length) → the windows of its decoding passes. Raises UserError if
         the family cannot follow the schedule.
       work: (phase, length, alpha_0, block_length) → the expected Work of one row, for lower bounds.
-      fixed_alpha_0: the only α₀ that it has, or None.
+      fixed_alpha_0: the only allowed α₀, or None.
       rank_span: (length, block_length) → how many tokens share a rank.
-      order_span: likewise → parts of the text of this length are generated one after the other.
-      schedules: of config.sample.schedule that it can follow; () = all.
-      replaced_schedules: schedules that mean another one for this family.
+      order_span: likewise → length of the parts of the text that are generated one after the other.
+      schedules: supported values of config.sample.schedule; () = all.
+      replaced_schedules: schedule → the one that this family uses instead.
       is_shifted: slot j holds text token j − 1 and predicts token j.
-      keeps_cache: tokens that are known stay in the cache; else every pass runs them again.
+      keeps_cache: known tokens stay in the cache; otherwise each pass recomputes them.
       can_extrapolate: texts may be longer than data.seq_len.
       no_parallel: why a step generates one token only, or "".
       no_speculation: why it cannot speculate, or "".
@@ -149,16 +149,16 @@ class Family:
 
     @property
     def is_blockwise(self) -> bool:
-        """Whether config.block_length means anything to it: it must divide data.seq_len."""
+        """Whether the family uses config.block_length, which must then divide data.seq_len."""
         return self.rank_span is one_block
 
     @property
     def has_two_phases(self) -> bool:
-        """Whether α₀ is a dial between a diffusion and a sequential phase."""
+        """Whether α₀ interpolates between a diffusion and a sequential phase."""
         return self.fixed_alpha_0 is None
 
 
 def refuse(is_wrong_B: np.ndarray, reason: str) -> None:
-    """UserError that names the first text that is wrong."""
+    """UserError that names the first wrong text, if any."""
     if is_wrong_B.any():
-        raise UserError(f"text {is_wrong_B.argmax()} (the first is 0): {reason}")
+        raise UserError(f"text {is_wrong_B.argmax()} (counted from 0): {reason}")

@@ -1,4 +1,4 @@
-"""Labelled tokens: everything that the model knows about an objective."""
+"""Labelled tokens: the only information that the model has about an objective."""
 
 import dataclasses
 from typing import Self
@@ -13,7 +13,7 @@ class Layout:
     """Labels that follow from a token's index alone: M query copies, then L tokens in context.
 
     Context token i has rank i // block; the query copies are those of the last M context tokens
-    and have their ranks. Kernels with static masks build on it.
+    and have their ranks. Kernels with static masks rely on it.
 
     Attributes:
       length: L. queries: M, 0 <= M <= L. block: context tokens of one rank.
@@ -37,13 +37,13 @@ class Tokens:
     """The tokens of one forward pass, each with its four labels. All arrays are [B, T].
 
     Attributes:
-      token: int32, vocabulary id; the mask id where the token is still to be predicted.
-      position: int32, place in the text (what RoPE sees).
-      rank: int32, place in the generation order: small = known early.
+      token: int32, vocabulary id; the mask id where the token is to be predicted.
+      position: int32, index in the text (for RoPE).
+      rank: int32, index in the generation order: small = known early.
       in_context: bool. True: readable by every token of this rank or later. False: a query copy,
         readable only by query copies of the same rank.
-      layout: what ranks and contexts are by index alone, in every row, or None. A token whose rank
-        is not the layout's is padding: of a later rank, so that no other token reads it.
+      layout: ranks and contexts as functions of the index, the same in every row, or None. A token
+        with another rank than the layout's is padding: its rank is later, so no token reads it.
     """
 
     token: jax.Array
@@ -60,13 +60,13 @@ class Tokens:
 
 @flax.struct.dataclass
 class LabelledBatch:
-    """Tokens with targets: what every objective returns and every loss reads.
+    """Tokens with targets: the output of every objective and the input of every loss.
 
     The loss is Σ weight · (−log p(target)) / Σ num_tokens, over the first P tokens of the pass.
 
     Attributes:
       tokens: Tokens [B, T].
-      target: int32 [B, P], P <= T: what the first P tokens predict.
+      target: int32 [B, P], P <= T: the tokens that the first P tokens predict.
       weight: float32 [B, P]; 0 where nothing is predicted.
       num_tokens: int32 [B], number of real (not padding) text tokens in each row.
     """

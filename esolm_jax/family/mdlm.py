@@ -12,7 +12,7 @@ from esolm_jax.family.streams import index, labelled, stream
 
 
 def label(x, valid, masked, weight, *, mask: int) -> LabelledBatch:
-    """z_t, all of one rank; padding is of a later rank, so no token reads it."""
+    """z_t, all of one rank; padding has a later rank, so no token reads it."""
     order_BL = index(x)
     z, rank = jnp.where(masked, mask, x), jnp.where(valid, 0, 1)
     tokens = stream(z, order_BL, rank, in_context=True, block=x.shape[1])

@@ -1,4 +1,4 @@
-"""The noise schedule: which fraction of the text is known at time t (arXiv 2506.01928)."""
+"""The noise schedule: the fraction of the text that is known at time t (arXiv 2506.01928)."""
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +17,15 @@ def dalpha(alpha_0: float) -> float:
 
 
 def elbo_weight(t, alpha_0: float):
-    """−α'_t / (1 − α_t): what a masked token's cross-entropy counts in the diffusion loss."""
+    """−α'_t / (1 − α_t): the weight of a masked token's cross-entropy in the diffusion loss."""
     return -dalpha(alpha_0) / (1.0 - alpha(t, alpha_0))
 
 
 def stratified_times(key, shape: tuple[int, ...]):
     """Times t = (u + i)/n for i < n = prod(shape), one u for all, mapped to [ε, 1]; float32.
 
-    Drawn over the *global* batch, so that every batch sees all noise levels alike; dealt out in
-    random order, so that every row's time is uniform, also where rows come in a fixed order.
+    Drawn over the *global* batch, so that every batch covers all noise levels evenly; in random
+    order, so that each row's time is uniform, also if rows come in a fixed order.
     """
     key_u, key_deal = jax.random.split(key)
     n = 1

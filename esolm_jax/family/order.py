@@ -1,6 +1,6 @@
-"""Generation orders σ: which text position is generated at which rank. order[b, r] = position.
+"""Generation orders σ: the text position that is generated at each rank. order[b, r] = position.
 
-Padding always comes last, so that by the rule of attention no real token ever reads it.
+Padding comes last, so by the rule of attention no real token reads it.
 """
 
 import jax

@@ -19,7 +19,7 @@ from esolm_jax.family.labels import LabelledBatch
 
 @dataclasses.dataclass(frozen=True)
 class SpecialIds:
-    """Ids with a role: `mask` stands for a token to be predicted, `start` begins an AR text."""
+    """Special ids: `mask` marks a token to be predicted, `start` begins an AR text."""
 
     mask: int
     start: int
@@ -30,7 +30,7 @@ class Phase:
     """One term of an objective.
 
     Attributes:
-      fraction: the part of a training batch that feeds it (evaluation feeds every row to every
+      fraction: the share of a training batch that feeds it (in evaluation, each row feeds each
         phase).
       label: (key, x, valid) → LabelledBatch.
       masked_fraction: probability that a token is predicted, on average.
@@ -47,10 +47,10 @@ class Phase:
 
 @dataclasses.dataclass(frozen=True)
 class PhaseSettings:
-    """What the phases of a family depend on.
+    """The settings that the phases of a family depend on.
 
     Attributes:
-      alpha_0: α₀ of the config: it decides shapes and the shares of the batch.
+      alpha_0: α₀ of the config, which determines shapes and the shares of the batch.
       noise_alpha_0: α₀ of the noise: a traced scalar while α₀ is annealed, else `alpha_0`.
       kappa: κ, the share of the batch that feeds the diffusion phase at 0 < α₀ < 1.
       seq_len: L. block_length: tokens of a block.
@@ -67,13 +67,13 @@ class PhaseSettings:
 
     @property
     def mean_masked(self) -> float:
-        """The mean of 1 − α_t: how probable it is that the diffusion phase predicts a token."""
+        """The mean of 1 − α_t: the probability that the diffusion phase predicts a token."""
         return 1 - self.alpha_0 / 2
 
 
 def _noise(s: PhaseSettings, key, valid, times_per_row: int):
     """Masks and weights of a diffusion phase, bool and float32 [B, L]. `times_per_row` > 1 gives
-    every block of a row a time of its own (BD3-LM)."""
+    each block of a row its own time (BD3-LM)."""
     key_time, key_mask = jax.random.split(key)
     batch, length = valid.shape
     t = noise.stratified_times(key_time, (batch, times_per_row))
@@ -86,14 +86,15 @@ def _noise(s: PhaseSettings, key, valid, times_per_row: int):
 def diffusion_in_text_order(
     s: PhaseSettings, label, key, x, valid, *, times_per_row=1
 ) -> LabelledBatch:
-    """Masks are drawn; label(x, valid, masked, weight=…)."""
+    """Draws masks and weights, and returns label(x, valid, masked, weight=…)."""
     key_noise, _ = jax.random.split(key)
     masked, weight = _noise(s, key_noise, valid, times_per_row)
     return label(x, valid, masked, weight=weight)
 
 
 def _diffusion_shuffled(s: PhaseSettings, label, key, x, valid) -> LabelledBatch:
-    """Masks and a random order, clean tokens first; label(x, valid, masked, order, weight)."""
+    """Draws masks, weights and a random order with clean tokens first, and returns
+    label(x, valid, masked, order, weight)."""
     key_noise, key_order = jax.random.split(key)
     masked, weight = _noise(s, key_noise, valid, times_per_row=1)
     order_BL = orders.clean_first_random(key_order, masked, valid)
@@ -103,7 +104,8 @@ def _diffusion_shuffled(s: PhaseSettings, label, key, x, valid) -> LabelledBatch
 def _sequential(
     s: PhaseSettings, label, key, x, valid, *, clean_in_text_order: bool
 ) -> LabelledBatch:
-    """1 − α₀ of the tokens are masked, and predicted from left to right after the clean ones."""
+    """Masks tokens with probability 1 − α₀, orders them left to right after the clean ones, and
+    returns label(x, valid, masked, order, weight)."""
     key_mask, key_order = jax.random.split(key)
     masked = noise.draw_masks(key_mask, s.noise_alpha_0, valid)
     if clean_in_text_order:
@@ -116,7 +118,7 @@ def _sequential(
 def two_phases(
     s: PhaseSettings, label_diffusion, label_sequential, *, clean_in_text_order: bool
 ) -> tuple[Phase, ...]:
-    """A diffusion and a sequential phase, without one that has no share of the batch.
+    """A diffusion and a sequential phase, without a phase that has no share of the batch.
 
     α₀ = 1 ⇒ κ = 1 and α₀ = 0 ⇒ κ = 0. `clean_in_text_order`: of the sequential phase.
     """
@@ -137,13 +139,13 @@ def two_phases(
 def make_phases(
     config, special: SpecialIds, *, low_variance: bool, alpha_0=None
 ) -> tuple[Phase, ...]:
-    """The phases of `config.objective`, without those that have no share of the batch.
+    """The phases of `config.objective`, without phases that have no share of the batch.
 
     Reads objective, alpha_0, kappa, block_length and data.seq_len. `low_variance` drops the ELBO
     weight of the diffusion phase (training only).
 
     `alpha_0`, a traced scalar, replaces the config's α₀ while that is annealed; shapes and shares
-    of the batch stay those of the config's. At 0 the diffusion loss has weight 0.
+    of the batch stay those of the config's α₀. At 0 the diffusion loss has weight 0.
     """
     settings = PhaseSettings(
         special=special,
@@ -158,5 +160,5 @@ def make_phases(
 
 
 def is_exact(config) -> bool:
-    """Whether the NELBO is the likelihood itself: at α₀ = 0 no mask and no order is random."""
+    """Whether the NELBO equals the likelihood: at α₀ = 0, neither masks nor orders are random."""
     return config.alpha_0 == 0

@@ -7,25 +7,16 @@ import importlib
 from typing import TYPE_CHECKING
 
 from esolm_jax.errors import UserError, nearest
+from esolm_jax.registry import Registry
 
 if TYPE_CHECKING:
     from esolm_jax.family.family import Family
 
-_FAMILIES: dict[str, "Family | None"] = dict.fromkeys(("ar", "mdlm", "bd3", "eso_a", "eso_b"))
-NAMES = _FAMILIES.keys()  # all allowed values of config.objective, those of `register` too
-
-
-def register(family: "Family") -> "Family":
-    """Adds a family; config.objective can then name it. ValueError if the name is taken."""
-    if family.name in _FAMILIES:
-        raise ValueError(f"family {family.name!r}: is registered already")
-    _FAMILIES[family.name] = family
-    return family
-
-
-def unregister(name: str) -> None:
-    """Removes a family, such as one of a test."""
-    del _FAMILIES[name]
+_FAMILIES: Registry["Family | None"] = Registry(
+    "family", dict.fromkeys(("ar", "mdlm", "bd3", "eso_a", "eso_b"))
+)
+register, unregister = _FAMILIES.register, _FAMILIES.unregister
+NAMES = _FAMILIES.keys()  # the allowed values of config.objective, registered ones included
 
 
 def get(name: str) -> "Family":

@@ -1,4 +1,4 @@
-"""The rule of attention: which token reads which, by their labels alone."""
+"""The rule of attention: which tokens a token reads, as a function of their labels."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from esolm_jax.family.labels import Layout, Tokens
 
 
 def visible(q_rank, q_in_context, k_rank, k_in_context):
-    """Whether a query may read a key: the rule that every model of the family shares.
+    """Whether a query may read a key: the rule of all families.
 
         rank_k + [not in_context_q] <= rank_q           if in_context_k
         not in_context_q  and  rank_k == rank_q         otherwise
@@ -23,7 +23,7 @@ def visible(q_rank, q_in_context, k_rank, k_in_context):
 
 
 def dense_mask(q: Tokens, k: Tokens) -> jax.Array:
-    """The rule for all pairs: bool [B, Tq, Tk]. Of the labels, ranks and contexts are read."""
+    """The rule for all pairs: bool [B, Tq, Tk]. Uses ranks and contexts."""
     return visible(
         q.rank[:, :, None], q.in_context[:, :, None], k.rank[:, None, :], k.in_context[:, None, :]
     )

@@ -1,4 +1,4 @@
-"""What labellings are built of: copies of the text, laid out in generation order.
+"""Building blocks of labellings: copies of the text in generation order.
 
 Shapes: text, rank and weight [B, L] in text order; order int32 [B, L], the position at each rank.
 """
@@ -14,7 +14,7 @@ def take(a_BL, order_BL):
 
 
 def index(order_BL):
-    """0, 1, 2, … in every row: the rank of a token that has a rank of its own."""
+    """0, 1, 2, … in every row: the ranks if each token has its own."""
     return jnp.broadcast_to(jnp.arange(order_BL.shape[1], dtype=jnp.int32), order_BL.shape)
 
 

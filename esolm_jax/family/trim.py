@@ -1,8 +1,8 @@
-"""Query copies that reach no loss are left out: half the tokens or more of a sequential phase.
+"""Drops query copies that reach no loss: half or more of the tokens of a sequential phase.
 
-A query copy is read by no token of another rank, so one without a weight is of no use (the context
-copy of a clean token equals it). How many are masked is random and shapes are static: each row
-keeps a fixed number of its last query copies, and a batch in which any row needs more is run whole.
+No token of another rank reads a query copy, so a copy without a weight is unused (it equals the
+context copy of its clean token). The number of masks is random and shapes are static: each row
+keeps a fixed number of its last query copies; a batch in which a row needs more runs untrimmed.
 """
 
 import functools
@@ -16,17 +16,17 @@ from esolm_jax.family.labels import LabelledBatch, Layout
 
 @functools.cache
 def num_queries(length: int, masked_fraction: float, rows: int, multiple: int = 8) -> int:
-    """How many query copies a row keeps: M, a multiple of `multiple`, or L.
+    """The number M of query copies that a row keeps: a multiple of `multiple`, or L.
 
-    The M of the fewest tokens in expectation, L + M or, if any of `rows` rows has more than M of
-    Binomial(L, predicts) tokens to predict, 2L.
+    Minimizes the expected number of tokens: L + M or, if any of `rows` rows has more than M of
+    Binomial(L, masked_fraction) tokens to predict, 2L.
     """
     bounds = list(range(multiple, length, multiple))
 
     def tokens(bound: int) -> float:
         return bound + (length - bound) * exceeded(length, masked_fraction, rows, bound)
 
-    return min([length, *bounds], key=tokens)  # of equals, all: nothing to decide at run time
+    return min([length, *bounds], key=tokens)  # if equal, L: no branch at run time
 
 
 def exceeded(length: int, masked_fraction: float, rows: int, bound: int) -> float:
@@ -36,7 +36,7 @@ def exceeded(length: int, masked_fraction: float, rows: int, bound: int) -> floa
 
 
 def fits(labelled: LabelledBatch, queries: int):
-    """bool scalar: whether trimming to `queries` query copies leaves every prediction in place."""
+    """bool scalar: whether trimming to `queries` query copies keeps all predictions."""
     dropped = labelled.weight[:, : labelled.weight.shape[1] - queries]
     return ~jnp.any(dropped != 0)
 

@@ -80,7 +80,7 @@ def read_bytes(path: str | Path, limit: int, where: str = "") -> bytes:
         size = os.fstat(file.fileno()).st_size
         if size > limit:
             raise UserError(
-                f"{where}: has {size / MB:,.0f} MiB; such a file has at most {limit / MB:,.0f}"
+                f"{where}: has {size / MB:,.0f} MiB; must have at most {limit / MB:,.0f} MiB"
             )
         try:
             return file.read(size)
@@ -129,9 +129,9 @@ def _children(node: Any) -> list:
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    value = dict(pairs)
+    if len(value) != len(pairs):
         keys: set[str] = set()
         repeated = next(key for key, _ in pairs if key in keys or keys.add(key))
         raise ValueError(f"the key {repeated[:80]!r} is repeated")
-    return found
+    return value

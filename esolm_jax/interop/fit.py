@@ -38,7 +38,7 @@ def check(
         raise UserError(f"{where}: {'; '.join(problems)}")
 
 
-def _listed(names: list[str], others: list[str], beside: str) -> str:
+def _listed(names: list[str], others: list[str], relation: str) -> str:
     """Names, each with the nearest of the others; a name in every block is listed once."""
     groups, near = _by_pattern(names), _by_pattern(others)
     candidates = [members[0] for members in list(near.values())[:_COMPARED]]
@@ -48,7 +48,7 @@ def _listed(names: list[str], others: list[str], beside: str) -> str:
         close = difflib.get_close_matches(name, candidates, n=1)
         count = f" (in {len(members)} blocks)" if len(members) > 1 else ""
         label = pattern if count else name
-        nearest = f" ({beside} {ascii(close[0])[1:-1]})" if close else ""
+        nearest = f" ({relation} {ascii(close[0])[1:-1]})" if close else ""
         shown.append(ascii(label)[1:-1] + count + nearest)
     return _cut(shown, ", ", len(groups))
 
@@ -61,7 +61,7 @@ def _by_pattern(names: list[str]) -> dict[str, list[str]]:
     return groups
 
 
-def _cut(parts: list[str], separator: str, count: int = 0) -> str:
-    count = count or len(parts)
+def _cut(texts: list[str], separator: str, count: int = 0) -> str:
+    count = count or len(texts)
     more = f" and {count - _SHOWN} more" if count > _SHOWN else ""
-    return separator.join(parts[:_SHOWN]) + more
+    return separator.join(texts[:_SHOWN]) + more

@@ -1,5 +1,5 @@
-"""The earlier place of published/reference.py, kept for code that imports it from here."""
+"""`load` under its earlier import path; see published/names.py."""
 
-from esolm_jax.interop.published.reference import Reference, load
+from esolm_jax.interop.published.names import load
 
-__all__ = ["Reference", "load"]
+__all__ = ["load"]

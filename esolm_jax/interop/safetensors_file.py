@@ -17,7 +17,7 @@ from esolm_jax.files import regular_file
 from esolm_jax.interop import safetensors_header
 from esolm_jax.interop.safetensors_header import Entry
 
-METADATA = "esolm_jax"  # the key under which our own exports say what they hold
+METADATA = "esolm_jax"  # the key of the metadata of our own exports
 ALIGNMENT = 64  # bytes, of the data within the file
 _NUMPY = {"F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32, "F64": np.float64}
 
@@ -50,7 +50,7 @@ class Tensor:
         content = np.empty(self.nbytes, np.uint8)
         self.file.seek(self.entry.start)
         if self.file.readinto(content.data) != self.nbytes:
-            raise UserError(f"{self.where}: truncated while it is read: {self.name!a}")
+            raise UserError(f"{self.where}: truncated during the read of {self.name!a}")
         array = content.view(_NUMPY[self.entry.dtype]).reshape(self.shape)
         return array if dtype is None else array.astype(dtype, copy=False)
 
@@ -75,7 +75,7 @@ def read(path: pathlib.Path) -> tuple[dict[str, Tensor], dict]:
     return {name: Tensor(file, where, name, entry) for name, entry in entries.items()}, about
 
 
-def places(path: pathlib.Path) -> dict[str, tuple[int, tuple[int, ...]]]:
+def tensor_offsets(path: pathlib.Path) -> dict[str, tuple[int, tuple[int, ...]]]:
     """(offset in bytes within the file, shape) of each tensor."""
     return {name: (t.entry.start, t.shape) for name, t in read(path)[0].items()}
 
@@ -98,11 +98,12 @@ def write(
 ) -> None:
     """Writes float32 tensors one at a time to a temporary file, then renames it.
 
-    The safetensors library needs all of them in memory at once.
+    The safetensors library would need all of them in memory.
 
     Args:
-      shapes: by name. tensors: (name, array) in the same order; each is dropped once written.
-      about: JSON-able, kept in the metadata.
+      shapes: by name.
+      tensors: (name, array) in the same order; each is dropped after it is written.
+      about: JSON-able, stored in the metadata.
     """
     header: dict = {"__metadata__": {"format": "pt", METADATA: results.dumps(about)}}
     end = 0
@@ -115,5 +116,8 @@ def write(
         file.write(len(text).to_bytes(8, "little") + text)
         for (name, array), wanted in zip(tensors, shapes, strict=True):
             if name != wanted or array.shape != shapes[name] or array.dtype != np.float32:
-                raise ValueError(f"{name}: not the tensor whose turn it is, {wanted}")
+                raise ValueError(
+                    f"{name}: must be {wanted}, float32 of shape {shapes[wanted]}, because the "
+                    "header lists it next"
+                )
             file.write(np.ascontiguousarray(array, "<f4").data)

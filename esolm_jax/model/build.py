@@ -1,4 +1,4 @@
-"""The model of a config: its sizes, special ids and head, placed on a mesh."""
+"""The model of a config: its sizes, special ids and head, sharded over a mesh."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from esolm_jax.model.model_config import ModelConfig
 from esolm_jax.parallel import sharding
 from esolm_jax.process import prng
 
-# The fields of config.model that are the model's, not policies of its programs.
+# Fields of config.model that are sizes of the model, not policies of its programs.
 SIZES = tuple(
     name.removeprefix("model.")
     for name in config_lib.names_with("fixes_weights")
@@ -25,7 +25,7 @@ SIZES = tuple(
 
 def model_config(config, tokenizer: dict, platform: str) -> ModelConfig:
     """Sizes of the model: config.model and the tokenizer's vocabulary with the mask token.
-    `platform` ("cpu", "gpu", "tpu") chooses the attention if the config leaves it open."""
+    `platform` ("cpu", "gpu", "tpu") determines the implementation of attention "auto"."""
     m = config.model
     return ModelConfig(
         vocab_size=num_ids(tokenizer),
@@ -39,13 +39,13 @@ def model_config(config, tokenizer: dict, platform: str) -> ModelConfig:
 
 
 def num_ids(tokenizer: dict) -> int:
-    """How many ids a model has logits for: the tokenizer's, and the mask's if it is not of them."""
+    """The size of a model's vocabulary: the ids of the tokenizer, and the mask token."""
     return max(tokenizer["vocab_size"], tokenizer["mask_id"] + 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class BuiltModel:
-    """A model on a mesh, and what a loss needs."""
+    """A model on a mesh, with its head and special ids."""
 
     mesh: jax.sharding.Mesh
     model: ModelConfig
@@ -58,7 +58,7 @@ def build_model(config, tokenizer: dict, mesh) -> BuiltModel:
     """The model of `config` with the vocabulary of `tokenizer` (as in a manifest).
 
     Raises:
-      UserError: something does not divide by the mesh; the attention is for other devices.
+      UserError: a size does not divide by the mesh; the attention is for other devices.
     """
     config_lib.validate_mesh(config, mesh.shape)
     platform = sharding.platform(mesh)
@@ -66,7 +66,8 @@ def build_model(config, tokenizer: dict, mesh) -> BuiltModel:
     if attention.ON.get(model.attention, platform) != platform:
         raise UserError(
             f"config.model.attention={model.attention!r}: "
-            f"is for {attention.ON[model.attention].upper()}s, but these are {platform.upper()}s"
+            f"must be an implementation for {platform.upper()}s, not "
+            f"{attention.ON[model.attention].upper()}s"
         )
     start = tokenizer["mask_id" if config.start_token == "mask" else "bos_id"]
     special = SpecialIds(mask=tokenizer["mask_id"], start=start)
@@ -75,7 +76,7 @@ def build_model(config, tokenizer: dict, mesh) -> BuiltModel:
 
 
 def abstract_params(config: ModelConfig, mesh):
-    """ShapeDtypeStructs of the parameters, placed on the mesh."""
+    """ShapeDtypeStructs of the parameters, sharded over the mesh."""
 
     def make():
         return model_lib.init(config, prng.key(0))

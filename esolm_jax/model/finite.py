@@ -17,8 +17,8 @@ _ADVICE = "use weights that were saved before training diverged"
 def check_finite(tree, source: str, advice: str = _ADVICE) -> None:
     """UserError unless every floating-point value in a tree of arrays is finite.
 
-    One program examines JAX arrays on their devices, so all processes get the same result and all
-    must call this. NumPy arrays, also on disk, are examined in pieces.
+    One program examines JAX arrays on their devices, so all processes must call this and get the
+    same result. NumPy arrays, also on disk, are examined in pieces.
 
     Args:
       tree: any pytree. source: what it was read from; the message begins with it.
@@ -44,13 +44,13 @@ def non_finite(tree) -> list[str]:
     ok = {name: _is_finite(leaf) for name, leaf in leaves.items() if name not in on_devices}
     if on_devices:
         sharding = next(iter(on_devices.values())).sharding
-        found = _program(_replicated(sharding))(list(on_devices.values()))
-        ok |= dict(zip(on_devices, np.asarray(found), strict=True))
+        are_finite = _program(_replicated(sharding))(list(on_devices.values()))
+        ok |= dict(zip(on_devices, np.asarray(are_finite), strict=True))
     return [name for name in leaves if not ok[name]]
 
 
 def _is_finite(array: np.ndarray) -> bool:
-    """As float32, which is what we compute in: a float64 beyond its range becomes infinity."""
+    """Whether all values are finite as float32, the dtype of all weights."""
     flags = ["external_loop", "buffered", "zerosize_ok"]
     pieces = np.nditer(array, flags, order="K", buffersize=_PIECE)
     with np.errstate(over="ignore"):
@@ -58,7 +58,7 @@ def _is_finite(array: np.ndarray) -> bool:
 
 
 def _replicated(sharding) -> NamedSharding | None:
-    """On the devices of a sharding; None: on one device."""
+    """The replicated sharding on the same devices; None for an array on one device."""
     if isinstance(sharding, NamedSharding):
         return NamedSharding(sharding.mesh, PartitionSpec())
     return None

@@ -42,7 +42,7 @@ def rms_normalize(config: ModelConfig, x):
 
 
 def normalize(config: ModelConfig, h):
-    """What LayerNorm, or RMSNorm, does before its scale and bias: float32."""
+    """LayerNorm or RMSNorm without scale and bias: float32."""
     h = h.astype(jnp.float32)
     if config.style != "llama":
         h = h - h.mean(axis=-1, keepdims=True)
@@ -50,10 +50,10 @@ def normalize(config: ModelConfig, h):
 
 
 class Norm(nnx.Module):
-    """LayerNorm or RMSNorm, and adaLN: (n · g + b) · (1 + scale) + shift of the standardised h, n.
+    """LayerNorm or RMSNorm, and adaLN: (n · g + b) · (1 + scale) + shift, with n the normalized h.
 
-    The vectors are multiplied first: that is a pass less over the tokens, and in the backward pass
-    one sum over them less.
+    The vectors are multiplied first. This saves a pass over the tokens and, in the backward pass, a
+    sum over them.
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
@@ -73,7 +73,7 @@ class Norm(nnx.Module):
 def dropout(key, rate: float, h):
     if key is None or rate == 0.0:
         return h
-    # Two draws of 16 bits from each of 32: random bits are what dropout costs.
+    # Two draws of 16 bits from each 32 bits: random bits are the main cost of dropout.
     *batch, width = h.shape
     bits = jax.random.bits(key, (*batch, width // 2), jnp.uint32)
     draws = jax.lax.bitcast_convert_type(bits, jnp.uint16).reshape(h.shape)
@@ -130,7 +130,7 @@ class Modulation(nnx.Module):
     def __call__(self, cond_BC):
         if self.linear is None:
             return (0.0, 0.0, 1.0, 0.0, 0.0, 1.0)[: self.parts]
-        # The kernel stays where it is; the small result is gathered.
+        # The kernel stays sharded; the small result is gathered.
         split = sharding.constrain(self.mesh, self.linear(cond_BC), None, "embed")
         whole = sharding.constrain(self.mesh, split, None, None)
         return jnp.split(whole[:, None], self.parts, axis=-1)

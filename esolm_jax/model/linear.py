@@ -1,10 +1,10 @@
 """Linear layers and embeddings: compute dtype inside, float32 weights, gradients and reductions.
 
-On a mesh, each is a small manual program (shard_map) whose collectives can be read off it: a
-kernel is gathered over `fsdp`, in the compute dtype, where it is used, forward and backward;
-its gradient is summed in float32, scattered back over `fsdp`, then summed over what else splits
-the batch; activations are summed over `tensor` where the contraction is split. Their gradient
-rules are written out, so that none of it is left to be inferred.
+On a mesh, each layer is a shard_map with explicit collectives. A kernel is gathered over `fsdp` in
+the compute dtype, in the forward and in the backward pass. Its gradient is summed in float32,
+scattered over `fsdp`, then summed over the other axes that shard the batch. Activations are summed
+over `tensor` where the contraction is sharded. The gradient rules are explicit, so the compiler
+infers no collective.
 
 Layers take a tuple of arrays, one for each batch of a pass (the phases of an objective), so that a
 kernel is gathered once for all of them.
@@ -23,7 +23,7 @@ from esolm_jax.parallel import sharding
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
-    """How a kernel [D_in, …] or a table [V, D] computes.
+    """The sharding and dtypes of a kernel [D_in, …] or a table [V, D].
 
     Attributes:
       axes: logical axes of the parameter's dimensions, as in sharding.PARAMETERS.
@@ -38,25 +38,25 @@ class ParamSpec:
 
     @property
     def gathered(self) -> tuple[str | None, ...]:
-        """The axes once the parameter is gathered over fsdp."""
+        """The axes after the parameter is gathered over fsdp."""
         return tuple(None if axis == "embed" else axis for axis in self.axes)
 
     def gather(self, param):
-        """This device's part, in the compute dtype, gathered over fsdp."""
+        """This device's shard, in the compute dtype, gathered over fsdp."""
         param = param.astype(self.dtype)
         if self.splits("fsdp") and "embed" in self.axes:
             return jax.lax.all_gather(param, "fsdp", axis=self.axes.index("embed"), tiled=True)
         return param
 
     def scatter(self, grad):
-        """The inverse for its gradient: summed over all that see other tokens."""
+        """The gradient of `gather`: summed over the devices that hold other tokens, and sharded."""
         batch = list(sharding.ROWS) + ["sequence"]
         if self.splits("fsdp") and "embed" in self.axes:
-            # The parts in front: the TPU compiler makes an all-reduce of what is cut elsewhere.
-            at, parts = self.axes.index("embed"), self.mesh.shape["fsdp"]
-            split = grad.shape[:at] + (parts, -1) + grad.shape[at + 1 :]
-            parts_first = jnp.moveaxis(grad.reshape(split), at, 0)
-            grad = jax.lax.psum_scatter(parts_first, "fsdp", scatter_dimension=0)
+            # Shards on the leading axis: the TPU compiler turns other scatters into all-reduces.
+            axis, shards = self.axes.index("embed"), self.mesh.shape["fsdp"]
+            split = grad.shape[:axis] + (shards, -1) + grad.shape[axis + 1 :]
+            shards_first = jnp.moveaxis(grad.reshape(split), axis, 0)
+            grad = jax.lax.psum_scatter(shards_first, "fsdp", scatter_dimension=0)
             batch.remove("fsdp")
         return self.sum_over(batch, grad)
 
@@ -69,7 +69,7 @@ class ParamSpec:
         return self.mesh is not None and self.mesh.shape[axis] > 1
 
     def run(self, body, in_specs, out_specs, *args):
-        """body(*args) on every device's part of the arguments."""
+        """body(*args) on each device's shards of the arguments."""
         if self.mesh is None:
             return body(*args)
         return jax.shard_map(
@@ -77,7 +77,7 @@ class ParamSpec:
             mesh=self.mesh,
             in_specs=in_specs,
             out_specs=out_specs,
-            check_vma=False,  # gradients are written out, nothing is transposed
+            check_vma=False,  # the gradient rules are explicit: nothing is transposed
         )(*args)
 
 
@@ -86,26 +86,26 @@ def _tokens(*features: str | None) -> PartitionSpec:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def matmul(place: ParamSpec, hs, kernel):
+def matmul(spec: ParamSpec, hs, kernel):
     """h [B, T, D_in] · kernel [D_in, …] → [B, T, …] in the out dtype, for each h of a tuple."""
-    return _matmul_forward(place, hs, kernel)[0]
+    return _matmul_forward(spec, hs, kernel)[0]
 
 
-def _matmul_forward(place: ParamSpec, hs, kernel):
-    d_in, *d_out = place.gathered
-    row_parallel = ["tensor"] if d_in else []  # the contraction is split: partial sums
-    out = place.out_dtype or place.dtype
+def _matmul_forward(spec: ParamSpec, hs, kernel):
+    d_in, *d_out = spec.gathered
+    row_parallel = ["tensor"] if d_in else []  # sharded contraction: partial sums
+    out = spec.out_dtype or spec.dtype
 
     def body(hs, kernel):
-        kernel = place.gather(kernel)
+        kernel = spec.gather(kernel)
         ys = (
-            jnp.tensordot(h.astype(place.dtype), kernel, axes=1, preferred_element_type=out)
+            jnp.tensordot(h.astype(spec.dtype), kernel, axes=1, preferred_element_type=out)
             for h in hs
         )
-        return tuple(place.sum_over(row_parallel, y) for y in ys)
+        return tuple(spec.sum_over(row_parallel, y) for y in ys)
 
-    specs = _tokens(d_in), sharding.spec(*place.axes)
-    return place.run(body, specs, _tokens(*d_out), hs, kernel), (hs, kernel)
+    specs = _tokens(d_in), sharding.spec(*spec.axes)
+    return spec.run(body, specs, _tokens(*d_out), hs, kernel), (hs, kernel)
 
 
 def _product(a, b, over: tuple[int, int], dtype):
@@ -114,74 +114,74 @@ def _product(a, b, over: tuple[int, int], dtype):
     return jax.lax.dot_general(a, b, (axes, ((), ())), preferred_element_type=dtype)
 
 
-def _matmul_backward(place: ParamSpec, saved, gs):
+def _matmul_backward(spec: ParamSpec, saved, gs):
     hs, kernel = saved
-    d_in, *d_out = place.gathered
+    d_in, *d_out = spec.gathered
     column_parallel = ["tensor"] if any(d_out) else []
 
     def body(hs, kernel, gs):
-        gathered, dtype = place.gather(kernel), place.dtype
+        gathered, dtype = spec.gather(kernel), spec.dtype
         flat_kernel = gathered.reshape(len(gathered), -1)
         dhs, dk = [], jnp.zeros((), jnp.float32)
         for h, g in zip(hs, gs, strict=True):
-            # As matrices, and never transposed: XLA's own transposes are slow on a CPU.
+            # Matrices without transposes: XLA's transposes are slow on a CPU.
             h_low = h.astype(dtype).reshape(-1, h.shape[-1])
             g = g.astype(dtype).reshape(len(h_low), -1)
             dh = _product(g, flat_kernel, (1, 1), dtype).reshape(h.shape)
-            dhs.append(place.sum_over(column_parallel, dh).astype(h.dtype))
+            dhs.append(spec.sum_over(column_parallel, dh).astype(h.dtype))
             dk += _product(h_low, g, (0, 0), jnp.float32)
-        return tuple(dhs), place.scatter(dk.reshape(gathered.shape))
+        return tuple(dhs), spec.scatter(dk.reshape(gathered.shape))
 
-    specs = _tokens(d_in), sharding.spec(*place.axes)
-    return place.run(body, (*specs, _tokens(*d_out)), specs, hs, kernel, gs)
+    specs = _tokens(d_in), sharding.spec(*spec.axes)
+    return spec.run(body, (*specs, _tokens(*d_out)), specs, hs, kernel, gs)
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def lookup(place: ParamSpec, tokens, table):
+def lookup(spec: ParamSpec, tokens, table):
     """Rows of table [V, D] at token int [B, T] → [B, T, D] in the compute dtype, for each of a
     tuple."""
-    return _lookup_forward(place, tokens, table)[0]
+    return _lookup_forward(spec, tokens, table)[0]
 
 
-def _local_ids(place: ParamSpec, token, size: int):
-    """Row of this device's part of the table, and whether it is there at all."""
+def _local_ids(spec: ParamSpec, token, size: int):
+    """Row of each token in this device's shard of the table, and whether the shard holds it."""
     local = token
-    if place.mesh is not None and place.mesh.shape["tensor"] > 1:
+    if spec.mesh is not None and spec.mesh.shape["tensor"] > 1:
         local = token - size * jax.lax.axis_index("tensor")
     return local, (local >= 0) & (local < size)
 
 
-def _lookup_forward(place: ParamSpec, tokens, table):
+def _lookup_forward(spec: ParamSpec, tokens, table):
     def body(tokens, table):
-        table = place.gather(table)
-        found = []
+        table = spec.gather(table)
+        rows = []
         for token in tokens:
-            local, here = _local_ids(place, token, len(table))
-            rows = jnp.where(here[..., None], table.at[local].get(mode="clip"), 0)
-            found.append(place.sum_over(["tensor"], rows))
-        return tuple(found)
+            local, is_local = _local_ids(spec, token, len(table))
+            local_rows = jnp.where(is_local[..., None], table.at[local].get(mode="clip"), 0)
+            rows.append(spec.sum_over(["tensor"], local_rows))
+        return tuple(rows)
 
-    specs = _tokens(), sharding.spec(*place.axes)
-    return place.run(body, specs, _tokens(None), tokens, table), (tokens, table)
+    specs = _tokens(), sharding.spec(*spec.axes)
+    return spec.run(body, specs, _tokens(None), tokens, table), (tokens, table)
 
 
-def _lookup_backward(place: ParamSpec, saved, gs):
+def _lookup_backward(spec: ParamSpec, saved, gs):
     tokens, table = saved
 
     def body(tokens, table, gs):
         size = len(table)
         grad = jnp.zeros((size, gs[0].shape[-1]), jnp.float32)
         for token, g in zip(tokens, gs, strict=True):
-            local, here = _local_ids(place, token, size)
-            local = jnp.where(here, local, size)  # out of bounds: dropped
+            local, is_local = _local_ids(spec, token, size)
+            local = jnp.where(is_local, local, size)  # out of bounds: dropped
             grad = grad.at[local].add(g.astype(jnp.float32), mode="drop")
-        return place.scatter(grad)
+        return spec.scatter(grad)
 
-    axes = sharding.spec(*place.axes)
-    return None, place.run(body, (_tokens(), axes, _tokens(None)), axes, tokens, table, gs)
+    axes = sharding.spec(*spec.axes)
+    return None, spec.run(body, (_tokens(), axes, _tokens(None)), axes, tokens, table, gs)
 
 
 lookup.defvjp(_lookup_forward, _lookup_backward)
@@ -192,14 +192,14 @@ class Linear(nnx.Module):
     a bias […]."""
 
     def __init__(
-        self, d_in: int, d_out: tuple[int, ...], place: ParamSpec, rngs, *, init, bias_init
+        self, d_in: int, d_out: tuple[int, ...], spec: ParamSpec, rngs, *, init, bias_init
     ):
-        self.place = place
+        self.spec = spec
         self.kernel = nnx.Param(init(rngs.params(), (d_in, *d_out), jnp.float32))
         self.bias = bias_init and nnx.Param(bias_init(rngs.params(), d_out, jnp.float32))
 
     def __call__(self, hs):
-        ys = matmul(self.place, hs, self.kernel[...])
+        ys = matmul(self.spec, hs, self.kernel[...])
         if self.bias is None:
             return ys
         bias = self.bias[...]
@@ -209,9 +209,9 @@ class Linear(nnx.Module):
 class Embedding(nnx.Module):
     """Tuple of token ids [B, T] → tuple of [B, T, D]."""
 
-    def __init__(self, vocab_size: int, width: int, place: ParamSpec, rngs, *, init):
-        self.place = place
+    def __init__(self, vocab_size: int, width: int, spec: ParamSpec, rngs, *, init):
+        self.spec = spec
         self.embedding = nnx.Param(init(rngs.params(), (vocab_size, width), jnp.float32))
 
     def __call__(self, tokens):
-        return lookup(self.place, tokens, self.embedding[...])
+        return lookup(self.spec, tokens, self.embedding[...])

@@ -1,9 +1,9 @@
 """The loss of every objective: weighted cross-entropy, projecting only the tokens it predicts.
 
-Tokens with a weight are brought to the front of each device's tokens and go through the head in
-chunks of static size, as many as there is need for: no more than [chunk, V] logits are ever held.
-The gradient is linear in the weights, so it is computed beside the loss, from the same logits: a
-training step projects each predicted token once, and multiplies twice more.
+Each device moves its tokens with a weight to the front and runs the head on chunks of static size
+until all of them are done, so at most [chunk, V] logits exist at a time. The gradient is linear in
+the weights and is computed with the loss, from the same logits: a training step projects each
+predicted token once and needs two more matmuls.
 """
 
 import dataclasses
@@ -33,55 +33,54 @@ def token_nll(logits_BPV, target_BP, mask_id: int):
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """How the projection on the vocabulary computes: mask id, tokens a chunk, and its Place."""
+    """The projection on the vocabulary: mask id, tokens of a chunk, and the spec of the kernel."""
 
     mask_id: int
     chunk: int
-    place: ParamSpec
+    spec: ParamSpec
 
     @classmethod
     def of(cls, config, mask_id: int, mesh=None, *, chunk: int = 512):
-        """Of a ModelConfig."""
+        """The head of a ModelConfig."""
         axes = sharding.PARAMETERS["logits/kernel"]
         return cls(mask_id, chunk, ParamSpec(axes, config.dtype, mesh))
 
     def at_most(self, tokens: int) -> Self:
-        """With no chunk longer than all there is."""
+        """The same head with chunks of at most `tokens` tokens."""
         return dataclasses.replace(self, chunk=min(self.chunk, tokens))
 
     def gather(self, params):
-        """This device's kernel [D, V'] in the compute dtype, bias [V'] and the ids [V'] they
-        belong to."""
-        kernel = self.place.gather(params["kernel"])
+        """This device's kernel [D, V'] in the compute dtype, bias [V'] and their token ids [V']."""
+        kernel = self.spec.gather(params["kernel"])
         size = kernel.shape[1]
         ids = jnp.arange(size)
-        if self.place.splits("tensor"):
+        if self.spec.splits("tensor"):
             ids += size * jax.lax.axis_index("tensor")
         return kernel, params.get("bias", jnp.zeros(size)), ids
 
-    def normalised(self, h_PD, kernel, bias, ids, target_P):
-        """nll [P], probabilities [P, V'] and which of them is the target's; all float32."""
+    def normalize(self, h_PD, kernel, bias, ids, target_P):
+        """nll [P] and probabilities [P, V'], float32, and is_target, bool [P, V']."""
         z = jnp.dot(h_PD, kernel, preferred_element_type=jnp.float32) + bias[None]
         z = jnp.where((ids == self.mask_id)[None], -jnp.inf, z)
         top = jnp.max(z, axis=1)
-        if self.place.splits("tensor"):
+        if self.spec.splits("tensor"):
             top = jax.lax.pmax(top, "tensor")
         e = jnp.exp(z - top[:, None])
-        total = self.place.sum_over(["tensor"], jnp.sum(e, axis=1))
+        total = self.spec.sum_over(["tensor"], jnp.sum(e, axis=1))
         is_target = ids[None] == target_P[:, None]
-        target = self.place.sum_over(["tensor"], jnp.sum(jnp.where(is_target, z, 0), axis=1))
+        target = self.spec.sum_over(["tensor"], jnp.sum(jnp.where(is_target, z, 0), axis=1))
         return jnp.log(total) + top - target, e / total[:, None], is_target
 
 
 def _predicted_first(head: Head, weight_n):
-    """Indices of the n tokens, those with a weight first, filled up with n; and how many chunks
-    hold them all, on every device."""
+    """Indices of the tokens with a weight, padded with n, and the number of chunks with such tokens
+    on any device."""
     n = len(weight_n)
     has = weight_n != 0
     size = -(-n // head.chunk) * head.chunk
     (order,) = jnp.nonzero(has, size=size, fill_value=n)
     count = jnp.sum(has)
-    axes = tuple(axis for axis in sharding.AXES if head.place.splits(axis))
+    axes = tuple(axis for axis in sharding.AXES if head.spec.splits(axis))
     if axes:
         count = jax.lax.pmax(count, axes)
     return order, -(-count // head.chunk)
@@ -97,10 +96,10 @@ class _Tokens:
 
 
 def _chunk(head: Head, i, order, tokens: _Tokens):
-    at = jax.lax.dynamic_slice_in_dim(order, i * head.chunk, head.chunk)
-    fill = {"mode": "fill", "fill_value": 0}
-    h = tokens.h_nD.at[at].get(**fill).astype(head.place.dtype)
-    return at, h, tokens.target_n.at[at].get(**fill), tokens.weight_n.at[at].get(**fill)
+    index = jax.lax.dynamic_slice_in_dim(order, i * head.chunk, head.chunk)
+    zero = {"mode": "fill", "fill_value": 0}  # for padding
+    h = tokens.h_nD.at[index].get(**zero).astype(head.spec.dtype)
+    return index, h, tokens.target_n.at[index].get(**zero), tokens.weight_n.at[index].get(**zero)
 
 
 def _nll(head: Head, params, tokens: _Tokens):
@@ -110,9 +109,9 @@ def _nll(head: Head, params, tokens: _Tokens):
     order, trips = _predicted_first(head, tokens.weight_n)
 
     def body(i, nll_n):
-        at, h, target, _ = _chunk(head, i, order, tokens)
-        nll, _, _ = head.normalised(h, *gathered, target)
-        return nll_n.at[at].set(nll, mode="drop")
+        index, h, target, _ = _chunk(head, i, order, tokens)
+        nll, _, _ = head.normalize(h, *gathered, target)
+        return nll_n.at[index].set(nll, mode="drop")
 
     with jax.named_scope("predicted_chunks"):
         return jax.lax.fori_loop(0, trips, body, jnp.zeros(len(tokens.h_nD)))
@@ -126,17 +125,17 @@ def _loss_and_grads(head: Head, params, tokens: _Tokens, batch_n, num_batches: i
 
     def body(i, carry):
         losses, dh_nD, dk, db = carry
-        at, h, target, weight = _chunk(head, i, order, tokens)
-        nll, p, is_target = head.normalised(h, kernel, bias, ids, target)
+        index, h, target, weight = _chunk(head, i, order, tokens)
+        nll, p, is_target = head.normalize(h, kernel, bias, ids, target)
         dz = (p - is_target) * weight[:, None]
         low = dz.astype(kernel.dtype)
         dh = jnp.dot(low, kernel.T, preferred_element_type=jnp.float32)
         dk += jnp.dot(h.T, low, preferred_element_type=jnp.float32)
-        dh_nD = dh_nD.at[at].set(dh.astype(dh_nD.dtype), mode="drop")
-        # What fills up a chunk may have no nll: its target, 0, may be the mask token.
+        dh_nD = dh_nD.at[index].set(dh.astype(dh_nD.dtype), mode="drop")
+        # Padding may have no finite nll: its target, 0, may be the mask token.
         weighted = jnp.where(weight == 0, 0, weight * nll)
-        # Chunk by chunk: one after the other, the terms of a large batch lose three digits.
-        mine = batch_n.at[at].get(mode="clip")[None] == jnp.arange(num_batches)[:, None]
+        # Sum chunk by chunk: a sequential sum over a large batch loses three digits.
+        mine = batch_n.at[index].get(mode="clip")[None] == jnp.arange(num_batches)[:, None]
         losses += jnp.sum(jnp.where(mine, weighted[None], 0), axis=1)
         return losses, dh_nD, dk, db + jnp.sum(dz, axis=0)
 
@@ -145,9 +144,9 @@ def _loss_and_grads(head: Head, params, tokens: _Tokens, batch_n, num_batches: i
     with jax.named_scope("predicted_chunks"):
         losses, dh_nD, dk, db = jax.lax.fori_loop(0, trips, body, carry)
     batch = [*sharding.ROWS, "sequence"]
-    losses = head.place.sum_over(batch, losses)
-    grads = {"kernel": head.place.scatter(dk), "bias": head.place.sum_over(batch, db)}
-    return losses, head.place.sum_over(["tensor"], dh_nD), {name: grads[name] for name in params}
+    losses = head.spec.sum_over(batch, losses)
+    grads = {"kernel": head.spec.scatter(dk), "bias": head.spec.sum_over(batch, db)}
+    return losses, head.spec.sum_over(["tensor"], dh_nD), {name: grads[name] for name in params}
 
 
 def _flat(arrays):
@@ -156,7 +155,7 @@ def _flat(arrays):
 
 
 def _unflat(array, like):
-    """The inverse."""
+    """The inverse of _flat."""
     sizes = [a.shape[0] * a.shape[1] for a in like]
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
     parts = jnp.split(array, ends)
@@ -172,7 +171,7 @@ def _run(head: Head, body, out_specs, operands: tuple):
     """`operands`: hs, params, targets, weights."""
     tokens = sharding.spec("rows", "tokens")
     specs = (sharding.spec("rows", "tokens", None), _specs(operands[1]), tokens, tokens)
-    return head.place.run(body, specs, out_specs, *operands)
+    return head.spec.run(body, specs, out_specs, *operands)
 
 
 def nll(head: Head, hs, params, targets, weights):
@@ -180,7 +179,7 @@ def nll(head: Head, hs, params, targets, weights):
     each batch.
 
     Args:
-      hs: tuple of [B, P, D], what the head projects (Transformer with head=False).
+      hs: tuple of [B, P, D], the inputs of the head (Transformer with head=False).
       params: {"kernel": [D, V], "bias": [V] or absent}.
       targets, weights: tuples of [B, P]; no target is the mask token where it has a weight.
     """
@@ -195,16 +194,16 @@ def nll(head: Head, hs, params, targets, weights):
 
 def sequence_nll(head: Head, hs, params, targets, weights):
     """Σ over a row's tokens of weight · (−log p(target)): in nats, float32 [B] of each batch. Not
-    to be differentiated: that is weighted_nll's."""
-    found = nll(head, hs, params, targets, weights)
-    return tuple(jnp.sum(w * n, axis=1) for w, n in zip(weights, found, strict=True))
+    differentiable; see weighted_nll."""
+    nlls = nll(head, hs, params, targets, weights)
+    return tuple(jnp.sum(w * n, axis=1) for w, n in zip(weights, nlls, strict=True))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def weighted_nll(head: Head, hs, params, targets, weights):
     """Σ weight · (−log p(target)) over the rows and tokens of each batch: float32 [batches].
 
-    Differentiable in hs and params, for the *sum* over batches: they must not be scaled apart.
+    Differentiable in hs and params for the *sum* over batches: all batches must have one scale.
     """
     return jnp.stack([jnp.sum(n) for n in sequence_nll(head, hs, params, targets, weights)])
 

@@ -30,12 +30,12 @@ class ModelConfig:
       norm_eps: ε under the square root of norms.
       qkv_bias: whether queries, keys and values have biases (Qwen 2, GPT-2).
       qk_norm: whether each query and key is RMS-normed, over K (Qwen 3).
-      max_positions: > 0 = a learned embedding of so many positions in place of RoPE (GPT-2).
+      max_positions: > 0 = a learned embedding of that many positions in place of RoPE (GPT-2).
       rope_base: of the angles position · base^(−2i/K).
-      rope_factor, rope_original_length: > 1 = frequencies of waves much longer than
+      rope_factor, rope_original_length: > 1 = frequencies with wavelengths above
         `rope_original_length` tokens are divided by the factor (Llama 3.1); see rope_frequencies.
-      attention: which of attention.KINDS computes it.
-      remat: which of REMAT.
+      attention: the implementation, one of attention.KINDS.
+      remat: the rematerialization policy, one of REMAT.
     """
 
     vocab_size: int

@@ -11,8 +11,8 @@ from esolm_jax.model.model_config import ModelConfig
 def rope_frequencies(config: ModelConfig):
     """base^(−2i/K), float32 [K/2]; with a rope_factor, as Llama 3.1 scales them.
 
-    Waves that fit more than four times in `rope_original_length` are kept, those longer than it are
-    slowed down by the factor, and those between are in between.
+    With n = rope_original_length: wavelengths below n / 4 tokens are kept, those above n are
+    multiplied by the factor, and frequencies between are interpolated.
     """
     width = config.head_width
     frequency = config.rope_base ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)

@@ -1,8 +1,8 @@
 """The transformer: pre-norm blocks that know token labels only (a DiT by default).
 
 Styles: "dit" (LayerNorm, GELU, biases in the MLP, adaLN), "gpt2" (with biases in the norms and
-behind the attention, too) and "llama" (RMSNorm, SwiGLU, no biases). What else pretrained models
-have (learned positions, biases or norms of queries and keys, …) are fields of ModelConfig.
+behind the attention, too) and "llama" (RMSNorm, SwiGLU, no biases). Other parts of pretrained
+models (learned positions, biases or norms of queries and keys, …) are fields of ModelConfig.
 
 Modules are Flax NNX; blocks are stacked along a leading axis N and scanned. Training and decoding
 jit plain pytrees of parameters: `init` and `bind` convert between the two views.
@@ -67,7 +67,7 @@ class Block(nnx.Module):
 
     def _heads(self, qkv_BTGRK, angles):
         parts = qkv_BTGRK.shape[3]
-        # Split, not sliced: the gradient is then put together, not summed from padded parts.
+        # Split, not sliced: the gradient is then a concatenation, not a sum of padded parts.
         split = jnp.split(qkv_BTGRK, (parts - 2, parts - 1), axis=3)
         q, k, v = (jnp.moveaxis(a, 1, 3) for a in split)
         q = q.reshape(len(q), -1, *q.shape[3:])
@@ -90,7 +90,7 @@ class Block(nnx.Module):
         ]
         normed = tuple(self.mlp_norm(h, mlp_shift, mlp_scale) for h in hs)
         inner = [checkpoint_name(i, "mlp_in") for i in self.mlp_in(normed)]
-        # Its input is all that is kept of it: the rest costs more to store than to compute again.
+        # Only its input is kept: the rest costs more to store than to recompute.
         active = jax.checkpoint(functools.partial(layers.activate, self.config))
         outs = self.mlp_out(tuple(active(i) for i in inner))
         return tuple(
@@ -147,11 +147,11 @@ class Transformer(nnx.Module):
           batches: Tokens [B, T], each with its own B and T.
           predict: (offset, P) for each batch: results for the tokens [offset, offset + P) only;
             None = all T.
-          head: False = return what the head would project, [B, P, D] in the compute dtype, in
-            place of the logits (the loss projects no more tokens than it must).
+          head: False = return the inputs of the head, [B, P, D] in the compute dtype, in place of
+            the logits (the loss projects only tokens with a weight).
           dropout_key: None = no dropout.
-          sigma_B: float32 [B], what the time embedding is evaluated at; None = 0, which is what
-            training, likelihood and sampling all use.
+          sigma_B: float32 [B], the input of the time embedding; None = 0, as in training,
+            likelihood and sampling.
 
         Returns:
           For each batch logits float32 [B, P, V], mask token not yet excluded.

@@ -1,12 +1,12 @@
 """Many devices and many processes.
 
 sharding.py     the device mesh and the sharding of every array
-launcher.py     what the environment says: which of how many processes this one is
+launcher.py     the process index and count from the environment
 coordinator.py  the coordinator's address, and connecting to it
 distributed.py  start and end of a run's processes, and their numbers
 multihost.py    barriers, and values that processes agree on
 stop_signal.py  SIGTERM and SIGINT end training after a step in all processes
 guard.py        announces a failure to the other processes and ends this one
 peers.py        detects that another process failed or died
-relay.py        a process between this one and the coordinator, which outlives either
+relay.py        a process between this one and the coordinator; it survives both
 """

@@ -110,10 +110,10 @@ def connect(timeout: float, **arguments) -> Relay | None:
 
 
 def _why_not_connected(timeout: float) -> str:
-    """Why no connection came about."""
+    """The reason why the connection failed."""
     index, address = _jax_state.process_id, _jax_state.coordinator_address
     if address is None:
-        return f"cluster not understood within {timeout} s (config.distributed.init_timeout)"
+        return f"the cluster was not detected within {timeout} s (config.distributed.init_timeout)"
     host, port = address.rsplit(":", 1)
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=1).close()
@@ -123,6 +123,6 @@ def _why_not_connected(timeout: float) -> str:
             "(config.distributed.init_timeout)"
         )
     return (
-        f"process {index}: not all {_jax_state.num_processes} processes came to the coordinator at "
+        f"process {index}: not all {_jax_state.num_processes} processes reached the coordinator at "
         f"{address} within {timeout} s (config.distributed.init_timeout)"
     )

@@ -27,7 +27,7 @@ _ORBAX_BARRIER = "experimental_orbax_use_distributed_barrier"
 
 @dataclasses.dataclass(frozen=True)
 class _Connection:
-    """To the other processes of the run; `barrier_timeout`: in seconds, of start()."""
+    """The connection to the other processes; `barrier_timeout`: seconds, an argument of start()."""
 
     barrier_timeout: float
     watch: peers.Watch
@@ -39,24 +39,24 @@ _connection: _Connection | None = None
 def start(
     *, init_timeout: int, heartbeat_timeout: int, barrier_timeout: int, stoppable: bool = False
 ) -> None:
-    """Joins the other processes of the run, if the environment says that there are any.
+    """Joins the other processes of the run, if the environment names any.
 
     See launcher.py for the environment. A run of one process does not use the network.
 
     Args:
-      init_timeout: seconds until all processes must be there.
+      init_timeout: seconds within which all processes must join.
       heartbeat_timeout: seconds after which a silent process counts as dead; the others end.
       barrier_timeout: seconds that the first process at a barrier waits for the others: before a
         program's first run (multihost.together), and at the end (close).
       stoppable: StopSignal will be used. SIGTERM then no longer ends the process by itself.
 
     Raises:
-      UserError: the processes did not come together; the environment is incomplete.
+      UserError: not all processes joined in time; the environment is incomplete.
     """
     global _connection
     if jax.config.jax_num_cpu_devices > 1:
         # Collectives block threads of the pool that a process's CPU devices share. With the usual
-        # one for each device, devices that are at different collectives wait for ever.
+        # one for each device, devices at different collectives deadlock.
         os.environ.setdefault("PJRT_NPROC", str(8 * jax.config.jax_num_cpu_devices))
     told = launcher.launcher_env(os.environ)
     if told is None and not launcher.in_cluster(os.environ):
@@ -92,7 +92,7 @@ def process_count() -> int:
 
 
 def is_main() -> bool:
-    """Whether this is the process that prints, and writes what only one may write."""
+    """Whether this is process 0, the only one that prints and writes shared files."""
     return process_index() == 0
 
 
@@ -112,7 +112,7 @@ def default_timeout() -> float:
 
 
 def watch() -> peers.Watch | None:
-    """What watches the other processes; None in a run of one process."""
+    """The watch over the other processes; None in a run of one process."""
     return _connection.watch if _connection else None
 
 
@@ -125,7 +125,7 @@ def close() -> None:
             jax.distributed.shutdown()
         except jax.errors.JaxRuntimeError:
             peers.say_and_exit(
-                f"process {process_index()}: not all {process_count()} processes came to the end "
+                f"process {process_index()}: not all {process_count()} processes reached the end "
                 f"within {_connection.barrier_timeout} s (config.distributed.barrier_timeout)",
                 1,
             )

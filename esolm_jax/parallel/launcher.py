@@ -1,6 +1,6 @@
-"""What the launcher of this process says: which of how many processes it is.
+"""The process index and count that the launcher of this process sets.
 
-JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say it, or a cluster that JAX knows:
+JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID set them, or a cluster that JAX knows:
 SLURM, Open MPI, TPU workers named in the environment, or any other with ESOLM_CLUSTER=1.
 """
 
@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from esolm_jax.errors import UserError
 
 ENV_VARS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-CLUSTER = "ESOLM_CLUSTER"  # "1": JAX itself is to find out which cluster this is
+CLUSTER = "ESOLM_CLUSTER"  # "1": JAX detects the cluster
 _TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES", "MEGASCALE_NUM_SLICES")
 
 
 def launcher_env(environment: Mapping[str, str]) -> dict | None:
-    """What the launcher says of this process: arguments of jax.distributed.initialize."""
+    """The launcher's settings for this process: arguments of jax.distributed.initialize."""
     missing = [name for name in ENV_VARS if not environment.get(name)]
     if len(missing) == len(ENV_VARS):
         return None
@@ -31,7 +31,7 @@ def launcher_env(environment: Mapping[str, str]) -> dict | None:
     if not count.isdecimal() or int(count) < 1:
         raise UserError(f"JAX_NUM_PROCESSES={count}: must be at least 1")
     if not index.isdecimal() or int(index) >= int(count):
-        raise UserError(f"JAX_PROCESS_ID={index}: must lie in 0..{int(count) - 1}")
+        raise UserError(f"JAX_PROCESS_ID={index}: must be in 0..{int(count) - 1}")
     return {
         "coordinator_address": address,
         "num_processes": int(count),
@@ -53,7 +53,7 @@ def launched() -> str | None:
 
 
 def in_cluster(environment: Mapping[str, str]) -> bool:
-    """Whether jax.distributed.initialize() will find several processes without being told."""
+    """Whether jax.distributed.initialize() will find several processes without arguments."""
 
     def number(name: str) -> int:
         value = environment.get(name, "")

@@ -20,10 +20,10 @@ _calls = itertools.count()  # of gather() and others: all processes make the sam
 
 
 def barrier(name: str, *, timeout: float) -> None:
-    """Returns when every process is here.
+    """Returns when all processes have reached this call.
 
     Raises:
-      UserError: not all of them came within `timeout` seconds.
+      UserError: not all of them reached it within `timeout` seconds.
     """
     if not distributed.is_started():
         return
@@ -32,7 +32,7 @@ def barrier(name: str, *, timeout: float) -> None:
     except jax.errors.JaxRuntimeError as error:
         raise UserError(
             f"process {distributed.process_index()}: not all {distributed.process_count()} "
-            f"processes came to {name!r} within {timeout} s (config.distributed.barrier_timeout)"
+            f"processes reached {name!r} within {timeout} s (config.distributed.barrier_timeout)"
         ) from error
 
 

@@ -29,7 +29,7 @@ _FOREVER = 2**31 - 1  # milliseconds: 24 days
 
 @dataclasses.dataclass(frozen=True)
 class Word:
-    """Why a process ends. `is_echo`: only because another process ended."""
+    """The reason why a process ends. `is_echo`: it ends because another process ended."""
 
     text: str
     is_echo: bool = False
@@ -72,7 +72,7 @@ class Watch:
     def stop(self) -> None:
         self._stopped.set()
         for thread in self._threads:
-            thread.join(5)  # a thread inside a JAX call would crash the interpreter at exit
+            thread.join(5)  # a thread inside a JAX call crashes the interpreter at exit
         if self._relay:
             self._relay.stop()
 
@@ -102,7 +102,7 @@ class Watch:
                 continue  # _measure_silence() measures the coordinator's silence
 
     def _compare(self, beats: dict[str, str]) -> None:
-        """In process 0: announces a process with a counter that stands still."""
+        """Announces a process whose counter has stopped. Runs in process 0."""
         now = time.monotonic()
         for index in range(1, self._count):
             value = beats.get(f"{_BEAT}/{index}", "")
@@ -161,7 +161,7 @@ def say(message: str) -> None:
 
 
 def say_and_exit(message: str, code: int) -> None:
-    """Ends the process at once, without JAX's shutdown barrier."""
+    """Ends the process immediately, without JAX's shutdown barrier."""
     say(message)
     exit_now(code)
 

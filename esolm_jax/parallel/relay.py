@@ -46,19 +46,19 @@ class Relay:
 
     def joined(self) -> None:
         """Call when the process is connected: from now on a closed connection is a loss."""
-        self._say("joined")
+        self._send("joined")
 
     def close(self) -> None:
         """Call at the end of the run: the coordinator may close its connection."""
         self._closing = True
-        self._say("close")
+        self._send("close")
 
     def stop(self) -> None:
         self._closing = True
         self._process.kill()
         self._process.wait()
 
-    def _say(self, word: str) -> None:
+    def _send(self, word: str) -> None:
         try:
             self._process.stdin.write(f"{word}\n")
             self._process.stdin.flush()
@@ -129,7 +129,7 @@ class _Passing:
         is_open = _pass_on(coordinator, client)
         if not self._joined or self._closing:
             _shut_down(client)
-        elif is_open:  # the coordinator went first
+        elif is_open:  # the coordinator closed first
             self.lost.set()
 
 
@@ -170,15 +170,15 @@ def _main(address: str, index: str, parent: str) -> None:
 
     _start(obey)
     print(passing.target, flush=True)
-    said = None
+    lost_at = None
     while os.getppid() == int(parent):
-        if said is None and passing.lost.wait(0.3):
-            said = time.monotonic()
+        if lost_at is None and passing.lost.wait(0.3):
+            lost_at = time.monotonic()
             with contextlib.suppress(OSError):  # the process has ended
                 print("lost", flush=True)
-        elif said is not None:
+        elif lost_at is not None:
             time.sleep(0.2)
-            if time.monotonic() - said > _LAST_WORD and os.getppid() == int(parent):
+            if time.monotonic() - lost_at > _LAST_WORD and os.getppid() == int(parent):
                 words = "lost a peer: process 0 ended without a message: it was killed or crashed"
                 print(f"error: process {index} {words}", file=sys.stderr, flush=True)
                 os.kill(int(parent), signal.SIGKILL)  # it cannot end itself

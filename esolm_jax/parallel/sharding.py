@@ -1,8 +1,9 @@
-"""The device mesh, and where everything lies on it: the one place that says so.
+"""The device mesh and the sharding of every array: the single source of truth for sharding.
 
 Four mesh axes (config.mesh): rows of a batch are split over `data` and `fsdp`, tokens of a row over
 `sequence`; parameters, EMA and optimizer state over `fsdp` and `tensor`; heads, the inner width of
-the MLP and the vocabulary over `tensor`. All of it by the tables below, by jit and constraints.
+the MLP and the vocabulary over `tensor`. The tables below define the shardings; jit and sharding
+constraints apply them.
 """
 
 import math
@@ -28,7 +29,7 @@ RULES = {
     "vocab": "tensor",
 }
 
-# Path of a parameter → logical axes of its dimensions; blocks/… have the block in front.
+# Path of a parameter → logical axes of its dimensions, after the leading axis of blocks/….
 PARAMETERS = {
     "embedding/embedding": ("vocab", "embed"),
     "positions/embedding": ("vocab", "embed"),
@@ -62,23 +63,23 @@ PARAMETERS = {
 
 
 def mesh_shape(mesh_config, num_devices: int) -> dict[str, int]:
-    """Axis sizes of config.mesh over `num_devices`; one axis may be -1: whatever is left.
+    """Axis sizes of config.mesh over `num_devices`; one axis may be -1: the rest of the devices.
 
     Raises:
-      UserError: they do not multiply to the devices.
+      UserError: their product is not the number of devices.
     """
     sizes = {axis: mesh_config[axis] for axis in AXES}
-    said = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+    sizes_text = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) > 1:
-        raise UserError(f"config.mesh ({said}): only one axis may be -1")
+        raise UserError(f"config.mesh ({sizes_text}): must have at most one axis of -1")
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if free and num_devices % fixed == 0:
         sizes[free[0]] = num_devices // fixed
     elif fixed != num_devices:
-        misfit = "which does not divide" if free else "but there are"
+        must = "must multiply to a divisor of" if free else "must multiply to"
         raise UserError(
-            f"config.mesh ({said}): multiplies to {fixed}, {misfit} {num_devices} devices"
+            f"config.mesh ({sizes_text}): {must} the {num_devices} devices, not to {fixed}"
         )
     return sizes
 
@@ -93,7 +94,8 @@ def make_mesh(mesh_config, devices: Sequence | None = None) -> Mesh:
         devices = jax.devices()
         if mesh_config.devices > len(devices):
             raise UserError(
-                f"config.mesh.devices={mesh_config.devices}: only {len(devices)} are there"
+                f"config.mesh.devices={mesh_config.devices}: must be at most {len(devices)}, the "
+                "number of devices"
             )
         devices = devices[: mesh_config.devices or None]
     shape = mesh_shape(mesh_config, len(devices))
@@ -114,8 +116,8 @@ def make_mesh(mesh_config, devices: Sequence | None = None) -> Mesh:
 
 
 def platform(mesh: Mesh | None) -> str:
-    """What a program on this mesh (None: the default device) runs on, wherever it is compiled:
-    "cpu", "gpu" or "tpu"."""
+    """The platform of the devices of a mesh (None: of the default device): "cpu", "gpu" or "tpu".
+    Its programs run there, even if they are compiled elsewhere."""
     return mesh.devices.flat[0].platform if mesh else jax.default_backend()
 
 
@@ -129,7 +131,7 @@ def describe(mesh: Mesh) -> str:
 
 
 def num_row_shards(mesh: Mesh) -> int:
-    """Into how many parts the rows of a batch are split."""
+    """The number of shards of the rows of a batch."""
     return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
@@ -143,7 +145,7 @@ def named_sharding(mesh: Mesh, *logical: str | None) -> NamedSharding:
 
 
 def constrain(mesh: Mesh | None, array, *logical: str | None):
-    """The array, laid out so inside jit; without a mesh, as it is."""
+    """The array with a sharding constraint, inside jit; unchanged without a mesh."""
     if mesh is None:
         return array
     return jax.lax.with_sharding_constraint(array, named_sharding(mesh, *logical))
@@ -172,8 +174,8 @@ def parameters(mesh: Mesh, params):
             over = RULES[axis] if axis else None
             if over and size % mesh.shape[over]:
                 raise UserError(
-                    f"config.mesh.{over}={mesh.shape[over]}: must divide every dimension that is "
-                    f"split over it, but the `{axis}` dimension of {name} {leaf.shape} is {size}"
+                    f"config.mesh.{over}={mesh.shape[over]}: must divide {size}, the `{axis}` "
+                    f"dimension of {name} {leaf.shape}, because it is split over `{over}`"
                 )
         return named_sharding(mesh, *logical)
 
@@ -181,7 +183,7 @@ def parameters(mesh: Mesh, params):
 
 
 def abstract(make: Callable, shardings):
-    """What make() would return, as ShapeDtypeStructs with these shardings."""
+    """The result of make() as ShapeDtypeStructs with these shardings."""
     return jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
         jax.eval_shape(make),
@@ -190,19 +192,19 @@ def abstract(make: Callable, shardings):
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
-    """Which rows of a global batch this process's devices hold, ascending."""
+    """The rows of a global batch that this process's devices hold, ascending."""
     index_maps = rows(mesh).addressable_devices_indices_map((batch_size,))
     return sorted({row for (part,) in index_maps.values() for row in range(batch_size)[part]})
 
 
 def put_batch(batch: dict, mesh: Mesh, batch_size: int) -> dict:
     """This process's rows (local_rows, numpy) of a global batch → global arrays, split by rows."""
-    at = {row: i for i, row in enumerate(local_rows(mesh, batch_size))}
+    index_of = {row: i for i, row in enumerate(local_rows(mesh, batch_size))}
 
     def put(local):
         def part(index):
             wanted = range(batch_size)[index[0]]
-            return local[[at[row] for row in wanted]]
+            return local[[index_of[row] for row in wanted]]
 
         shape = (batch_size, *local.shape[1:])
         return jax.make_array_from_callback(shape, rows(mesh), part)

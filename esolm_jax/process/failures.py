@@ -35,10 +35,10 @@ class Failure:
     is_bug: bool = False
 
 
-def report(error: BaseException, place: str | None = None) -> int:
+def report(error: BaseException, path: str | None = None) -> int:
     """Prints the failure on stderr and returns the exit code. With ESOLM_TRACEBACK=1 every kind
     of failure has a traceback."""
-    failure = describe(error, place)
+    failure = describe(error, path)
     _close_progress_bars()
     print(f"error: {failure.line}", file=sys.stderr, flush=True)
     if failure.is_bug or wants_tracebacks():
@@ -64,15 +64,15 @@ def wants_tracebacks() -> bool:
     return os.environ.get("ESOLM_TRACEBACK") == "1"
 
 
-def describe(error: BaseException, place: str | None = None) -> Failure:
-    """Classifies an exception; `place` is named if the exception names no file."""
+def describe(error: BaseException, path: str | None = None) -> Failure:
+    """Classifies an exception; `path` is named if the exception names no file."""
     interrupts = [one for one in _chain(error, context=True) if isinstance(one, KeyboardInterrupt)]
     if interrupts:  # they take precedence over errors raised during unwinding
         number = getattr(interrupts[0], "signum", signal.SIGINT)
         return Failure(interrupted(number), 128 + number)
     for one in _chain(error):
         for kind in (_user_error, _memory, _file, _platform, _environment, _package):
-            if (failure := kind(one, place)) is not None:
+            if (failure := kind(one, path)) is not None:
                 return failure
     return Failure(
         f"{type(error).__name__}: {_shortened(error)}; this is an error in esolm_jax: please "
@@ -100,7 +100,7 @@ def _shortened(error: BaseException, limit: int = 300) -> str:
     return " ".join(str(error).split())[:limit] or "no message"
 
 
-def _user_error(error, place) -> Failure | None:
+def _user_error(error, path) -> Failure | None:
     return Failure(str(error), BAD_INPUT) if isinstance(error, UserError) else None
 
 
@@ -112,12 +112,12 @@ def interrupted(signum: int) -> str:
 _OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|[Oo]ut of memory|OUT_OF_MEMORY|bad_alloc")
 
 
-def _memory(error, place) -> Failure | None:
-    told = _shortened(error)
-    of_device = isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(told)
+def _memory(error, path) -> Failure | None:
+    message = _shortened(error)
+    of_device = isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(message)
     if not (isinstance(error, MemoryError) or of_device) or _os_error(error):
         return None
-    what = "" if told == "no message" else f": {told}"
+    what = "" if message == "no message" else f": {message}"
     return Failure(
         f"out of memory{what}; lower config.train.batch_size (or raise "
         "config.train.grad_accumulation), config.eval.batch_size, config.sample.num_texts or the "
@@ -145,64 +145,65 @@ _QUOTED = re.compile(r"""["'](/[^"']+)["']""")
 
 def _os_error(error: BaseException) -> tuple[int, str] | None:
     """(errno, its text) quoted in an exception of C++ code."""
-    told = str(error)
-    if match := _OS_ERROR.search(told):
+    message = str(error)
+    if match := _OS_ERROR.search(message):
         number = int(match[1] or match[2])
         return number, os.strerror(number)
     for text, number in _PLAIN.items():
-        if text in told:
+        if text in message:
             return number, text
     return None
 
 
-def _file(error, place) -> Failure | None:
+def _file(error, path) -> Failure | None:
     if isinstance(error, OSError) and error.errno is not None:
         number, text = error.errno, error.strerror or os.strerror(error.errno)
-        path = error.filename if isinstance(error.filename, str | bytes | os.PathLike) else None
-        path = None if path is None else os.fsdecode(path)
+        file = error.filename if isinstance(error.filename, str | bytes | os.PathLike) else None
+        file = None if file is None else os.fsdecode(file)
     elif isinstance(error, OSError | RuntimeError | ValueError) and (found := _os_error(error)):
-        (number, text), path = found, _QUOTED.search(str(error))
-        path = path and path[1]
+        (number, text), quoted = found, _QUOTED.search(str(error))
+        file = quoted and quoted[1]
     else:
         return None
-    where = path or place or "a file"
     advice = f"; {_ADVICE[number]}" if number in _ADVICE else ""
-    return Failure(f"{where}: {text}{advice}", NO_FILE)
+    return Failure(f"{file or path or 'a file'}: {text}{advice}", NO_FILE)
 
 
-def _platform(error, place) -> Failure | None:
+def _platform(error, path) -> Failure | None:
     """A platform (JAX_PLATFORMS) that is missing or cannot start."""
-    told, trace = _shortened(error), error.__traceback__
+    message, trace = _shortened(error), error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     in_jax = trace is not None and trace.tb_frame.f_code.co_filename.endswith("xla_bridge.py")
     asked = os.environ.get("JAX_PLATFORMS", "")
     if in_jax and not isinstance(error, RuntimeError):  # a bare assertion, for CUDA
-        told = f"no device of this kind was found ({type(error).__name__} in JAX)"
-    elif not (isinstance(error, RuntimeError) and re.search("[Uu]n(able|known).* backend", told)):
+        message = f"no device of this kind was found ({type(error).__name__} in JAX)"
+    elif not (
+        isinstance(error, RuntimeError) and re.search("[Uu]n(able|known).* backend", message)
+    ):
         return None
-    return Failure(f"JAX_PLATFORMS={asked}: {told}", BAD_INPUT)
+    return Failure(f"JAX_PLATFORMS={asked}: {message}", BAD_INPUT)
 
 
-def _environment(error, place) -> Failure | None:
+def _environment(error, path) -> Failure | None:
     """A JAX_… environment variable with a value that JAX rejects on import or use."""
-    told = _shortened(error)
-    if isinstance(error, ValueError) and re.search(r"JAX flag|environment '?JAX_", told):
-        return Failure(f"environment: {told}", BAD_INPUT)
+    message = _shortened(error)
+    if isinstance(error, ValueError) and re.search(r"JAX flag|environment '?JAX_", message):
+        return Failure(f"environment: {message}", BAD_INPUT)
     if isinstance(error, FloatingPointError):
-        return Failure(f"JAX_DEBUG_NANS or JAX_DEBUG_INFS: {told}", BUG)
+        return Failure(f"JAX_DEBUG_NANS or JAX_DEBUG_INFS: {message}", BUG)
     if isinstance(error, Warning):
-        told = f"{type(error).__name__}: {told}"
-        return Failure(f"PYTHONWARNINGS: warnings must not be errors: {told}", BAD_INPUT)
-    if "Disallowed" in told and "transfer" in told:
-        return Failure(f"JAX_TRANSFER_GUARD: {told}", BAD_INPUT)
+        message = f"{type(error).__name__}: {message}"
+        return Failure(f"PYTHONWARNINGS: warnings must not be errors: {message}", BAD_INPUT)
+    if "Disallowed" in message and "transfer" in message:
+        return Failure(f"JAX_TRANSFER_GUARD: {message}", BAD_INPUT)
     return None
 
 
 _EXTRAS = {"onnx": "export", "flatbuffers": "export", "tokenizers": "interop"}
 
 
-def _package(error, place) -> Failure | None:
+def _package(error, path) -> Failure | None:
     if not isinstance(error, ImportError) or (error.name or "esolm_jax").startswith("esolm_jax"):
         return None
     name = error.name.split(".")[0]

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM end a verb with one line, at once, also while JAX compiles.
+"""SIGINT and SIGTERM end a verb with one line, immediately, also while JAX compiles.
 
 Python runs signal handlers between two instructions of the main thread, so a signal during an XLA
 compilation would wait for minutes. Here a thread receives it (signal.set_wakeup_fd). During
@@ -82,15 +82,15 @@ def _watch(reader: int) -> None:
             if handler is _raise:
                 limits = [now + _NOTICE, now + _LEAVE]
             else:
-                _say("stopping after this step, with a checkpoint; again to end at once")
+                _print_line("stopping after this step, with a checkpoint; again to end at once")
 
 
 def _end(signum: int) -> None:
-    _say(f"error: {failures.interrupted(signum)}")
+    _print_line(f"error: {failures.interrupted(signum)}")
     os._exit(128 + signum)
 
 
-def _say(line: str) -> None:
+def _print_line(line: str) -> None:
     """Writes to the descriptor: the interrupted thread may hold the lock of sys.stderr."""
     with contextlib.suppress(OSError):
         os.write(2, f"\n{line}\n".encode())

@@ -1,8 +1,8 @@
-"""Settings of JAX that come from the environment: pinned if they change what a seed means, recorded
-if they change the last digits only.
+"""Settings of JAX from the environment: pinned if they change the draws of a seed, recorded if they
+change the last digits only.
 
-Verbs run under pinned(). A library caller's settings are the caller's own; prng.key refuses those
-under which the same seed draws other numbers.
+Verbs run under pinned(). Settings of library callers are unchanged; prng.key refuses those that
+change the draws of a seed.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ PINNED = {
     "jax_numpy_dtype_promotion": "standard",
     "jax_explicit_x64_dtypes": "warn",
 }
-# The user's choice, with JAX's default: results differ in their last digits.
+# The user's choice, with JAX's default; they change the last digits of results.
 RECORDED = {
     "jax_default_matmul_precision": None,
     "jax_debug_nans": False,
@@ -60,9 +60,9 @@ def recorded() -> dict:
     """The settings of RECORDED that differ from JAX's defaults, and XLA_FLAGS that may change the
     last digits; JSON-able, for a checkpoint's meta and for results."""
     values = {name: getattr(jax.config, name, default) for name, default in RECORDED.items()}
-    found = {name: value for name, value in values.items() if value != RECORDED[name]}
+    changed = {name: value for name, value in values.items() if value != RECORDED[name]}
     flags = [f for f in _split(os.environ.get("XLA_FLAGS", "")) if not f.startswith(_NO_EFFECT)]
-    return found | ({"XLA_FLAGS": " ".join(flags)} if flags else {})
+    return changed | ({"XLA_FLAGS": " ".join(flags)} if flags else {})
 
 
 def _split(flags: str) -> list[str]:

@@ -1,8 +1,8 @@
-"""Random keys: the only module that makes them, with a fixed generator.
+"""Random keys with a fixed generator; no other module makes keys.
 
 JAX's default generator is a setting of the environment (JAX_DEFAULT_PRNG_IMPL). With `rbg`, which
-is common on TPUs, a draw depends on the batch that it is drawn in, so texts would depend on their
-neighbours; and its keys have another shape, so a run of one generator cannot resume with another.
+is common on TPUs, a draw depends on its batch, so texts would depend on each other. Keys of other
+generators have other shapes, so a run cannot resume with another generator.
 """
 
 import jax
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from esolm_jax.errors import UserError
 
 IMPL = "threefry2x32"  # checkpoints record it; those without a record used it, too
-# With other values the same key yields other numbers.
+# Other values change the draws of a key.
 REQUIRED = {
     "jax_threefry_partitionable": True,
     "jax_random_seed_offset": 0,
@@ -23,11 +23,13 @@ def key(seed) -> jax.Array:
     """A key of the generator IMPL from an integer in [0, 2**32).
 
     Raises:
-      UserError: a setting of JAX changes what keys yield; jax_settings.pinned() resets them.
+      UserError: a setting of JAX changes the draws of keys; jax_settings.pinned() resets it.
     """
     for name, value in REQUIRED.items():
         if (given := getattr(jax.config, name)) != value:
-            raise UserError(f"{name}={given}: must be {value}; the same seed draws other numbers")
+            raise UserError(
+                f"{name}={given}: must be {value}, because the draws of a seed depend on it"
+            )
     return jax.random.key(seed, impl=IMPL)
 
 

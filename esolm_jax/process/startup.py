@@ -30,7 +30,7 @@ def begin() -> None:
 
 
 def end(code: int) -> None:
-    """Ends the process at once; nothing is left to close."""
+    """Ends the process immediately, without cleanup."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -51,7 +51,7 @@ def check_xla_flags() -> None:
     given = os.environ.get("XLA_FLAGS", "")
     if not given.strip():
         return
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # as JAX sets it before it imports this
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # as JAX does before this import
     from jaxlib import xla_client  # imported by JAX in any case
 
     reader, writer = os.pipe()
@@ -62,8 +62,8 @@ def check_xla_flags() -> None:
         os._exit(0)
     os.close(writer)
     with open(reader, encoding="utf-8", errors="replace") as file:
-        told = file.read()
+        message = file.read()
     if os.waitpid(child, 0)[1]:
-        lines = [re.sub(r"^[EF]\d+ .*?\] ", "", line) for line in told.splitlines()]
+        lines = [re.sub(r"^[EF]\d+ .*?\] ", "", line) for line in message.splitlines()]
         reason = next((line for line in lines if line.strip()), "refused by XLA")
         raise UserError(f"XLA_FLAGS={given}: {reason[:300]}")

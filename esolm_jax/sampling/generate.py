@@ -1,4 +1,4 @@
-"""What config.sample asks for, carried out: a schedule, and the loop that follows it."""
+"""Runs config.sample: makes a schedule, and the decoding loop that follows it."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -20,7 +20,9 @@ from esolm_jax.sampling.plan.canvas import Canvas
 
 DRAFT_TOKENS = 4  # for sample.draft_tokens=0
 
-Rules = dict[str, tuple[bool, str]]  # field of config.sample → (is it right, what is allowed)
+Rules = dict[
+    str, tuple[bool, str]
+]  # field of config.sample → (whether it is valid, the allowed values)
 
 
 def loop_name(config) -> str:
@@ -148,7 +150,7 @@ def _rules_of_loop(config) -> Rules:
 
 
 def make_schedule(config, canvas: Canvas) -> schedule.Schedule:
-    """The orders and step sizes that config.sample asks for. UserError as check()."""
+    """The orders and step sizes of config.sample. UserError as check()."""
     check(config)
     s = config.sample
     family = registry.get(config.objective)
@@ -165,7 +167,7 @@ def make_schedule(config, canvas: Canvas) -> schedule.Schedule:
 
 @dataclasses.dataclass(frozen=True)
 class Generator:
-    """The texts of a canvas, to be generated as often as wanted.
+    """Generates the texts of a canvas, any number of times.
 
     Attributes:
       schedule: of config.sample for the canvas.

@@ -11,7 +11,7 @@ from esolm_jax.sampling.plan.passes import NEVER
 
 
 def length_of(config) -> int:
-    """L: the tokens of a text that config.sample asks for."""
+    """L: the number of tokens of a text, from config.sample."""
     return config.sample.length or config.data.seq_len
 
 

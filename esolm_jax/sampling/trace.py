@@ -12,7 +12,7 @@ from esolm_jax import results
 GIVEN, NEVER = -1, -2  # in Trace.revealed_at
 PICTURED = 8  # texts in a picture at most
 TEMPLATE = pathlib.Path(__file__).with_name("trace.html")
-# Told apart when colour-blind, or without colour: sequential marks are hollow and bars hatched.
+# Distinguishable without colour: sequential marks are hollow and bars hatched.
 COLOR = {"diffusion": "#0072b2", "sequential": "#d55e00", "given": "0.45"}
 MARK = {
     "diffusion": {"marker": "o", "facecolors": COLOR["diffusion"], "linewidths": 0},
@@ -70,7 +70,7 @@ def _groups(revealed: np.ndarray, is_diffusion: np.ndarray) -> Iterator[tuple[st
 
 
 def _draw_text(axes, revealed: np.ndarray, is_diffusion: np.ndarray, passes: int) -> None:
-    """A text's map of position x pass; what was given stands above the first pass."""
+    """A text's map of position x pass; given tokens are above the first pass."""
     size = float(np.clip(1500 / max(1, len(revealed)), 2, 14))  # of a mark, in points²
     for phase, at in _groups(revealed, is_diffusion):
         axes.scatter(

@@ -44,7 +44,7 @@ def _options(keep_last: int, keep_best: int, write_digests, sync) -> ocp.Checkpo
             post_finalization_callback=write_digests, barrier_sync_fn=sync
         ),
         preservation_policy=policies.AnyPreservationPolicy(keep),
-        best_fn=_nelbo,  # without it Orbax would not write the metrics, and forget them
+        best_fn=_nelbo,  # otherwise Orbax does not write the metrics
         best_mode="min",
         cleanup_tmp_directories=True,  # of saves that were killed midway
     )

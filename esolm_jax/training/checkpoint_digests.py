@@ -27,7 +27,7 @@ FILE = "_DIGESTS"
 ALGORITHM = "xxh3_128"  # of new steps
 _ORBAX_FILE = "_CHECKPOINT_METADATA"  # Orbax rewrites it after the digests
 _MAX_BYTES = 2**30  # of the digests of a step
-# The file may be intact: this process, or the connection to the disk, is short of something.
+# The file may be intact: this process, or the connection to the disk, is out of a resource.
 _TRANSIENT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT)
 _SMALL = 2**16  # bytes; every process verifies files up to this size itself
 _THREADS = min(8, os.cpu_count() or 1)

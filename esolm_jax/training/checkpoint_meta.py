@@ -1,4 +1,4 @@
-"""The meta of a checkpoint: its config and what else a command has to know before it reads arrays.
+"""The meta of a checkpoint: its config and other metadata that is read before arrays.
 
 A command without --config takes the config of a checkpoint, and later the weights of one. They can
 be of different steps: see check_config_is_of.
@@ -97,5 +97,5 @@ def items_of(meta: dict) -> list[str]:
 
 
 def weights_item(which: str, meta: dict) -> str:
-    """Where the weights "ema" or "raw" are; those of a pretrained model are one set."""
+    """The item with the weights "ema" or "raw". A pretrained model has one set, in "params"."""
     return "ema" if which == "ema" and not meta.get("only_weights") else "params"

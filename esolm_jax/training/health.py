@@ -1,8 +1,8 @@
 """Non-finite training steps: undone on the device, reported when the host polls.
 
-The device decides after each step whether it counts, so no NaN reaches the state and the host does
-not wait for the device. With train.on_non_finite = "stop", later steps do not count either: the
-state stays as it was before the first non-finite step until the host ends the run.
+The device decides after each step whether it counts, so the state never holds a NaN and the host
+does not wait for the device. With train.on_non_finite = "stop", later steps do not count either:
+the state stays as it was before the first non-finite step until the host ends the run.
 """
 
 import flax.struct
@@ -43,8 +43,7 @@ class Health:
 def is_finite(metrics: dict, params) -> jax.Array:
     """Whether loss, gradients (by their norm) and new parameters of a step are finite.
 
-    If so, the average of the parameters is finite (it lies between them), and Adam's moments are
-    (they are averages of gradients and their squares).
+    Then the EMA of the parameters and Adam's moments are finite, too, because they are averages.
     """
     scalars = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
     parts = [jnp.all(jnp.abs(a) < LIMIT) for a in jax.tree.leaves(params)]
@@ -57,7 +56,7 @@ def keep(counts, new, old):
 
 
 def fault(health: Health, config) -> str:
-    """Why the run must end, or "". Waits for the device."""
+    """The reason to end the run, or "". Waits for the device."""
     t = config.train
     first_bad, in_a_row = int(health.first_bad), int(health.in_a_row)
     advice = "lower config.optimizer.learning_rate or lengthen config.optimizer.warmup_steps"

@@ -24,8 +24,8 @@ def read(workdir: pathlib.Path) -> list[dict]:
 class Metrics:
     """Writes metrics to WORKDIR/metrics.jsonl and WORKDIR/tensorboard, and shows progress.
 
-    Every entry has `step`; what depends on the clock is under `timing`, so that two runs with the
-    same numbers have the same entries but for that.
+    Every entry has `step`. Values that depend on the clock are under `timing`, so that two runs
+    with the same numbers have the same other entries.
     """
 
     def __init__(
@@ -84,13 +84,13 @@ class Metrics:
         self._file.write(metrics_file.line_of(entry) + "\n")
         self.entries += 1
 
-    def say(self, message: str) -> None:
+    def print(self, message: str) -> None:
         """Prints a line above the progress bar."""
         if not self._bar.disable:
             self._bar.write(message)
 
     def pause(self) -> None:
-        """Leaves out of the next speed what happened since the last log (evaluation, saving)."""
+        """Excludes the time since the last log (evaluation, saving) from the next speed."""
         self._last = (self._step, time.perf_counter())
 
     def close(self) -> None:
@@ -110,10 +110,10 @@ def plot_learning_curve(
     """Draws WORKDIR/learning_curve.png from metrics.jsonl: perplexity bounds against steps.
 
     Other metrics of config.train.metrics have a panel each. `baseline`: perplexity of a unigram
-    model, drawn as a line. `training`: whether the training
-    loss is a bound too (it is not with low_variance), and is to be drawn.
+    model, drawn as a line. `training`: whether to draw the training
+    loss; with low_variance it is not a bound.
     """
-    os.environ["MPLBACKEND"] = "Agg"  # matplotlib refuses to be imported with an unknown one
+    os.environ["MPLBACKEND"] = "Agg"  # the import of matplotlib fails with an unknown backend
     from matplotlib import pyplot, ticker
 
     entries = read(workdir)

@@ -22,7 +22,8 @@ class Content:
     """The content of a metrics file.
 
     Attributes:
-      entries: of the good lines, without checksums. lines: these, as they are in the file.
+      entries: of the intact lines, without checksums.
+      lines: the intact lines, unchanged.
       damaged: numbers of the damaged lines, from 1; a torn last line is not one of them.
     """
 
@@ -49,13 +50,13 @@ def _entry(line: str, *, must_have_checksum: bool) -> tuple[dict, bool]:
         if not found or checksum != f"{zlib.crc32((text + '}').encode()):08x}":
             raise ValueError("not its checksum")
     elif must_have_checksum or any(isinstance(value, str) for value in entry.values()):
-        # No metric is a string: this one is a checksum whose name is damaged.
+        # No metric is a string, so a string is a checksum with a damaged name.
         raise ValueError("no checksum")
     return entry, has_checksum
 
 
 def parse(content: bytes) -> Content:
-    """Lines without checksums, of earlier versions, are taken before the first line with one."""
+    """Lines without checksums, of earlier versions, are valid before the first line with one."""
     *whole, last = content.split(b"\n")
     entries, lines, damaged, checked = [], [], [], False
     for number, raw in enumerate([*whole, last] if last else whole, start=1):
@@ -79,20 +80,20 @@ def read(path: pathlib.Path) -> Content:
     return parse(regular_file.read_bytes(path, _MAX_BYTES))
 
 
-def _keep_beside(path: pathlib.Path) -> pathlib.Path:
-    """The path for the copy of a damaged file: PATH.damaged-1, or the next free number."""
+def _back_up(path: pathlib.Path) -> pathlib.Path:
+    """Copies a damaged file to PATH.damaged-1, or the next free number; the path of the copy."""
     number = 1
-    while (beside := path.with_name(f"{path.name}.damaged-{number}")).exists():
+    while (copy := path.with_name(f"{path.name}.damaged-{number}")).exists():
         number += 1
     if path.is_file():
-        shutil.copy2(path, beside)
+        shutil.copy2(path, copy)
     else:
-        path.rename(beside)
-    return beside
+        path.rename(copy)
+    return copy
 
 
 def keep_until(path: pathlib.Path, step: int, expected: int) -> tuple[int, str | None]:
-    """Drops entries after the checkpoint at `step`: a resumed run writes them again.
+    """Drops entries after the checkpoint at `step`, which a resumed run writes again.
 
     Args:
       expected: the number of entries up to `step` recorded in the checkpoint; 0: not recorded.
@@ -100,24 +101,24 @@ def keep_until(path: pathlib.Path, step: int, expected: int) -> tuple[int, str |
     Returns:
       (the number of entries left, a line on damaged or missing entries or None).
     """
-    beside = None
+    backup = None
     if path.exists() and not path.is_file():
-        beside = _keep_beside(path)
+        backup = _back_up(path)
     content = read(path)
     if content.damaged:
-        beside = _keep_beside(path)
+        backup = _back_up(path)
     kept = [
         line for line, e in zip(content.lines, content.entries, strict=True) if e["step"] <= step
     ]
     results.write_text(path, "".join(f"{line}\n" for line in kept))
-    said = []
+    notes = []
     if content.damaged:
         where = ", ".join(map(str, content.damaged[:5]))
         more = ", …" if len(content.damaged) > 5 else ""
         plural = "lines" if len(content.damaged) > 1 else "line"
-        said.append(f"{plural} {where}{more} damaged and left out")
+        notes.append(f"{plural} {where}{more} damaged and left out")
     if len(kept) < expected:
-        said.append(f"{expected - len(kept)} of {expected} entries up to step {step} are missing")
-    if beside:
-        said.append(f"the file is kept as {beside.name}")
-    return len(kept), f"{path}: {'; '.join(said)}" if said else None
+        notes.append(f"{expected - len(kept)} of {expected} entries up to step {step} are missing")
+    if backup:
+        notes.append(f"the file is kept as {backup.name}")
+    return len(kept), f"{path}: {'; '.join(notes)}" if notes else None

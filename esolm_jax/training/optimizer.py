@@ -29,8 +29,8 @@ def make(config) -> optax.GradientTransformation:
 
 
 def last_learning_rate(config, opt_state):
-    """That of the last update: float32. The optimizer counts its own updates, which are fewer than
-    the steps of a model if it goes on from converted weights."""
+    """The learning rate of the last update: float32. The optimizer counts its own updates; a model
+    that continues from converted weights has more steps than updates."""
     _, count = optax.tree.get_all_with_path(opt_state, "count")[-1]
     return jnp.asarray(learning_rate(config)(count - 1), jnp.float32)
 

@@ -30,7 +30,7 @@ def label_batch(phases: Sequence[Phase], key, x, valid) -> tuple[LabelledBatch, 
 
 @dataclasses.dataclass(frozen=True)
 class PhaseLoss:
-    """What a step minimises, and how it is computed.
+    """The objective of a training step, and its settings.
 
     Attributes:
       apply: of model.bind. head: the projection on the vocabulary.
@@ -47,8 +47,8 @@ class PhaseLoss:
     def losses(self, params, labelled, num_tokens, dropout_key=None):
         """Σ weight · (−log p) / num_tokens of each phase: float32 [phases], in nats per token.
 
-        `num_tokens` are the phases' token counts in the *global* batch, whatever part `labelled`
-        is.
+        `num_tokens` are the phases' token counts in the *global* batch, even if `labelled` is a
+        part of it.
         """
         hidden = self.apply(
             params,
@@ -117,7 +117,7 @@ def make_objective(config, built, phases: Sequence[Phase]) -> PhaseLoss:
     rows = config.train.batch_size // config.train.grad_accumulation
     length = config.data.seq_len
     multiple = math.lcm(8, built.mesh.shape["sequence"])
-    padded = config.data.packing == "pad"  # padding comes behind what is predicted
+    padded = config.data.packing == "pad"  # padding comes after the predicted tokens
     queries = [
         trim.num_queries(length, phase.masked_fraction, round(phase.fraction * rows), multiple)
         if phase.can_trim_queries and not padded

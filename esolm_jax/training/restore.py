@@ -4,26 +4,26 @@ import dataclasses
 import pathlib
 
 from esolm_jax import config as config_lib
-from esolm_jax.data.manifest import Manifest, open_tokenizer
+from esolm_jax.data.manifest import Manifest, open_tokenizer, tokenizer_entry
 from esolm_jax.errors import UserError
 from esolm_jax.model import build
 from esolm_jax.model.finite import check_finite
 from esolm_jax.process import prng
 from esolm_jax.training import checkpoint_meta, checkpoint_reader, checkpoint_steps
 
-# What weights were trained with, and can be used with alone.
+# Weights can be used only with the values of these fields that they were trained with.
 MODEL_FIELDS = config_lib.names_with("fixes_weights")
 
 
 def check_same_fields(config, meta: dict, is_fixed, advice: str = "another --workdir") -> None:
     """UserError if a field for which `is_fixed(name)` differs from the checkpoint's config; the
-    message advises to use the same or what `advice` says."""
+    message advises to use the saved value or `advice`."""
     saved = config_lib.flat(checkpoint_meta.config_in(meta))
     for name, value in config_lib.flat(config).items():
         if is_fixed(name) and saved[name] != value:
             raise UserError(
-                f"config.{name}={value!r}: the checkpoint was trained with {saved[name]!r}; "
-                f"use that, or {advice}"
+                f"config.{name}={value!r}: must be {saved[name]!r}, as in the checkpoint; "
+                f"use that value, or {advice}"
             )
 
 
@@ -32,9 +32,8 @@ def check_same_tokenizer(manifest: Manifest, meta: dict) -> None:
     have, want = manifest.tokenizer, meta["tokenizer"]
     if have["fingerprint"] != want["fingerprint"]:
         raise UserError(
-            f"{manifest.directory}: prepared with another tokenizer than the checkpoint's "
-            f"({have['kind']} of {have['vocab_size']} tokens, {have['fingerprint'][:12]}…, not "
-            f"{want['kind']} of {want['vocab_size']} tokens, {want['fingerprint'][:12]}…)"
+            f"{manifest.directory}: must be prepared with the tokenizer of the checkpoint "
+            f"({describe_tokenizer(want)}), not {describe_tokenizer(have)}"
         )
 
 
@@ -48,10 +47,17 @@ def load_tokenizer(workdir: pathlib.Path, meta: dict):
 
 def check_tokenizer(tokenizer, workdir: pathlib.Path, meta: dict) -> None:
     """UserError if the tokenizer in a workdir differs from the one in the checkpoint's meta."""
-    if tokenizer.fingerprint != meta["tokenizer"]["fingerprint"]:
+    entry = meta["tokenizer"]
+    if tokenizer.fingerprint != entry["fingerprint"]:
         raise UserError(
-            f"{workdir / 'tokenizer'}: not the tokenizer that the checkpoint was trained on"
+            f"{workdir / 'tokenizer'}: must be the tokenizer of the checkpoint "
+            f"({describe_tokenizer(entry)}), not {describe_tokenizer(tokenizer_entry(tokenizer))}"
         )
+
+
+def describe_tokenizer(entry: dict) -> str:
+    """Kind, size and fingerprint of a manifest's entry of a tokenizer, for messages."""
+    return f"{entry['kind']} of {entry['vocab_size']} tokens, {entry['fingerprint'][:12]}…"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +102,7 @@ def check_can_be_resumed(config, manifest: Manifest, workdir: pathlib.Path, meta
             f"--workdir={workdir}: holds a pretrained model without the state of an optimizer; "
             f"train from it in another --workdir: --config.init_from={workdir}"
         )
-    # Weights that `convert` brought were trained elsewhere: only the model is given.
+    # Converted weights were trained elsewhere, so only the model must be the same.
     free, fields = meta.get("converted", False), config_lib.fields()
     check_same_fields(
         config,
@@ -134,5 +140,5 @@ def initial_weights(config, manifest: Manifest, like) -> dict | None:
         raise UserError(f"config.init_from={source!r}: {error}") from error
     weights, found = checkpoint_reader.read_weights(workdir, "ema", like_of, step)
     check_finite(weights, f"config.init_from={source!r}: {found.folder}")
-    print(f"weights from {workdir} at step {found.number:,}; all else starts afresh")
+    print(f"initial weights: {workdir} at step {found.number:,}; the optimizer state is new")
     return weights

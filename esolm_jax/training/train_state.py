@@ -1,4 +1,4 @@
-"""The state of training, and where its parts lie on a mesh."""
+"""The state of training, and the sharding of its parts."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ from esolm_jax.training.health import Health
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a step changes, plus the key that it does not (step k draws from fold_in(key, k)).
+    """The values that a step changes, and the constant key (step k draws from fold_in(key, k)).
 
     Attributes:
       step: int32 scalar, steps done. params, ema: model.init's pytree, float32.
@@ -40,7 +40,7 @@ def init_state(params, optimizer, key) -> TrainState:
 
 
 def state_shardings(mesh, make_state: Callable, optimizer) -> TrainState:
-    """Where each part of the state lies: EMA and moments where their parameters are.
+    """The sharding of each part of the state: EMA and moments like their parameters.
 
     Raises:
       UserError: a parameter does not divide by the mesh.

@@ -17,11 +17,11 @@ from esolm_jax.training.train_state import TrainState, init_state, state_shardin
 
 
 class Trainer:
-    """How a config trains a model on a mesh: its state and its step.
+    """The state and the step of a training run on a mesh.
 
     Attributes:
-      phases, objective, optimizer: what a step is made of.
-      shardings: TrainState of shardings, where each part of the state lies.
+      phases, objective, optimizer: the parts of a step.
+      shardings: the TrainState of shardings.
     """
 
     def __init__(self, config, built):
@@ -41,8 +41,8 @@ class Trainer:
         return init_state(params, self.optimizer, noise_key)
 
     def init(self, params=None) -> TrainState:
-        """A fresh state, born in its place on the mesh; with given parameters, which are donated,
-        or random ones."""
+        """A new state, created with its shardings: with given parameters, which are donated, or
+        with random ones."""
         make = jax.jit(self._make_state, donate_argnums=0, out_shardings=self.shardings)
         return multihost.together(make)(params)
 
@@ -61,10 +61,10 @@ class Trainer:
     def abstract_batch(self) -> dict:
         """ShapeDtypeStructs of a global batch."""
         shape = self.config.train.batch_size, self.config.data.seq_len
-        where = sharding.rows(self.built.mesh)
+        rows = sharding.rows(self.built.mesh)
         return {
-            "x": jax.ShapeDtypeStruct(shape, jnp.int32, sharding=where),
-            "valid": jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=where),
+            "x": jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows),
+            "valid": jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=rows),
         }
 
     def alpha_0_at(self, step):
@@ -76,8 +76,7 @@ class Trainer:
         config = self.config
         if not config.train.anneal_steps:
             return self.phases
-        # Query copies are trimmed as the α₀ at the end allows; until then most batches do not fit
-        # and run whole.
+        # Query copies are trimmed for the final α₀; until then most batches run untrimmed.
         return make_phases(
             config,
             self.built.special,
@@ -113,8 +112,8 @@ class Trainer:
 
     @jax.named_scope("finite")
     def _undo_if_not_finite(self, new: TrainState, old: TrainState, metrics: dict) -> TrainState:
-        """`new`, but with the weights, their average and the optimizer state of `old` if the step
-        is not finite, or follows a step that ends the run."""
+        """`new`, but with weights, EMA and optimizer state of `old` if the step is not finite, or
+        follows a step that ends the run."""
         counts = is_finite = health_lib.is_finite(metrics, new.params)
         if self.config.train.on_non_finite == "stop":
             counts = is_finite & (old.health.first_bad == 0)

@@ -27,7 +27,7 @@ ZIGZAG = (
 )
 CONTRADICTION = (
     "config.sample.order=zigzag: is config.sample.path=zigzag, config.sample.order=ascending now, "
-    "which contradicts config.sample.path=spiral; set the fields that you mean"
+    "but config.sample.path=spiral is also set; remove one of them"
 )
 
 
@@ -111,7 +111,7 @@ def test_saved_config_that_contradicts_itself():
 
 @pytest.mark.parametrize("top_k", ["six", None, []])
 def test_saved_config_from_which_a_new_field_does_not_follow(top_k):
-    with pytest.raises(UserError, match="^runs/a: config.sample.path: missing, and the fields"):
+    with pytest.raises(UserError, match="^runs/a: config.sample.path: missing, and it cannot"):
         config_lib.from_saved(saved_with(top_k=top_k), "runs/a")
 
 
@@ -168,7 +168,7 @@ def test_copies_know_what_was_set(copied):
     twin.sample.order = "descending"
     assert chosen(twin) == ("descending", "straight") and chosen(config) == ("ascending", "zigzag")
     twin.sample.path = "spiral"
-    with pytest.raises(UserError, match="contradicts"):
+    with pytest.raises(UserError, match="is also set"):
         copied(twin).sample.order = "zigzag"
 
 

@@ -61,7 +61,7 @@ def test_a_config_of_today_is_read_without_a_word(capsys):
 def test_both_names_at_once():
     saved = saved_as("hue")
     saved["sample"]["colour"] = 1
-    with pytest.raises(UserError, match="runs/a: config.sample.colour: is there twice"):
+    with pytest.raises(UserError, match="runs/a: config.sample.colour: must be given once"):
         config_lib.from_saved(saved, "runs/a")
 
 

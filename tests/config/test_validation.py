@@ -279,7 +279,8 @@ def test_batch_that_can_be_shared_out(batch, fractions, accumulation, devices):
             HALVES,
             1,
             1,
-            "the diffusion loss gets 3.5 rows (kappa=0.5); must be a whole number above 0",
+            "must give each loss a positive whole number of rows, but the diffusion loss gets 3.5 "
+            "rows (kappa=0.5)",
         ),
         (8, {"a": 0.999, "b": 0.001}, 1, 1, "gets 7.992 rows"),
         (8, {"a": 1.0, "b": 1e-9}, 1, 1, "the b loss gets 8e-09 rows"),
@@ -288,24 +289,24 @@ def test_batch_that_can_be_shared_out(batch, fractions, accumulation, devices):
             HALVES,
             3,
             1,
-            "4 rows (kappa=0.5); must be a multiple of train.grad_accumulation x devices "
-            "(mesh.data x mesh.fsdp) = 3 x 1",
+            "must give each loss a multiple of train.grad_accumulation x devices (mesh.data x "
+            "mesh.fsdp) = 3 x 1 rows, but the diffusion loss gets 4 rows (kappa=0.5)",
         ),
         (
             8,
             HALVES,
             1,
             8,
-            "4 rows (kappa=0.5); must be a multiple of train.grad_accumulation x devices "
-            "(mesh.data x mesh.fsdp) = 1 x 8",
+            "must give each loss a multiple of train.grad_accumulation x devices (mesh.data x "
+            "mesh.fsdp) = 1 x 8 rows, but the diffusion loss gets 4 rows (kappa=0.5)",
         ),
         (
             16,
             HALVES,
             4,
             4,
-            "8 rows (kappa=0.5); must be a multiple of train.grad_accumulation x devices "
-            "(mesh.data x mesh.fsdp) = 4 x 4",
+            "must give each loss a multiple of train.grad_accumulation x devices (mesh.data x "
+            "mesh.fsdp) = 4 x 4 rows, but the diffusion loss gets 8 rows (kappa=0.5)",
         ),
     ],
 )

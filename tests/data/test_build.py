@@ -111,7 +111,7 @@ def test_other_data_are_refused(corpus, tmp_path):
     manifest = prepare(make_config(corpus), tmp_path / "data")
     for change in (dict(seq_len=32), dict(packing="pad"), dict(holdout=0.1)):
         ((name, value),) = change.items()
-        message = f"config.data.{name}={manifest.data[name]!r}, but {value!r} is wanted: choose"
+        message = f"config.data.{name}={value!r}: must be {manifest.data[name]!r}, because"
         with pytest.raises(UserError, match=message):
             prepare(make_config(corpus, **change), tmp_path / "data")
     check(manifest, make_config("elsewhere.txt", vocab_size=7))  # neither matters for reading
@@ -130,7 +130,7 @@ def test_given_model_is_compared(corpus, tmp_path):
     manifest = prepare(config, tmp_path / "b")
     assert manifest.splits == trained.splits and manifest.vocab_size == 300
     prepare(config, tmp_path / "b")
-    with pytest.raises(UserError, match="config.data.tokenizer_path=.*, but '' is wanted"):
+    with pytest.raises(UserError, match="config.data.tokenizer_path='': must be"):
         check(manifest, make_config(corpus, tokenizer="sentencepiece"))
     train_sentencepiece(["other text " * 9, "and more"], 280).save(tmp_path / "a")
     with pytest.raises(UserError, match="another tokenizer in config.data.tokenizer_path="):
@@ -140,7 +140,7 @@ def test_given_model_is_compared(corpus, tmp_path):
 def test_foreign_directory_is_refused(corpus, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("dear")
-    with pytest.raises(UserError, match="is not empty and holds no manifest.json"):
+    with pytest.raises(UserError, match="must be empty or hold manifest.json"):
         prepare(make_config(corpus), tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "dear"
     (tmp_path / "empty").mkdir()
@@ -199,8 +199,8 @@ def test_damaged_manifest(corpus, tmp_path):
     del entries["splits"]
     for text, message in [
         (whole[:100], "manifest.json: cannot be read"),
-        (whole.replace('"version": 1', '"version": 7'), "version 7, but 1 is wanted"),
-        ("[]", "version None"),
+        (whole.replace('"version": 1', '"version": 7'), "version=7: must be 1"),
+        ("[]", "version=None"),
         (json.dumps(entries), "manifest.json: corrupt"),
     ]:
         path.write_text(text)

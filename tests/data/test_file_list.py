@@ -207,6 +207,6 @@ def test_a_file_that_changes_meanwhile_is_noticed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(build, "_write_split", change_then_write)
     given = config(path, validation=str(path), test=str(path))
-    with pytest.raises(UserError, match="a.txt: changed while it was read; prepare again"):
+    with pytest.raises(UserError, match="a.txt: changed during the read; prepare again"):
         build.prepare(given, tmp_path / "data", progress=False)
     assert not (tmp_path / "data").exists()

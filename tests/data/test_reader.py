@@ -249,5 +249,5 @@ def test_bad_sizes(manifest):
         TrainReader(manifest, batch_size=8, seed=-1)
     with pytest.raises(UserError, match="batch_size=0"):
         eval_batches(manifest, "test", batch_size=0)
-    with pytest.raises(UserError, match="'tests': allowed are .*did you mean 'test'"):
+    with pytest.raises(UserError, match="'tests': must be one of .*did you mean 'test'"):
         eval_batches(manifest, "tests", batch_size=1)

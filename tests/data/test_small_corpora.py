@@ -58,7 +58,7 @@ def by_hash_alone(texts, share: float) -> dict[str, list[str]]:
     """The splits as they were before any were repaired."""
     found = {split: [] for split in sources.SPLITS}
     for text in texts:
-        at = holdout.place(text)
+        at = holdout.text_hash(text)
         name = "validation" if at < share else "test" if at < 2 * share else "train"
         found[name].append(text)
     return found

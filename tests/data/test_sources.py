@@ -128,7 +128,7 @@ def test_bad_utf8_names_file_and_offset(tmp_path, name):
         ('{"text": ', "line 3: bad JSON"),
         ("[1]", "line 3: no field config.data.text_field='text'; has: list"),
         ('{"a": 1, "b": 2}', "line 3: no field .*; has: a, b"),
-        ('{"text": 3}', "line 3: field 'text': text is wanted, got int"),
+        ('{"text": 3}', "line 3: field 'text': must be text, not int"),
         ('{"text": "\\ud800"}', "line 3: field 'text': not valid Unicode"),
     ],
 )
@@ -144,11 +144,11 @@ def test_missing_and_empty_input(tmp_path):
     (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(b"x" * 9999)[:-9])
     (tmp_path / "empty").mkdir()
     for train, message in [
-        ("", "config.data.train='': .*needs files"),
-        (" , ", "names no files"),
+        ("", "config.data.train='': must name files"),
+        (" , ", "must name files"),
         ("/no/such/thing", "no such file or directory"),
-        (f"{tmp_path}/*.md", "holds no files ending with .txt"),
-        (f"{tmp_path}/empty", "holds no files"),
+        (f"{tmp_path}/*.md", "must hold files that end with .txt"),
+        (f"{tmp_path}/empty", "must hold files"),
         (f"{tmp_path}/data.csv", "must end with one of"),
         (f"{tmp_path}/blank.txt", "config.data.train=.* no non-empty documents"),
         (f"{tmp_path}/cut.txt.gz", "cut.txt.gz: cannot be read"),
@@ -205,7 +205,7 @@ def test_tfds(tmp_path):
         (dict(source="tfds:tiny_text:9.0.0"), "cannot be loaded at version 9.0.0"),
         (dict(train="trian"), "config.data.train='trian' of tiny_text/1.0.0: Unknown split"),
         (dict(text_field="body"), "config.data.text_field='body'; has: text, label"),
-        (dict(text_field="label"), "field 'label': text is wanted"),
+        (dict(text_field="label"), "field 'label': must be text"),
     ]:
         with pytest.raises(UserError, match=message):
             read(**(given | change))

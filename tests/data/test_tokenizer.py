@@ -88,7 +88,7 @@ def test_given_model(tmp_path):
     tokenizer = from_config(config, lambda: pytest.fail("must not train"))
     assert tokenizer.vocab_size == 29 and tokenizer.pad_id == tokenizer.eos_id  # it has no PAD
     assert tokenizer.decode([*tokenizer.encode("thee"), tokenizer.eos_id]) == "thee[EOS]"
-    with pytest.raises(UserError, match="config.data.tokenizer_path=.* has no BOS"):
+    with pytest.raises(UserError, match="config.data.tokenizer_path=.*: must have a BOS"):
         from_config(given_model(tmp_path / "b.model", bos_id=-1), lambda: ())
     config.data.tokenizer_path = str(tmp_path / "none.model")
     with pytest.raises(UserError, match="config.data.tokenizer_path=.*no such file"):

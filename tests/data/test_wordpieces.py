@@ -108,9 +108,13 @@ def test_prepare(request, kind, tmp_path):
     [
         ("tokenizer.json", "{", "not JSON"),
         ("tokenizer.json", "{}", "damaged"),
-        ("tokenizer.json", '{"model": {"type": "Unigram", "vocab": []}}', "a Unigram tokenizer"),
-        ("tokenizer.json", '{"model": {"type": "BPE", "vocab": {}, "merges": []}}', "a BPE token"),
-        ("vocab.txt", "a\nb\n", r"without \[PAD\], \[UNK\]"),
+        ("tokenizer.json", '{"model": {"type": "Unigram", "vocab": []}}', "tokenizer, not Unigram"),
+        (
+            "tokenizer.json",
+            '{"model": {"type": "BPE", "vocab": {}, "merges": []}}',
+            "tokenizer, not BPE",
+        ),
+        ("vocab.txt", "a\nb\n", r"must have \[PAD\], \[UNK\]"),
         ("vocab.json", "{}", "merges.txt: no such file"),
         ("other.bin", "", "holds no tokenizer: tokenizer.json, vocab.json with merges.txt"),
     ],
@@ -125,7 +129,7 @@ def test_gpt2_without_all_bytes(gpt2):
     vocab = json.loads((gpt2 / "vocab.json").read_text())
     (gpt2 / "vocab.json").write_text(json.dumps({k: i for i, k in enumerate(list(vocab)[9:])}))
     (gpt2 / "merges.txt").write_text("")
-    with pytest.raises(UserError, match="has not all 256 bytes"):
+    with pytest.raises(UserError, match="must have a token for each of the 256 bytes"):
         wordpieces.read(gpt2)
 
 
@@ -134,7 +138,7 @@ def test_config_names_the_files(gpt2, bert):
     config = ml_collections.ConfigDict({"data": data})
     assert tokenizer.from_config(config, lambda: ()).kind == "bert"
     config.data.tokenizer_path = str(gpt2)
-    with pytest.raises(UserError, match="holds a gpt2 tokenizer, not bert"):
+    with pytest.raises(UserError, match="must hold a bert tokenizer, not gpt2"):
         tokenizer.from_config(config, lambda: ())
     config.data.tokenizer_path = ""
     with pytest.raises(UserError, match="must name the files of the bert tokenizer"):

@@ -20,7 +20,7 @@ from esolm_jax.errors import UserError
 from esolm_jax.family import eso_b
 from esolm_jax.interop.published import config as published_config
 from esolm_jax.interop.published import file as published_file
-from esolm_jax.interop.published.reference import INV_FREQ, Reference
+from esolm_jax.interop.published.names import INV_FREQ, PublishedModel
 from esolm_jax.model import build
 from esolm_jax.parallel import sharding
 from esolm_jax.training import checkpoint_meta, restore
@@ -81,7 +81,7 @@ def toy(seed):
 @pytest.mark.parametrize(("weights", "seed"), [("ema", 1), ("raw", 0)])
 def test_one_of_the_two_sets(tmp_path, gpt2, weights, seed, capsys):
     assert convert(CKPT, tmp_path / "run", gpt2, f"--weights={weights}") == 0
-    assert f"taken: the {weights.replace('ema', 'EMA')}" in capsys.readouterr().out
+    assert f"converted the {weights.replace('ema', 'EMA')}" in capsys.readouterr().out
     for name in ("ema", "raw"):
         out = tmp_path / f"{name}.safetensors"
         assert_same(exported(tmp_path / "run", out, f"--weights={name}"), toy(seed))
@@ -126,11 +126,11 @@ def golden_run(tmp_path):
     return make
 
 
-def restored(workdir) -> Reference:
+def restored(workdir) -> PublishedModel:
     config = checkpoint_meta.saved_config(workdir)
     mesh = sharding.make_mesh(config.mesh)
     trained = restore.load_trained(config, workdir, "ema", mesh)
-    return Reference(trained.built.model, trained.params, trained.built.special.mask)
+    return PublishedModel(trained.built.model, trained.params, trained.built.special.mask)
 
 
 def test_golden_logits_and_names_through_a_workdir(golden_run, tmp_path):
@@ -252,7 +252,7 @@ def test_another_model_is_refused_in_training(converted, tmp_path, capsys):
     assert command("prepare", f"--workdir={workdir}", *text) == 0
     args = [f"--workdir={workdir}", *text, "--config.model.heads=1", "--config.train.batch_size=4"]
     assert command("train", *args) == 2
-    assert "config.model.heads=1: the checkpoint was trained with 2" in capsys.readouterr().err
+    assert "config.model.heads=1: must be 2, as in the checkpoint" in capsys.readouterr().err
 
 
 # Bad input.
@@ -267,9 +267,9 @@ def test_directions(refused, tmp_path, converted):
     refused([work, "--to=out.safetensors"], "no checkpoints here")
     out = [f"--workdir={converted}"]
     refused([*out, "--to=out.ckpt"], "--to=out.ckpt: must end in .safetensors")
-    refused([*out, f"--to={tmp_path}/no/a.safetensors"], "there is no folder")
+    refused([*out, f"--to={tmp_path}/no/a.safetensors"], "must be in a folder that exists")
     (tmp_path / "a.safetensors").write_text("mine")
-    refused([*out, f"--to={tmp_path}/a.safetensors"], "is already there")
+    refused([*out, f"--to={tmp_path}/a.safetensors"], "must be a new file")
     refused([*out, f"--to={tmp_path}/b.safetensors", "--weights=both"], "--weights=both: must be")
 
 
@@ -277,17 +277,17 @@ def test_target_that_is_not_empty(refused, tmp_path, gpt2):
     workdir = tmp_path / "run"
     (workdir / "notes").mkdir(parents=True)
     args = [f"--from={CKPT}", f"--workdir={workdir}", f"--tokenizer={gpt2}"]
-    refused(args, f"--workdir={workdir}: is not empty (notes)")
+    refused(args, f"--workdir={workdir}: must be new, empty or hold only data/, but holds notes")
 
 
 def test_no_hyper_parameters_and_no_config(refused, tmp_path, gpt2):
     path = tmp_path / "bare.safetensors"
     safetensors.numpy.save_file(toy(0), path)
     args = [f"--from={path}", f"--workdir={tmp_path / 'run'}", f"--tokenizer={gpt2}"]
-    refused(args, "--config is missing: the number of heads cannot be read off the tensors")
+    refused(args, "--config is missing: the number of heads cannot be inferred")
     sizes = ["--config.model.heads=2", "--config.model.width=16", "--config.model.blocks=2"]
     given = [*args, f"--config={tiny_run.FILE}", *sizes]
-    refused(given, "config.model.width=16: the tensors of", "have 8")
+    refused(given, "config.model.width=16: must be 8, as in the tensors of")
     refused([*given, "--config.model.style=llama"], "config.model.style='llama'")
     refused([*given, "--weights=half"], "--weights=half: must be one of both, ema, raw")
 
@@ -314,7 +314,10 @@ def test_tokenizer_of_another_run(refused, tmp_path, converted):
     vocab = content["model"]["vocab"]
     vocab["!"], vocab['"'] = vocab['"'], vocab["!"]
     (swapped / "tokenizer.json").write_text(json.dumps(content))
-    refused([*work, f"--from={out}", f"--tokenizer={swapped}"], "trained on another tokenizer")
+    refused(
+        [*work, f"--from={out}", f"--tokenizer={swapped}"],
+        "needs the tokenizer that it was trained on",
+    )
 
 
 def test_tensors_that_do_not_fit_are_listed_with_the_nearest(refused, tmp_path, gpt2):
@@ -367,7 +370,7 @@ def test_damaged_safetensors(refused, tmp_path):
 def test_other_files(refused, tmp_path):
     work = [f"--workdir={tmp_path / 'run'}", "--tokenizer=bytes"]
     for content, told in (
-        (b"text", "neither a file of torch.save"),
+        (b"text", "must be a file of torch.save"),
         (b"\x80\x02}.", "bare pickle"),
     ):
         path = tmp_path / "a.ckpt"

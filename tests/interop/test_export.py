@@ -34,7 +34,8 @@ from esolm_jax.interop.export import (
 )
 from esolm_jax.interop.export.shipped import decode_loop, plain_transformer
 from esolm_jax.interop.published import config as published_config
-from esolm_jax.interop.published import into_workdir, out_of_workdir
+from esolm_jax.interop.published import read as published_read
+from esolm_jax.interop.published import write as published_write
 from esolm_jax.model import build
 from esolm_jax.model import transformer as model_lib
 from esolm_jax.model.lm_head import exclude_mask_token
@@ -104,7 +105,7 @@ def make_run(workdir: pathlib.Path, mesh=None, **fields) -> pathlib.Path:
     state = state.replace(ema=draw(1), step=jax.numpy.int32(7))
     meta = {"config": config.to_dict(), "cursor": 0, "tokenizer": tokenizer_entry(tokenizer)}
     meta["version"] = esolm_jax.__version__
-    into_workdir.write(workdir, meta, tokenizer, lambda kept, _: kept.save(state, meta))
+    published_read.write_workdir(workdir, meta, tokenizer, lambda kept, _: kept.save(state, meta))
     return workdir
 
 
@@ -115,7 +116,7 @@ def export(workdir, target, *args) -> dict:
 
 def trained(workdir, weights="ema"):
     config = checkpoint_meta.saved_config(workdir)
-    return config, out_of_workdir.load(config, workdir, weights)
+    return config, published_write.load(config, workdir, weights)
 
 
 def measured(manifest) -> dict:
@@ -284,7 +285,7 @@ def test_raw_weights_are_other_weights(run, exported, tmp_path, capsys, one_batc
     args = "--weights=raw", "--formats=safetensors", "--parts=score"
     manifest = export(run, tmp_path / "raw", *args)
     assert "the RAW weights, not the EMA, of step 7" in capsys.readouterr().out
-    assert manifest["not_exported"]["step"] == "not asked for"
+    assert manifest["not_exported"]["step"] == "not requested"
     assert "one program is of the format stablehlo" in manifest["not_exported"]["sample"]
     raw, ema = (
         np.asarray(safetensors_file.read(folder / "weights.safetensors")[0]["embedding"])
@@ -480,26 +481,31 @@ def test_bad_flags(refused, run, tmp_path):
     out = f"--to={tmp_path / 'out'}"
     refused([f"--workdir={tmp_path}", out], "no checkpoints here")
     refused([work, out, "--weights=both"], "--weights=both: must be one of ema, raw")
-    refused([work, out, "--formats=onnx,gguf"], "--formats=gguf: must be of safetensors, stablehlo")
-    refused([work, out, "--parts=train"], "--parts=train: must be of score, step, sample")
+    refused(
+        [work, out, "--formats=onnx,gguf"], "--formats=gguf: must be one of safetensors, stablehlo"
+    )
+    refused([work, out, "--parts=train"], "--parts=train: must be one of score, step, sample")
     refused([work, out, "--tolerance=0"], "--tolerance=0.0: must be above 0")
     refused([work, out, "--formats=onnx", "--parts=sample"], "is of the format stablehlo")
     schedule = "--config.sample.loop=confidence"
-    refused([work, out, schedule, "--parts=sample"], "--parts=sample: can't be exported")
+    refused([work, out, schedule, "--parts=sample"], "--parts=sample: cannot be exported")
     refused([work, out, "--config.model.heads=1"], "config.model.heads=1")
 
 
 def test_target_that_is_not_empty(refused, run, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes").touch()
-    refused([f"--workdir={run}", f"--to={tmp_path / 'out'}"], "is not empty (notes)")
+    refused(
+        [f"--workdir={run}", f"--to={tmp_path / 'out'}"],
+        "must be a new or empty folder, but holds notes",
+    )
     refused([f"--workdir={run}", f"--to={tmp_path / 'out' / 'notes'}"], "is a file")
 
 
 def test_mdlm_has_no_cached_step(refused, tmp_path):
     run = make_run(tmp_path / "run", **FAMILIES["mdlm"][0])
     args = [f"--workdir={run}", f"--to={tmp_path / 'out'}", "--parts=score,step"]
-    refused(args, "--parts=step: can't be exported: objective mdlm has no cached step")
+    refused(args, "--parts=step: cannot be exported: objective mdlm has no cached step")
 
 
 def test_tokenizer_that_does_not_match(refused, run, tmp_path):
@@ -510,7 +516,9 @@ def test_tokenizer_that_does_not_match(refused, run, tmp_path):
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b"]
     (other / "tokenizer" / "vocab.txt").write_text("\n".join(words) + "\n")
     wordpieces.read(other / "tokenizer").save(other / "tokenizer")
-    refused(args, "not the tokenizer that the checkpoint was trained on", "7 ids", "has 260")
+    refused(
+        args, "must be the tokenizer of the checkpoint (bytes of 259 tokens", "not bert of 7 tokens"
+    )
 
 
 def test_unknown_part_of_a_model(run, monkeypatch):
@@ -520,13 +528,13 @@ def test_unknown_part_of_a_model(run, monkeypatch):
         "Odd", [("sliding", int, 0)], bases=(ModelConfig,), frozen=True
     )
     plain.check(odd(**vars(config)))
-    with pytest.raises(UserError, match="model.sliding=64: can't be exported yet; must be 0"):
+    with pytest.raises(UserError, match="model.sliding=64: cannot be exported yet; must be 0"):
         plain.check(odd(**vars(config), sliding=64))
-    with pytest.raises(UserError, match="config.model.style='t5': can't be exported yet"):
+    with pytest.raises(UserError, match="config.model.style='t5': cannot be exported yet"):
         plain.check(dataclasses.replace(config, style="t5"))
     known = tuple(part for part in plain.PARTS if part != "mlp_out_bias")
     monkeypatch.setattr(plain, "PARTS", known)
-    with pytest.raises(UserError, match=r"can't be exported yet: blocks\.\d\.mlp_out_bias"):
+    with pytest.raises(UserError, match=r"cannot be exported yet: blocks\.\d\.mlp_out_bias"):
         plain.shapes(config, found.params)
 
 
@@ -544,19 +552,22 @@ def test_parity_that_fails(refused, run, tmp_path, monkeypatch, one_batch_size):
     args = [f"--workdir={run}", f"--to={tmp_path / 'out'}"]
     with monkeypatch.context() as patch:
         patch.setattr(plain, "tensors", _worse(plain.tensors))
-        told = "off the trained model's, allowed is 0.0001; nothing was exported"
+        told = "must be at most 0.0001 (--tolerance); nothing was exported"
         refused([*args, "--formats=safetensors"], "weights.safetensors (score)", told)
     with monkeypatch.context() as patch:
         patch.setattr(onnx_graph, "MASKED", 0.0)
         refused([*args, "--formats=onnx"], "score.onnx (score)", told)
     with monkeypatch.context() as patch:
-        patch.setattr(onnx_graph, "NOBODY", -1)  # slots that are not filled are read
+        patch.setattr(onnx_graph, "EMPTY_RANK", -1)  # empty slots are read
         refused([*args, "--formats=onnx", "--parts=step"], "step.onnx (step)", told)
     with monkeypatch.context() as patch:
         pick = exported_sampler._pick
         later = lambda logits, *a, **k: pick(-logits, *a, **k)  # noqa: E731
         patch.setattr(exported_sampler, "_pick", later)
-        refused([*args, "--formats=stablehlo", "--parts=sample"], "greedy samples differ from ours")
+        refused(
+            [*args, "--formats=stablehlo", "--parts=sample"],
+            "greedy texts differ from those of `sample`",
+        )
 
 
 def test_missing_extra(refused, run, tmp_path, monkeypatch):

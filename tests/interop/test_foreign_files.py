@@ -306,7 +306,7 @@ def test_hyper_parameters_of_the_model_are_not_replaced_by_defaults(tmp_path, pa
         ("llama", {"model_type": ["llama"]}, "model_type=a list"),
         ("llama", {"model_type": {"a": "llama"}}, "model_type=a dict"),
         ("llama", {"model_type": None}, "model_type=None"),
-        ("llama", {"num_hidden_layers": 1000}, "1,000 blocks; its files have tensors of 2"),
+        ("llama", {"num_hidden_layers": 1000}, "1,000 blocks, but the files hold tensors of 2"),
         ("llama", {"num_hidden_layers": 10**9}, "blocks=1000000000: must be"),
         ("gpt2", {"n_layer": 10**9}, "blocks=1000000000: must be"),
         ("gpt2", {"n_layer": 10**400}, "n_layer=an integer of"),

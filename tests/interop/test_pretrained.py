@@ -178,7 +178,7 @@ def test_large_model_is_never_in_memory(tmp_path):
     (folder / "config.json").write_text(json.dumps(settings))
     config = hub_config.get_config(str(folder))
     model = build.model_config(config, {"vocab_size": IDS, "mask_id": IDS}, "cpu")
-    parts = hub_names.parts(model, IDS, tied=False, prefix="model.")
+    parts = hub_names.hub_tensors(model, IDS, tied=False, prefix="model.")
     tensors = {part.name: np.ones(part.shape, np.float16) for part in parts}
     safetensors.numpy.save_file(tensors, folder / "model.safetensors")
     size = 4 * sum(tensor.size for tensor in tensors.values())
@@ -341,7 +341,7 @@ def test_other_misfits_are_told(refused, converted, tmp_path):
         args=["--config.model.max_positions=16"],
     )
     refused(llama, "the bytes tokenizer has 259 ids", args=["--tokenizer=bytes"])
-    refused(llama, "is not empty (checkpoints", workdir=converted["llama"])
+    refused(llama, "but holds checkpoints", workdir=converted["llama"])
 
 
 # And back.
@@ -379,8 +379,8 @@ def test_what_cannot_go_out_is_told(converted, tmp_path, capsys):
     told(converted["gpt2"], f"{tmp_path}/out/", "config.model.style='gpt2': must be 'llama'")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    told(converted["llama"], tmp_path / "full", "is not empty")
-    told(converted["llama"], f"{tmp_path}/no/where/", "there is no folder")
+    told(converted["llama"], tmp_path / "full", "must be a new or empty folder")
+    told(converted["llama"], f"{tmp_path}/no/where/", "must be in a folder that exists")
 
 
 # The tokenizer.
@@ -400,7 +400,7 @@ def test_tokenizer_is_carried_over(converted, tmp_path):
     assert hub_tokenizer.read(tmp_path).fingerprint == tokenizer.fingerprint
     other = hub_tokenizer.HubTokenizer(tokenizer.content, tokenizer.ids | {"vocab_size": 70})
     assert other.fingerprint != tokenizer.fingerprint
-    with pytest.raises(UserError, match="the bos token has id 64 of 64"):
+    with pytest.raises(UserError, match="the bos token has id 64; must be below 64"):
         hub_tokenizer.HubTokenizer(tokenizer.content, tokenizer.ids | {"bos": IDS})
 
 
@@ -439,7 +439,7 @@ def test_run_starts_with_the_weights(converted, prepared):
 @pytest.mark.parametrize(
     ("field", "value", "told"),
     [
-        ("model.norm_eps", 1e-5, "config.model.norm_eps=1e-05: the checkpoint was trained with"),
+        ("model.norm_eps", 1e-5, "config.model.norm_eps=1e-05: must be"),
         ("model.qk_norm", True, "config.model.qk_norm=True"),
         ("init_from", "nowhere", "config.init_from='nowhere'"),
     ],

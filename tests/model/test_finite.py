@@ -132,10 +132,11 @@ def test_a_perplexity_beyond_all_numbers_is_infinite():
     assert estimate(2.0).perplexity == math.exp(2)
 
 
+@pytest.mark.parametrize("bound", ["nelbo", "exact", "importance_weighted"])
 @pytest.mark.parametrize("nll", [math.nan, math.inf])
-def test_a_bound_that_is_not_finite_is_no_result(nll):
-    with pytest.raises(UserError, match=f"^nelbo: is {nll}, although all weights are finite"):
-        check_finite(bounds._result("nelbo", estimate(nll), {}), "nelbo")
+def test_a_bound_that_is_not_finite_is_no_result(nll, bound):
+    with pytest.raises(UserError, match=f"^{bound}: is {nll}, although all weights are finite"):
+        check_finite(bounds._result(bound, estimate(nll), {}))
 
 
 @pytest.mark.filterwarnings("error")

@@ -76,7 +76,7 @@ def test_barrier_that_not_all_reach():
     """
     (code_0, _, err_0), (code_1, _, err_1) = Processes(script).wait()
     message = (
-        "process 0: not all 2 processes came to 'save' within 0.5 s "
+        "process 0: not all 2 processes reached 'save' within 0.5 s "
         "(config.distributed.barrier_timeout)"
     )
     assert (code_0, err_0) == (2, f"error: {message}\n")
@@ -175,7 +175,7 @@ def test_programs_that_take_unlike_times_to_compile():
         assert code == 0, err
     for code, _, err in Processes(script.format(timeout=1)).wait():
         assert code in (1, 2)  # process 1 comes late to the barrier, if it is not told before
-        assert "not all 2 processes came to 'first run of f (0)' within 1.0 s" in err
+        assert "not all 2 processes reached 'first run of f (0)' within 1.0 s" in err
         assert len([line for line in err.splitlines() if "error" in line]) == 1
 
 
@@ -342,7 +342,7 @@ def test_nobody_there():
         "(config.distributed.init_timeout)\n"
     )
     assert err_0 == (
-        f"error: process 0: not all 2 processes came to the coordinator at {first.address} "
+        f"error: process 0: not all 2 processes reached the coordinator at {first.address} "
         "within 2 s (config.distributed.init_timeout)\n"
     )
     assert err_2 == (
@@ -464,4 +464,4 @@ def test_a_verb_of_one_process_refuses_a_launcher(monkeypatch, capsys, tmp_path)
     path = pathlib.Path(tiny_run.FILE)
     code = tiny_run.command("compile", f"--config={path}", "--topology=v5e:2x2")
     assert code == 2
-    assert "compile runs in one process, but JAX_NUM_PROCESSES=4" in capsys.readouterr().err
+    assert "compile: must run in one process, but JAX_NUM_PROCESSES=4" in capsys.readouterr().err

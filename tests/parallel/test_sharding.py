@@ -71,10 +71,10 @@ def test_mesh_shape(axes, devices, sizes):
 @pytest.mark.parametrize(
     ("axes", "told"),
     [
-        (dict(data=3, tensor=2), "multiplies to 6, but there are 8 devices"),
-        (dict(data=16), "multiplies to 16, but there are 8 devices"),
-        (dict(data=-1, fsdp=3), "multiplies to 3, which does not divide 8 devices"),
-        (dict(data=-1, fsdp=2, sequence=-1), "only one axis may be -1"),
+        (dict(data=3, tensor=2), "must multiply to the 8 devices, not to 6"),
+        (dict(data=16), "must multiply to the 8 devices, not to 16"),
+        (dict(data=-1, fsdp=3), "must multiply to a divisor of the 8 devices, not to 3"),
+        (dict(data=-1, fsdp=2, sequence=-1), "must have at most one axis of -1"),
     ],
 )
 def test_mesh_that_does_not_fit_the_devices_is_told(axes, told):
@@ -92,7 +92,7 @@ def test_mesh_of_all_devices_or_of_the_first():
     assert list(make_mesh(data=-1, devices=3).devices.flat) == jax.devices()[:3]
     given = sharding.make_mesh(mesh_config(data=-1), jax.devices()[4:6])
     assert list(given.devices.flat) == jax.devices()[4:6]
-    with pytest.raises(UserError, match=r"config\.mesh\.devices=9: only 8 are there"):
+    with pytest.raises(UserError, match=r"config\.mesh\.devices=9: must be at most 8"):
         make_mesh(data=-1, devices=9)
 
 
@@ -157,10 +157,10 @@ def test_large_parameters_are_split_and_all_alike():
 @pytest.mark.parametrize(
     ("axes", "told"),
     [
-        (dict(fsdp=3, devices=3), "config.mesh.fsdp=3: .*`embed` dimension of .* is 16"),
+        (dict(fsdp=3, devices=3), "config.mesh.fsdp=3: must divide 16, the `embed` dimension of "),
         (
             dict(tensor=8),
-            r"config.mesh.tensor=8: .*`heads` .* blocks/qkv/kernel \(2, 16, 2, 4, 4\) is 2",
+            r"config.mesh.tensor=8: .* 2, the `heads` .* blocks/qkv/kernel \(2, 16, 2, 4, 4\)",
         ),
     ],
 )
@@ -210,7 +210,7 @@ def test_config_that_does_not_divide_by_the_mesh_is_told(fields, mesh, told):
 def test_a_kernel_for_other_devices_is_told(kind, home):
     config = default_config()
     config.model.attention = kind
-    told = f"config.model.attention='{kind}': is for {home}s, but these are CPUs"
+    told = f"config.model.attention='{kind}': must be an implementation for CPUs, not {home}s"
     with pytest.raises(UserError, match=told):
         build.build_model(config, planned_tokenizer(config), make_mesh(data=-1))
 

@@ -82,7 +82,7 @@ def test_convert_prints_the_way_back(trained, tmp_path, capsys, monkeypatch):
     _, workdir, _ = trained
     monkeypatch.chdir(tmp_path)
     assert command("convert", f"--workdir={workdir}", f"--to={tmp_path}/a b.safetensors") == 0
-    (line,) = re.findall(r"^and back: (.*)$", capsys.readouterr().out, re.MULTILINE)
+    (line,) = re.findall(r"^to convert it back: (.*)$", capsys.readouterr().out, re.MULTILINE)
     assert run(line) == 0
     assert (tmp_path / "NEW" / "checkpoints").is_dir()
     assert "--workdir=NEW" in next_of(capsys.readouterr().out, "sample")

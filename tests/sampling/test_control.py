@@ -378,9 +378,9 @@ def test_the_cache_is_not_copied():
 @pytest.mark.parametrize(
     ("rows", "told"),
     [
-        ([[0, 4]], "token 4 at place 1 is not in 0..3"),
+        ([[0, 4]], "token 4 at position 1 is not in 0..3"),
         ([[2**40]], "is not in 0..3"),
-        ([[0, 1.5]], "token 1.5 at place 1 is not in 0..3"),
+        ([[0, 1.5]], "token 1.5 at position 1 is not in 0..3"),
         ([[toy.MASK, MASK]], "is the mask token"),
     ],
 )

@@ -5,7 +5,7 @@ import pathlib
 
 import numpy as np
 
-from esolm_jax.interop.published import reference
+from esolm_jax.interop.published import names as published_names
 
 FOLDER = pathlib.Path(__file__).parents[1] / "fixtures" / "golden"
 TOLERANCE = 2e-5  # absolute, float32
@@ -19,8 +19,8 @@ def vectors(name: str) -> dict[str, np.ndarray]:
 
 
 @functools.cache
-def model(weights: str) -> reference.Reference:
-    return reference.load(vectors(weights), HEADS)
+def model(weights: str) -> published_names.PublishedModel:
+    return published_names.load(vectors(weights), HEADS)
 
 
 def close(got, want, tolerance=TOLERANCE):

@@ -14,7 +14,7 @@ from saved_steps import META, assert_same, make_state, shapes, steps_in, write
 
 from esolm_jax.errors import UserError
 from esolm_jax.files import hashing
-from esolm_jax.interop.published import out_of_workdir
+from esolm_jax.interop.published import write as published_write
 from esolm_jax.training import (
     checkpoint,
     checkpoint_digests,
@@ -488,9 +488,9 @@ def test_exports_are_of_the_named_step(run):
     folder, _ = run
     config = checkpoint_meta.saved_config(folder)
     for wanted, step in (("best", 4), ("2", 2)):
-        assert out_of_workdir.load(config, folder, "ema", wanted).step == step
+        assert published_write.load(config, folder, "ema", wanted).step == step
     with pytest.raises(UserError, match="there is no step 3"):
-        out_of_workdir.load(config, folder, "ema", "3")
+        published_write.load(config, folder, "ema", "3")
 
 
 def test_a_config_of_another_step_than_the_weights_is_refused(run):
@@ -511,7 +511,7 @@ def test_init_from_a_step(run, trained, tmp_path, capsys):
         more = [f"--config.data.dir={folder / 'data'}", "--config.train.steps=1"]
         workdir = f"--workdir={tmp_path / step}"
         assert tiny_run.command("train", workdir, *trained[1], *more, source) == 0
-        assert f"weights from {folder} at step {found}" in capsys.readouterr().out
+        assert f"initial weights: {folder} at step {found}" in capsys.readouterr().out
     flip(files_of(folder, 4, "ema")[-1])
     source = f"--config.init_from={folder}@4"
     assert tiny_run.command("train", f"--workdir={tmp_path / 'c'}", *trained[1], *more, source) == 2

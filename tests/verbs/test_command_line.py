@@ -134,7 +134,7 @@ def test_no_such_config_file(refused, verb, tmp_path):
         ("--config.train.steps=many", "config.train.steps"),
         ("--config.low_variance=2", "config.low_variance"),
         ("--confg=x", "confg"),
-        ("stray", "'stray': not a flag"),
+        ("stray", "'stray': must be a flag"),
     ],
 )
 def test_bad_flag(refused, override, told, tmp_path):
@@ -238,8 +238,13 @@ def test_data_of_another_tokenizer_are_refused(refused, eso_b, tmp_path):
     sentencepiece = {"data.tokenizer": "sentencepiece", "data.vocab_size": 290}
     other = tiny_run.write_data(tmp_path, **sentencepiece)
     args = [f"--workdir={eso_b}", f"--config.data.dir={other['data.dir']}"]
-    refused("evaluate", args, "prepared with config.data.tokenizer='sentencepiece'", "'bytes'")
-    refused("evaluate", args + arguments(sentencepiece), "another tokenizer", "bytes of 259")
+    refused("evaluate", args, "config.data.tokenizer='bytes': must be 'sentencepiece'")
+    refused(
+        "evaluate",
+        args + arguments(sentencepiece),
+        "with the tokenizer of the checkpoint",
+        "bytes of 259",
+    )
 
 
 @pytest.mark.parametrize("family", ["mdlm", "bd3"])
@@ -481,7 +486,7 @@ def test_special_files_and_large_ones_hold_no_prompts(refused, eso_b, tmp_path, 
     monkeypatch.setattr(prompts, "MAX_PROMPTS", 4)
     args = [f"--workdir={eso_b}"]
     refused("sample", [*args, f"--prompts={fifo}"], str(fifo), "is a FIFO")
-    refused("sample", [*args, f"--prompts={large}"], str(large), "such a file has at most 16")
+    refused("sample", [*args, f"--prompts={large}"], str(large), "must have at most 16 MiB")
     refused("sample", [*args, f"--prompts={many}"], str(many), "holds 5 prompts")
     monkeypatch.setattr(prompts, "MAX_PROMPTS", 5)
     monkeypatch.setattr(prompts, "MAX_TOKENS", 4)

@@ -20,8 +20,8 @@ from esolm_jax.data.manifest import tokenizer_entry
 from esolm_jax.data.tokenizer import Bytes
 from esolm_jax.errors import UserError
 from esolm_jax.family.labels import Tokens
-from esolm_jax.interop import reference as earlier_place
-from esolm_jax.interop.published import reference
+from esolm_jax.interop import reference
+from esolm_jax.interop.published import names as published_names
 from esolm_jax.language_model import LanguageModel
 from esolm_jax.model import build, transformer
 from esolm_jax.parallel import sharding
@@ -180,7 +180,8 @@ def test_weights_and_steps(workdir, model):
 def test_published_weights():
     weights = vectors("weights_dit")
     model = esolm_jax.load_published(weights, HEADS)
-    assert earlier_place.load is reference.load and isinstance(model, earlier_place.Reference)
+    assert reference.load is published_names.load
+    assert isinstance(model, published_names.PublishedModel)
     index = np.arange(6)[None]
     labels = index, index, index, np.ones((1, 6), bool)
     arrays = model.logits(*labels)

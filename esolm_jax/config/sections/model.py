@@ -17,7 +17,7 @@ from esolm_jax.config.field import Field
 
 STYLES = ("dit", "gpt2", "llama")
 DTYPES = ("float32", "bfloat16")
-REMAT = ("none", "matmuls", "attention", "full")  # model/model_config.py: what each one keeps
+REMAT = ("none", "matmuls", "attention", "full")  # see model/model_config.py
 
 _SIZE = {"fixes_weights": True}
 _FREE = {"may_change_on_resume": True}

@@ -1,4 +1,4 @@
-"""Makes, checks and describes the artefacts of an export that compute something."""
+"""Makes, checks and describes the artefacts that compute something."""
 
 import contextlib
 import dataclasses
@@ -31,7 +31,7 @@ WEIGHTS = "weights.safetensors"
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What is exported, without its weights, which are in FOLDER/weights.safetensors.
+    """A model to export; its weights are in FOLDER/weights.safetensors.
 
     Attributes:
       parts: of score, step and sample.
@@ -63,23 +63,25 @@ class Source:
     @contextlib.contextmanager
     def weights(self) -> Iterator[dict]:
         """The weights of the file, as JAX arrays; callers must not keep them."""
-        path, found = self.folder / WEIGHTS, {}
-        for name, (offset, shape) in safetensors_file.places(path).items():  # never in memory twice
+        path, arrays = self.folder / WEIGHTS, {}
+        for name, (offset, shape) in safetensors_file.tensor_offsets(
+            path
+        ).items():  # never in memory twice
             array = np.fromfile(path, "<f4", math.prod(shape), offset=offset)
-            found[name] = jnp.asarray(array.reshape(shape))
+            arrays[name] = jnp.asarray(array.reshape(shape))
         try:
-            yield found
+            yield arrays
         finally:
-            found.clear()
-            memory.release()
+            arrays.clear()
+            memory.clear_jit_caches_and_trim()
 
     def texts(self, weights: dict) -> parity.Texts:
         network = plain.to_network(self.model, weights)
         return parity.Texts(self.config, self.plan, self.special, network)
 
 
-def _entry(source: Source, part: str, file: str, runtime: str, found: dict, suffix="") -> dict:
-    parity.require(f"{file} ({part})", found, source.tolerance)
+def _entry(source: Source, part: str, file: str, runtime: str, measured: dict, suffix="") -> dict:
+    parity.require(f"{file} ({part})", measured, source.tolerance)
     signature = source.signature(part)
     outputs = [array.to_json() for array in signature.outputs]
     inputs = {array.name for array in signature.inputs}
@@ -91,22 +93,22 @@ def _entry(source: Source, part: str, file: str, runtime: str, found: dict, suff
         "runtime": runtime,
         "inputs": [array.to_json() for array in signature.inputs],
         "outputs": outputs,
-        "parity": {"batch_sizes": list(parity.BATCHES), **found},
+        "parity": {"batch_sizes": list(parity.BATCHES), **measured},
     }
     note = sampling_plan.step_note(source.config) if part == "step" else ""
     return entry | ({"note": note} if note else {})
 
 
 def _measure(source: Source, greedy: parity.Greedy, part: str, function) -> dict:
-    """The parity of score or step, as a function of numpy arrays."""
+    """The parity of score or step, a function of NumPy arrays."""
     about, args = source.plan.about, (source.batches, source.logits)
     if part == "score":
-        found = {"max_logit_error": parity.score_error(function, *args)}
+        measured = {"max_logit_error": parity.score_error(function, *args)}
     else:
-        found = {"max_logit_error": parity.step_error(function, about["cache"], *args)}
+        measured = {"max_logit_error": parity.step_error(function, about["cache"], *args)}
     if about["cached"] == (part == "step"):
-        found["greedy_identical"] = greedy.is_from(function)
-    return found
+        measured["greedy_identical"] = greedy.is_from(function)
+    return measured
 
 
 def of_numpy(source: Source, greedy: parity.Greedy) -> list[dict]:
@@ -116,8 +118,8 @@ def of_numpy(source: Source, greedy: parity.Greedy) -> list[dict]:
         if part == "sample":
             continue
         function = functools.partial(getattr(plain_transformer, part), weights, source.network)
-        found = _measure(source, greedy, part, function)
-        entries.append(_entry(source, part, WEIGHTS, "numpy", found))
+        measured = _measure(source, greedy, part, function)
+        entries.append(_entry(source, part, WEIGHTS, "numpy", measured))
     return entries
 
 
@@ -136,11 +138,11 @@ def of_stablehlo(source: Source, greedy: parity.Greedy, weights: dict) -> list[d
         path.write_bytes(stablehlo.serialize(makers[part], source.signature(part), source.shapes))
         run = functools.partial(run_stablehlo.load(path), weights)
         if part == "sample":
-            found = parity.sampler_agrees(run, source.texts(weights))
+            measured = parity.sampler_agrees(run, source.texts(weights))
         else:
-            found = _measure(source, greedy, part, run)
-        entries.append(_entry(source, part, path.name, runtime, found))
-        memory.release()
+            measured = _measure(source, greedy, part, run)
+        entries.append(_entry(source, part, path.name, runtime, measured))
+        memory.clear_jit_caches_and_trim()
     return entries
 
 
@@ -162,8 +164,8 @@ def of_onnx(source: Source, greedy: parity.Greedy) -> list[dict]:
         onnx_graph.save(onnx_graph.build(weights, source.network, source.signature(part)), path)
         run = run_onnx.load(path, options)
         function = run if part == "step" else lambda *labels, run=run: run(*labels)[0]
-        found = _measure(source, greedy, part, function)
-        entries.append(_entry(source, part, path.name, runtime, found, suffix="_out"))
+        measured = _measure(source, greedy, part, function)
+        entries.append(_entry(source, part, path.name, runtime, measured, suffix="_out"))
         del run, function
-        memory.release()
+        memory.clear_jit_caches_and_trim()
     return entries

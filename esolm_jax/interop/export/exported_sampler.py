@@ -96,7 +96,7 @@ def _with_cache(forward, plan: Plan, order, num_diffusion, pick):
         known = jax.lax.dynamic_update_slice_in_dim(known, chosen, first + shift, axis=1)
         return known, keys, values
 
-    # Caches of blocks are arrays of their own, so that each is written in place.
+    # Each block has its own cache array, so that XLA updates it in place.
     empty = [jnp.zeros((batch, length, groups, head_width)) for _ in range(blocks)]
     known = jnp.full((batch, length + shift), about["mask_id"], jnp.int32)
     state = known.at[:, :shift].set(about["start_token"]), empty, empty

@@ -8,14 +8,13 @@ import pathlib
 
 import esolm_jax
 from esolm_jax import results
-from esolm_jax.data.manifest import open_tokenizer
-from esolm_jax.data.render import num_ids
 from esolm_jax.errors import UserError
 from esolm_jax.interop import memory, safetensors_file
 from esolm_jax.interop.export import artefacts, parity, plain, sampling_plan
 from esolm_jax.interop.export.artefacts import WEIGHTS, Source
 from esolm_jax.interop.published import config as published_config
-from esolm_jax.interop.published import out_of_workdir, reference
+from esolm_jax.interop.published import names as published_names
+from esolm_jax.interop.published import write as published_write
 from esolm_jax.training import checkpoint_steps, restore
 
 PARTS = ("score", "step", "sample")
@@ -31,7 +30,7 @@ FORMATS = tuple(_NEEDS)
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """What to export.
+    """The requested export.
 
     Attributes:
       weights: "ema" or "raw".
@@ -47,16 +46,16 @@ class Wanted:
     step: str = checkpoint_steps.LATEST
 
     def left_out(self, config) -> dict[str, str]:
-        """Why a part is not exported, by part. UserError if it was asked for."""
+        """Reasons for parts that are not exported. UserError if such a part was requested."""
         why = {"step": sampling_plan.no_step(config), "sample": sampling_plan.no_sampler(config)}
         if "stablehlo" not in self.formats:
             why["sample"] = "the sampler as one program is of the format stablehlo"
         why = {part: reason for part, reason in why.items() if reason}
         for part in self.parts:
             if part in why:
-                raise UserError(f"--parts={part}: can't be exported: {why[part]}")
+                raise UserError(f"--parts={part}: cannot be exported: {why[part]}")
         unasked = set(PARTS).difference(self.parts or PARTS)
-        return why | dict.fromkeys(sorted(unasked - why.keys()), "not asked for")
+        return why | dict.fromkeys(sorted(unasked - why.keys()), "not requested")
 
     def check_installed(self) -> None:
         """UserError if a package that a format needs is not installed."""
@@ -94,23 +93,16 @@ def _copy_tokenizer(
     workdir: pathlib.Path, trained: restore.TrainedModel, folder: pathlib.Path
 ) -> None:
     """Copies the tokenizer. UserError unless it is the checkpoint's."""
-    tokenizer, want = open_tokenizer(workdir / "tokenizer"), trained.meta["tokenizer"]
-    ids, vocab_size = num_ids(tokenizer), trained.built.model.vocab_size
-    if ids != vocab_size or tokenizer.fingerprint != want["fingerprint"]:
-        raise UserError(
-            f"{workdir}/tokenizer: not the tokenizer that the checkpoint was trained on: "
-            f"{tokenizer.kind} of {ids} ids with the mask ({tokenizer.fingerprint[:12]}…); the "
-            f"model has {vocab_size}, of {want['kind']} ({want['fingerprint'][:12]}…)"
-        )
+    tokenizer = restore.load_tokenizer(workdir, trained.meta)
     folder.mkdir()
     tokenizer.save(folder)
 
 
 def _write_weights(config, workdir, draft, wanted: Wanted, left_out: dict) -> tuple[Source, dict]:
     """Weights, configs and tokenizer. The parameters are freed when this returns."""
-    trained = out_of_workdir.load(config, workdir, wanted.weights, wanted.step)
+    trained = published_write.load(config, workdir, wanted.weights, wanted.step)
     _copy_tokenizer(workdir, trained, draft / "tokenizer")
-    model, about = trained.built.model, out_of_workdir.about(trained, wanted.weights)
+    model, about = trained.built.model, published_write.about(trained, wanted.weights)
     shapes = plain.shapes(model, trained.params)
     batches = parity.examples(model, config.data.seq_len)
     source = Source(
@@ -133,7 +125,7 @@ def _write_weights(config, workdir, draft, wanted: Wanted, left_out: dict) -> tu
         if why := _no_published_names(config):
             left_out[PUBLISHED] = why
         else:
-            out_of_workdir.write(draft / PUBLISHED, trained, wanted.weights)
+            published_write.write(draft / PUBLISHED, trained, wanted.weights)
             results.write_json(draft / "published.json", published_config.to_hyper(config))
     network = source.network | dataclasses.asdict(plain.in_float32(model))
     described = {"network": network, "sampling": source.plan.about} | about
@@ -144,7 +136,7 @@ def _write_weights(config, workdir, draft, wanted: Wanted, left_out: dict) -> tu
 def _no_published_names(config) -> str:
     """Why the published code has no such model, or ""."""
     try:
-        reference.check_config(config.model)
+        published_names.check_config(config.model)
     except UserError as error:
         return str(error)
     return ""
@@ -152,7 +144,7 @@ def _no_published_names(config) -> str:
 
 def _write_artefacts(source: Source, wanted: Wanted) -> list[dict]:
     entries = []
-    memory.release()  # what is left of the parameters
+    memory.clear_jit_caches_and_trim()  # frees the rest of the parameters
     with source.weights() as weights:
         greedy = parity.Greedy.of(source.texts(weights))
         if "stablehlo" in wanted.formats:

@@ -11,20 +11,20 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from esolm_jax.interop import safetensors_file
-from esolm_jax.interop.export.shipped.plain_transformer import MASKED, NOBODY, PARTS
+from esolm_jax.interop.export.shipped.plain_transformer import EMPTY_RANK, MASKED, PARTS
 from esolm_jax.interop.export.signatures import Array, Signature
 
 OPSET = 20
-IR_VERSION = 10  # what the oldest runtime with that opset reads
+IR_VERSION = 10  # the newest that the oldest runtime with that opset reads
 
 
 class Graph:
-    """Nodes so far. Arrays are known by name."""
+    """A graph under construction. Arrays are identified by name."""
 
     def __init__(self, weights: pathlib.Path):
         self.file = weights.name
-        self.places = safetensors_file.places(weights)
-        self.unused = set(self.places)
+        self.tensors = safetensors_file.tensor_offsets(weights)
+        self.unused = set(self.tensors)
         self.nodes: list = []
         self.initializers: dict = {}
 
@@ -42,11 +42,11 @@ class Graph:
         return name
 
     def weight(self, name: str) -> str | None:
-        """A kernel [D, …] as a matrix [D, _], a bias as a vector, the rest as it is; None =
-        it is not there."""
-        if name not in self.places:
+        """A kernel [D, …] as a matrix [D, _], a bias as a vector, other weights unchanged; None if
+        the model lacks it."""
+        if name not in self.tensors:
             return None
-        offset, shape = self.places[name]
+        offset, shape = self.tensors[name]
         size = math.prod(shape)
         dims = (
             (size,) if len(shape) == 1 or name.endswith("_bias") else (shape[0], size // shape[0])
@@ -66,7 +66,7 @@ class Graph:
         return self("Add", y, bias) if bias else y
 
     def reshape(self, x: str, *shape: int) -> str:
-        """0 = as it is in x."""
+        """Reshapes x; 0 keeps the size of an axis."""
         return self("Reshape", x, np.array(shape, np.int64))
 
     def unsqueeze(self, x: str, *axes: int) -> str:
@@ -93,7 +93,7 @@ def build(weights: pathlib.Path, network: dict, signature: Signature) -> onnx.Mo
     """
     g = Graph(weights)
     cached = "filled" in {array.name for array in signature.inputs}
-    place, mask = _places_and_mask(g, cached)
+    slots, mask = _slots_and_mask(g, cached)
     h, all_keys, all_values = g("Gather", g.weight("embedding"), "token"), [], []
     angles = None
     if positions := g.weight("positions"):
@@ -103,7 +103,7 @@ def build(weights: pathlib.Path, network: dict, signature: Signature) -> onnx.Mo
         angle = g("Mul", angle, g.weight("rope"))
         angles = g("Cos", angle), g("Sin", angle)
     for i in range(network["blocks"]):
-        h, keys, values = _block(g, i, network, h, angles, place, mask)
+        h, keys, values = _block(g, i, network, h, angles, slots, mask)
         all_keys.append(g.unsqueeze(keys, 0))
         all_values.append(g.unsqueeze(values, 0))
     results = [g.linear("logits", _normed(g, network, h))]
@@ -113,7 +113,7 @@ def build(weights: pathlib.Path, network: dict, signature: Signature) -> onnx.Mo
              for array in signature.outputs]  # fmt: skip
     for result, name in zip(results, names, strict=True):
         g.nodes.append(helper.make_node("Identity", [result], [name]))
-    assert not g.unused, f"weights that the graph has no part for: {g.unused}"
+    assert not g.unused, f"weights without a node: {g.unused}"
     graph = helper.make_graph(
         g.nodes,
         "step" if cached else "score",
@@ -130,20 +130,20 @@ def _info(array: Array, name: str):
     return helper.make_tensor_value_info(name, dtype, array.shape)
 
 
-def _places_and_mask(g: Graph, cached: bool):
+def _slots_and_mask(g: Graph, cached: bool):
     """(cache slots of the tokens, int64 [b, w, 2]; the mask, bool [b, 1, 1, w, s])."""
     rank, in_context = g.int64("rank"), "in_context"
-    k_rank, k_in_context, place = rank, in_context, None
+    k_rank, k_in_context, slots = rank, in_context, None
     if cached:
         filled = g.unsqueeze(g.int64("filled"), 1)
         slots = g("Add", filled, g.unsqueeze(g.count("token", 1), 0))
         rows = g("Expand", g.unsqueeze(g.count("token", 0), 1), g("Shape", slots))
-        place = g("Concat", g.unsqueeze(rows, 2), g.unsqueeze(slots, 2), axis=2)
+        slots = g("Concat", g.unsqueeze(rows, 2), g.unsqueeze(slots, 2), axis=2)
         before = g("Less", g.unsqueeze(g.count("keys", 2), 0), filled)
-        k_rank = g("Where", before, np.int64(-1), np.int64(NOBODY))
+        k_rank = g("Where", before, np.int64(-1), np.int64(EMPTY_RANK))
         ones = g("Where", before, np.int64(1), np.int64(1))
-        k_rank = g("ScatterND", k_rank, place, rank)
-        k_in_context = g("ScatterND", ones, place, g.int64(in_context))
+        k_rank = g("ScatterND", k_rank, slots, rank)
+        k_in_context = g("ScatterND", ones, slots, g.int64(in_context))
         k_in_context = g("Equal", k_in_context, np.int64(1))
     q_rank, q_in_context = g.unsqueeze(rank, 2), g.unsqueeze(in_context, 2)
     k_rank, k_in_context = g.unsqueeze(k_rank, 1), g.unsqueeze(k_in_context, 1)
@@ -155,7 +155,7 @@ def _places_and_mask(g: Graph, cached: bool):
         g("And", k_in_context, reads_context),
         g("And", g("Not", k_in_context), reads_copy),
     )
-    return place, g.unsqueeze(mask, 1, 2)
+    return slots, g.unsqueeze(mask, 1, 2)
 
 
 def _normed(g: Graph, network: dict, h: str) -> str:
@@ -170,16 +170,16 @@ def _rms_normed(g: Graph, network: dict, x: str) -> str:
 
 
 def _rotate(g: Graph, x: str, half: int, cos: str, sin: str) -> str:
-    """x [b, t, …, K]."""
+    """RoPE (half-split) of x [b, t, …, K]."""
     a, b = g.part(x, -1, 0, half), g.part(x, -1, half, 2 * half)
     first = g("Sub", g("Mul", a, cos), g("Mul", b, sin))
     return g("Concat", first, g("Add", g("Mul", b, cos), g("Mul", a, sin)), axis=-1)
 
 
-def _block(g: Graph, i: int, network, h: str, angles, place, mask):
-    """h behind block i, and keys and values [b, s, G, K]."""
+def _block(g: Graph, i: int, network, h: str, angles, slots, mask):
+    """h after block i, and keys and values [b, s, G, K]."""
     name = {part: f"blocks.{i}.{part}" for part in PARTS}
-    _, (_, groups, of_group, width) = g.places[name["qkv"]]
+    _, (_, groups, of_group, width) = g.tensors[name["qkv"]]
     per_group = of_group - 2
     qkv = g.linear(name["qkv"], _normed(g, network, h))
     qkv = g.reshape(qkv, 0, 0, groups, of_group, width)
@@ -189,9 +189,9 @@ def _block(g: Graph, i: int, network, h: str, angles, place, mask):
     qk = _rotate(g, qk, width // 2, *angles) if angles else qk
     q, k = g.part(qk, 3, 0, per_group), g.part(qk, 3, per_group, per_group + 1)
     k, v = (g("Squeeze", x, np.array([3], np.int64)) for x in (k, v))
-    if place is not None:
-        k = g("ScatterND", g("Gather", "keys", np.int64(i)), place, k)
-        v = g("ScatterND", g("Gather", "values", np.int64(i)), place, v)
+    if slots is not None:
+        k = g("ScatterND", g("Gather", "keys", np.int64(i)), slots, k)
+        v = g("ScatterND", g("Gather", "values", np.int64(i)), slots, v)
     flat = g.reshape(_attend(g, q, k, v, mask), 0, 0, groups * per_group * width)
     h = g("Add", h, g.linear(name["attention_out"], flat))
     inner = g.linear(name["mlp_in"], _normed(g, network, h))
@@ -211,7 +211,7 @@ def _attend(g: Graph, q: str, k: str, v: str, mask: str) -> str:
 
 def _activate(g: Graph, network, x: str, kernel: str) -> str:
     if network["activation"] == "swiglu":
-        _, (_, _, inner) = g.places[kernel]
+        _, (_, _, inner) = g.tensors[kernel]
         a, b = g.part(x, -1, 0, inner), g.part(x, -1, inner, 2 * inner)
         return g("Mul", g("Mul", a, g("Sigmoid", a)), b)
     return g("Gelu", x, approximate="tanh")

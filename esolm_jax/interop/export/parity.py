@@ -24,9 +24,9 @@ from esolm_jax.sampling.loops.plain import Plain
 from esolm_jax.sampling.plan import passes
 from esolm_jax.sampling.plan.schedule import Schedule
 
-TOLERANCE = 1e-4  # of a logit, unless told otherwise
+TOLERANCE = 1e-4  # default, of a logit
 BATCHES = (1, 5)
-TOKENS = 64  # of a text that artefacts of a pass are checked on, at most
+TOKENS = 64  # at most, of a text that score and step are checked on
 
 
 def examples(model: ModelConfig, length: int) -> list[Tokens]:
@@ -52,9 +52,9 @@ def examples(model: ModelConfig, length: int) -> list[Tokens]:
 def trained_logits(model: ModelConfig, params: dict, batches: list[Tokens]):
     """Logits of the training forward pass, float32, for each batch."""
     apply = jax.jit(model_lib.bind(plain.in_float32(model)))
-    found = [np.asarray(apply(params, tokens)) for tokens in batches]
-    memory.release()
-    return found
+    logits = [np.asarray(apply(params, tokens)) for tokens in batches]
+    memory.clear_jit_caches_and_trim()
+    return logits
 
 
 def labels(tokens: Tokens, low: int = 0, high: int | None = None) -> tuple[np.ndarray, ...]:
@@ -72,7 +72,7 @@ def score_error(score, batches: list[Tokens], wanted) -> float:
 
 
 def step_error(step, cache: list[int], batches: list[Tokens], wanted) -> float:
-    """Likewise; the second half of the tokens finds the first half in the cache."""
+    """The largest difference of a logit, with the first half of the tokens in the cache."""
     worst, (blocks, groups, head_width) = 0.0, cache
     for tokens, want in zip(batches, wanted, strict=True):
         (batch, width), half = tokens.token.shape, tokens.token.shape[1] // 2
@@ -107,7 +107,7 @@ class Texts:
         keys = np.zeros((len(order), 2), np.uint32) if keys is None else keys
         loop = Plain(Task(table, sampler, prng.wrap(keys)))
         text = np.asarray(loop.run(self.network).text)
-        memory.release()  # the program of these shapes, which is not run again
+        memory.clear_jit_caches_and_trim()  # the program of these shapes runs once
         return text
 
 
@@ -138,8 +138,8 @@ class Greedy:
         return cls(plan, cases)
 
     def is_from(self, run) -> bool:
-        """Whether decode_loop.py, around a step (or a score, where passes run the whole text),
-        generates the same."""
+        """Whether decode_loop.py generates the same texts with a step, or with a score if passes
+        run the whole text."""
         choose = decode_loop.chooser(self.plan)
 
         def text(order, num_diffusion):
@@ -158,26 +158,26 @@ def sampler_agrees(sample, texts: Texts) -> dict[str, bool]:
         rows = np.arange(batch, dtype=np.uint32)
         keys = jax.random.key_data(jax.vmap(jax.random.fold_in, (None, 0))(prng.key(0), rows))
         order, num_diffusion = decode_loop.draw_orders(texts.plan.about, 0, batch)
-        found = {
+        sampled = {
             name: sample(keys, np.float32(t), order, num_diffusion)
             for name, t in temperatures.items()
         }
-        memory.release()
-        for name, text in found.items():
+        memory.clear_jit_caches_and_trim()
+        for name, text in sampled.items():
             temperature, sizes = temperatures[name], texts.plan.sizes
             ours = texts.of(order, num_diffusion, keys, sizes=sizes, temperature=temperature)
             agrees[name] &= np.array_equal(text, ours)
     return agrees
 
 
-def require(file: str, found: dict, tolerance: float) -> dict:
-    """Returns `found`. UserError unless logits agree to the tolerance and greedy texts match."""
-    error = found.get("max_logit_error", 0.0)
+def require(file: str, measured: dict, tolerance: float) -> dict:
+    """Returns `measured`. UserError unless logits agree to the tolerance and greedy texts match."""
+    error = measured.get("max_logit_error", 0.0)
     if not error <= tolerance:
         raise UserError(
-            f"{file}: a logit is {error:.1e} off the trained model's, allowed is {tolerance:g}; "
-            "nothing was exported"
+            f"{file}: the largest error of a logit is {error:.1e}; must be at most "
+            f"{tolerance:g} (--tolerance); nothing was exported"
         )
-    if not found.get("greedy_identical", True):
-        raise UserError(f"{file}: greedy samples differ from ours; nothing was exported")
-    return found
+    if not measured.get("greedy_identical", True):
+        raise UserError(f"{file}: greedy texts differ from those of `sample`; nothing was exported")
+    return measured

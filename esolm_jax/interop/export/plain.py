@@ -1,9 +1,9 @@
 """The folded network under plain names, tensor by tensor: a transformer without adaLN.
 
 Names and layout are those of sampling/engine/network.py: `embedding` [V, D], `blocks.<i>.qkv`
-[D, G, R + 2, K] …, `logits` [D, V]; besides, unless positions are learned, `rope` [K/2]: the
-frequencies of the angles. What every runtime here can compute is listed in this file; another part
-of a model is refused.
+[D, G, R + 2, K] …, `logits` [D, V]. Models without learned positions also have `rope` [K/2], the
+frequencies of the angles. This file lists the parts of a model that every runtime can compute;
+models with other parts are refused.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ _STYLES = {
     "gpt2": {"norm": "layer", "activation": "gelu"},
     "llama": {"norm": "rms", "activation": "swiglu"},
 }
-# What the exported functions follow, or need not know.
+# Fields that the exported functions implement, or that do not change their results.
 _FIELDS = {"vocab_size", "width", "blocks", "heads", "cond_width", "style", "kv_heads", "mlp_width"}
 _FIELDS |= {"attention_width", "norm_eps", "qkv_bias", "qk_norm", "max_positions"}
 _FIELDS |= {"rope_base", "rope_factor", "rope_original_length"}
@@ -48,12 +48,12 @@ def check(config: ModelConfig) -> None:
         value = getattr(config, field.name)
         if field.name not in _FIELDS and value != field.default:
             raise UserError(
-                f"config.model.{field.name}={value!r}: can't be exported yet; must be "
+                f"config.model.{field.name}={value!r}: cannot be exported yet; must be "
                 f"{field.default!r}"
             )
     if config.style not in _STYLES:
         raise UserError(
-            f"config.model.style={config.style!r}: can't be exported yet; must be one of "
+            f"config.model.style={config.style!r}: cannot be exported yet; must be one of "
             f"{', '.join(_STYLES)}"
         )
 
@@ -65,10 +65,10 @@ def description(config: ModelConfig) -> dict:
 
 def _fold(config: ModelConfig, params: dict) -> Network:
     network = network_lib.fold(config, params)
-    found = set(_named(network))
+    names = set(_named(network))
     of_block = {f"blocks.{i}.{part}" for i in range(config.blocks) for part in PARTS}
-    if unknown := found - _OUTSIDE - of_block:
-        raise UserError(f"parts of the model that can't be exported yet: {', '.join(unknown)}")
+    if unknown := names - _OUTSIDE - of_block:
+        raise UserError(f"parts of the model that cannot be exported yet: {', '.join(unknown)}")
     return network
 
 
@@ -101,18 +101,18 @@ def tensors(config: ModelConfig, params: dict) -> Iterator[tuple[str, np.ndarray
 
 
 def _fold_part(one: ModelConfig, params: dict, block: int | None, name: str) -> dict:
-    """The folded parts of a block, or the array of this name outside the blocks; XLA computes
-    nothing but what is returned."""
-    at = block or 0
-    params = params | {"blocks": jax.tree.map(lambda a: a[at : at + 1], params["blocks"])}
+    """The folded arrays of a block, or the array of this name outside the blocks. XLA computes only
+    the returned arrays."""
+    index = block or 0
+    params = params | {"blocks": jax.tree.map(lambda a: a[index : index + 1], params["blocks"])}
 
     def part(params):
-        found = _named(_fold(one, params))
+        arrays = _named(_fold(one, params))
         if block is None:
-            return {name: found[name]}
+            return {name: arrays[name]}
         return {
             k.replace("blocks.0.", f"blocks.{block}."): a
-            for k, a in found.items()
+            for k, a in arrays.items()
             if k.startswith("blocks.")
         }
 
@@ -120,7 +120,7 @@ def _fold_part(one: ModelConfig, params: dict, block: int | None, name: str) -> 
 
 
 def to_network(config: ModelConfig, weights: Mapping[str, jax.Array]) -> Network:
-    """The network that `sample` generates with, out of the plain names."""
+    """The network of `sample`, from weights by plain name."""
     params = jax.eval_shape(lambda: model_lib.init(config, prng.key(0)))
     like = jax.eval_shape(lambda p: _fold(in_float32(config), p), params)
     leaves = [weights[name] for name in _named(like)]

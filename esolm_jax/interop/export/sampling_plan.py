@@ -1,4 +1,4 @@
-"""How a family generates, as data that a program in any runtime can follow."""
+"""The sampling plan of a family as data, for programs in any runtime."""
 
 import dataclasses
 import itertools
@@ -60,7 +60,7 @@ def no_step(config) -> str:
 
 
 def no_sampler(config) -> str:
-    """Why config.sample can't be exported as one program, or ""."""
+    """Why config.sample cannot be exported as one program, or ""."""
     s = config.sample
     try:
         generate.check(config)

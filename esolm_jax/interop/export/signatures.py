@@ -1,4 +1,4 @@
-"""What the exported functions take and return: one table, for StableHLO, ONNX and the manifest."""
+"""Inputs and outputs of the exported functions, for StableHLO, ONNX and the manifest."""
 
 import dataclasses
 
@@ -8,8 +8,8 @@ from esolm_jax.model.model_config import ModelConfig
 @dataclasses.dataclass(frozen=True)
 class Array:
     """Attributes:
-    dtype: of numpy. shape: numbers, and names of dimensions that are left open: b rows, t or w
-      tokens, s slots of the cache.
+    dtype: of NumPy.
+    shape: numbers, and names of dynamic dimensions: b rows, t or w tokens, s slots of the cache.
     """
 
     name: str
@@ -34,7 +34,7 @@ def _labels(tokens: str) -> tuple[Array, ...]:
 
 
 def score(model: ModelConfig) -> Signature:
-    """Labelled tokens → logits, the mask token's not excluded."""
+    """Labelled tokens → logits, including the mask token's."""
     return Signature(_labels("t"), (Array("logits", "float32", ("b", "t", model.vocab_size)),))
 
 

@@ -24,8 +24,8 @@ def functions(network: dict) -> dict:
 
 
 def serialize(function, signature: Signature, weights: dict[str, tuple[int, ...]]) -> bytes:
-    """The artefact: jax.export.deserialize(it).call(weights, …). Weights are its first argument, a
-    dict by name, so that they are stored once; open dimensions stay open.
+    """The bytes of the artefact, for jax.export.deserialize(bytes).call(weights, …). The weights
+    are an argument, a dict by name, so that the folder stores them once.
 
     Args:
       weights: shapes by name.
@@ -42,7 +42,7 @@ def serialize(function, signature: Signature, weights: dict[str, tuple[int, ...]
 
     specs = [struct(array.shape, array.dtype) for array in signature.inputs]
     of_weights = {name: struct(shape, "float32") for name, shape in weights.items()}
-    # Products in float32 also where the hardware's default is less: the parity is to hold there.
+    # Matmuls in float32, also on hardware with a lower default, so that the parity holds there.
     with jax.default_matmul_precision("highest"):
         export = jax.export.export(jax.jit(function), platforms=PLATFORMS)
         return bytes(export(of_weights, *specs).serialize())

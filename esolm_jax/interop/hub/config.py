@@ -17,10 +17,10 @@ from esolm_jax.interop.shown import shown
 
 FILE = "config.json"
 _SIZE = 16 * regular_file.MB
-_LENGTH = 1024  # data.seq_len, unless the model was made for less
+_LENGTH = 1024  # data.seq_len, if the model supports it
 _MOST, _MOST_FLOAT = 2**31 - 1, 3e38  # numbers fit 32 bits
 
-# ours → theirs, and what `transformers` takes if config.json has it not (None = it must).
+# ours → theirs, and the default of `transformers` (None = required).
 _GPT2 = {
     "width": ("n_embd", None),
     "blocks": ("n_layer", None),
@@ -38,13 +38,13 @@ _LLAMA = {
     "norm_eps": ("rms_norm_eps", 1e-6),
 }
 _QWEN = _LLAMA | {"kv_heads": ("num_key_value_heads", 32)}
-# Null does not mean "missing": it means as many key/value heads as heads, an MLP 4 x as wide.
+# Null is not "missing": it means one key/value head per head, and an MLP of 4 x the width.
 _NULL = {"num_key_value_heads": 0, "n_inner": 0}
 _TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 _SILU = ("silu", "swish")
 
-# model_type → (fields, what is fixed of ours, their field → (values that we have, default)).
-# Null is allowed here if `transformers` treats it as False or as 1.
+# model_type → (fields, our fixed fields, their field → (supported values, default)).
+# Null is supported if `transformers` treats it as False or as 1.
 _OFF = ((False, None), False)
 _ROPE = {
     "use_sliding_window": _OFF,
@@ -80,7 +80,7 @@ _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def is_folder(path: str) -> bool:
-    """Whether `path` is a folder, as the hub's models are; published checkpoints are files."""
+    """Whether `path` is a folder, as for models of the hub; published checkpoints are files."""
     return os.path.isdir(regular_file.expand(path))
 
 
@@ -112,17 +112,19 @@ def is_tied(hub: dict[str, Any], where: str) -> bool:
 
 def special_ids(hub: dict[str, Any], where: str) -> dict[str, int]:
     """Ids of BOS, EOS and PAD. Missing BOS and PAD are replaced by other ids: an AR text may begin
-    with EOS, and PAD is never read. UserError: there is no EOS, or an id is not a number."""
-    found = {}
+    with EOS, and PAD is unused. UserError: EOS is missing, or an id is not a number."""
+    ids = {}
     for name in _SPECIAL:
         value = hub.get(name)
         value = value[0] if isinstance(value, list) and value else value
         if value is not None and (type(value) is not int or not -1 <= value <= _MOST):
             raise UserError(f"{where}: {name}={shown(value)}: must be a token id")
-        found[name.removesuffix("_token_id")] = None if value == -1 else value
-    if found["eos"] is None:
-        raise UserError(f"{where}: eos_token_id is missing: documents are joined by that token")
-    return {name: found["eos"] if i is None else i for name, i in found.items()}
+        ids[name.removesuffix("_token_id")] = None if value == -1 else value
+    if ids["eos"] is None:
+        raise UserError(
+            f"{where}: eos_token_id is missing; must be set because EOS joins documents"
+        )
+    return {name: ids["eos"] if i is None else i for name, i in ids.items()}
 
 
 def get_config(path: str) -> ConfigDict:
@@ -195,7 +197,7 @@ def _set_heads(model: ConfigDict, hub: dict, where: str) -> None:
 
 
 def _set_rope(model: ConfigDict, hub: dict, where: str) -> None:
-    """Plain RoPE, or with the scaling of Llama 3.1; in the old or the new field."""
+    """Plain RoPE, or with the scaling of Llama 3.1; in the fields of old or of new versions."""
     rope = {"rope_theta": hub["rope_theta"]} if hub.get("rope_theta") is not None else {}
     for name in ("rope_scaling", "rope_parameters"):  # the old and the new field
         rope |= _rope_fields(hub.get(name), f"{where}: {name}")

@@ -11,7 +11,7 @@ from esolm_jax.errors import UserError
 from esolm_jax.files import regular_file
 from esolm_jax.interop import fit, safetensors_file
 from esolm_jax.interop.hub import names as hub_names
-from esolm_jax.interop.hub.names import Part
+from esolm_jax.interop.hub.names import HubTensor
 from esolm_jax.interop.safetensors_file import Tensor
 from esolm_jax.interop.shown import shown
 
@@ -25,7 +25,7 @@ def tensors(folder: pathlib.Path) -> dict[str, Tensor]:
     """All tensors by name.
 
     Raises:
-      UserError: no safetensors, a shard or a tensor that the index names is missing, damaged.
+      UserError: no safetensors, a missing shard or tensor of the index, or damaged.
     """
     has_index, has_file = (regular_file.is_there(folder / name) for name in (INDEX, FILE))
     if has_index and has_file:
@@ -51,27 +51,31 @@ def _of_shards(folder: pathlib.Path) -> dict[str, Tensor]:
     if missing := [name for name in names if not regular_file.is_there(folder / name)]:
         listed = ", ".join(ascii(name[:100])[1:-1] for name in missing[:8])
         raise UserError(f"--from={folder}: shards are missing: {listed}")
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name in names:
         for key, tensor in safetensors_file.read(folder / name)[0].items():
-            if key in found or files.get(key, name) != name:
+            if key in tensors or files.get(key, name) != name:
                 raise UserError(
                     f"{index}: damaged: {shown(key)} is in {shown(name)}, and also in another file "
                     "according to the index or another shard"
                 )
-            found[key] = tensor
-    if lost := sorted(files.keys() - found.keys()):
+            tensors[key] = tensor
+    if lost := sorted(files.keys() - tensors.keys()):
         listed = ", ".join(shown(name) for name in lost[:8])
-        raise UserError(f"--from={folder}: {INDEX} names tensors that no shard holds: {listed}")
-    return found
+        raise UserError(
+            f"--from={folder}: tensors of {INDEX} are missing from all shards: {listed}"
+        )
+    return tensors
 
 
 def check_blocks(names: Iterable[str], blocks: int, where: str) -> None:
-    """UserError if config.json has many more blocks than the tensors do. It bounds the time to list
-    the names of the model's tensors afterwards."""
+    """UserError if config.json has many more blocks than the tensors. Bounds the time to list the
+    tensors of the model."""
     numbers = {match[1] for name in names if (match := _BLOCK.match(name))}
     if blocks > 2 * len(numbers) + 100:
-        raise UserError(f"{where}: has {blocks:,} blocks; its files have tensors of {len(numbers)}")
+        raise UserError(
+            f"{where}: has {blocks:,} blocks, but the files hold tensors of {len(numbers)}"
+        )
 
 
 def prefix_of(names: Iterable[str], style: str) -> str:
@@ -80,10 +84,10 @@ def prefix_of(names: Iterable[str], style: str) -> str:
     return prefix if any(name.startswith(prefix) for name in names) else ""
 
 
-def check(found: Mapping[str, Tensor], parts: list[Part], where: str) -> None:
+def check(tensors: Mapping[str, Tensor], parts: list[HubTensor], where: str) -> None:
     """UserError unless the tensors are those of the model, each of its shape."""
-    ignored = {name for name in found if hub_names.BUFFERS.match(name)}
+    ignored = {name for name in tensors if hub_names.BUFFERS.match(name)}
     wanted = {part.name: part.shape for part in parts}
     if "lm_head.weight" not in wanted:
         ignored.add("lm_head.weight")  # tied: the same as the embedding
-    fit.check(found, wanted, where, ignored)
+    fit.check(tensors, wanted, where, ignored)

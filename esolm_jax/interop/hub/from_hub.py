@@ -1,8 +1,8 @@
 """A pretrained GPT-2, Llama or Qwen → a workdir with an `ar` model.
 
 Tensors are copied one by one into memory-mapped files of the size of our parameters, and from
-there in pieces into the checkpoint. So only one tensor is in memory at a time, for a model of any
-size (the system can drop pages of mapped files). The files need 4 bytes per parameter on disk and
+there in pieces into the checkpoint, so one tensor is in memory at a time, for a model of any size
+(the system can drop pages of mapped files). The files need 4 bytes per parameter on disk and
 are deleted at the end.
 """
 
@@ -23,8 +23,8 @@ from esolm_jax.interop import weight_types
 from esolm_jax.interop.hub import config as hub_config
 from esolm_jax.interop.hub import folder as hub_folder
 from esolm_jax.interop.hub import names as hub_names
-from esolm_jax.interop.published import into_workdir
-from esolm_jax.interop.published.into_workdir import Converted
+from esolm_jax.interop.published import read as published_read
+from esolm_jax.interop.published.read import Converted
 from esolm_jax.interop.shown import shown
 from esolm_jax.model import build, finite
 from esolm_jax.model import transformer as model_lib
@@ -38,18 +38,19 @@ _MOST_IDS = 2**31 - 1
 def convert(config, source: str, workdir: pathlib.Path, tokenizer: str) -> Converted:
     """Writes checkpoint, tokenizer and config of the model in a folder: all of it or nothing.
 
-    Our vocabulary is the ids of its embedding and, one past them, the mask token: its row of the
-    embedding is the mean of the others (a row of zeros or noise is like none that the blocks have
-    seen, and RMSNorm would blow it up), its column of the head is 0.
+    The vocabulary is that of its embedding plus the mask token as the last id. The mask's row of
+    the embedding is the mean of the others, because RMSNorm would amplify zeros or small noise; its
+    column of the head is 0.
 
     Args:
       config: of an "ar" model; config.model must be that of the folder.
-      source: the folder. tokenizer: a file or folder, or "" for the one in the folder.
+      source: the folder.
+      tokenizer: a file or folder, or "" for the one in `source`.
 
     Raises:
-      UserError: the folder, the config and the tokenizer do not fit, or the workdir is not empty.
+      UserError: folder, config and tokenizer do not match, or the workdir is not empty.
     """
-    into_workdir.check_empty(workdir)
+    published_read.check_empty(workdir)
     folder = regular_file.expand(source)
     hub, settings = hub_config.read(folder), str(folder / hub_config.FILE)
     _check_config(config, source)
@@ -57,19 +58,19 @@ def convert(config, source: str, workdir: pathlib.Path, tokenizer: str) -> Conve
     tensors = hub_folder.tensors(folder)
     hub_folder.check_blocks(tensors, config.model.blocks, settings)
     ids = num_ids(hub, folder)
-    found = read_tokenizer(folder, tokenizer, hub, ids)
+    chosen = read_tokenizer(folder, tokenizer, hub, ids)
     with config.unlocked():
-        config.data.tokenizer, config.data.vocab_size = found.kind, ids
-        config.data.tokenizer_path = into_workdir.saved_tokenizer(found, workdir)
-    model = build.model_config(config, tokenizer_entry(found), "cpu")
+        config.data.tokenizer, config.data.vocab_size = chosen.kind, ids
+        config.data.tokenizer_path = published_read.saved_tokenizer(chosen, workdir)
+    model = build.model_config(config, tokenizer_entry(chosen), "cpu")
     prefix = hub_folder.prefix_of(tensors, model.style)
-    parts = hub_names.parts(model, ids, tied=tied, prefix=prefix)
+    parts = hub_names.hub_tensors(model, ids, tied=tied, prefix=prefix)
     hub_folder.check(tensors, parts, source)
     weight_types.check({part.name: tensors[part.name] for part in parts}, source)
     meta = {
         "config": config_lib.to_saved(config),
         "cursor": 0,
-        "tokenizer": tokenizer_entry(found),
+        "tokenizer": tokenizer_entry(chosen),
         "version": esolm_jax.__version__,
         "prng": prng.IMPL,
         "converted": {"folder": folder.resolve().name, "model_type": hub["model_type"]},
@@ -81,18 +82,18 @@ def convert(config, source: str, workdir: pathlib.Path, tokenizer: str) -> Conve
         fill(params, tensors, parts, ids, source)
         checkpoints.save_weights(params, meta)
 
-    into_workdir.write(workdir, meta, found, save)
+    published_read.write_workdir(workdir, meta, chosen, save)
     shapes = jax.tree.leaves(_shapes(model))
-    return Converted(0, sum(a.size for a in shapes), "the one set of weights in it")
+    return Converted(0, sum(a.size for a in shapes), "its one set of weights")
 
 
 def _check_config(config, source: str) -> None:
-    """UserError unless the config is of the folder's model, which is autoregressive."""
+    """UserError unless the config matches the folder's model, which is autoregressive."""
     theirs, ours = config_lib.flat(hub_config.get_config(source)), config_lib.flat(config)
     for name in restore.MODEL_FIELDS:
         if ours[name] != theirs[name]:
             raise UserError(
-                f"config.{name}={ours[name]!r}: the model in {source} has {theirs[name]!r}"
+                f"config.{name}={ours[name]!r}: must be {theirs[name]!r}, as in {source}"
             )
 
 
@@ -109,20 +110,20 @@ def num_ids(hub: dict, folder: pathlib.Path) -> int:
 def read_tokenizer(
     folder: pathlib.Path, given: str, hub: dict, ids: int
 ) -> tokenizer_lib.Tokenizer:
-    """The tokenizer, as large as the embedding: tokenizer.json as it is, or one of our kinds."""
+    """The tokenizer, as large as the embedding: tokenizer.json unchanged, or one of our kinds."""
     path = regular_file.expand(given) if given else folder
     file = path / hub_tokenizer.FILE if path.is_dir() else path
     if file.name == hub_tokenizer.FILE and regular_file.is_there(file):
         special = hub_config.special_ids(hub, str(folder / hub_config.FILE))
         content = regular_file.read_bytes(file, hub_tokenizer.MAX_SIZE)
         return hub_tokenizer.HubTokenizer(content, {"vocab_size": ids, **special}, str(file))
-    found = tokenizer_lib.read_tokenizer(given or folder)
-    if found.vocab_size != ids or found.mask_id != ids:
+    chosen = tokenizer_lib.read_tokenizer(given or folder)
+    if chosen.vocab_size != ids or chosen.mask_id != ids:
         raise UserError(
-            f"{path}: the {found.kind} tokenizer has {found.vocab_size} ids, the model in {folder} "
-            f"{ids}: not the tokenizer of this model"
+            f"{path}: the {chosen.kind} tokenizer has {chosen.vocab_size} ids; must have {ids}, as "
+            f"the model in {folder}"
         )
-    return found
+    return chosen
 
 
 def _shapes(model: ModelConfig) -> dict:
@@ -140,7 +141,7 @@ def _on_disk(model: ModelConfig, folder: pathlib.Path) -> dict:
     return jax.tree.map_with_path(make, _shapes(model))
 
 
-def fill(params: dict, tensors, parts: list[hub_names.Part], ids: int, where: str) -> None:
+def fill(params: dict, tensors, parts: list[hub_names.HubTensor], ids: int, where: str) -> None:
     """Writes all tensors into `params` (arrays of zeros), and the mask token's embedding.
     UserError: a value is not finite."""
     bad: list[str] = []

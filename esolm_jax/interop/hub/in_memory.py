@@ -52,7 +52,7 @@ def read(source: str, platform: str) -> HubModel:
     model = build.model_config(config, tokenizer_entry(tokenizer), platform)
     model = dataclasses.replace(model, dtype="float32")
     prefix = hub_folder.prefix_of(tensors, model.style)
-    parts = hub_names.parts(model, ids, tied=tied, prefix=prefix)
+    parts = hub_names.hub_tensors(model, ids, tied=tied, prefix=prefix)
     hub_folder.check(tensors, parts, source)
     weight_types.check({part.name: tensors[part.name] for part in parts}, source)
     shapes = jax.eval_shape(lambda: model_lib.init(model, prng.key(0)))

@@ -1,7 +1,7 @@
-"""Parameter names of GPT-2, Llama and Qwen on the Hugging Face hub ↔ places in our pytree.
+"""Parameter names of GPT-2, Llama and Qwen on the Hugging Face hub ↔ paths in our pytree.
 
-One table for both directions: a tensor of the hub *is* a view of one of our parameters, perhaps
-transposed. Our embeddings are untied and have the mask token on top; a tied one is used twice.
+One table for both directions: a tensor of the hub is a view of one of our parameters, possibly
+transposed. Our embeddings are untied and also have the mask token; a tied one is used twice.
 """
 
 import dataclasses
@@ -13,19 +13,20 @@ import numpy as np
 
 from esolm_jax.model.model_config import ModelConfig
 
-# Constants and masks that older files store next to the parameters.
+# Constants and masks in older files.
 BUFFERS = re.compile(r".*(rotary_emb\.inv_freq|\.attn\.(masked_)?bias)$")
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-    """The part of our parameters that a tensor of the hub is.
+class HubTensor:
+    """A tensor of the hub as a view of our parameters.
 
     Attributes:
-      name, shape: the hub's. path: of our parameter.
-      block: index along its leading axis, or None if it is not of a block.
-      transposed: hub's Linear is (out, in).
-      view: our parameter (of this block) → the part of it that is this tensor: a view.
+      name, shape: of the hub's tensor.
+      path: of our parameter.
+      block: index along the leading axis of our parameter, or None outside of the blocks.
+      transposed: whether the hub's tensor is (out, in).
+      view: our parameter (of this block) → the NumPy view that holds this tensor.
     """
 
     name: str
@@ -46,7 +47,7 @@ class Part:
         return ours.reshape(self.shape[::-1]).T if self.transposed else ours.reshape(self.shape)
 
 
-def parts(model: ModelConfig, ids: int, *, tied: bool, prefix: str) -> list[Part]:
+def hub_tensors(model: ModelConfig, ids: int, *, tied: bool, prefix: str) -> list[HubTensor]:
     """All tensors of a model, in the order in which they are used.
 
     Args:
@@ -58,22 +59,22 @@ def parts(model: ModelConfig, ids: int, *, tied: bool, prefix: str) -> list[Part
     width = model.width
     embedding, final_norm = prefix + around["embedding"], prefix + around["final_norm"]
     head = embedding if tied else "lm_head.weight"
-    found = [
-        Part(embedding, (ids, width), "embedding/embedding", view=lambda ours: ours[:ids]),
-        Part(final_norm + ".weight", (width,), "final_norm/scale"),
-        Part(head, (ids, width), "logits/kernel", None, True, lambda ours: ours[:, :ids]),
+    tensors = [
+        HubTensor(embedding, (ids, width), "embedding/embedding", view=lambda ours: ours[:ids]),
+        HubTensor(final_norm + ".weight", (width,), "final_norm/scale"),
+        HubTensor(head, (ids, width), "logits/kernel", None, True, lambda ours: ours[:, :ids]),
     ]
     if model.style == "gpt2":
-        found.append(Part(final_norm + ".bias", (width,), "final_norm/bias"))
+        tensors.append(HubTensor(final_norm + ".bias", (width,), "final_norm/bias"))
     if model.max_positions:
         shape = model.max_positions, width
-        found.append(Part(prefix + around["positions"], shape, "positions/embedding"))
+        tensors.append(HubTensor(prefix + around["positions"], shape, "positions/embedding"))
     for i in range(model.blocks):
         for part in block(model):
             name = f"{prefix}{around['blocks']}.{i}.{part.name}"
             path = f"blocks/{part.path}"
-            found.append(dataclasses.replace(part, name=name, path=path, block=i))
-    return found
+            tensors.append(dataclasses.replace(part, name=name, path=path, block=i))
+    return tensors
 
 
 _LLAMA = {"embedding": "embed_tokens.weight", "final_norm": "norm", "blocks": "layers"}
@@ -85,9 +86,9 @@ _GPT2 = {
 }
 
 
-def _llama_block(model: ModelConfig) -> list[Part]:
-    """Of Llama, Qwen 2 (biases) and Qwen 3 (norms); our queries are stored with the key and the
-    value of their group, [D, G, H/G + 2, K]."""
+def _llama_block(model: ModelConfig) -> list[HubTensor]:
+    """Tensors of Llama, Qwen 2 (biases) and Qwen 3 (norms). Our queries are stored with the key and
+    the value of their group, [D, G, R + 2, K]."""
     width, inner, one = model.width, model.inner, model.head_width
     groups = model.groups * one
     heads = {
@@ -95,44 +96,44 @@ def _llama_block(model: ModelConfig) -> list[Part]:
         "k": (groups, lambda ours: ours[..., -2, :]),
         "v": (groups, lambda ours: ours[..., -1, :]),
     }
-    found = [Part("input_layernorm.weight", (width,), "attention_norm/scale")]
+    tensors = [HubTensor("input_layernorm.weight", (width,), "attention_norm/scale")]
     for letter, (size, view) in heads.items():
         name = f"self_attn.{letter}_proj"
-        found.append(Part(f"{name}.weight", (size, width), "qkv/kernel", None, True, view))
+        tensors.append(HubTensor(f"{name}.weight", (size, width), "qkv/kernel", None, True, view))
         if model.qkv_bias:
-            found.append(Part(f"{name}.bias", (size,), "qkv/bias", view=view))
+            tensors.append(HubTensor(f"{name}.bias", (size,), "qkv/bias", view=view))
     if model.qk_norm:
-        found.append(Part("self_attn.q_norm.weight", (one,), "q_norm/scale"))
-        found.append(Part("self_attn.k_norm.weight", (one,), "k_norm/scale"))
+        tensors.append(HubTensor("self_attn.q_norm.weight", (one,), "q_norm/scale"))
+        tensors.append(HubTensor("self_attn.k_norm.weight", (one,), "k_norm/scale"))
     out = width, model.heads * one
     gate, up = (lambda ours: ours[:, 0]), (lambda ours: ours[:, 1])
-    return found + [
-        Part("self_attn.o_proj.weight", out, "attention_out/kernel", transposed=True),
-        Part("post_attention_layernorm.weight", (width,), "mlp_norm/scale"),
-        Part("mlp.gate_proj.weight", (inner, width), "mlp_in/kernel", None, True, gate),
-        Part("mlp.up_proj.weight", (inner, width), "mlp_in/kernel", None, True, up),
-        Part("mlp.down_proj.weight", (width, inner), "mlp_out/kernel", transposed=True),
+    return tensors + [
+        HubTensor("self_attn.o_proj.weight", out, "attention_out/kernel", transposed=True),
+        HubTensor("post_attention_layernorm.weight", (width,), "mlp_norm/scale"),
+        HubTensor("mlp.gate_proj.weight", (inner, width), "mlp_in/kernel", None, True, gate),
+        HubTensor("mlp.up_proj.weight", (inner, width), "mlp_in/kernel", None, True, up),
+        HubTensor("mlp.down_proj.weight", (width, inner), "mlp_out/kernel", transposed=True),
     ]
 
 
-def _gpt2_block(model: ModelConfig) -> list[Part]:
+def _gpt2_block(model: ModelConfig) -> list[HubTensor]:
     """GPT-2's own linear layers are (in, out); all queries come first, then keys, then values."""
     width, inner = model.width, model.inner
 
     def by_kind(ours):  # [D, H, 3, K] → [D, 3, H, K], the bias likewise
         return np.moveaxis(ours, -2, -3)
 
-    found = []
+    tensors = []
     for theirs, ours in (("ln_1", "attention_norm"), ("ln_2", "mlp_norm")):
-        found.append(Part(f"{theirs}.weight", (width,), f"{ours}/scale"))
-        found.append(Part(f"{theirs}.bias", (width,), f"{ours}/bias"))
-    return found + [
-        Part("attn.c_attn.weight", (width, 3 * width), "qkv/kernel", view=by_kind),
-        Part("attn.c_attn.bias", (3 * width,), "qkv/bias", view=by_kind),
-        Part("attn.c_proj.weight", (width, width), "attention_out/kernel"),
-        Part("attn.c_proj.bias", (width,), "attention_out/bias"),
-        Part("mlp.c_fc.weight", (width, inner), "mlp_in/kernel"),
-        Part("mlp.c_fc.bias", (inner,), "mlp_in/bias"),
-        Part("mlp.c_proj.weight", (inner, width), "mlp_out/kernel"),
-        Part("mlp.c_proj.bias", (width,), "mlp_out/bias"),
+        tensors.append(HubTensor(f"{theirs}.weight", (width,), f"{ours}/scale"))
+        tensors.append(HubTensor(f"{theirs}.bias", (width,), f"{ours}/bias"))
+    return tensors + [
+        HubTensor("attn.c_attn.weight", (width, 3 * width), "qkv/kernel", view=by_kind),
+        HubTensor("attn.c_attn.bias", (3 * width,), "qkv/bias", view=by_kind),
+        HubTensor("attn.c_proj.weight", (width, width), "attention_out/kernel"),
+        HubTensor("attn.c_proj.bias", (width,), "attention_out/bias"),
+        HubTensor("mlp.c_fc.weight", (width, inner), "mlp_in/kernel"),
+        HubTensor("mlp.c_fc.bias", (inner,), "mlp_in/bias"),
+        HubTensor("mlp.c_proj.weight", (inner, width), "mlp_out/kernel"),
+        HubTensor("mlp.c_proj.bias", (width,), "mlp_out/bias"),
     ]

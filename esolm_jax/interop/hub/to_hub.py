@@ -15,7 +15,7 @@ from esolm_jax.interop import safetensors_file
 from esolm_jax.interop.hub import config as hub_config
 from esolm_jax.interop.hub import folder as hub_folder
 from esolm_jax.interop.hub import names as hub_names
-from esolm_jax.interop.published import out_of_workdir
+from esolm_jax.interop.published import write as published_write
 from esolm_jax.training import checkpoint_steps, restore
 
 # (qkv_bias, qk_norm) → model_type, architecture
@@ -38,22 +38,23 @@ def convert(
     Returns: the checkpoint's step and the number of parameters written.
 
     Raises:
-      UserError: no checkpoint, a model that the hub does not have, or the folder is not empty.
+      UserError: no checkpoint, a model without a counterpart on the hub, or the folder is not
+        empty.
     """
     results.check_new_folder("--to", target)
     if not target.parent.is_dir():
-        raise UserError(f"--to={target}: there is no folder {target.parent}")
+        raise UserError(f"--to={target}: must be in a folder that exists; create {target.parent}")
     kind = _kind(config)
-    trained = out_of_workdir.load(config, workdir, weights, step)
+    trained = published_write.load(config, workdir, weights, step)
     restore.load_tokenizer(workdir, trained.meta)  # verified before it is copied
     tokenizer = trained.meta["tokenizer"]
     if tokenizer["mask_id"] != tokenizer["vocab_size"]:
         raise UserError(
-            f"--to={target}: the mask token (id {tokenizer['mask_id']}) is not the last id, so it "
-            "cannot be left out"
+            f"--to={target}: cannot be written, because the mask token (id {tokenizer['mask_id']}) "
+            "is not the last id"
         )
     ids = tokenizer["vocab_size"]
-    parts = hub_names.parts(trained.built.model, ids, tied=False, prefix="model.")
+    parts = hub_names.hub_tensors(trained.built.model, ids, tied=False, prefix="model.")
     params = jax.tree.map(np.asarray, trained.params)
     tensors = {part.name: part.get(_at(params, part.path)) for part in parts}
     with results.new_folder(target) as draft:
@@ -76,11 +77,14 @@ def _kind(config) -> tuple[str, str]:
     for name, (value, wanted) in allowed.items():
         if value != wanted:
             raise UserError(
-                f"config.{name}={value!r}: must be {wanted!r} in a model for --to=FOLDER/; "
-                "--to=FILE.safetensors takes those of style 'dit'"
+                f"config.{name}={value!r}: must be {wanted!r} with --to=FOLDER/; use "
+                "--to=FILE.safetensors for a model of style 'dit'"
             )
     if (model.qkv_bias, model.qk_norm) not in _KINDS:
-        raise UserError("config.model.qkv_bias, qk_norm: no model of the hub has both")
+        raise UserError(
+            "config.model.qk_norm=True: must be False with model.qkv_bias, because no model of "
+            "the hub has both"
+        )
     return _KINDS[model.qkv_bias, model.qk_norm]
 
 
@@ -91,7 +95,7 @@ def _at(tree: dict, path: str):
 
 
 def _config_json(config, tokenizer: dict, kind: tuple[str, str]) -> dict:
-    """config.json, with RoPE written in the old and the new way."""
+    """config.json, with RoPE in the fields of old and of new versions of `transformers`."""
     model = config.model
     rope = {"rope_type": "default"}
     if model.rope_factor != 1:

@@ -1,4 +1,4 @@
-"""The config of a published run, as a config file of its own: interop/published/config.py:FILE.
+"""The config of a published run, as a config file: interop/published/config.py:FILE.
 
 `convert` uses it when --config is left out. It holds FILE's hyper-parameters under our names.
 """
@@ -14,7 +14,7 @@ from esolm_jax.interop.published import file as published_file
 from esolm_jax.interop.published.file import find
 from esolm_jax.interop.shown import is_scalar, shown
 
-_FIELDS = {  # ours → where the published runs keep it; taken if it is there, of the right type
+_FIELDS = {  # ours → the path in published hyper-parameters; used if it has the right type
     "seed": "seed",
     "data.seq_len": "model.length",
     "block_length": "block_size",
@@ -42,7 +42,7 @@ _HUB = {  # config.json of the models on the Hugging Face hub → names of the p
     "n_heads": "n_heads",
     "dropout": "dropout",
 }
-_HIDDEN = ("objective", "alpha_0", "start_token", "model.heads")  # no shape tells them
+_HIDDEN = ("objective", "alpha_0", "start_token", "model.heads")  # they do not follow from shapes
 _NEEDED = ("data.seq_len", "model.")  # another type is an error
 _TOKENIZERS = {"gpt2": "gpt2", "bert-base-uncased": "bert"}
 _ESO = {  # by the mode of attention in each phase
@@ -52,7 +52,7 @@ _ESO = {  # by the mode of attention in each phase
 
 
 def get_config(path: str) -> ConfigDict:
-    """ConfigDict of the run that FILE was saved by.
+    """ConfigDict of the run that wrote FILE.
 
     Raises:
       UserError: FILE has no hyper-parameters, or their architecture is unsupported.
@@ -62,7 +62,7 @@ def get_config(path: str) -> ConfigDict:
         return _own_config(published)
     if published.hyper is None:
         raise UserError(
-            "--config is missing: the number of heads cannot be read off the tensors, and "
+            "--config is missing: the number of heads cannot be inferred from the tensors, and "
             f"{path} holds no hyper-parameters; give --config=configs/….py, such as "
             "--config=configs/owt.py:0.5"
         )
@@ -125,7 +125,8 @@ def to_hyper(config) -> dict[str, Any]:
 
 
 def _with_sections(hyper: Any) -> Any:
-    """Hyper-parameters as the published runs store them, from any place that holds them."""
+    """Hyper-parameters as the published runs store them, from a checkpoint or a config.json of the
+    hub."""
     if find(hyper, "config") is not None:
         hyper = find(hyper, "config")
     kind = find(hyper, "model_type")
@@ -176,7 +177,7 @@ def _take(config: ConfigDict, name: str, value: Any, where: str) -> None:
     if is_right and config_lib.is_allowed(name, kind(value)):
         config.update_from_flattened_dict({name: kind(value)})
     elif value is not None and name.startswith(_NEEDED):
-        raise UserError(f"{where}={shown(value)}: must be allowed for config.{name}")
+        raise UserError(f"{where}={shown(value)}: must be a valid config.{name}")
 
 
 def _objective(hyper: Any, where: str) -> tuple[str, float]:
@@ -190,19 +191,19 @@ def _objective(hyper: Any, where: str) -> tuple[str, float]:
     if not _is_number(alpha_0) or not 0 <= alpha_0 <= 1:
         raise UserError(f"{where}: its hyper-parameters have no algo.alpha_0; give --config")
     modes = {path: _scalar(hyper, path, where) for path in _ESO}
-    # With alpha_0 = 0 or 1 there is but one phase, and the other's mode was never used.
+    # With alpha_0 = 0 or 1 there is one phase, and the mode of the other is unused.
     if alpha_0 == 0:
         del modes["algo.diffusion_attn_mode"]
     if alpha_0 == 1:
         del modes["algo.sequential_attn_mode"]
-    found = {_ESO[path].get(mode) for path, mode in modes.items()}
-    if len(found) > 1 or None in found:
-        said = ", ".join(f"{path}={shown(mode)}" for path, mode in modes.items())
+    objectives = {_ESO[path].get(mode) for path, mode in modes.items()}
+    if len(objectives) > 1 or None in objectives:
+        listed = ", ".join(f"{path}={shown(mode)}" for path, mode in modes.items())
         raise UserError(
-            f"{where}: an unsupported architecture: {said} (allowed: causal for Eso-LM (B); "
+            f"{where}: an unsupported architecture: {listed} (allowed: causal for Eso-LM (B); "
             "mixed2 in the diffusion phase and mixed in the sequential phase for (A))"
         )
-    return found.pop(), float(alpha_0)
+    return objectives.pop(), float(alpha_0)
 
 
 def _set_data(config: ConfigDict, hyper: Any, where: str) -> None:
@@ -218,19 +219,19 @@ def _set_data(config: ConfigDict, hyper: Any, where: str) -> None:
 def check(config: ConfigDict, published: published_file.Published) -> None:
     """UserError if the file's hyper-parameters contradict `config` in something that does not
     follow from the shapes of tensors."""
-    said: dict[str, Any] = {}
+    theirs: dict[str, Any] = {}
     if published.ours is not None:
-        theirs = config_lib.flat(_own_config(published))
-        said = {name: theirs.get(name) for name in _HIDDEN}
+        saved = config_lib.flat(_own_config(published))
+        theirs = {name: saved.get(name) for name in _HIDDEN}
     elif published.hyper is not None:
         hyper, where = _with_sections(published.hyper), str(published.path)
         _check_architecture(hyper, where)
-        said["model.heads"] = _scalar(hyper, "model.n_heads", where)
+        theirs["model.heads"] = _scalar(hyper, "model.n_heads", where)
         if _scalar(hyper, "algo.name", where) is not None:
-            said["objective"], said["alpha_0"] = _objective(hyper, where)
+            theirs["objective"], theirs["alpha_0"] = _objective(hyper, where)
     ours = config_lib.flat(config)
-    for name, value in said.items():
+    for name, value in theirs.items():
         if value is not None and ours[name] != value:
             raise UserError(
-                f"config.{name}={ours[name]!r}: {published.path} was trained with {shown(value)}"
+                f"config.{name}={ours[name]!r}: must be {shown(value)}, as in {published.path}"
             )

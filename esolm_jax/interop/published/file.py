@@ -13,7 +13,7 @@ from typing import Any
 from esolm_jax.errors import UserError
 from esolm_jax.files import regular_file
 from esolm_jax.interop import safetensors_file, weight_types
-from esolm_jax.interop.published import reference
+from esolm_jax.interop.published import names as published_names
 from esolm_jax.interop.shown import shown
 from esolm_jax.interop.torch_file import archive as torch_archive
 from esolm_jax.interop.torch_file.objects import Object
@@ -24,14 +24,13 @@ _NO_WEIGHTS = re.compile(
 )
 _CONFIG = "config.json"  # next to safetensors, as on the Hugging Face hub
 _CONFIG_SIZE = 16 * regular_file.MB
-# Tensors may share a storage, as tied embeddings do; but many names for one small storage would
-# fill the memory.
+# Tied embeddings share a storage. Many names for one small storage would exhaust memory.
 _MOST_SHARED = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """What a file holds.
+    """The content of a file.
 
     Attributes:
       path: the file.
@@ -39,7 +38,7 @@ class Published:
       shadow: the exponential moving average as stored in the file, or None if there is only one set
         of weights; see `ema`.
       hyper: hyper-parameters as stored in the file, or None; see `find`.
-      step: training steps done, or None if the file does not say.
+      step: training steps done, or None if unknown.
       ours: the metadata of our own export: {"config", "tokenizer", "step", "weights"}, or None.
     """
 
@@ -78,7 +77,7 @@ class Published:
 
 
 def read(path: str) -> Published:
-    """Opens a file; tensors are read when they are used.
+    """Opens a file; tensors are read on use.
 
     Raises:
       UserError: the file is missing, truncated, hostile, or without weights.
@@ -92,29 +91,29 @@ def read(path: str) -> Published:
         return _torch(file)
     if start[:1] == b"\x80":
         raise UserError(
-            f"--from={path}: a bare pickle (torch.save before PyTorch 1.6), which is not read; "
-            "load and save it with a newer PyTorch"
+            f"--from={path}: must be a zip file of torch.save, not a bare pickle (before PyTorch "
+            "1.6); load and save it with a newer PyTorch"
         )
-    raise UserError(f"--from={path}: neither a file of torch.save nor *.safetensors")
+    raise UserError(f"--from={path}: must be a file of torch.save or *.safetensors")
 
 
 def _safetensors(file: pathlib.Path) -> Published:
     tensors, about = safetensors_file.read(file)
     raw = _backbone(file, tensors)
-    beside, hyper = file.with_name(_CONFIG), None
-    if not about and regular_file.is_there(beside):
-        hyper = regular_file.read_json(beside, _CONFIG_SIZE)
+    config, hyper = file.with_name(_CONFIG), None
+    if not about and regular_file.is_there(config):
+        hyper = regular_file.read_json(config, _CONFIG_SIZE)
     return Published(file, raw, hyper=hyper, step=_step(about.get("step")), ours=about or None)
 
 
 def _torch(file: pathlib.Path) -> Published:
     content = torch_archive.Archive(file).content
     if not isinstance(inside(content), dict):
-        raise UserError(f"{file}: holds {shown(content)}, not a dict of tensors")
+        raise UserError(f"{file}: must hold a dict of tensors, not {shown(content)}")
     content = inside(content)
     state = inside(content.get("state_dict", content))
     if not isinstance(state, dict):
-        raise UserError(f"{file}: its state_dict is {shown(state)}, not a dict")
+        raise UserError(f"{file}: its state_dict must be a dict, not {shown(state)}")
     raw = _backbone(file, state)
     _check_shared(file, raw.values())
     is_run = state is not content
@@ -147,32 +146,32 @@ def _step(value: Any) -> int | None:
 
 def _backbone(file: pathlib.Path, tensors: Mapping[str, Any]) -> dict[str, Any]:
     """Parameters by name, without prefixes, buffers and tensors of other parts."""
-    found: dict[str, Any] = {}
+    parameters: dict[str, Any] = {}
     for name, tensor in tensors.items():
         if not isinstance(name, str):
             raise UserError(f"{file}: its state_dict has a key {shown(name)}: must be a string")
         bare = _PREFIX.sub("", name, count=1) if _PREFIX.match(name) else name
-        if bare in reference.CONSTANTS or _NO_WEIGHTS.match(bare):
+        if bare in published_names.CONSTANTS or _NO_WEIGHTS.match(bare):
             continue
         if not hasattr(tensor, "__array__"):
             raise UserError(
                 f"{file}: {ascii(name[:100])} is {shown(tensor)}: must be a tensor "
                 "(nothing was executed)"
             )
-        if bare in found:
-            raise UserError(f"{file}: {ascii(bare[:100])} is there twice, under two prefixes")
-        found[bare] = tensor
-    if not found:
+        if bare in parameters:
+            raise UserError(f"{file}: {ascii(bare[:100])} appears twice, under two prefixes")
+        parameters[bare] = tensor
+    if not parameters:
         raise UserError(f"{file}: holds no tensors")
-    weight_types.check(found, str(file))
-    return found
+    weight_types.check(parameters, str(file))
+    return parameters
 
 
 def find(node: Any, path: str) -> Any:
     """The value at a dotted path of nested hyper-parameters, or None.
 
-    Dicts, what the file says of an OmegaConf container, and of any dict-like object. References
-    such as ${model.length} are not followed: they are None.
+    Looks into dicts, OmegaConf containers and other dict-like objects. References such as
+    ${model.length} are not resolved; they give None.
     """
     for key in path.split("."):
         node = inside(node)

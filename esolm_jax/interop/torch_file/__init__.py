@@ -2,6 +2,6 @@
 
 archive.py  the zip file: one pickle, one record per storage
 pickle.py   interprets the pickle on a stack of its own
-objects.py  what it builds; unknown objects stay unopened
+objects.py  the objects that it builds; unknown ones stay inert
 budget.py   limits memory and time in proportion to the file's size
 """

@@ -52,8 +52,8 @@ class _Storage:
     @property
     def dtype(self) -> np.dtype | None:
         """None for an unsupported type."""
-        found = DTYPES.get(self.kind.name) if self.kind.module == "torch" else None
-        return None if found is None else np.dtype(found)
+        numpy_type = DTYPES.get(self.kind.name) if self.kind.module == "torch" else None
+        return None if numpy_type is None else np.dtype(numpy_type)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +90,9 @@ class Tensor:
 class Archive:
     """An opened file of torch.save.
 
-    Attributes: content: what was saved, its tensors as `Tensor`, its dicts as dict; where: names
-      the file in errors.
+    Attributes:
+      content: the saved object, its tensors as `Tensor`, its dicts as dict.
+      where: names the file in errors.
     """
 
     def __init__(self, path: pathlib.Path):
@@ -115,7 +116,9 @@ class Archive:
         self._root = pickles[0].removesuffix("data.pkl")
         order = self._root + "byteorder"
         if order in self._records and bytes(self._record(order)) != sys.byteorder.encode():
-            raise UserError(f"{path}: its numbers have the byte order of another machine")
+            raise UserError(
+                f"{path}: its byte order must be {sys.byteorder}-endian, as on this machine"
+            )
         self.content = torch_pickle.load(
             bytes(self._record(pickles[0])), self._storage, self._tensors(), self.where
         )
@@ -159,7 +162,7 @@ class Archive:
         info, begin = self._records[name], self._begins[name]
         record = memoryview(self._bytes)[begin : begin + info.file_size]
         if name not in self._sound:
-            # 0: torch was told to write no checksums.
+            # 0: torch.save wrote no checksums.
             if info.CRC not in (0, zlib.crc32(record)):
                 raise UserError(f"{self.where}: damaged: record {ascii(name[:100])}")
             self._sound.add(name)
@@ -202,7 +205,7 @@ class Archive:
             return Object(storage.kind)
         count = math.prod(shape)
         last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
-        # A tensor larger than its storage would fill the memory from a small file.
+        # A tensor larger than its storage would exhaust memory from a small file.
         if count and (last >= storage.size or count > storage.size):
             raise ValueError(f"a tensor of shape {shape} in a storage of {storage.size}")
         return Tensor(storage, offset, shape, stride)

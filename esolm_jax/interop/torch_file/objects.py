@@ -1,4 +1,4 @@
-"""What a pickle of `torch.save` builds: tensors, plain containers, and inert `Object`s."""
+"""The objects in a pickle of `torch.save`: tensors, plain containers, and inert `Object`s."""
 
 import dataclasses
 from collections.abc import Callable

@@ -28,7 +28,7 @@ QUERY_CHUNK = 256  # tokens of a window that attend at a time: bounds the memory
 
 @flax.struct.dataclass
 class Visible:
-    """What the tokens of a window read.
+    """The keys that the tokens of a window read.
 
     Attributes:
       window_BWW: bool, [b, q, k]: token q of the window reads token k of the window.
@@ -59,7 +59,7 @@ class Entries:
         return self._each(lambda a_BGWK: a_BGWK[:, :, :tokens])
 
     def padded(self, width: int) -> Self:
-        """With entries of zeros up to this width of the window."""
+        """The entries, padded with zeros to this width of the window."""
         return self._each(lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, width - a.shape[2]), (0, 0))))
 
     def _each(self, change) -> Self:
@@ -68,7 +68,7 @@ class Entries:
 
 
 class KVCache(Protocol):
-    """What a decoding loop and its network know of a cache."""
+    """The interface of a cache for a decoding loop and its network."""
 
     def attend(self, block: int, q_BGRWK, k_BGWK, v_BGWK, visible: Visible) -> jax.Array:
         """Attention of a window to itself and to the filled slots of a block: [B, G, R, W, K].
@@ -87,7 +87,7 @@ class KVCache(Protocol):
 
 @flax.struct.dataclass
 class NoCache:
-    """For families that run the whole text in every pass: a window reads itself only."""
+    """The cache of families that run the whole text in every pass: a window reads itself only."""
 
     def attend(self, block: int, q_BGRWK, k_BGWK, v_BGWK, visible: Visible):
         del block

@@ -1,4 +1,4 @@
-"""From logits to tokens: temperature, top-k, nucleus, and draws that are right in the tails."""
+"""From logits to tokens: temperature, top-k, top-p, and draws that are exact in the tails."""
 
 import dataclasses
 import functools
@@ -58,7 +58,7 @@ def gumbel(keys_BP, vocab_size: int):
 
 
 def lazy_gumbel(row_keys_B, position_BS, vocab_size: int, purpose: int = TOKEN):
-    """A function of slots [B, P], integers below S, to their noise, float32 [B, P, V]."""
+    """A function from slots [B, P] (integers below S) to their noise, float32 [B, P, V]."""
 
     def of_slots(slot_BP):
         position_BP = jnp.take_along_axis(position_BS, slot_BP, axis=1)
@@ -68,9 +68,10 @@ def lazy_gumbel(row_keys_B, position_BS, vocab_size: int, purpose: int = TOKEN):
 
 
 def precomputed_gumbel(row_keys_B, position_BS, is_wanted_S, vocab_size: int):
-    """As lazy_gumbel for tokens, but up to MAX_PRECOMPUTED_BYTES are drawn before the loop: on a
-    CPU the noise of one token costs three to six times as much alone as among many. Slots that are
-    not wanted may have no noise.
+    """As lazy_gumbel for tokens, but noise of up to MAX_PRECOMPUTED_BYTES is drawn before the loop:
+    on a CPU, the noise of one token costs three to six times as much alone as in a large draw
+    (at f499010). Only slots with
+    `is_wanted_S` are sure to have noise.
     """
     batch, slots = position_BS.shape
     if 4 * batch * slots * vocab_size > MAX_PRECOMPUTED_BYTES:
@@ -136,7 +137,7 @@ def at_temperature(logits_BPV, temperature):
 
 @dataclasses.dataclass(frozen=True)
 class TokenSampler:
-    """How a token is chosen; hashable, so it is a static argument of the jitted loop.
+    """Draws tokens from logits. Hashable: it is a static argument of the jitted loop.
 
     Attributes:
       mask_id: never chosen.

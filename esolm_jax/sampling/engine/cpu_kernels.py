@@ -18,26 +18,26 @@ from esolm_jax.parallel import sharding
 FEW_QUERIES = 32  # of a group of heads
 FEW_ROWS, LARGE = 8, 2**16  # rows; entries of the kernel (at least)
 FEWER_ROWS, TERMS = 2, 2**21  # rows of more terms: their sums do not fit in the cache
-FOLD = 16  # places that a loop reads at once
-PAGE = 4096  # bytes; a CPU's first cache holds half of FOLD places that are a multiple apart
+FOLD = 16  # addresses that a loop reads at once
+PAGE = 4096  # bytes; a CPU's L1 cache holds half of FOLD addresses that are a multiple apart
 KEY_SLOTS = 8  # interleaved
 SPLIT = 2  # parts of a kernel that threads read, each for all rows
 
 
 def key_slots(mesh: Mesh | None) -> int:
     """I: the number of slots whose keys are interleaved. A CPU's loop then reads contiguous memory;
-    in [K, S] it would read K distant places at once. 1 on other platforms: matrix products need
+    in [K, S] it would read K distant addresses at once. 1 on other platforms: matrix products need
     whole keys."""
     return KEY_SLOTS if sharding.platform(mesh) == "cpu" else 1
 
 
 def attention_scores(q_BGTK, keys_BGJKI, parts: int):
-    """float32 [B, G, T, parts, I]: of T queries with the first I · parts keys."""
+    """Scores of T queries and the first I · parts keys: float32 [B, G, T, parts, I]."""
     return _of_queries(_multiply_add, _scores, q_BGTK, keys_BGJKI, parts)
 
 
 def weighted_values(p_BGTS, values_BGSK, n: int):
-    """float32 [B, G, T, K]: the first n values, weighted by p [B, G, T, n]."""
+    """The sum of the first n values, weighted by p [B, G, T, n]: float32 [B, G, T, K]."""
     return _of_queries(_weighted_sum, _weighted, p_BGTS, values_BGSK, n)
 
 
@@ -60,7 +60,7 @@ def _weighted(p, values, n: int):
 
 
 def _multiply_add(q, keys_BGJKI, n: int):
-    """One loop that adds K products."""
+    """_scores on a CPU: one loop that adds K products."""
     q = q.astype(jnp.float32)
 
     def product(i):
@@ -70,8 +70,8 @@ def _multiply_add(q, keys_BGJKI, n: int):
 
 
 def _weighted_sum(p, values_BGSK, n: int):
-    """One loop folds n, and a product with ones adds the remaining terms: XLA would fuse two folds
-    into one loop that reads too many places at once."""
+    """_weighted on a CPU: one loop adds strided parts of the n terms, and a product with ones adds
+    the rest. XLA would fuse two sums into one loop that reads too many addresses at once."""
     values, p = values_BGSK[:, :, None].astype(jnp.float32), p[..., None].astype(jnp.float32)
     places = _places(n // math.gcd(FOLD, n) * values_BGSK.shape[3] * values_BGSK.dtype.itemsize)
     step = n // math.gcd(places, n) if n > places else 1
@@ -83,7 +83,7 @@ def _weighted_sum(p, values_BGSK, n: int):
 
 
 def matmul(h_BWD, kernel, dtype=None):
-    """[B, W, …] in `dtype`, or that of h: its product with the kernel's first axis."""
+    """The product of h and the kernel over D: [B, W, …] in `dtype` (default: that of h)."""
     dtype = h_BWD.dtype if dtype is None else dtype
     whole = functools.partial(jnp.tensordot, axes=1, preferred_element_type=dtype)
     rows = math.prod(h_BWD.shape[:2])
@@ -95,9 +95,9 @@ def matmul(h_BWD, kernel, dtype=None):
 
 
 def _rows_times(h_BWD, kernel, dtype):
-    """One loop for all rows folds D, and a product with ones adds the remaining terms. Threads
-    divide the first axis of a loop, so that is not the axis of the rows: each thread would
-    read the whole kernel."""
+    """matmul on a CPU: one loop for all rows adds parts of the D terms; a product with ones adds
+    the rest. Threads divide the first axis of a loop, so the rows are not the first axis: each
+    thread would read the whole kernel."""
     rows, width = math.prod(h_BWD.shape[:2]), kernel.size // len(kernel)
     places = _places(width * kernel.dtype.itemsize)
     split = math.gcd(SPLIT, len(kernel) // places) if rows > 1 else 1
@@ -111,5 +111,5 @@ def _rows_times(h_BWD, kernel, dtype):
 
 
 def _places(stride: int) -> int:
-    """The number of places, `stride` bytes apart, that a loop reads at once."""
+    """The number of addresses, `stride` bytes apart, that a loop reads at once."""
     return FOLD if stride % PAGE else FOLD // 2

@@ -94,7 +94,7 @@ def fold(config: ModelConfig, params: dict, mesh: Mesh | None = None) -> Network
 
 def _fold(config: ModelConfig, params: dict) -> Network:
     of_blocks, of_head = model_lib.modulations(config, params)
-    left = jax.tree.map(lambda leaf: leaf, params)  # a copy: what is folded is taken out of it
+    left = jax.tree.map(lambda leaf: leaf, params)  # a copy; folded parameters are removed from it
     stacked = left.pop("blocks")
     for name in ("time", "final_modulation"):  # they are in of_blocks and of_head
         left.pop(name, None)
@@ -173,7 +173,7 @@ def _row(gate):
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """What a pass runs: W tokens of each row.
+    """The input of a pass: W tokens of each row.
 
     Attributes:
       token, position, rank: int32 [B, W]; in_context: bool [B, W]: the four labels.

@@ -32,7 +32,7 @@ from esolm_jax.sampling.plan.passes import NEVER
 
 @dataclasses.dataclass(frozen=True)
 class Confidence(Loop):
-    """Generates what is not known in the plan, most confident first.
+    """Generates the unknown tokens of a plan, most confident first.
 
     Attributes:
       task: see Task; its plan is of eso_b or mdlm, and its sampler a TokenSampler. Of the plan's
@@ -85,7 +85,7 @@ class Confidence(Loop):
 
 @flax.struct.dataclass
 class Settings:
-    """What all passes share.
+    """Inputs common to all passes.
 
     Attributes:
       order, known: int32 [B, L], of the plan; `known` has the unknown token where none is known.
@@ -109,7 +109,7 @@ class Settings:
 
 @flax.struct.dataclass
 class Progress:
-    """What a pass hands to the next.
+    """The state carried from pass to pass.
 
     Attributes:
       text: int32 [B, L], by position; the unknown token where nothing is known.

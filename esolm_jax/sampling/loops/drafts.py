@@ -1,4 +1,4 @@
-"""Drafts of speculation: which tokens a pass runs, which drafts it accepts, and what it drafts.
+"""Drafts of speculation: the tokens of a pass, the accepted drafts, and the new drafts.
 
 The mathematics of speculative.py, without its loop.
 """
@@ -24,7 +24,7 @@ CHAIN, STAIRCASE = DRAFT_STYLES
 
 @flax.struct.dataclass
 class Settings:
-    """What all passes share.
+    """Inputs common to all passes.
 
     Attributes:
       tables: the padded plan. row_keys: [B]. length: int32 [B], tokens of each text.
@@ -60,14 +60,14 @@ class Noise:
 
 @flax.struct.dataclass
 class Speculation:
-    """What a pass hands to the next.
+    """The state carried from pass to pass.
 
     Attributes:
       state: as of run_passes; its tokens behind `num_final` are drafts.
       num_final: int32 [B], tokens that are final; all but the last of them are in the cache.
       filled: int32 [B], filled slots of the cache.
-      drafted: int32 [B], drafts behind them, and log_q: float32 [B, n, V], what they were drawn
-        from.
+      drafted: int32 [B], drafts behind them. log_q: float32 [B, n, V], the log-probabilities that
+        they were drawn from.
       draft_budget: int32 [B], how many tokens a pass may yield.
       proposed, accepted: int32 [B, n], how many drafts were tested at each distance behind the last
         final token, and accepted. (A draft behind a rejected one is not tested.)

@@ -1,7 +1,7 @@
-"""The protocol of the decoding loops: what they are given, what they return, and how they run.
+"""The protocol of the decoding loops: Task (input), Loop (start, run, compile), Decoded (output).
 
 A loop is a chain of jitted programs, each from one state to the next; the last returns a `Decoded`.
-`run` calls them, and compiles what is new. `compile` compiles all of them ahead of time.
+`run` calls them, and compiles new ones. `compile` compiles all of them ahead of time.
 """
 
 import abc
@@ -25,7 +25,7 @@ Sampler = Callable[..., jax.Array]  # choose.TokenSampler, or any hashable calla
 
 @flax.struct.dataclass
 class Decoded:
-    """What was generated, in text order.
+    """The generated texts, in text order.
 
     Attributes:
       text: int32 [B, L].
@@ -47,7 +47,7 @@ class Decoded:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What a loop is to generate, and how tokens are drawn.
+    """The input of a loop: the passes, and how tokens are drawn.
 
     Attributes:
       plan: the passes of B rows; see plan/passes.py.
@@ -151,7 +151,7 @@ def scatter_columns(array, new, offset, keep):
 
 
 def unpermute(order, *by_rank):
-    """Of each, its first L from rank to position in the text: [B, L] by `order` [B, L]."""
+    """Each array's first L columns, moved from rank to text position by `order` [B, L]: [B, L]."""
     parts = [array[:, : order.shape[1]] for array in by_rank]
     return [jnp.put_along_axis(jnp.zeros_like(a), order, a, axis=1, inplace=False) for a in parts]
 
@@ -163,6 +163,6 @@ def last_known(tables: DecodePlan):
 
 
 def first_eos(tables: DecodePlan, is_eos_BS, position_BS):
-    """int32 [B]: the least position of these EOS that are behind all known tokens, or NEVER."""
+    """int32 [B]: the leftmost of these EOS positions behind all known tokens, or NEVER."""
     is_end = is_eos_BS & (position_BS > last_known(tables))
     return jnp.where(is_end, position_BS, NEVER).min(axis=1)

@@ -38,7 +38,7 @@ class Plain(Loop):
 
 @flax.struct.dataclass
 class Places:
-    """Where tokens belong: `order` int32 [B, L], and the shift of a decode plan."""
+    """Text positions of ranks: `order` int32 [B, L], and the shift of a decode plan."""
 
     order: jax.Array
     shift: int = flax.struct.field(pytree_node=False)

@@ -1,7 +1,7 @@
 """The passes of a decode plan: one jitted program for each segment, over an explicit KV cache.
 
-Known tokens, the cache and the tables of the passes go in. The tables say what each pass does (see
-plan/passes.py), so this file knows no family.
+Known tokens, the cache and the tables of the passes go in. The tables define each pass (see
+plan/passes.py), so this file is independent of the family.
 """
 
 import functools
@@ -29,7 +29,7 @@ from esolm_jax.sampling.plan.passes import NEVER, DecodePlan
 
 @flax.struct.dataclass
 class State:
-    """What a pass hands to the next; S slots, with a margin for the widest window.
+    """The state carried from pass to pass; S slots, with a margin for the widest window.
 
     Attributes:
       known: int32 [B, S + 1], the tokens in generation order (behind the start token if AR).
@@ -74,7 +74,7 @@ class Segment:
 
 
 def _window(tables: DecodePlan, state: State, shape: tuple[int, int]) -> Window:
-    """What the next pass runs: `shape` = (slots of each row, how many of them have logits)."""
+    """The window of the next pass; `shape`: (slots of each row, slots with logits)."""
     (width, picked), i = shape, state.pass_index
     start, first = tables.start[i], tables.first[i]
     slot = start[:, None] + jnp.arange(width)[None]
@@ -187,7 +187,7 @@ def start_state(
     known = np.full((batch, slots + 1), plan.start_token, np.int32)
     known[:, plan.shift : plan.shift + length] = plan.known
     is_known = np.arange(slots)[None] < plan.num_known[:, None]
-    by_row = {  # NumPy: a program takes it as it is; each jnp operation would be a program
+    by_row = {  # NumPy arrays: each jnp operation would compile a program
         "known": known,
         "revealed_at": np.where(is_known, -1, NEVER).astype(np.int32),
         "eos_position": np.full(batch, NEVER, np.int32),

@@ -1,7 +1,7 @@
-"""From prompts to tables that drive the decoding loop. Host side, NumPy.
+"""Prompts → the tables that drive the decoding loop. Host side, NumPy.
 
 prompts.py   text with [MASK] spans → token ids
-canvas.py    which tokens of each text are known
-schedule.py  which positions are generated in which step
+canvas.py    the known tokens of each text
+schedule.py  the positions that each step generates
 passes.py    steps → forward passes of a family
 """

@@ -1,4 +1,4 @@
-"""Canvases: what is known of each text before it is generated. Host side, numpy."""
+"""Canvases: the known tokens of each text before generation. Host side, NumPy."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -54,13 +54,13 @@ class Canvas:
 
     @classmethod
     def of(cls, rows: Sequence[Sequence[int]], seeds, *, vocab_size: int, mask_id: int) -> Self:
-        """From token ids per row, MASK where a token is to be generated.
+        """A canvas from token ids per row, MASK where a token is to be generated.
 
         Raises:
           UserError: a token is not in the vocabulary, or is its mask; or a row has no seed.
         """
         if len(seeds) != len(rows):
-            raise UserError(f"{len(seeds)} seeds for {len(rows)} rows: must be one for each")
+            raise UserError(f"seeds: must be one for each of {len(rows)} rows, not {len(seeds)}")
         length = np.array([len(row) for row in rows])
         token = np.full((len(rows), max(1, length.max(initial=0))), MASK, np.int32)
         for b, row in enumerate(rows):
@@ -71,27 +71,27 @@ class Canvas:
                 is_token = isinstance(one, int | np.integer) and 0 <= one < vocab_size
                 if one != MASK and (not is_token or one == mask_id):
                     what = "the mask token" if one == mask_id else f"not in 0..{vocab_size - 1}"
-                    raise UserError(f"prompt {b}: token {one} at place {at} is {what}")
+                    raise UserError(f"prompt {b}: token {one} at position {at} is {what}")
             token[b, : len(row)] = row
         return cls(np.maximum(token, 0), token != MASK, length, tuple(seeds))
 
     @property
     def num_known(self) -> np.ndarray:
-        """[B]: how many tokens are known."""
+        """[B]: the number of known tokens."""
         return self.known.sum(axis=1)
 
     def unknown(self, row: int) -> np.ndarray:
-        """The places to be generated, ascending."""
+        """The positions to be generated, ascending."""
         return np.nonzero(~self.known[row, : self.length[row]])[0]
 
     def remask(self, row: int, start: int, stop: int) -> Self:
-        """This canvas with the places [start, stop) of a row to be generated again. All other
-        tokens are kept. Masked places come last in the order, so no stale entry is read."""
+        """This canvas with the positions [start, stop) of a row masked again. All other tokens are
+        kept. Masked positions come last in the order, so no stale cache entry is read."""
         if not 0 <= row < len(self.length):
             raise UserError(f"text {row}: must be in 0..{len(self.length) - 1}")
         if not 0 <= start < stop <= self.length[row]:
             raise UserError(
-                f"span {start}:{stop} of text {row}: must lie in 0:{self.length[row]}, not empty"
+                f"span {start}:{stop} of text {row}: must be non-empty and in 0:{self.length[row]}"
             )
         known = self.known.copy()
         known[row, start:stop] = False
@@ -101,7 +101,9 @@ class Canvas:
         """This canvas with these tokens, all known, to edit generated texts. `eos_position` [B]
         shortens texts that ended early."""
         if token.shape != self.token.shape:
-            raise UserError(f"tokens {token.shape}: must be {self.token.shape}, as the canvas is")
+            raise UserError(
+                f"tokens {token.shape}: must have the canvas's shape {self.token.shape}"
+            )
         length = self.length if eos_position is None else np.minimum(self.length, eos_position)
         known = np.arange(token.shape[1])[None] < length[:, None]
         return dataclasses.replace(

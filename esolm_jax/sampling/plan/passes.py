@@ -1,4 +1,4 @@
-"""From a schedule to the forward passes of a family: the tables that drive the decoding loop.
+"""Decode plans: the tables of a family's forward passes for a schedule.
 
 Slot j holds the token of rank j in the generation order. A pass runs, in each row, the window of
 slots [start, end): those below `first` are known and enter the cache (or enter it again), the
@@ -15,7 +15,8 @@ these tables only:
     eso_a, sequential as eso_b, after one pass over the prefix  0 in the diffusion prefix, else j
 
 A prompt comes first in the order. Passes that generate nothing put it in the cache, PREFILL_CHUNK
-slots at a time. Where tokens of one rank read each other (mdlm, eso_a), it is in every window.
+slots at a time. Where tokens of one rank read each other (mdlm, eso_a), the prompt is in every
+window.
 """
 
 from typing import Self
@@ -28,7 +29,7 @@ from esolm_jax.family.family import Family, Windows
 from esolm_jax.sampling.plan.schedule import Schedule
 
 PREFILL_CHUNK = 256
-MANY = 16  # narrow passes that are worth a program of their own
+MANY = 16  # number of narrow passes that justify a separate program
 NEVER = np.iinfo(np.int32).max  # a position, rank or pass that does not exist
 
 
@@ -38,15 +39,15 @@ class DecodePlan:
 
     Attributes:
       order: [B, L]; known: [B, L], the known tokens by slot (unspecified where unknown).
-      rank: [L], the rank of each slot unless it lies below `bidirectional_below`.
+      rank: [L], the rank of each slot unless it is below `bidirectional_below`.
       start, first, size, end, bidirectional_below: [steps, B], slots as described above; slots
         below `bidirectional_below` are of rank 0.
       num_known: [B], how many leading slots hold known tokens.
       leftmost_unknown: [steps, B], the leftmost position that is still unknown before a pass, or
         NEVER.
-      unknown: the token that stands for what is not known yet.
+      unknown: the token that stands for unknown ones.
       shift: 0, or 1 where slot j holds text token j−1 and predicts token j (AR).
-      start_token: what slot 0 holds when shift = 1.
+      start_token: the token of slot 0 if shift = 1.
     """
 
     order: np.ndarray
@@ -75,7 +76,7 @@ class DecodePlan:
 
     @property
     def nfe(self) -> int:
-        """Passes that generate something."""
+        """The number of passes that generate tokens."""
         return len(self.size) - self.prompt_passes
 
     @property
@@ -95,25 +96,25 @@ class DecodePlan:
 
     @property
     def rows_of_tables(self) -> int:
-        """At least the steps, and seldom another number, for programs depend on it."""
+        """The number of steps, rounded up to a power of two: programs depend on it."""
         return _power(len(self.size))
 
     def padded(self, margin: int) -> Self:
-        """For the loop: with `margin` more slots, so that every window lies inside, and tables of
-        rows_of_tables."""
+        """The plan for a loop: `margin` more slots, so that every window fits, and tables of
+        rows_of_tables rows."""
         order, known = (np.pad(a, ((0, 0), (0, margin))) for a in (self.order, self.known))
         more = self.rows_of_tables - len(self.size)
         names = "start first size end bidirectional_below".split()
         tables = {name: np.pad(getattr(self, name), ((0, more), (0, 0))) for name in names}
-        # One row more, for the end of the loop looks at the pass to come.
+        # One row more, because the end of the loop reads the row of the next pass.
         left = np.pad(self.leftmost_unknown, ((0, more + 1), (0, 0)), constant_values=NEVER)
         rank = np.pad(self.rank, (0, margin))
         return self.replace(order=order, known=known, rank=rank, leftmost_unknown=left, **tables)
 
     def segments(self) -> list[tuple[int, int]]:
-        """Runs of passes (from, to) that share a compiled program: the prompt's, up to the last
-        wide one, and the narrow ones after it (the token of the last pass, the mask of this) if
-        they are many."""
+        """Ranges [from, to) of passes that share a compiled program: those of the prompt, those up
+        to the last window of more than 2 slots, and, if there are many, the narrow ones after it
+        (the token of the previous pass, the mask of this pass)."""
         wide, steps = np.nonzero(self.widths > 2)[0], len(self.size)
         cut = max(int(wide[-1]) + 1 if wide.size else 0, self.prompt_passes)
         if self.prompt_passes < cut and steps - cut < MANY:
@@ -122,13 +123,13 @@ class DecodePlan:
         return [(a, b) for a, b in zip(ends, ends[1:], strict=False) if b > a]
 
     def shape_buckets(self, low: int, high: int) -> tuple[np.ndarray, tuple[tuple[int, int], ...]]:
-        """Which shape each pass of a segment runs in: index [rows_of_tables], and the shapes,
-        ascending, as (window, tokens generated), both rounded up to few sizes. The shapes hardly
-        depend on what was drawn, so that another seed runs the same program."""
+        """The shape of each pass of a segment: index [rows_of_tables], and the ascending shapes
+        (window, tokens generated), both rounded up to few sizes. The shapes hardly depend on the
+        draws, so another seed usually runs the same program."""
         index = np.zeros(self.rows_of_tables, np.int32)
         widths, most = self.widths[low:high], int(self.size[low:high].max())
         rounded = [_round_up(width) for width in widths.tolist()]
-        if most == 0:  # a prompt's passes are alike, but for the last
+        if most == 0:  # passes of a prompt have one size, except the last
             return index, ((max(rounded), 0),)
         rounded = np.maximum(rounded, min(2, max(rounded)))
         least, widest = int(rounded.min()), int(rounded.max())
@@ -140,12 +141,12 @@ class DecodePlan:
 
 
 def _power(n: int) -> int:
-    """Of two, at least n; 0 for 0."""
+    """The smallest power of two that is at least n; 0 for n = 0."""
     return 1 << (n - 1).bit_length() if n > 0 else 0
 
 
 def _round_up(n: int) -> int:
-    """To 0, 1, 2, 4, 6, 8, 12, 16, 24, …, 128, or a multiple of 128 beyond it."""
+    """n rounded up to 0, 1, 2, 4, 6, 8, 12, 16, 24, …, 128, or to a multiple of 128 above 128."""
     if n > 128:
         return -(-n // 128) * 128
     power = _power(n)
@@ -154,28 +155,31 @@ def _round_up(n: int) -> int:
 
 
 def leftmost(order: np.ndarray, length: np.ndarray) -> np.ndarray:
-    """int32 [B, L + 1]: of the texts of `length` [B], the leftmost position of those at this rank
-    and later, or NEVER."""
+    """int32 [B, L + 1]: the leftmost position among the ranks from this one on, or NEVER. Positions
+    beyond `length` [B] do not count."""
     inside = np.arange(order.shape[1])[None] < length[:, None]
     position = np.pad(np.where(inside, order, NEVER), ((0, 0), (0, 1)), constant_values=NEVER)
     return np.minimum.accumulate(position[:, ::-1], axis=1)[:, ::-1].astype(np.int32)
 
 
 def _tables(schedule: Schedule, windows: Windows, mask_id: int) -> DecodePlan:
-    """The passes that fill the cache, then those of the windows. Slots of one rank are not
-    divided."""
+    """The passes that fill the cache, then those of the windows. Slots of one rank stay in one
+    pass."""
     prefill, rank = windows.prefill, windows.rank
     together = int(np.bincount(rank).max(initial=1)) if prefill.any() else 1
     most = int(prefill.max(initial=0))
     parts = -(-most // (max(1, PREFILL_CHUNK // together) * together)) or 1
-    size = -(-most // (parts * together)) * together  # all alike
+    size = -(-most // (parts * together)) * together  # equal chunks
     chunk = size * np.arange(parts if most else 0)[:, None]
     low, high = (np.minimum(c, prefill[None]) for c in (chunk, chunk + size))
     first, done = schedule.first, schedule.sizes == 0
     behind = leftmost(schedule.order, schedule.length)
     limits = windows.start, windows.end, windows.bidirectional_below
     start, end, below = (np.broadcast_to(a, first.shape) for a in limits)
-    start, end = np.where(done, 0, start), np.where(done, 0, end)  # nothing, and of no cache
+    start, end = (
+        np.where(done, 0, start),
+        np.where(done, 0, end),
+    )  # an empty window that reads no cache
     pairs = {
         "start": (low, start),
         "first": (high, first),
@@ -200,7 +204,7 @@ def make_plan(
     """The passes of a family for a schedule.
 
     Raises:
-      UserError: the schedule is unsound, or not one that the family can follow.
+      UserError: the schedule is invalid, or unsupported by the family.
     """
     schedule.check()
     windows = family.windows(schedule, block_length)

@@ -1,6 +1,6 @@
 """Prompts: text with [MASK] spans → token ids, from the command line, a text file or JSONL.
 
-    once upon a time             is continued up to the length asked for
+    once upon a time             is continued up to config.sample.length tokens
     once [MASK:3] a time[MASK]   three tokens and one are filled in, and nothing is added
 
 A line of a .jsonl file is an object with `prompt` as above, or `text` and `rewrite`: spans
@@ -33,13 +33,13 @@ MAX_TOKENS = 2**24  # of all prompts
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """What is known of a text.
+    """The known tokens of a text.
 
     Attributes:
       tokens: ids, MASK where one is to be generated.
-      is_whole: nothing is to be added behind them.
-      seed: of its own, or None.
-      name: what messages call it.
+      is_whole: no masks are added at the end.
+      seed: its own seed, or None.
+      name: its name in messages.
     """
 
     tokens: tuple[int, ...]
@@ -97,7 +97,7 @@ def _count(count: str, span: str, name: str) -> int:
 def _check_unicode(text: str, name: str) -> None:
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # half of a surrogate pair
+    except UnicodeEncodeError as error:  # a lone surrogate
         raise UserError(
             f"{name}: must be Unicode, but character {error.start} is a lone surrogate"
         ) from error
@@ -116,7 +116,7 @@ class _Draft:
         self.tokens: list[int] = []
 
     def check(self, more: int) -> None:
-        """UserError unless the canvas has room for so many more tokens."""
+        """UserError unless the canvas has room for that many more tokens."""
         if len(self.tokens) + more > self.length:
             raise UserError(_too_long(self.name, self.length))
 
@@ -189,7 +189,7 @@ def _tokens_now(text: str, spans, tokenizer, length: int) -> list[int]:
 
 
 def _ascending(spans, text: str, name: str) -> list:
-    """The spans in their order. UserError if they are not such, or overlap."""
+    """The spans in ascending order. UserError if one is invalid or two overlap."""
 
     def check(span, least: int = 0) -> None:
         is_span = isinstance(span, list | tuple) and [type(at) for at in span] == [int, int]
@@ -270,7 +270,7 @@ def complete(prompt: Prompt, length: int) -> tuple[int, ...]:
     """The tokens of the text, with masks added up to `length` unless the prompt is whole.
 
     Raises:
-      UserError: it is longer, or leaves nothing to generate.
+      UserError: it is longer, or has no token to generate.
     """
     have = len(prompt.tokens)
     if have > length:

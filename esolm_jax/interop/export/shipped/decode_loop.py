@@ -19,11 +19,11 @@ def draw_orders(plan, seed, batch):
     for row in range(batch):
         rng = np.random.default_rng([seed, 0, row])
         for start in range(0, length, block):
-            here = np.arange(start, min(start + block, length))
-            count = rng.binomial(len(here), plan["alpha_0"])
-            shuffled = rng.permutation(here)
-            found = np.concatenate([shuffled[:count], np.sort(shuffled[count:])])
-            orders[row, start : start + len(here)] = found
+            positions = np.arange(start, min(start + block, length))
+            count = rng.binomial(len(positions), plan["alpha_0"])
+            shuffled = rng.permutation(positions)
+            in_order = np.concatenate([shuffled[:count], np.sort(shuffled[count:])])
+            orders[row, start : start + len(positions)] = in_order
             if count:
                 num_diffusion[row] = start + count
     return orders, num_diffusion
@@ -31,7 +31,7 @@ def draw_orders(plan, seed, batch):
 
 def filtered(plan, logits, temperature):
     """float64 [..., V]: logits of the sampling distribution; −∞ at the mask, below the top_k
-    likeliest tokens, and outside the smallest set that reaches top_p."""
+    most probable tokens, and outside the smallest set that reaches top_p."""
     logits = np.array(logits, np.float64)
     logits[..., plan["mask_id"]] = -np.inf
     logits = logits - logits.max(axis=-1, keepdims=True)  # small temperatures do not overflow

@@ -5,8 +5,8 @@
 
 Each token has four labels, arrays [B, T]: `token`, its id (the mask id where it is to be
 predicted); `position` in the text, below the length of `positions` if these are learned; `rank` in
-the order of generation; `in_context`, False for a query copy that no later token reads. A query
-reads a key as `visible` says.
+the order of generation; `in_context`, False for a query copy, which no later token reads.
+`visible` defines the keys that a query reads.
 """
 
 import json
@@ -14,7 +14,7 @@ import pathlib
 
 import numpy as np
 
-NOBODY = np.iinfo(np.int32).max  # the rank of a slot that holds nothing
+EMPTY_RANK = np.iinfo(np.int32).max  # of an empty slot of the cache: no token reads it
 MASKED = -1e30  # far below any score
 
 
@@ -50,9 +50,10 @@ def step(weights, network, token, position, rank, in_context, keys, values, fill
 
     Args:
       token, position, rank, in_context: [B, W].
-      keys, values: float32 [blocks, B, S, G, K]; filled: int32 [B]: the slots below hold tokens of
-        lower ranks, which all W tokens see. Theirs go to the slots [filled, filled + W), which
-        must be there; to keep only the first n of them, add n to `filled` for the next step.
+      keys, values: float32 [blocks, B, S, G, K].
+      filled: int32 [B]. Slots below it hold tokens of lower ranks, which all W tokens see. The W
+        tokens are written to the slots [filled, filled + W), so S must be at least filled + W. To
+        keep only the first n of them, add n to `filled` for the next step.
 
     Returns: logits [B, W, V], keys, values.
     """
@@ -73,14 +74,14 @@ def forward(weights, network, token, position, rank, in_context, *, past=None, p
       xp: numpy or jax.numpy.
     """
     batch, width = token.shape
-    k_rank, k_in_context, place = rank, in_context, None
+    k_rank, k_in_context, slots = rank, in_context, None
     if past is not None:
         rows = xp.arange(batch, dtype=np.int32)[:, None]
-        place = rows, past[2][:, None] + xp.arange(width, dtype=np.int32)[None]
+        slots = rows, past[2][:, None] + xp.arange(width, dtype=np.int32)[None]
         slot = xp.arange(past[0][0].shape[1], dtype=np.int32)[None]
-        k_rank = xp.where(slot < past[2][:, None], np.int32(-1), np.int32(NOBODY))
-        k_rank = put(k_rank, place, rank)
-        k_in_context = put(xp.ones(k_rank.shape, bool), place, in_context)
+        k_rank = xp.where(slot < past[2][:, None], np.int32(-1), np.int32(EMPTY_RANK))
+        k_rank = put(k_rank, slots, rank)
+        k_in_context = put(xp.ones(k_rank.shape, bool), slots, in_context)
     mask = visible(rank[:, :, None], in_context[:, :, None], k_rank[:, None], k_in_context[:, None])
     h, angles, all_keys, all_values = weights["embedding"][token], None, [], []
     if "positions" in weights:
@@ -98,7 +99,7 @@ def forward(weights, network, token, position, rank, in_context, *, past=None, p
         qk = qk if angles is None else rotate(qk, *angles, xp)
         q, k = qk[:, :, :, :-1], qk[:, :, :, -1]
         if past is not None:
-            k, v = put(past[0][i], place, k), put(past[1][i], place, v)
+            k, v = put(past[0][i], slots, k), put(past[1][i], slots, v)
         all_keys.append(k)
         all_values.append(v)
         attended = attend(q, k, v, mask, xp).reshape(*h.shape[:2], -1)
@@ -115,19 +116,19 @@ PARTS += ("mlp_in", "mlp_in_bias", "mlp_out", "mlp_out_bias")
 
 
 def visible(q_rank, q_in_context, k_rank, k_in_context):
-    """Whether a query reads a key. Everybody reads itself; a query copy is read by copies of its
-    rank, and reads no context of its rank."""
+    """Whether a query reads a key. Each token reads itself. A query copy is read by copies of its
+    rank only, and does not read the context of its rank."""
     reads_context = k_rank <= q_rank - (~q_in_context).astype(np.int32)
     reads_copy = ~q_in_context & (k_rank == q_rank)
     return (k_in_context & reads_context) | (~k_in_context & reads_copy)
 
 
-def put(cache, place, new):
+def put(cache, slots, new):
     """The cache with `new` at (row, slot)."""
     if hasattr(cache, "at"):  # jax
-        return cache.at[place].set(new, mode="drop")
+        return cache.at[slots].set(new, mode="drop")
     cache = cache.copy()
-    cache[place] = new
+    cache[slots] = new
     return cache
 
 
@@ -139,7 +140,7 @@ def linear(weights, name, h):
 
 
 def normed(network, h, xp):
-    """LayerNorm or RMSNorm; its scale is in the weights behind it."""
+    """LayerNorm or RMSNorm; its scale is folded into the next weights."""
     if network["norm"] == "layer":
         h = h - h.mean(axis=-1, keepdims=True)
     return rms_normed(network, h, xp)

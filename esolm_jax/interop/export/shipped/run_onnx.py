@@ -14,7 +14,7 @@ import decode_loop  # noqa: E402
 
 
 def load(path, options=None):
-    """The artefact as a function of its inputs in order, all numpy arrays; a list comes back."""
+    """The artefact as a function from NumPy arrays, in the order of its inputs, to a list."""
     session = onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
     names = [node.name for node in session.get_inputs()]
     return lambda *args: session.run(None, dict(zip(names, args, strict=True)))

@@ -1,5 +1,5 @@
-"""python run_stablehlo.py [COUNT] [SEED] [TEMPERATURE]: token ids. Needs jax, and flatbuffers,
-which jax.export reads its files with."""
+"""python run_stablehlo.py [COUNT] [SEED] [TEMPERATURE]: token ids. Needs jax and flatbuffers
+(for jax.export)."""
 
 import json
 import pathlib
@@ -26,7 +26,7 @@ def load(path):
 
 
 def row_keys(seed, count):
-    """uint32 [B, 2]: one key a row, as `python -m esolm_jax.sample` has them."""
+    """uint32 [B, 2]: one key per row, those of `python -m esolm_jax.sample`."""
     rows = jnp.arange(count, dtype=jnp.uint32)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed, impl="threefry2x32"), rows)
     return jax.random.key_data(keys)

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from esolm_jax.errors import UserError
 from esolm_jax.interop import memory, safetensors_file
-from esolm_jax.interop.published import reference
+from esolm_jax.interop.published import names as published_names
 from esolm_jax.parallel import sharding
 from esolm_jax.training import checkpoint_steps, restore
 
@@ -29,15 +29,18 @@ def convert(
     Returns: the checkpoint's step and the number of parameters.
 
     Raises:
-      UserError: no checkpoint, a model that the published code lacks, or the file exists.
+      UserError: no checkpoint, a model without a published counterpart, or the file exists.
     """
     if target.suffix != ".safetensors":
         raise UserError(f"--to={target}: must end in .safetensors")
     if target.exists():
-        raise UserError(f"--to={target}: is already there; delete it, or choose another name")
+        raise UserError(
+            f"--to={target}: must be a new file, because this one exists; delete it or choose "
+            "another name"
+        )
     if not target.parent.is_dir():
-        raise UserError(f"--to={target}: there is no folder {target.parent}")
-    reference.check_config(config.model)
+        raise UserError(f"--to={target}: must be in a folder that exists; create {target.parent}")
+    published_names.check_config(config.model)
     trained = load(config, workdir, weights, step)
     write(target, trained, weights)
     return trained.step, sum(a.size for a in jax.tree.leaves(trained.params))
@@ -50,18 +53,22 @@ def load(
 
     Takes the memory of the model and of its largest tensor.
     """
-    memory.return_what_is_freed()
+    memory.mmap_large_arrays()
     one = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1, "devices": 1})
     trained = restore.load_trained(config, workdir, weights, sharding.make_mesh(one), step)
-    memory.release()  # the restore leaves the last tensor behind, in a cycle
+    memory.clear_jit_caches_and_trim()  # a reference cycle keeps the last restored tensor
     return trained
 
 
 def write(target: pathlib.Path, trained: restore.TrainedModel, weights: str) -> None:
     """Writes the file, tensor by tensor."""
-    inv_freq = reference.inv_freq(trained.built.model)
-    shapes = reference.published_shapes(trained.params) | {reference.INV_FREQ: inv_freq.shape}
-    tensors = itertools.chain(reference.published(trained.params), [(reference.INV_FREQ, inv_freq)])
+    inv_freq = published_names.inv_freq(trained.built.model)
+    shapes = published_names.published_shapes(trained.params) | {
+        published_names.INV_FREQ: inv_freq.shape
+    }
+    tensors = itertools.chain(
+        published_names.published(trained.params), [(published_names.INV_FREQ, inv_freq)]
+    )
     safetensors_file.write(
         target,
         {PREFIX + name: shape for name, shape in shapes.items()},
@@ -81,5 +88,5 @@ def about(trained: restore.TrainedModel, weights: str) -> dict:
 
 
 def _without_paths(config: dict) -> dict:
-    """The config without paths of this machine, which the receiver of the file must not learn."""
+    """The config without paths of this machine, for privacy."""
     return config | {"data": config["data"] | dict.fromkeys(_PATHS, "")}

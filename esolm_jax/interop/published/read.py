@@ -16,18 +16,12 @@ from esolm_jax.data.manifest import tokenizer_entry
 from esolm_jax.data.render import num_ids
 from esolm_jax.errors import UserError
 from esolm_jax.files import workdir_lock
-from esolm_jax.interop.published import (
-    config as published_config,
-)
-from esolm_jax.interop.published import (
-    file as published_file,
-)
-from esolm_jax.interop.published import (
-    reference,
-)
+from esolm_jax.interop.published import config as published_config
+from esolm_jax.interop.published import file as published_file
+from esolm_jax.interop.published import names as published_names
 from esolm_jax.model import build
 from esolm_jax.process import prng
-from esolm_jax.training import checkpoint, checkpoint_steps, optimizer, train_state
+from esolm_jax.training import checkpoint, checkpoint_steps, optimizer, restore, train_state
 
 WEIGHTS = ("both", "ema", "raw")
 
@@ -49,23 +43,24 @@ def convert(config, source: str, workdir: pathlib.Path, tokenizer: str, weights:
 
     Args:
       config: the run's config; model sizes must be those of the file.
-      source: the file. tokenizer: a file or folder, or "" for config.data.tokenizer_path.
-      weights: which set the checkpoint's `params` and `ema` are: the file's two, or one for both.
+      source: the file.
+      tokenizer: a file or folder, or "" for config.data.tokenizer_path.
+      weights: the source of `params` and `ema`: both sets of the file, or one for both.
 
     Raises:
-      UserError: the file, the config and the tokenizer do not fit, or the workdir is not empty.
+      UserError: file, config and tokenizer do not match, or the workdir is not empty.
     """
     check_empty(workdir)
-    reference.check_config(config.model)
+    published_names.check_config(config.model)
     published = published_file.read(source)
     published_config.check(config, published)
-    found = _tokenizer(config, tokenizer)
-    _check_vocabulary(published, found)
+    chosen = _tokenizer(config, tokenizer)
+    _check_vocabulary(published, chosen)
     _check_sizes(config, published)
     with config.unlocked():
-        config.data.tokenizer = found.kind
-        config.data.tokenizer_path = saved_tokenizer(found, workdir)
-    model = build.model_config(config, tokenizer_entry(found), "cpu")
+        config.data.tokenizer = chosen.kind
+        config.data.tokenizer_path = saved_tokenizer(chosen, workdir)
+    model = build.model_config(config, tokenizer_entry(chosen), "cpu")
     raw, ema, words = _sets(published, model, weights)
     state = train_state.init_state(raw, optimizer.make(config), prng.key(config.seed))
     step = published.step or 0
@@ -73,12 +68,12 @@ def convert(config, source: str, workdir: pathlib.Path, tokenizer: str, weights:
     meta = {
         "config": config_lib.to_saved(config),
         "cursor": 0,
-        "tokenizer": tokenizer_entry(found),
+        "tokenizer": tokenizer_entry(chosen),
         "version": esolm_jax.__version__,
         "prng": prng.IMPL,
         "converted": {"file": published.path.name, "weights": words},
     }
-    write(workdir, meta, found, lambda checkpoints, _: checkpoints.save(state, meta))
+    write_workdir(workdir, meta, chosen, lambda checkpoints, _: checkpoints.save(state, meta))
     return Converted(step, sum(a.size for a in jax.tree.leaves(raw)), words)
 
 
@@ -87,8 +82,8 @@ def check_empty(workdir: pathlib.Path) -> None:
     there = [path.name for path in workdir.iterdir()] if workdir.exists() else []
     if others := sorted(n for n in there if n != "data" and not workdir_lock.is_file_of_lock(n)):
         raise UserError(
-            f"--workdir={workdir}: is not empty ({', '.join(others[:5])}); it must be new, or "
-            "hold nothing but data/"
+            f"--workdir={workdir}: must be new, empty or hold only data/, but holds "
+            f"{', '.join(others[:5])}"
         )
 
 
@@ -115,9 +110,9 @@ def _check_vocabulary(published: published_file.Published, tokenizer) -> None:
     ours = (published.ours or {}).get("tokenizer")
     if ours and ours["fingerprint"] != tokenizer.fingerprint:
         raise UserError(
-            f"{published.path}: trained on another tokenizer ({ours['kind']} of "
-            f"{ours['vocab_size']} tokens, {ours['fingerprint'][:12]}…), not on this one "
-            f"({tokenizer.kind} of {tokenizer.vocab_size}, {tokenizer.fingerprint[:12]}…)"
+            f"{published.path}: needs the tokenizer that it was trained on "
+            f"({restore.describe_tokenizer(ours)}), not "
+            f"{restore.describe_tokenizer(tokenizer_entry(tokenizer))}"
         )
 
 
@@ -129,14 +124,14 @@ def _check_sizes(config, published: published_file.Published) -> None:
         raise UserError(f"{published.path}: missing tensors: vocab_embed.embedding")
     if len(table.shape) != 2:
         raise UserError(
-            f"{published.path}: vocab_embed.embedding: shape {table.shape} here, (V, D) in a model"
+            f"{published.path}: vocab_embed.embedding: must have shape (V, D), not {table.shape}"
         )
-    sizes = reference.model_config(published.raw, config.model.heads)
+    sizes = published_names.model_config(published.raw, config.model.heads)
     for name in ("width", "blocks", "cond_width"):
         if config.model[name] != getattr(sizes, name):
             raise UserError(
-                f"config.model.{name}={config.model[name]}: the tensors of {published.path} have "
-                f"{getattr(sizes, name)}"
+                f"config.model.{name}={config.model[name]}: must be {getattr(sizes, name)}, as in "
+                f"the tensors of {published.path}"
             )
 
 
@@ -144,20 +139,20 @@ def _sets(published: published_file.Published, model, weights: str) -> tuple[dic
     """params, ema, and a description of their source in the file."""
     where = str(published.path)
     if weights == "ema" and published.shadow is None:
-        raise UserError(f"--weights=ema: {where} has no EMA, but one set of weights")
+        raise UserError(f"--weights=ema: must be left out, because {where} has one set of weights")
     if published.shadow is None:
-        raw = reference.to_params(published.raw, model, where)
+        raw = published_names.to_params(published.raw, model, where)
         which = (published.ours or {}).get("weights")
-        return raw, raw, f"the one set of weights in it{f' ({which})' if which else ''}"
+        return raw, raw, f"its one set of weights{f' ({which})' if which else ''}"
     if weights == "raw":
-        raw = reference.to_params(published.raw, model, where)
+        raw = published_names.to_params(published.raw, model, where)
         return raw, raw, "the raw weights, not the EMA"
-    ema = reference.to_params(published.ema(), model, f"{where}, EMA")
+    ema = published_names.to_params(published.ema(), model, f"{where}, EMA")
     if weights == "ema":
         return ema, ema, "the EMA, not the raw weights"
-    raw = reference.to_params(published.raw, model, where)
+    raw = published_names.to_params(published.raw, model, where)
     same = jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), raw, ema))
-    return raw, ema, "raw weights and EMA" + (", which are the same in it" if same else "")
+    return raw, ema, "raw weights and EMA" + (" (identical)" if same else "")
 
 
 def saved_tokenizer(tokenizer, workdir: pathlib.Path) -> str:
@@ -169,19 +164,22 @@ def saved_tokenizer(tokenizer, workdir: pathlib.Path) -> str:
     return str(folder / tokenizer_lib.MODEL_FILE if is_file else folder)
 
 
-def write(
+def write_workdir(
     workdir: pathlib.Path,
     meta: dict,
     tokenizer,
     save: Callable[[checkpoint.Checkpoints, pathlib.Path], None],
 ) -> None:
-    """Config, tokenizer and checkpoint; beside the workdir first, so that one that was killed
-    leaves no half of it. `save` gets the checkpoints, and a folder for files of its own that is
-    deleted in the end."""
+    """Writes config, tokenizer and checkpoint to a folder next to the workdir, then moves them, so
+    that a killed process leaves no incomplete workdir.
+
+    Args:
+      save: writes the checkpoint, given the checkpoints and a folder for temporary files.
+    """
     hold = workdir_lock.hold(workdir, name=f"--workdir={workdir}")
     workdir = workdir.resolve()
     with hold, results.draft_beside(workdir) as draft:
-        check_empty(workdir)  # again: another run may have filled it
+        check_empty(workdir)  # again: another process may have written to it
         (draft / "tokenizer").mkdir()
         tokenizer.save(draft / "tokenizer")
         results.write_json(draft / "config.json", meta["config"])

@@ -22,7 +22,7 @@ from esolm_jax.sampling.loops.plain import Plain
 from esolm_jax.sampling.plan import passes
 from esolm_jax.sampling.plan.schedule import Schedule
 
-# (published name, our path, is it a matrix to transpose). PyTorch's Linear is (out, in).
+# (published name, our path, whether to transpose). PyTorch's Linear is (out, in).
 _BLOCK = "blocks.{block}."
 _TABLE = (
     ("vocab_embed.embedding", "embedding/embedding", False),
@@ -47,11 +47,11 @@ _TABLE = (
     ("output_layer.adaLN_modulation.bias", "final_modulation/linear/bias", False),
 )
 INV_FREQ = "rotary_emb.inv_freq"
-CONSTANTS = (INV_FREQ,)  # stored next to the parameters, but not one
+CONSTANTS = (INV_FREQ,)  # stored with the parameters
 
 
 def model_config(weights: Mapping[str, np.ndarray], num_heads: int) -> ModelConfig:
-    """Sizes read off the shapes; adaLN if there is a time embedding."""
+    """Sizes, from the shapes; adaLN if there is a time embedding."""
     vocab_size, width = weights["vocab_embed.embedding"].shape
     numbers = {m[1] for name in weights if (m := re.match(r"blocks\.([0-9]+)\.", name))}
     if width % (2 * num_heads):
@@ -67,7 +67,7 @@ def model_config(weights: Mapping[str, np.ndarray], num_heads: int) -> ModelConf
 
 
 def check_config(model) -> None:
-    """UserError if the published code has no such model; `model` is config.model."""
+    """UserError if the published code does not support the model; `model` is config.model."""
     allowed = {
         "style": ("dit",),
         "kv_heads": (0, model.heads),
@@ -114,7 +114,7 @@ def to_params(
     """Published names → our parameters (float32), every tensor used once and shape-checked.
 
     Args:
-      weights: arrays, or objects with a shape that np.asarray() reads; read one at a time.
+      weights: arrays, or objects with a shape for np.asarray(); read one at a time.
       where: names them in errors.
 
     Raises:
@@ -175,7 +175,7 @@ def to_published(params: dict) -> dict[str, np.ndarray]:
 
 
 def as_tokens(token, position, rank, in_context) -> Tokens:
-    """Tokens of four labels [B, T]; given Tokens are returned as they are.
+    """Tokens with four labels [B, T]; Tokens are returned unchanged.
 
     Raises:
       UserError: a label is missing.
@@ -190,7 +190,7 @@ def as_tokens(token, position, rank, in_context) -> Tokens:
     return Tokens(token, position, rank, jnp.asarray(in_context, bool))
 
 
-class Reference:
+class PublishedModel:
     """A model with published weights.
 
     Attributes:
@@ -232,11 +232,11 @@ class Reference:
 
 def load(
     weights: Mapping[str, np.ndarray], num_heads: int, mask_id: int | None = None
-) -> Reference:
+) -> PublishedModel:
     """A model from published parameter names, with or without the prefix `backbone.`; mask_id: by
     default the last id (103 in the runs on bert-base-uncased)."""
     weights = {name.removeprefix("backbone."): array for name, array in weights.items()}
     if "vocab_embed.embedding" not in weights:
         raise UserError("missing tensors: vocab_embed.embedding (is this an Eso-LM checkpoint?)")
     config = model_config(weights, num_heads)
-    return Reference(config, to_params(weights, config), mask_id)
+    return PublishedModel(config, to_params(weights, config), mask_id)

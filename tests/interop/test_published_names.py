@@ -6,7 +6,7 @@ import pytest
 from golden_files import HEADS, vectors
 
 from esolm_jax.errors import UserError
-from esolm_jax.interop.published import reference
+from esolm_jax.interop.published import names as published_names
 
 pytestmark = pytest.mark.fast_compile
 
@@ -18,24 +18,24 @@ def weights(name="weights_dit"):
 @pytest.mark.parametrize("name", ["weights_dit", "weights_ar"])
 def test_published_names_round_trip_bit_for_bit(name):
     want = weights(name)
-    got = reference.to_published(reference.load(want, HEADS).params)
+    got = published_names.to_published(published_names.load(want, HEADS).params)
     assert got.keys() == want.keys() - {"rotary_emb.inv_freq"}
     for key, array in got.items():
         np.testing.assert_array_equal(array, want[key])
 
 
 def test_prefix_makes_no_difference():
-    plain = reference.load(weights(), HEADS)
-    prefixed = reference.load({f"backbone.{k}": v for k, v in weights().items()}, HEADS)
+    plain = published_names.load(weights(), HEADS)
+    prefixed = published_names.load({f"backbone.{k}": v for k, v in weights().items()}, HEADS)
     assert prefixed.config == plain.config
     same = jax.tree.map(np.array_equal, prefixed.params, plain.params)
     assert all(jax.tree.leaves(same))
 
 
 def test_sizes_are_read_off_the_shapes():
-    config = reference.load(weights("weights_ar"), HEADS).config
+    config = published_names.load(weights("weights_ar"), HEADS).config
     assert (config.vocab_size, config.width, config.blocks, config.cond_width) == (67, 64, 2, 0)
-    assert reference.load(weights(), HEADS).config.cond_width == 32
+    assert published_names.load(weights(), HEADS).config.cond_width == 32
 
 
 def test_missing_left_over_and_misshapen_tensors_are_named():
@@ -50,13 +50,13 @@ def test_missing_left_over_and_misshapen_tensors_are_named():
         ({"a": np.zeros(1)}, "vocab_embed.embedding"),
     ):
         with pytest.raises(UserError, match=told):
-            reference.load(broken, HEADS)
+            published_names.load(broken, HEADS)
     with pytest.raises(UserError, match="num_heads=5"):
-        reference.load(weights(), 5)
+        published_names.load(weights(), 5)
 
 
 def test_a_seed_is_an_int_or_a_key():
-    model = reference.load(weights(), HEADS)
+    model = published_names.load(weights(), HEADS)
     order, sizes = np.array([[2, 0, 3, 1]] * 2), [2, 1, 1]
     texts = [model.sample(order, sizes, rng=seed) for seed in (7, np.int64(7), jax.random.key(7))]
     for text in texts:
