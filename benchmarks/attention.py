@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from benchmarks import interleaved_timings, report_writer
 from esolm_jax.attention import attend as attention
+from esolm_jax.attention import kinds as kinds_lib
 from esolm_jax.family.labels import Layout, Tokens
 
 
@@ -37,8 +38,8 @@ def passes(length: int) -> dict[str, Tokens]:
 
 def kinds(tokens: Tokens, platform: str) -> list[str]:
     """The kinds of the platform; splash needs a layout."""
-    found = ["chunked", "dense", *(k for k, home in attention.ON.items() if home == platform)]
-    return [k for k in found if k != "splash" or tokens.layout]
+    names = [k for k in kinds_lib.KINDS if kinds_lib.PLATFORM.get(k, platform) == platform]
+    return [k for k in names if k != "splash" or tokens.layout]
 
 
 @functools.partial(jax.jit, static_argnames="kind")

@@ -12,11 +12,10 @@ from jax.sharding import Mesh
 
 from esolm_jax.attention import kinds
 from esolm_jax.attention.dense import dense
-from esolm_jax.family.labels import Tokens
+from esolm_jax.family.labels import Layout, Tokens
 from esolm_jax.family.rule import dense_mask
 from esolm_jax.parallel import sharding
 
-ON = kinds.PLATFORM
 KINDS = (*kinds.KINDS, *kinds.INTERPRETED)
 SHORT = 128  # L up to which chunked computes fewer pairs than splash's smallest blocks
 
@@ -63,29 +62,33 @@ def attend(
     if kind == "dense":
         return dense(q_BHTK, k_BGSK, v_BGSK, dense_mask(queries, keys))
     across = None if mesh is None or mesh.shape["sequence"] == 1 else "sequence"
-    # The local indices of a shard of the queries do not follow the layout.
-    layout = None if across else queries.layout
-    # Import kernels on first use: importing Pallas takes a second.
-    if kind.startswith("flash"):
-        from esolm_jax.attention.flash import flash
-
-        interpret = kind == "flash_interpret"
-        attention = functools.partial(flash, layout=layout, interpret=interpret)
-    elif kind == "chunked" or queries.layout is None:
-        from esolm_jax.attention.chunked import chunked
-
-        attention = functools.partial(chunked, layout=layout, platform=sharding.platform(mesh))
-    else:
-        from esolm_jax.attention.splash import splash
-
-        attention = functools.partial(
-            splash, layout=queries.layout, across=across, interpret=kind == "splash_interpret"
-        )
+    attention = _implementation(kind, queries.layout, sharding.platform(mesh), across)
     if mesh is not None:
         attention = _on_mesh(attention, mesh, across)
     labels = queries.rank, queries.in_context, keys.rank, keys.in_context
     with jax.named_scope("attend"):  # aot/report.py finds its products by this name
         return attention(q_BHTK, k_BGSK, v_BGSK, *labels)
+
+
+def _implementation(kind: str, layout: Layout | None, platform: str, across: str | None):
+    """The function (q, k, v, *labels) → [B, H, T, K] of a kind. Kernels are imported on first use:
+    importing Pallas takes a second."""
+    interpret = kind.endswith("_interpret")
+    # The local indices of a shard of the queries do not follow the layout.
+    local_layout = None if across else layout
+    if kind.startswith("flash"):
+        from esolm_jax.attention.flash import flash
+
+        return functools.partial(flash, layout=local_layout, interpret=interpret)
+    if kind.startswith("splash") and layout is not None:
+        from esolm_jax.attention.splash import splash
+
+        return functools.partial(splash, layout=layout, across=across, interpret=interpret)
+    if kind == "chunked" or kind.startswith("splash"):
+        from esolm_jax.attention.chunked import chunked
+
+        return functools.partial(chunked, layout=local_layout, platform=platform)
+    raise NotImplementedError(f"attention kind {kind!r}: has no branch in attend.py")
 
 
 def _on_mesh(attention, mesh: Mesh, across: str | None):

@@ -1,4 +1,4 @@
-"""Memory-efficient attention: the custom VJP shared by the chunked and Pallas implementations.
+"""Memory-efficient attention: the custom VJP shared by chunked.py and flash.py.
 
 Scores are recomputed in the backward pass. Only q, k, v, the result and the log of the softmax's
 denominator (lse) are saved. An `AttentionImpl` computes them block by block (chunked.py in XLA,

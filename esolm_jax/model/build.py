@@ -7,6 +7,7 @@ import jax
 
 from esolm_jax import config as config_lib
 from esolm_jax.attention import attend as attention
+from esolm_jax.attention import kinds
 from esolm_jax.errors import UserError
 from esolm_jax.family.phase import SpecialIds
 from esolm_jax.model import transformer as model_lib
@@ -63,11 +64,11 @@ def build_model(config, tokenizer: dict, mesh) -> BuiltModel:
     config_lib.validate_mesh(config, mesh.shape)
     platform = sharding.platform(mesh)
     model = model_config(config, tokenizer, platform)
-    if attention.ON.get(model.attention, platform) != platform:
+    if kinds.PLATFORM.get(model.attention, platform) != platform:
         raise UserError(
             f"config.model.attention={model.attention!r}: "
             f"must be an implementation for {platform.upper()}s, not "
-            f"{attention.ON[model.attention].upper()}s"
+            f"{kinds.PLATFORM[model.attention].upper()}s"
         )
     start = tokenizer["mask_id" if config.start_token == "mask" else "bos_id"]
     special = SpecialIds(mask=tokenizer["mask_id"], start=start)

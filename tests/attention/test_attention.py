@@ -331,6 +331,6 @@ def test_kinds():
     q, k, v, _ = draw(tokens)
     with pytest.raises(ValueError, match="dense, chunked, flash, splash"):
         attend(q, k, v, tokens, tokens, kind="sparse")
-    with pytest.raises(ValueError, match="4 keys"):
+    with pytest.raises(ValueError, match="S=4: must be 5"):
         wrong = tokens.replace(layout=Layout(5))
         attend(q, k, v, wrong, wrong, kind="splash_interpret")
