@@ -7,7 +7,8 @@ otherwise.
 
 Tests compare the kernels with the rule in interpret mode and lower them to Triton IR. In a manual
 check at 6615f9b, Triton 3.9 compiled that IR for compute capabilities 8.0 and 9.0 without spilling
-registers, except for 40 bytes in one kernel. The kernels have not run on a GPU. Shapes as in recompute.py.
+registers, except for 40 bytes in one kernel. The kernels have not run on a GPU. Shapes as in
+recompute.py.
 """
 
 import functools
