@@ -24,9 +24,9 @@ from esolm_jax.files import regular_file
 from esolm_jax.files.hashing import ALGORITHMS, hash_file
 
 FILE = "_DIGESTS"
-ALGORITHM = "xxh3_128"  # of new steps
+ALGORITHM = "xxh3_128"  # algorithm of new steps
 _ORBAX_FILE = "_CHECKPOINT_METADATA"  # Orbax rewrites it after the digests
-_MAX_BYTES = 2**30  # of the digests of a step
+_MAX_BYTES = 2**30  # largest allowed digest file of a step
 # The file may be intact: this process, or the connection to the disk, is out of a resource.
 _TRANSIENT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT)
 _SMALL = 2**16  # bytes; every process verifies files up to this size itself

@@ -33,7 +33,7 @@ class PhaseLoss:
     """The objective of a training step, and its settings.
 
     Attributes:
-      apply: of model.bind. head: the projection on the vocabulary.
+      apply: the function of model.bind. head: the projection on the vocabulary.
       queries: for each phase, how many query copies a row keeps (trim.py), or None: all tokens.
       accumulation: micro-batches. mesh: None = one device.
     """
