@@ -35,7 +35,7 @@ _TMP = re.compile(r"\.orbax-checkpoint-tmp[^/]*")  # of a step or an item that i
 
 
 class Damaged(Exception):
-    """A file differs from what was written. The message names the file and the reason."""
+    """A file is damaged. The message names the file and the reason."""
 
 
 def _hash_files(folder: pathlib.Path, names: Iterable[str]) -> dict[str, list]:
@@ -161,7 +161,7 @@ def _file_problem(path: pathlib.Path, algorithm: str, size: int, digest: str) ->
         if (now := path.stat().st_size) != size:
             return f"{path}: has {now:,} bytes, not {size:,}"
         if hash_file(path, algorithm) != (size, digest):
-            return f"{path}: content differs from what was written"
+            return f"{path}: content differs from its recorded digest"
     except OSError as error:
         if error.errno in _TRANSIENT:
             raise UserError(f"{path}: cannot be read now ({_short(error)}); try again") from error

@@ -17,7 +17,7 @@ from esolm_jax.parallel import sharding
 def label_batch(phases: Sequence[Phase], key, x, valid) -> tuple[LabelledBatch, ...]:
     """Shares the rows of a global batch out among the phases, by their fractions, and labels them.
 
-    Noise is drawn for the global batch at once: micro-batches are slices of the result, so each
+    Noise is drawn for the whole global batch: micro-batches are slices of the result, so each
     has its own noise and their summed gradients are those of one large batch.
     """
     labelled, begin = [], 0
