@@ -271,7 +271,7 @@ def _quiet_libraries() -> None:
 
 
 def _checked(code):
-    """The exit code; that of a failed thread or of failed standard output if it would be 0."""
+    """The exit code; in place of 0, the code of a failed thread or of failed standard output."""
     sys.stdout.flush()
     if code in (None, 0):
         for error in startup.thread_errors:  # already reported

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Bad input. The message names the field, the value, and what is allowed."""
+    """Bad input. The message names the field, the value, and the allowed values."""
 
 
 def brief(error: BaseException) -> str:

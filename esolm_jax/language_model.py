@@ -44,7 +44,7 @@ class LanguageModel:
     Attributes:
       config: the run's config with the overrides of `load`, locked.
       tokenizer: encode(str) → ids, decode(ids) → str, mask_id, bos_id, eos_id, vocab_size.
-      step: of the checkpoint.
+      step: the training step of the checkpoint.
       params: the weights, as in model.transformer.init.
     """
 
@@ -181,8 +181,8 @@ class LanguageModel:
         Args:
           num_samples: draws of noise per text, for the NELBO; by default config.eval.num_samples.
           num_orders: K > 0 = the importance-weighted bound of K orders, not the NELBO (eso_b).
-          seed: of the draws, which also depend on the batch of config.eval.batch_size texts; by
-            default config.seed.
+          seed: seed of the draws, by default config.seed; draws also depend on the batch of
+            config.eval.batch_size texts.
 
         Raises:
           UserError: no texts, a text longer than data.seq_len, or a bound that the family lacks.

@@ -21,10 +21,10 @@ from esolm_jax.sampling import generate
 
 GB = 1e9
 FLOAT = 4
-BATCH_BYTES = 4 + 1  # of a token: its id and whether it is valid
-CANVAS_BYTES = 4 + 1 + 4 + 4 + 1  # of a token: Canvas.token, known; Schedule.order, known, …
-TABLE_BYTES = 7 * 4  # of a pass of a row: Schedule.sizes and the tables of DecodePlan
-WORKER_BYTES = 80e6  # of a worker process, alone: 88 MB at 49b28bf
+BATCH_BYTES = 4 + 1  # per token: its id and whether it is valid
+CANVAS_BYTES = 4 + 1 + 4 + 4 + 1  # per token: Canvas.token, known; Schedule.order, known, …
+TABLE_BYTES = 7 * 4  # per pass and row: Schedule.sizes and the tables of DecodePlan
+WORKER_BYTES = 80e6  # per worker process, alone: 88 MB at 49b28bf
 WORKERS_PER_CORE = 16  # more contend for cores: 256 on 2 cores took 10 minutes to start at 49b28bf
 _NO_LIMIT = 2**60
 

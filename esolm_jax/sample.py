@@ -58,7 +58,7 @@ def sample(
 ) -> tuple[dict, trace.Trace | None]:
     """Samples config.sample.num_texts texts, of each prompt if there are any.
 
-    Returns (the texts and how they were made, JSON-able; which pass revealed what, if asked for).
+    Returns (texts and their settings, JSON-able; with `with_trace` a Trace, else None).
     """
     begin = time.perf_counter()
     check(config)

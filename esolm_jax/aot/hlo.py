@@ -22,7 +22,7 @@ class UnknownLoop(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """A matrix product. flops: of one execution."""
+    """A matrix product. flops: FLOPs of one execution."""
 
     flops: float
     op_name: str
@@ -32,7 +32,7 @@ class Product:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A Pallas kernel. flops: of one execution; None if `kernel_flops` does not give them."""
+    """A Pallas kernel. flops: FLOPs of one execution; None if `kernel_flops` does not give them."""
 
     name: str
     op_name: str
@@ -60,7 +60,7 @@ class Cost:
     """The cost of one run of the program on one chip.
 
     Attributes:
-      flops: of all matrix products, and of the kernels that `kernel_flops` names.
+      flops: FLOPs of all matrix products, and of the kernels that `kernel_flops` names.
       flops_by_kind: the same, split by op_name.
       collectives: kind → bytes that one chip sends (hlo_collectives.Collective).
       products, messages, kernels: the parts, each with its executions.

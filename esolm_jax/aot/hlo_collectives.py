@@ -69,7 +69,7 @@ def collectives(
 ) -> list[Collective]:
     """The arrays of one collective, executed once; [] for any other instruction.
 
-    An asynchronous pair counts where it starts. `started`: of started_channels.
+    An asynchronous pair counts where it starts. `started`: the result of started_channels.
     """
     kind = instruction.opcode.removesuffix("-start").removeprefix("ragged-")
     if kind not in KINDS:

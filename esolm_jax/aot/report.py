@@ -16,7 +16,9 @@ from esolm_jax.process import prng
 from esolm_jax.training.train_step import Trainer
 
 KINDS = {"head|predicted_chunks|logits": "head", "splash|attend": "attention", "while": "blocks"}
-USUAL = {"conditional": 1}  # of train_step: the trimmed pass; see full_branch_probability
+USUAL = {
+    "conditional": 1
+}  # the branch of train_step that runs the trimmed pass; see full_branch_probability
 # Products of a block of scores in each kernel: scores and values; then, backward, scores again,
 # the gradient of the probabilities and that of q, or of k and v.
 _PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}

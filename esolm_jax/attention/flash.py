@@ -7,7 +7,8 @@ otherwise.
 
 Tests compare the kernels with the rule in interpret mode and lower them to Triton IR. In a manual
 check at 6615f9b, Triton 3.9 compiled that IR for compute capabilities 8.0 and 9.0 without spilling
-registers, except for 40 bytes in one kernel. The kernels have not run on a GPU. Shapes as in recompute.py.
+registers, except for 40 bytes in one kernel. The kernels have not run on a GPU. Shapes as in
+recompute.py.
 """
 
 import functools
@@ -24,8 +25,8 @@ from esolm_jax.attention.dense import MASKED
 from esolm_jax.family.labels import Layout
 from esolm_jax.family.rule import visible
 
-BLOCK_BYTES = 128  # of a column of q or k in a block: 64 tokens in bfloat16, 32 in float32
-MIN_WIDTH = 16  # of a head; Triton multiplies powers of two from this one
+BLOCK_BYTES = 128  # size of a column of q or k in a block: 64 tokens in bfloat16, 32 in float32
+MIN_WIDTH = 16  # of a head width; Triton multiplies powers of two from this one
 WIDE = 64  # width of a head; beyond it, four warps run out of registers
 STAGES = 2  # with more, blocks of wide heads may exceed shared memory
 

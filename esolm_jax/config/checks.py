@@ -14,9 +14,9 @@ MAX_BLOCKS = 1024  # the blocks of a sampler are traced one by one
 MAX_UNROLL = 128  # each unrolled block is compiled separately
 MAX_SECONDS = 10**6
 MAX_DRAWS = 10**6
-MAX_STEPS = 10**6  # of sampling
+MAX_STEPS = 10**6  # of a sampling schedule
 MAX_TEXTS = 2**20  # per batch; the host computes a schedule for each
-MAX_WORKERS = 256  # each is a Python process of some 300 MB
+MAX_WORKERS = 256  # each is a Python process; see WORKER_BYTES in memory_limit.py
 
 SMALLEST, LARGEST = (float(x) for x in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
 

@@ -84,7 +84,7 @@ def _flat_saved(saved: Mapping) -> dict:
 
 
 def _with_current_names(values: dict, source: str) -> tuple[dict, list[str]]:
-    """Values under today's names, and what was renamed."""
+    """Values under current names, and the renamed ones."""
     known, earlier, current, told = schema.fields(), schema.renamed(), {}, []
     for name, value in values.items():
         if name in removed.REMOVED and name not in known:
@@ -109,7 +109,7 @@ def _with_current_names(values: dict, source: str) -> tuple[dict, list[str]]:
 
 
 def _with_current_values(values: dict, source: str) -> tuple[dict, list[str]]:
-    """Values with today's instead of former ones, and what was replaced."""
+    """Values with former ones replaced, and the replaced ones."""
     fields, current, told = schema.fields(), dict(values), []
     for name, value in values.items():
         if now := values_now(fields[name].former_values, value):

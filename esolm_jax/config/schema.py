@@ -15,7 +15,7 @@ from esolm_jax.config.sections.run import RUN
 from esolm_jax.config.sections.sampling import SAMPLE
 from esolm_jax.config.sections.training import OPTIMIZER, TRAIN
 
-VERSION = 2  # of saved configs; 1 is commit 947f88e, which saved no version
+VERSION = 2  # version of saved configs; 1 is commit 947f88e, which saved no version
 SECTIONS: dict[str, dict[str, Field]] = {
     "": RUN,
     "data": DATA,

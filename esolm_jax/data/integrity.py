@@ -43,7 +43,7 @@ def check_files(directory: Path, files: dict[str, dict[str, Any]]) -> None:
             elif hash_file(path) == (entry["size_bytes"], entry["sha256"]):
                 continue
             else:
-                state = "content differs from what was prepared"
+                state = "content differs from the prepared data"
         except OSError as error:
             state = f"cannot be read: {error.strerror}"
         raise UserError(f"{path}: is damaged: {state}; {_PREPARE_AGAIN.format(directory)}")

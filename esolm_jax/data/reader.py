@@ -176,7 +176,7 @@ def eval_batches(
 
     `batch_size` is global; without `rows`, all of them are read. max_windows > 0 takes that many
     windows, evenly spaced. The last batch is padded with rows without a valid token. Raises
-    UserError (at once) for a bad split or rows.
+    UserError (immediately) for a bad split or rows.
     """
     rows = _check_rows(batch_size, rows)
     source = _source(manifest, split)

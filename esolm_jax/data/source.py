@@ -18,7 +18,7 @@ class Source:
     """A source of documents.
 
     Attributes:
-      name: of config.data.source, which is NAME, or NAME:ARGUMENT if `argument` is not "".
+      name: the value of config.data.source is NAME, or NAME:ARGUMENT if `argument` is not "".
       documents: (config, split, spec) → the documents of the spec of a split, one str at a time.
         Raises UserError while iterating.
       given: config → the spec of each split ("" = held out of train). None: the source

@@ -42,7 +42,7 @@ class Estimate:
 
     Attributes:
       nll: nats per token.
-      standard_error: of `nll`, for other draws of noise on the *same* windows (0 for an exact
+      standard_error: Monte Carlo error of `nll` on the *same* windows (0 for an exact
         likelihood, NaN for a single draw).
       num_tokens: real tokens evaluated.
       error_samples: independent differences between draws from which the error is estimated; the

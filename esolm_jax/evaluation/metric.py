@@ -39,7 +39,7 @@ class Estimator(Protocol):
 
     Args:
       params: the weights. batches: global batches {"x": int32 [B, L], "valid": bool [B, L]}.
-      split: the manifest's entry of the split. seed: of random draws.
+      split: the manifest's entry of the split. seed: seed of random draws.
       progress: a name for the progress bar, or None. total: number of batches, for the bar.
     """
 

@@ -48,7 +48,7 @@ class TextLikelihood:
     def estimate(
         self, params: dict, texts: list[str], overrides: dict[str, config_lib.Setting]
     ) -> LogLikelihood:
-        """Log-likelihoods of texts; `overrides`: of seed, eval.num_samples and eval.num_orders.
+        """Log-likelihoods of texts; `overrides`: seed, eval.num_samples, eval.num_orders.
 
         Raises:
           UserError: no texts, a text longer than data.seq_len, or a bound that the family lacks.

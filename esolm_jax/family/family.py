@@ -108,7 +108,7 @@ class Family:
     """A family of models. The model, the loss and the sampling loops read nothing else of it.
 
     Attributes:
-      name: of config.objective.
+      name: the value of config.objective.
       phases: the terms of its loss.
       windows: (schedule, block_length) → the windows of its decoding passes. Raises UserError if
         the family cannot follow the schedule.

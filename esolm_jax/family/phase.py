@@ -120,7 +120,7 @@ def two_phases(
 ) -> tuple[Phase, ...]:
     """A diffusion and a sequential phase, without a phase that has no share of the batch.
 
-    α₀ = 1 ⇒ κ = 1 and α₀ = 0 ⇒ κ = 0. `clean_in_text_order`: of the sequential phase.
+    α₀ = 1 ⇒ κ = 1 and α₀ = 0 ⇒ κ = 0. `clean_in_text_order`: see _sequential.
     """
     first, second = (
         functools.partial(label, mask=s.special.mask)

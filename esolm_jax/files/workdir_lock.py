@@ -205,7 +205,7 @@ def hold(folder: pathlib.Path, *, name: str, file: str = FILE) -> Iterator[Lock]
     """Locks `folder` for this process; creates it if it does not exist.
 
     Args:
-      name: of the folder in messages, such as "--workdir=runs/a".
+      name: name of the folder in messages, such as "--workdir=runs/a".
       file: name of the lock file in it.
 
     Raises:

@@ -21,7 +21,7 @@ def check_finite(tree, source: str, advice: str = _ADVICE) -> None:
     same result. NumPy arrays, also on disk, are examined in pieces.
 
     Args:
-      tree: any pytree. source: what it was read from; the message begins with it.
+      tree: any pytree. source: the origin of the tree; the message begins with it.
     """
     refuse(non_finite(tree), len(jax.tree.leaves(tree)), source, advice)
 

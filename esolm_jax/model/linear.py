@@ -27,7 +27,7 @@ class ParamSpec:
 
     Attributes:
       axes: logical axes of the parameter's dimensions, as in sharding.PARAMETERS.
-      dtype: compute dtype; `out_dtype`: of the result (None = dtype).
+      dtype: compute dtype. out_dtype: dtype of the result (None = dtype).
       mesh: None = one device.
     """
 

@@ -31,7 +31,7 @@ class ModelConfig:
       qkv_bias: whether queries, keys and values have biases (Qwen 2, GPT-2).
       qk_norm: whether each query and key is RMS-normed, over K (Qwen 3).
       max_positions: > 0 = a learned embedding of that many positions in place of RoPE (GPT-2).
-      rope_base: of the angles position · base^(−2i/K).
+      rope_base: base of the angles position · base^(−2i/K).
       rope_factor, rope_original_length: > 1 = frequencies with wavelengths above
         `rope_original_length` tokens are divided by the factor (Llama 3.1); see rope_frequencies.
       attention: the implementation, one of attention.KINDS.

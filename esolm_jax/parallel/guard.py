@@ -25,7 +25,8 @@ def guard():
     In many processes an exception prints a line on stderr and announces the failure to the other
     processes, which then end with the same reason. This process exits without JAX's shutdown
     barrier, with a code of failures.py; the code for a lost peer is 1. A killed process announces
-    nothing: a collective fails in the others (at once on CPUs), or peers.py detects the silence.
+    nothing: a collective fails in the others (immediately on CPUs), or peers.py
+    detects the silence.
     """
     try:
         yield

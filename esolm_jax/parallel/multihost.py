@@ -1,6 +1,7 @@
 """Barriers, and values that the processes of a run agree on.
 
-In a run of one process each function returns at once. Otherwise all processes make the same calls.
+In a run of one process each function returns immediately. Otherwise all processes make the same
+calls.
 """
 
 import hashlib
@@ -111,7 +112,7 @@ def on_main(action: Callable[[], Any]) -> Any:
 
 
 def together(jitted: Callable) -> Callable:
-    """A jitted function whose first run on arguments of new shapes begins in all processes at once.
+    """A jitted function whose first run on new shapes begins simultaneously in all processes.
 
     The first collective of a program connects the processes that take part, and Gloo gives them
     30 s. So each process compiles the program first, then waits for the others. In a single process

@@ -11,7 +11,7 @@ from esolm_jax.parallel import distributed
 class StopSignal:
     """SIGTERM or SIGINT to any process ends training in all of them after the same step.
 
-    A second SIGINT (of one process alone: also SIGTERM) ends it at once. Several processes need
+    A second SIGINT (of one process alone: also SIGTERM) ends it immediately. Several processes need
     distributed.start(stoppable=True): JAX's own handler of SIGTERM then tells the others, within
     seconds.
     """

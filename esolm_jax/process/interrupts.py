@@ -3,7 +3,7 @@
 Python runs signal handlers between two instructions of the main thread, so a signal during an XLA
 compilation would wait for minutes. Here a thread receives it (signal.set_wakeup_fd). During
 training, parallel/stop_signal.py handles both signals: the run ends after the step, with a
-checkpoint. The thread prints this, and a second signal ends the process at once.
+checkpoint. The thread prints this, and a second signal ends the process immediately.
 """
 
 import contextlib
@@ -82,7 +82,7 @@ def _watch(reader: int) -> None:
             if handler is _raise:
                 limits = [now + _NOTICE, now + _LEAVE]
             else:
-                _print_line("stopping after this step, with a checkpoint; again to end at once")
+                _print_line("stopping after this step, with a checkpoint; again to end immediately")
 
 
 def _end(signum: int) -> None:

@@ -37,7 +37,7 @@ def end(code: int) -> None:
 
 
 def _of_thread(args) -> None:
-    """Prints a thread's failure at once; cli.run then returns its exit code."""
+    """Prints a thread's failure immediately; cli.run then returns its exit code."""
     if args.exc_value is not None and not isinstance(args.exc_value, SystemExit):
         thread_errors.append(args.exc_value)
         failures.report(args.exc_value)

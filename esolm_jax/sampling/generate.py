@@ -170,8 +170,8 @@ class Generator:
     """Generates the texts of a canvas, any number of times.
 
     Attributes:
-      schedule: of config.sample for the canvas.
-      loop: of config.sample, with the passes of the schedule.
+      schedule: the schedule of config.sample for the canvas.
+      loop: the loop of config.sample, with the passes of the schedule.
     """
 
     canvas: Canvas
@@ -186,7 +186,7 @@ class Generator:
 
         Args:
           mesh: None = one device.
-          eos_id: of the tokenizer; used if config.sample.stop_at_eos.
+          eos_id: EOS of the tokenizer; used if config.sample.stop_at_eos.
         """
         s, drawn = config.sample, make_schedule(config, canvas)
         task = Task(

@@ -49,7 +49,7 @@ def sample_rows(config, generator: Generator, decoded, tokenizer, *, prompted: b
     """One JSON-able dict per text: the lines of samples.jsonl.
 
     Args:
-      decoded: of generator.run, as NumPy arrays.
+      decoded: the result of Generator.run, as NumPy arrays.
       prompted: whether the canvas is of prompts, config.sample.num_texts rows of each.
     """
     rows, length, order = [], generator.schedule.length, generator.order(decoded)

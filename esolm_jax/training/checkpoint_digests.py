@@ -24,9 +24,9 @@ from esolm_jax.files import regular_file
 from esolm_jax.files.hashing import ALGORITHMS, hash_file
 
 FILE = "_DIGESTS"
-ALGORITHM = "xxh3_128"  # of new steps
+ALGORITHM = "xxh3_128"  # algorithm of new steps
 _ORBAX_FILE = "_CHECKPOINT_METADATA"  # Orbax rewrites it after the digests
-_MAX_BYTES = 2**30  # of the digests of a step
+_MAX_BYTES = 2**30  # largest allowed digest file of a step
 # The file may be intact: this process, or the connection to the disk, is out of a resource.
 _TRANSIENT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT)
 _SMALL = 2**16  # bytes; every process verifies files up to this size itself
@@ -35,7 +35,7 @@ _TMP = re.compile(r"\.orbax-checkpoint-tmp[^/]*")  # of a step or an item that i
 
 
 class Damaged(Exception):
-    """A file differs from what was written. The message names the file and the reason."""
+    """A file is damaged. The message names the file and the reason."""
 
 
 def _hash_files(folder: pathlib.Path, names: Iterable[str]) -> dict[str, list]:
@@ -161,7 +161,7 @@ def _file_problem(path: pathlib.Path, algorithm: str, size: int, digest: str) ->
         if (now := path.stat().st_size) != size:
             return f"{path}: has {now:,} bytes, not {size:,}"
         if hash_file(path, algorithm) != (size, digest):
-            return f"{path}: content differs from what was written"
+            return f"{path}: content differs from its recorded digest"
     except OSError as error:
         if error.errno in _TRANSIENT:
             raise UserError(f"{path}: cannot be read now ({_short(error)}); try again") from error

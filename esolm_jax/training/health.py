@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-LIMIT = 2.0**126  # of a parameter: differences of such parameters are still finite
+LIMIT = 2.0**126  # of a parameter; differences of such parameters stay finite
 MAX_IN_A_ROW = 100  # skipped steps before the run ends
 _WHAT = "the loss, a gradient or a new weight is NaN or infinity"
 _ZERO = np.int32(0)

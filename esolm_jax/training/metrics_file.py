@@ -13,7 +13,7 @@ import zlib
 from esolm_jax import results
 from esolm_jax.files import regular_file
 
-CHECKSUM = "crc32"  # of the line without it
+CHECKSUM = "crc32"  # checksum of the line without it
 _MAX_BYTES = 2**33
 
 
@@ -22,7 +22,7 @@ class Content:
     """The content of a metrics file.
 
     Attributes:
-      entries: of the intact lines, without checksums.
+      entries: the entries of the intact lines, without checksums.
       lines: the intact lines, unchanged.
       damaged: numbers of the damaged lines, from 1; a torn last line is not one of them.
     """

@@ -17,7 +17,7 @@ from esolm_jax.parallel import sharding
 def label_batch(phases: Sequence[Phase], key, x, valid) -> tuple[LabelledBatch, ...]:
     """Shares the rows of a global batch out among the phases, by their fractions, and labels them.
 
-    Noise is drawn for the global batch at once: micro-batches are slices of the result, so each
+    Noise is drawn for the whole global batch: micro-batches are slices of the result, so each
     has its own noise and their summed gradients are those of one large batch.
     """
     labelled, begin = [], 0
@@ -33,7 +33,7 @@ class PhaseLoss:
     """The objective of a training step, and its settings.
 
     Attributes:
-      apply: of model.bind. head: the projection on the vocabulary.
+      apply: the function of model.bind. head: the projection on the vocabulary.
       queries: for each phase, how many query copies a row keeps (trim.py), or None: all tokens.
       accumulation: micro-batches. mesh: None = one device.
     """

@@ -253,7 +253,7 @@ def test_every_algorithm_is_verified(workdir, algorithm, capsys):
     path = files_of(workdir, 6, "ema")[-1]
     flip(path)
     assert read_ema(workdir)[1] == 4
-    assert f"{path}: content differs from what was written" in capsys.readouterr().err
+    assert f"{path}: content differs from its recorded digest" in capsys.readouterr().err
 
 
 def test_an_unknown_algorithm_is_one_error(workdir):

@@ -490,7 +490,7 @@ def test_special_files_and_large_ones_hold_no_prompts(refused, eso_b, tmp_path, 
     refused("sample", [*args, f"--prompts={many}"], str(many), "holds 5 prompts")
     monkeypatch.setattr(prompts, "MAX_PROMPTS", 5)
     monkeypatch.setattr(prompts, "MAX_TOKENS", 4)
-    refused("sample", [*args, f"--prompts={many}"], f"{many}:5", "more than 4 tokens")
+    refused("sample", [*args, f"--prompts={many}"], f"{many}:5", "5 tokens: must be at most 4")
 
 
 def test_what_unicode_calls_a_line_is_no_line_of_prompts(eso_b, tmp_path):

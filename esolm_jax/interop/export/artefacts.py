@@ -34,10 +34,10 @@ class Source:
     """A model to export; its weights are in FOLDER/weights.safetensors.
 
     Attributes:
-      parts: of score, step and sample.
-      shapes: of the weights, by plain name.
+      parts: some of "score", "step" and "sample".
+      shapes: the shapes of the weights, by plain name.
       batches, logits: examples, and the trained model's logits of them.
-      tolerance: of a logit.
+      tolerance: the largest allowed error of a logit.
     """
 
     config: object

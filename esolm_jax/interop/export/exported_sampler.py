@@ -22,7 +22,7 @@ def make(network: dict, plan: Plan, *, top_k: int, top_p: float):
     text int32 [b, L].
 
     Args:
-      network: of plain.description.
+      network: the dict of plain.description.
     """
     pick = functools.partial(_pick, mask_id=plan.about["mask_id"], top_k=top_k, top_p=top_p)
     run = _with_cache if plan.about["cached"] else _without_cache

@@ -89,7 +89,7 @@ def build(weights: pathlib.Path, network: dict, signature: Signature) -> onnx.Mo
 
     Args:
       weights: the safetensors file under plain names; save the model in its folder.
-      network: of plain.description.
+      network: the dict of plain.description.
     """
     g = Graph(weights)
     cached = "filled" in {array.name for array in signature.inputs}

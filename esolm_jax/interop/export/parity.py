@@ -97,7 +97,7 @@ class Texts:
         self.config, self.plan, self.special, self.network = config, plan, special, network
 
     def of(self, order, num_diffusion, keys=None, *, sizes=None, temperature=0.0) -> np.ndarray:
-        """int32 [B, L]; keys: uint32 [B, 2]; sizes: of the passes, by default one token each."""
+        """int32 [B, L]; keys: uint32 [B, 2]; sizes: tokens per pass, by default 1."""
         order = np.asarray(order)
         sizes = np.ones(order.shape[1], int) if sizes is None else sizes
         drawn = Schedule(order, np.array(sizes), num_diffusion=np.asarray(num_diffusion))

@@ -26,10 +26,10 @@ class Plan:
         rank 0;
       order_block: blocks of the text are generated one after the other;
       cache: [blocks, G, K];
-      schedule, temperature, top_k, top_p: of config.sample, used by every runtime;
+      schedule, temperature, top_k, top_p: settings of config.sample, used by every runtime;
         schedule_note: the difference from config.sample's schedule, or "";
       passes: [tokens, count] of runs of equal passes;
-      order, num_diffusion: of the attributes above, order as a list.
+      order, num_diffusion: the attributes above, order as a list.
     """
 
     sizes: tuple[int, ...]

@@ -43,7 +43,7 @@ def convert(config, source: str, workdir: pathlib.Path, tokenizer: str) -> Conve
     column of the head is 0.
 
     Args:
-      config: of an "ar" model; config.model must be that of the folder.
+      config: the config of an "ar" model; config.model must be that of the folder.
       source: the folder.
       tokenizer: a file or folder, or "" for the one in `source`.
 

@@ -22,8 +22,8 @@ class HubTensor:
     """A tensor of the hub as a view of our parameters.
 
     Attributes:
-      name, shape: of the hub's tensor.
-      path: of our parameter.
+      name, shape: those of the hub's tensor.
+      path: the path of our parameter.
       block: index along the leading axis of our parameter, or None outside of the blocks.
       transposed: whether the hub's tensor is (out, in).
       view: our parameter (of this block) → the NumPy view that holds this tensor.
@@ -53,7 +53,7 @@ def hub_tensors(model: ModelConfig, ids: int, *, tied: bool, prefix: str) -> lis
     Args:
       ids: rows of the hub's embedding: our vocabulary without the mask token at its end.
       tied: whether the embedding also serves as lm_head.
-      prefix: of all names but lm_head's: "model.", "transformer." or "".
+      prefix: the prefix of all names but lm_head's: "model.", "transformer." or "".
     """
     block, around = (_gpt2_block, _GPT2) if model.style == "gpt2" else (_llama_block, _LLAMA)
     width = model.width

@@ -30,7 +30,7 @@ class Object:
 
 Rebuild = Callable[..., Any]
 _KEY = Name("a dict", "key")
-MOST_ARGS = 32  # of a call that builds a tensor
+MOST_ARGS = 32  # limit for a call that builds a tensor
 _MOST_KEY_BITS = 60  # hashes of larger integers can be made to collide
 _DEFAULT_DICT = ("collections", "defaultdict")
 _DICTS = {("collections", "OrderedDict"), _DEFAULT_DICT}
@@ -43,7 +43,7 @@ class Builder:
     """Builds the results of calls, within a budget."""
 
     def __init__(self, rebuild: dict[tuple[str, str], Rebuild], charge: Callable[[int], None]):
-        """`rebuild`: functions that build a tensor, by module and name; `charge`: of the budget."""
+        """`rebuild`: functions that build a tensor, by module and name; `charge`: Budget.charge."""
         self._rebuild, self._charge = rebuild, charge
 
     def call(self, kind: Name, args: tuple):

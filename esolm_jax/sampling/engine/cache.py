@@ -150,7 +150,7 @@ class Cache:
 
 
 def round_up(slots: int) -> int:
-    """The number of slots of a cache of at least so many."""
+    """The number of slots of a cache of at least that many."""
     unit = SLOTS if slots > SLOTS else FEW_SLOTS
     return unit * -(-slots // unit)
 

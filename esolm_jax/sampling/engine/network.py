@@ -35,7 +35,7 @@ class Network:
         `mlp_out` [F, D], their biases `…_bias`, and, if queries and keys are normed,
         `qk_norm_scale` [R + 1, K]: of the queries, by 1/√K too, and the key.
       logits, logits_bias: [D, V], [V].
-      config: of the trained model.
+      config: sizes of the trained model.
     """
 
     embedding: jax.Array

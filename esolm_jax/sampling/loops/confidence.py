@@ -92,7 +92,7 @@ class Settings:
       filled: int32 [B], slots of the cache that are filled before the first pass.
       row_keys: [B]. length: int32 [B], tokens of each text.
       unknown: the token that stands for unknown ones.
-      sampler, cached, max_tokens_per_pass, threshold: of the loop.
+      sampler, cached, max_tokens_per_pass, threshold: settings of the loop.
     """
 
     order: jax.Array

@@ -30,7 +30,7 @@ class Settings:
       tables: the padded plan. row_keys: [B]. length: int32 [B], tokens of each text.
       leftmost_unknown: int32 [B, L + 1], see passes.leftmost.
       sizes: k of the passes that are compiled, ascending; the last one is the largest.
-      sampler, style, eos_id: of the loop.
+      sampler, style, eos_id: settings of the loop.
     """
 
     tables: DecodePlan

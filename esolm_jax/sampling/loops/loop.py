@@ -107,7 +107,7 @@ class Loop(abc.ABC):
         return False
 
     def run(self, network: Network) -> Decoded:
-        """Generates the texts. `network`: of network.fold, on the mesh of the task."""
+        """Generates the texts. `network`: from network.fold, on the mesh of the task."""
         return self._run(network, *self.start(network))
 
     def compile(self, network: Network) -> Callable[[Network], Decoded]:

@@ -100,7 +100,7 @@ def _padded(array, width: int):
 
 def _run_shape(network, state: State, segment: Segment, noise, shape: tuple[int, int]):
     """(tokens [B, P], logits, entries of the cache) of the next pass, run in one shape and padded
-    to the widest. `noise`: of slots [B, P], from choose.precomputed_gumbel."""
+    to the widest. `noise`: slots [B, P] → noise, from choose.precomputed_gumbel."""
     width, picked = segment.widest
     window = _window(segment.tables, state, shape)
     logits, entries = network_lib.forward(network, window, state.cache)

@@ -35,7 +35,7 @@ NEVER = np.iinfo(np.int32).max  # a position, rank or pass that does not exist
 
 @flax.struct.dataclass
 class DecodePlan:
-    """Tables of the passes, all int32; a pytree, so that the decoding loop takes it as it is.
+    """Tables of the passes, all int32; a pytree, and an argument of the decoding loop.
 
     Attributes:
       order: [B, L]; known: [B, L], the known tokens by slot (unspecified where unknown).

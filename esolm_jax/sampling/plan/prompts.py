@@ -28,7 +28,7 @@ from esolm_jax.sampling.plan.canvas import MASK
 
 _OPEN, _COUNT = "[MASK", re.compile(r"0*[1-9]\d{0,5}")
 MAX_BYTES, MAX_PROMPTS = 16 * regular_file.MB, 2**16  # of a file of prompts
-MAX_TOKENS = 2**24  # of all prompts
+MAX_TOKENS = 2**24  # in all prompts together
 
 
 @dataclasses.dataclass(frozen=True)
