@@ -14,7 +14,7 @@ _WORDS = {
     "clean": "clean error",
     "refused": "clean error",
     "one line": "clean error",
-    "differs (said)": "fell back",
+    "differs, noted": "fell back",
     "changed": "silent",
 }
 

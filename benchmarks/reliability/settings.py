@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 
-OUTCOMES = ("identical", "one line", "differs (said)", "silent", "traceback", "hang")
+OUTCOMES = ("identical", "one line", "differs, noted", "silent", "traceback", "hang")
 TIMEOUT = 600.0
 STEPS, MORE = 2, 4  # of the run that is copied, and when it is done
 _OWN = ("JAX_", "XLA_", "PYTHON", "LANG", "LC_", "TF_CPP", "OMP_")  # not inherited
@@ -143,7 +143,7 @@ def _outcome(code, ends, err: str, same) -> tuple[str, str]:
     if same():
         return "identical", ""
     notes = [line for line in said.splitlines() if line.startswith("note: ")]
-    return ("differs (said)", notes[0]) if notes else ("silent", "other numbers")
+    return ("differs, noted", notes[0]) if notes else ("silent", "other numbers")
 
 
 def run(folder: pathlib.Path, only: str = "") -> list[dict]:
