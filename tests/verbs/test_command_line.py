@@ -509,7 +509,7 @@ def test_what_unicode_calls_a_line_is_no_line_of_prompts(eso_b, tmp_path):
 def test_results_that_cannot_be_written_are_told_before(refused, eso_b, verb, name):
     (eso_b / name).unlink(missing_ok=True)
     (eso_b / name).mkdir()
-    refused(verb, [f"--workdir={eso_b}"], f"{eso_b / name}: is a folder")
+    refused(verb, [f"--workdir={eso_b}"], f"{eso_b / name}: must be a file, not a folder")
     (eso_b / name).rmdir()
 
 
