@@ -294,10 +294,10 @@ def test_no_hyper_parameters_and_no_config(refused, tmp_path, gpt2):
 
 def test_what_no_shape_tells_is_taken_from_the_file(refused, tmp_path, gpt2):
     args = [f"--from={CKPT}", f"--workdir={tmp_path / 'run'}", f"--tokenizer={gpt2}"]
-    refused([*args, "--config.model.heads=1"], "config.model.heads=1", "trained with 2")
-    refused([*args, "--config.alpha_0=0.5"], "config.alpha_0=0.5", "trained with 0.25")
+    refused([*args, "--config.model.heads=1"], "config.model.heads=1: must be 2, as in")
+    refused([*args, "--config.alpha_0=0.5"], "config.alpha_0=0.5: must be 0.25, as in")
     other = [f"--config={tiny_run.FILE}", "--config.objective=mdlm", "--config.alpha_0=1"]
-    refused([*args, *other], "config.objective='mdlm'", "trained with 'eso_b'")
+    refused([*args, *other], "config.objective='mdlm': must be 'eso_b', as in")
 
 
 def test_tokenizer_of_another_run(refused, tmp_path, converted):

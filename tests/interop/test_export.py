@@ -499,7 +499,10 @@ def test_target_that_is_not_empty(refused, run, tmp_path):
         [f"--workdir={run}", f"--to={tmp_path / 'out'}"],
         "must be a new or empty folder, but holds notes",
     )
-    refused([f"--workdir={run}", f"--to={tmp_path / 'out' / 'notes'}"], "is a file")
+    refused(
+        [f"--workdir={run}", f"--to={tmp_path / 'out' / 'notes'}"],
+        "must be a new or empty folder, not a file",
+    )
 
 
 def test_mdlm_has_no_cached_step(refused, tmp_path):

@@ -332,9 +332,11 @@ def test_folder_that_is_damaged_is_told(refused, tmp_path, family, spoil, parts)
 
 def test_other_misfits_are_told(refused, converted, tmp_path):
     llama = HUB / "llama"
-    refused(llama, "config.model.blocks=3", "has 2", args=["--config.model.blocks=3"])
+    refused(llama, "config.model.blocks=3: must be 2, as in", args=["--config.model.blocks=3"])
     refused(llama, "config.objective='eso_b'", args=["--config.objective=eso_b"])
-    refused(llama, "--weights=ema: a folder has one", args=["--weights=ema"])
+    refused(
+        llama, "--weights=ema: must be left out, because a folder has one", args=["--weights=ema"]
+    )
     refused(
         llama,
         "config.model.max_positions=16: must be 0 (RoPE) or at least",

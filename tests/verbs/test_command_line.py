@@ -218,14 +218,16 @@ def test_batch_of_an_evaluation_that_does_not_fit_the_devices(refused, eso_b):
 @pytest.mark.parametrize("verb", ["evaluate", "sample"])
 def test_another_objective_is_refused(refused, eso_b, verb):
     args = [f"--workdir={eso_b}", "--config.objective=mdlm", "--config.alpha_0=1"]
-    refused(verb, args, "config.objective='mdlm'", "trained with 'eso_b'")
+    refused(verb, args, "config.objective='mdlm': must be 'eso_b', as in the checkpoint")
 
 
 @pytest.mark.parametrize("verb", ["evaluate", "sample"])
 @pytest.mark.parametrize(("name", "value"), [("blocks", 2), ("width", 32), ("heads", 4)])
 def test_config_file_of_another_model_is_refused(refused, eso_b, data, verb, name, value):
     args = [f"--config={FILE}", *arguments(data | {f"model.{name}": value})]
-    refused(verb, [f"--workdir={eso_b}", *args], f"config.model.{name}={value}", "trained with")
+    refused(
+        verb, [f"--workdir={eso_b}", *args], f"config.model.{name}={value}: must be", "as in the"
+    )
 
 
 def test_config_file_of_the_same_model_is_fine(eso_b, data):
@@ -507,7 +509,7 @@ def test_what_unicode_calls_a_line_is_no_line_of_prompts(eso_b, tmp_path):
 def test_results_that_cannot_be_written_are_told_before(refused, eso_b, verb, name):
     (eso_b / name).unlink(missing_ok=True)
     (eso_b / name).mkdir()
-    refused(verb, [f"--workdir={eso_b}"], f"{eso_b / name}: is a folder")
+    refused(verb, [f"--workdir={eso_b}"], f"{eso_b / name}: must be a file, not a folder")
     (eso_b / name).rmdir()
 
 
