@@ -27,7 +27,7 @@ def cache_in(folder: pathlib.Path) -> dict:
     """Settings of JAX that keep compiled programs in the folder."""
     return {
         "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0.1,  # smaller ones cost more to keep
+        "jax_persistent_cache_min_compile_time_secs": 0.0,  # one operation: 4 times a load
         "jax_persistent_cache_min_entry_size_bytes": 0,
     }
 
