@@ -57,7 +57,7 @@ def registered():
         no_speculation="a fixed order",
     )
     registry.register(family)
-    schedule.register(NAME, from_the_right)
+    schedule.register(from_the_right, NAME)
     yield
     registry.unregister(NAME)
     schedule.unregister(NAME)

@@ -14,6 +14,7 @@ import numpy as np
 from esolm_jax.config import SCHEDULES
 from esolm_jax.errors import UserError
 from esolm_jax.family import noise
+from esolm_jax.registry import Registry
 from esolm_jax.sampling.plan.canvas import Canvas, Seed
 
 # (order of the positions, step sizes, bool: which of the order are the diffusion phase's)
@@ -250,28 +251,18 @@ class ScheduleSettings:
 
 Maker = Callable[[Canvas, ScheduleSettings], Schedule]
 
-_MAKERS: dict[str, Maker] = {
-    "ancestral": lambda canvas, s: ancestral(canvas, s.alpha_0, s.num_steps),
-    "strided": lambda canvas, s: strided(canvas, s.alpha_0, s.num_steps, shuffle=False),
-    "shuffled_strided": lambda canvas, s: strided(canvas, s.alpha_0, s.num_steps, shuffle=True),
-    "left_to_right": lambda canvas, s: left_to_right(canvas),
-    "blockwise": lambda canvas, s: blockwise(canvas, s.block_length, s.alpha_0, s.num_steps),
-}
-
-
-def register(name: str, maker: Maker) -> Maker:
-    """Adds a schedule; config.sample.schedule can then name it. ValueError if the name is taken."""
-    if name in _MAKERS:
-        raise ValueError(f"schedule {name!r}: is registered already")
-    _MAKERS[name] = maker
-    SCHEDULES.append(name)
-    return maker
-
-
-def unregister(name: str) -> None:
-    """Removes a schedule, such as one of a test."""
-    del _MAKERS[name]
-    SCHEDULES.remove(name)
+_MAKERS: Registry[Maker] = Registry(
+    "schedule",
+    {
+        "ancestral": lambda canvas, s: ancestral(canvas, s.alpha_0, s.num_steps),
+        "strided": lambda canvas, s: strided(canvas, s.alpha_0, s.num_steps, shuffle=False),
+        "shuffled_strided": lambda canvas, s: strided(canvas, s.alpha_0, s.num_steps, shuffle=True),
+        "left_to_right": lambda canvas, s: left_to_right(canvas),
+        "blockwise": lambda canvas, s: blockwise(canvas, s.block_length, s.alpha_0, s.num_steps),
+    },
+    names=SCHEDULES,
+)
+register, unregister = _MAKERS.register, _MAKERS.unregister  # values of config.sample.schedule
 
 
 def make(name: str, canvas: Canvas, settings: ScheduleSettings) -> Schedule:
