@@ -11,8 +11,6 @@ import toy
 from benchmarks import estimators
 from esolm_jax.evaluation import likelihood
 
-pytestmark = pytest.mark.fast_compile
-
 LENGTH, WINDOWS, BATCH, SEEDS = 32, 16, 4, 40
 # Logits so far apart that log p of a text varies by 5 to 10 nats over orders.
 SHARP = toy.PARAMS | {"logits": jax.tree.map(lambda a: 10 * a, toy.PARAMS["logits"])}

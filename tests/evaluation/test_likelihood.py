@@ -13,8 +13,6 @@ from esolm_jax.evaluation import likelihood
 from esolm_jax.family import eso_b
 from esolm_jax.model import lm_head as loss
 
-pytestmark = pytest.mark.fast_compile
-
 L = toy.LENGTH
 
 

@@ -15,8 +15,6 @@ from esolm_jax.family import mdlm as mdlm_family
 from esolm_jax.family.labels import Tokens
 from esolm_jax.family.rule import dense_mask
 
-pytestmark = pytest.mark.fast_compile
-
 LENGTH = 9
 BLOCK = 3
 REAL_TOKENS = (9, 9, 7, 5, 1)  # per row; the rest of the row is padding

@@ -20,8 +20,6 @@ from esolm_jax.model.lm_head import Head
 from esolm_jax.parallel import sharding
 from esolm_jax.training import phase_loss
 
-pytestmark = pytest.mark.fast_compile
-
 LENGTH, ROWS, BLOCK, MULTIPLE = 16, 8, 4, 4
 PHASES = [  # objective, α₀, phase, its layout
     ("ar", 0.0, "ar", Layout(LENGTH)),

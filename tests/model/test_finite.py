@@ -20,8 +20,6 @@ from esolm_jax.model import finite
 from esolm_jax.training import metrics
 from esolm_jax.training.checkpoint import OnDisk
 
-pytestmark = pytest.mark.fast_compile
-
 # The check of a tree of arrays.
 
 

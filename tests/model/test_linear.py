@@ -13,8 +13,6 @@ from jax.sharding import Mesh
 from esolm_jax.model.linear import Embedding, Linear, ParamSpec, lookup, matmul
 from esolm_jax.parallel import sharding
 
-pytestmark = pytest.mark.fast_compile
-
 VOCAB, WIDTH = 16, 8
 SIZES = ((8, 8), (16, 16))  # rows and tokens of two batches
 KERNELS = {  # all kinds there are: axes and shape
@@ -44,7 +42,7 @@ def draw(dtype=np.float32):
     rng = np.random.default_rng(0)
 
     def normal(*shape, dtype=np.float32):
-        return jnp.asarray(rng.normal(size=shape).astype(np.float32), dtype)
+        return rng.normal(size=shape).astype(np.float32).astype(dtype)
 
     tokens = tuple(rng.integers(0, VOCAB, size).astype(np.int32) for size in SIZES)
     kernels = {name: normal(*shape) for name, (_, shape) in KERNELS.items()}

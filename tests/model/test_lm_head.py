@@ -15,8 +15,6 @@ from esolm_jax.model.linear import ParamSpec
 from esolm_jax.model.lm_head import Head, nll, sequence_nll, token_nll, weighted_nll
 from esolm_jax.parallel import sharding
 
-pytestmark = pytest.mark.fast_compile
-
 WIDTH, VOCAB, MASK = 6, 16, 3  # the mask token is not the last one
 SIZES = ((4, 7), (2, 12))  # rows and tokens of two batches
 DENSITIES = {"none": 0.0, "few": 0.1, "half": 0.5, "all": 1.0}
@@ -41,12 +39,12 @@ def draw(density=0.5, sizes=SIZES, mask_id=MASK, bias=True, dtype=jnp.float32, r
     for size in sizes:
         weight = rng.uniform(0.5, 2, size) * (rng.random(size) < density)
         weight[rows:] = 0 if rows else weight[rows:]
-        hs.append(jnp.asarray(rng.normal(size=(*size, WIDTH)), dtype))
-        targets.append(jnp.asarray(np.where(weight, rng.choice(real, size), mask_id), jnp.int32))
-        weights.append(jnp.asarray(weight, jnp.float32))
-    params = {"kernel": jnp.asarray(rng.normal(size=(WIDTH, VOCAB)), jnp.float32)}
+        hs.append(rng.normal(size=(*size, WIDTH)).astype(dtype))
+        targets.append(np.where(weight, rng.choice(real, size), mask_id).astype(np.int32))
+        weights.append(weight.astype(np.float32))
+    params = {"kernel": rng.normal(size=(WIDTH, VOCAB)).astype(np.float32)}
     if bias:
-        params["bias"] = jnp.asarray(rng.normal(size=VOCAB), jnp.float32)
+        params["bias"] = rng.normal(size=VOCAB).astype(np.float32)
     return tuple(hs), params, tuple(targets), tuple(weights)
 
 

@@ -19,7 +19,7 @@ from esolm_jax.model.model_config import REMAT
 from esolm_jax.parallel import sharding
 from esolm_jax.training.phase_loss import PhaseLoss
 
-pytestmark = [pytest.mark.fast_compile, pytest.mark.usefixtures("quick")]
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @functools.cache
@@ -40,16 +40,16 @@ def two_streams(rows=2, length=LENGTH, seed=0, layout=True):
     ]
     in_context = np.tile(np.arange(2 * length) >= length, (rows, 1))
     return Tokens(
-        *(jnp.asarray(label, jnp.int32) for label in labels),
-        jnp.asarray(in_context),
+        *(label.astype(np.int32) for label in labels),
+        in_context,
         layout=Layout(length, length) if layout else None,
     )
 
 
 def causal(rows=2, length=LENGTH, seed=1):
     rng = np.random.default_rng(seed)
-    index = jnp.tile(jnp.arange(length, dtype=jnp.int32), (rows, 1))
-    token = jnp.asarray(rng.integers(0, VOCAB, (rows, length)), jnp.int32)
+    index = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
+    token = rng.integers(0, VOCAB, (rows, length)).astype(np.int32)
     return Tokens(token, index, index, index >= 0, layout=Layout(length))
 
 
@@ -168,7 +168,7 @@ def loss_and_grads(config, batches, mesh=None, dropout_key=None):
         target = rng.integers(4, VOCAB, shape).astype(np.int32)
         weight = ((rng.random(shape) < 0.6) * 1.5).astype(np.float32)
         count = np.full(shape[:1], shape[1], np.int32)
-        labelled.append(LabelledBatch(tokens, *map(jnp.asarray, (target, weight, count))))
+        labelled.append(LabelledBatch(tokens, target, weight, count))
     run = jax.jit(lambda params, parts: objective.loss_and_grads(params, parts, dropout_key))
     return run, tuple(labelled)
 
@@ -272,7 +272,9 @@ def test_a_mesh_computes_the_loss_and_gradients_of_one_device(axes, config):
     settings.update({"data": 1} | axes)
     mesh = sharding.make_mesh(settings)
     config = dataclasses.replace(config, attention="chunked", remat="matmuls")
-    batches = two_streams(rows=4), two_streams(rows=8, length=16, seed=5)
+    batches = (two_streams(rows=8, length=16, seed=5),)
+    if config.style != "gpt2" and not config.qk_norm:  # two at once are no matter of style
+        batches = two_streams(rows=4), *batches
     params = params_of(config)
     run, labelled = loss_and_grads(config, batches)
     wanted = run(params, labelled)

@@ -17,8 +17,6 @@ from esolm_jax.sampling.plan import passes, schedule
 from esolm_jax.sampling.plan.canvas import Canvas
 from esolm_jax.sampling.plan.schedule import Schedule
 
-pytestmark = pytest.mark.fast_compile
-
 MASK = 66
 KEY = jax.random.key(0)
 
@@ -98,9 +96,14 @@ def test_greedy(case):
     np.testing.assert_array_equal(public, golden["greedy_samples"])
 
 
-@pytest.mark.parametrize("style", DRAFT_STYLES)
-@pytest.mark.parametrize("k", [2, 5])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "k", "style"),
+    [
+        *((CASES[2], k, style) for k in (2, 5) for style in DRAFT_STYLES),  # many drafts fail
+        (CASES[0], 5, "chain"),
+        (CASES[1], 2, "staircase"),
+    ],
+)
 def test_greedy_speculation_is_greedy_one_token_a_pass(case, k, style):
     """And where the published schedule is one token a step, the published tokens."""
     golden = vectors(case)

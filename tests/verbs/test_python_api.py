@@ -27,7 +27,7 @@ from esolm_jax.model import build, transformer
 from esolm_jax.parallel import sharding
 from esolm_jax.training import restore
 
-pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.fast_compile]
+pytestmark = pytest.mark.usefixtures("quick")
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FAMILIES = ("eso_b", "eso_a", "mdlm", "bd3", "ar")
 
