@@ -122,7 +122,9 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="a few attempts of each, for CI")
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, comma-separated")
-    parser.add_argument("--jobs", type=int, default=2, help="sections at a time")
+    parser.add_argument(
+        "--jobs", type=int, default=3, help="sections at a time; kills_of_two waits most of it"
+    )
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("docs/reliability"))
     parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -74,7 +74,7 @@ def write(out: pathlib.Path, sections: dict[str, dict]) -> int:
         names = [RENAMED.get(name, {}).get(column, column) for column in columns]
         text += report_writer.table(names, [[row[c] for c in columns] for row in _with_sum(rows)])
         text += f"\n{measured}"
-    text += f"{machine['cores']} cores, two sections at a time.\n"
+    text += f"{machine['cores']} cores, several sections at a time.\n"
     report_writer.write(out, {"machine": machine, "sections": sections}, text)
     return faults
 
