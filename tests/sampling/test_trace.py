@@ -116,7 +116,7 @@ def test_page_holds_any_token_and_loads_nothing(tmp_path):
     data = json.loads(data)
     assert data["title"] == given.title
     assert [text["pieces"] for text in data["texts"]] == given.pieces
-    assert data["texts"][1]["revealed"] == given.revealed[1, :10].tolist()
+    assert data["texts"][1]["revealed"] == given.revealed_at[1, :10].tolist()
     assert data["texts"][2]["diffusion"] == given.is_diffusion[2].astype(int).tolist()
     assert not any(word in page for word in ("http", "//cdn", "@import", "url("))
     assert not any(word in script for word in ("innerHTML", "fetch(", "eval(", "document.write"))
