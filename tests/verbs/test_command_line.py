@@ -209,7 +209,7 @@ def test_batch_that_does_not_fit_the_devices(refused, data, tmp_path, name, valu
 
 def test_batch_of_an_evaluation_that_does_not_fit_the_devices(refused, eso_b):
     args = ["--config.mesh.devices=8", "--config.eval.batch_size=4"]
-    refused("evaluate", [f"--workdir={eso_b}", *args], "config.eval.batch_size=4", "8 devices")
+    refused("evaluate", [f"--workdir={eso_b}", *args], "config.eval.batch_size=4", "fsdp = 8")
 
 
 # Another model, another tokenizer, a question the family cannot answer.
