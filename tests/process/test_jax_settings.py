@@ -14,7 +14,7 @@ from esolm_jax.errors import UserError
 from esolm_jax.process import jax_settings, prng
 from esolm_jax.training import checkpoint_meta
 
-pytestmark = [pytest.mark.fast_compile, pytest.mark.usefixtures(quick.__name__)]
+pytestmark = pytest.mark.usefixtures(quick.__name__)
 
 # Under each of these a seed meant other numbers, or a verb ended with a traceback.
 SETTINGS = {

@@ -18,7 +18,7 @@ from esolm_jax.sampling.engine import cache as cache_lib
 from esolm_jax.sampling.engine import cpu_kernels, network
 from esolm_jax.sampling.engine.network import Window
 
-pytestmark = [pytest.mark.fast_compile, pytest.mark.usefixtures("quick")]
+pytestmark = pytest.mark.usefixtures("quick")
 
 LENGTH = 12
 change = dataclasses.replace
@@ -86,7 +86,9 @@ def test_logits_are_those_of_the_model(name, key_slots, monkeypatch):
     assert_near(run(net, cache_lib.NoCache(), 0, LENGTH)[0], want)
     cache = cache_lib.empty_cache.__wrapped__(config, len(want), LENGTH + 5, aligned=True)
     assert {keys.shape[4] for keys in cache.keys} == {key_slots}
-    for low, width in ((0, 5), (5, 5), (10, 2)):
+    # Pieces of unlike sizes for some models; for the others of one size, to compile once.
+    unlike = name in ("dit", "llama, all parts")
+    for low, width in ((0, 5), (5, 5), (10, 2)) if unlike else ((0, 4), (4, 4), (8, 4)):
         logits, cache = run(net, cache, low, width)
         assert_near(logits, want[:, low : low + width])
 

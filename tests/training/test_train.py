@@ -26,7 +26,7 @@ from esolm_jax.training import checkpoint_steps, metrics, optimizer, phase_loss
 
 ROOT = pathlib.Path(__file__).parents[2]
 OBJECTIVES = ("ar", "mdlm", "bd3", "eso_a", "eso_b")
-pytestmark = [pytest.mark.fast_compile, pytest.mark.usefixtures(quick.__name__)]
+pytestmark = pytest.mark.usefixtures(quick.__name__)
 
 
 @pytest.fixture(scope="module")
