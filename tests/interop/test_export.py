@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 import pytest
 import tiny_run
-from tiny_run import command, quick, refused_by
+from tiny_run import command, refused_by
 
 import esolm_jax
 from esolm_jax.data import wordpieces
@@ -48,7 +48,6 @@ from esolm_jax.sampling.engine.choose import TokenSampler
 from esolm_jax.sampling.plan.canvas import Canvas
 from esolm_jax.training import checkpoint_meta, optimizer, train_state
 
-pytestmark = pytest.mark.usefixtures(quick.__name__)
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LENGTH, VOCAB = 12, 260
 ADALN = {"model.cond_width": 8, "model.blocks": 2}
@@ -130,7 +129,7 @@ NARROW = {f"sample.{name}": value for name, value in NARROW.items()}
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, quick):
+def run(tmp_path_factory):
     return make_run(tmp_path_factory.mktemp("export") / "run", **FAMILIES["eso_b"][0], **NARROW)
 
 
@@ -444,13 +443,12 @@ def test_temperature_is_that_of_sample(temperature):
     assert bounded == (temperature and min(max(temperature, low), high))
 
 
-def test_sharded_checkpoint_on_one_device(exported, tmp_path, quick):
+def test_sharded_checkpoint_on_one_device(exported, tmp_path):
     axes = {"data": 1, "fsdp": 4, "tensor": 2, "sequence": 1, "devices": 8}
     fields = FAMILIES["eso_b"][0] | {f"mesh.{name}": size for name, size in axes.items()}
     mesh = sharding.make_mesh(tiny_run.make_config(fields).mesh)
     sharded = make_run(tmp_path / "run", mesh, **fields)
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
-    env |= quick
     args = [f"--workdir={sharded}", f"--to={tmp_path / 'out'}", "--formats=safetensors"]
     subprocess.run([sys.executable, "-m", "esolm_jax.export", *args], check=True, env=env, cwd=ROOT)
     for name in ("published.safetensors", "weights.safetensors"):

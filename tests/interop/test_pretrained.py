@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tiny_run
-from tiny_run import command, quick
+from tiny_run import command
 
 from configs import pretrained
 from esolm_jax import config
@@ -25,7 +25,6 @@ from esolm_jax.model import build
 from esolm_jax.parallel import sharding
 from esolm_jax.training import checkpoint_meta, restore
 
-pytestmark = pytest.mark.usefixtures(quick.__name__)
 HUB = pathlib.Path(__file__).parents[1] / "fixtures" / "hf"
 FAMILIES = ("gpt2", "llama", "llama3", "qwen2", "qwen3")  # see data/make_hf.py
 TIED = ("gpt2", "llama3", "qwen2")
@@ -43,7 +42,7 @@ def load(workdir):
 
 
 @pytest.fixture(scope="module")
-def converted(tmp_path_factory, quick):
+def converted(tmp_path_factory):
     """Workdir by family."""
     base = tmp_path_factory.mktemp("converted")
     for family in FAMILIES:

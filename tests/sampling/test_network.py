@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from styles import DIT, GPT2, LLAMA, QWEN, params_of
-from tiny_run import quick  # noqa: F401
 
 from esolm_jax.config import default_config
 from esolm_jax.family.labels import Tokens
@@ -17,8 +16,6 @@ from esolm_jax.parallel import sharding
 from esolm_jax.sampling.engine import cache as cache_lib
 from esolm_jax.sampling.engine import cpu_kernels, network
 from esolm_jax.sampling.engine.network import Window
-
-pytestmark = pytest.mark.usefixtures("quick")
 
 LENGTH = 12
 change = dataclasses.replace

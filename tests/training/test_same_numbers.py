@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import tiny_run
 from thorough import ALL
-from tiny_run import FILE, arguments, command, make_config, quick
+from tiny_run import FILE, arguments, command, make_config
 
 from esolm_jax import config as config_lib
 from esolm_jax import train as train_lib
@@ -32,7 +32,6 @@ from esolm_jax.parallel import launcher, sharding
 from esolm_jax.training import checkpoint_meta, checkpoint_steps, metrics, restore
 
 ROOT = pathlib.Path(__file__).parents[2]
-pytestmark = pytest.mark.usefixtures(quick.__name__)
 
 OBJECTIVES = ("ar", "mdlm", "bd3", "eso_a", "eso_b")
 MESHES = {
