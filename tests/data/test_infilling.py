@@ -9,7 +9,6 @@ import types
 import numpy as np
 import pytest
 import tiny_run
-from tiny_run import quick
 
 from benchmarks.reliability import infilling
 from esolm_jax.config import default_config
@@ -205,7 +204,6 @@ def test_a_prompt_with_a_long_canvas_is_bounded():
         known_text.encode(tokenizer, text, begins=True, limit=100)
 
 
-@pytest.mark.usefixtures(quick.__name__)
 def test_samples_of_a_model_whose_tokenizer_puts_a_space_first(tmp_path):
     """The whole way: the texts that `sample` writes hold what was known, and only that."""
     tokenizer = tokenizer_of("SentencePiece, Llama (identity, dummy prefix)")

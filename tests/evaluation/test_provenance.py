@@ -5,17 +5,17 @@ import math
 
 import pytest
 import tiny_run
-from tiny_run import FILE, arguments, command, quick
+from tiny_run import FILE, arguments, command
 
 from esolm_jax.data.manifest import load_manifest
 from esolm_jax.evaluation import provenance
 from esolm_jax.training import checkpoint_meta
 
-pytestmark = [pytest.mark.fast_compile, pytest.mark.usefixtures(quick.__name__)]
+pytestmark = pytest.mark.fast_compile
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, quick):
+def run(tmp_path_factory):
     """(workdir, fields) of a tiny Eso-LM (B)."""
     folder = tmp_path_factory.mktemp("run")
     fields = tiny_run.write_data(folder) | {"train.steps": 2, "eval.max_windows": 0}

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_run
-from tiny_run import FILE, LENGTH, arguments, command, quick
+from tiny_run import FILE, LENGTH, arguments, command
 
 from esolm_jax.family import eso_b, registry
 from esolm_jax.family.family import Family
 from esolm_jax.family.phase import Phase
 from esolm_jax.sampling.plan import schedule
 
-pytestmark = [pytest.mark.usefixtures(quick.__name__), pytest.mark.fast_compile]
+pytestmark = pytest.mark.fast_compile
 ROOT = pathlib.Path(__file__).parents[2]
 NAME = "from_right"
 
@@ -64,7 +64,7 @@ def registered():
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory, registered, quick):
+def workdir(tmp_path_factory, registered):
     folder = tmp_path_factory.mktemp("toy")
     fields = tiny_run.write_data(folder, objective=NAME, alpha_0=0.0) | {"train.steps": 6}
     args = [f"--config={FILE}", f"--workdir={folder / 'run'}", *arguments(fields)]

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
-from tiny_run import quick  # noqa: F401
 
 from esolm_jax.family import trim
 from esolm_jax.family.labels import Layout
@@ -176,7 +175,6 @@ def test_fits_says_whether_a_prediction_would_be_lost():
     np.testing.assert_array_equal(kept.num_tokens, LENGTHS)
 
 
-@pytest.mark.usefixtures("quick")
 def test_trimming_changes_neither_losses_nor_gradients():
     """Of (A) and (B) in one pass; whether both fit or one of them must be run whole."""
     whole = phase_loss.PhaseLoss(model.bind(MODEL), HEAD, (None, None))

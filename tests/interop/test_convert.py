@@ -14,7 +14,7 @@ import safetensors.numpy
 import tiny_run
 from golden_files import close, vectors
 from published_toy import FOLDER, STEP
-from tiny_run import command, quick, refused_by
+from tiny_run import command, refused_by
 
 from esolm_jax.errors import UserError
 from esolm_jax.family import eso_b
@@ -25,7 +25,7 @@ from esolm_jax.model import build
 from esolm_jax.parallel import sharding
 from esolm_jax.training import checkpoint_meta, restore
 
-pytestmark = [pytest.mark.fast_compile, pytest.mark.usefixtures(quick.__name__)]
+pytestmark = pytest.mark.fast_compile
 CKPT = FOLDER / "esolm.ckpt"
 ONE = "--config.mesh.devices=1"
 
@@ -36,7 +36,7 @@ def gpt2(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def converted(tmp_path_factory, gpt2, quick):
+def converted(tmp_path_factory, gpt2):
     """The workdir of the Lightning checkpoint."""
     workdir = tmp_path_factory.mktemp("converted") / "run"
     assert convert(CKPT, workdir, gpt2) == 0

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tiny_run
-from tiny_run import command, quick
+from tiny_run import command
 
 from configs import pretrained
 from esolm_jax import config
@@ -25,7 +25,6 @@ from esolm_jax.model import build
 from esolm_jax.parallel import sharding
 from esolm_jax.training import checkpoint_meta, restore
 
-pytestmark = [pytest.mark.fast_compile, pytest.mark.usefixtures(quick.__name__)]
 HUB = pathlib.Path(__file__).parents[1] / "fixtures" / "hf"
 FAMILIES = ("gpt2", "llama", "llama3", "qwen2", "qwen3")  # see data/make_hf.py
 TIED = ("gpt2", "llama3", "qwen2")
@@ -43,7 +42,7 @@ def load(workdir):
 
 
 @pytest.fixture(scope="module")
-def converted(tmp_path_factory, quick):
+def converted(tmp_path_factory):
     """Workdir by family."""
     base = tmp_path_factory.mktemp("converted")
     for family in FAMILIES:
@@ -72,7 +71,7 @@ def test_logits_are_those_of_transformers(converted, family):
     token, wanted = expected(family)
     index = np.broadcast_to(np.arange(token.shape[1], dtype=np.int32), token.shape)
     tokens = Tokens(token, index, index, np.ones(token.shape, bool))
-    logits = np.asarray(trained.built.apply(trained.params, tokens))
+    logits = np.asarray(jax.jit(trained.built.apply)(trained.params, tokens))
     np.testing.assert_allclose(logits[..., :IDS], wanted, rtol=0, atol=2e-5)
     assert np.all(logits[..., IDS] == 0)  # the mask's
 
@@ -86,7 +85,7 @@ def test_our_objective_of_it_is_its_own(converted, family):
     special = trained.built.special
     assert (special.start, special.mask) == (token[0, 0], IDS)
     labelled = ar.label(text, np.ones(text.shape, bool), start=special.start)
-    logits = np.asarray(trained.built.apply(trained.params, labelled.tokens))
+    logits = np.asarray(jax.jit(trained.built.apply)(trained.params, labelled.tokens))
     np.testing.assert_allclose(logits[..., :IDS], wanted[:, :-1], rtol=0, atol=2e-5)
     np.testing.assert_array_equal(labelled.target, text)
 

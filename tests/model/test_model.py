@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from styles import DIT, GPT2, LENGTH, LLAMA, QWEN, VOCAB, params_of
-from tiny_run import quick  # noqa: F401
 
 from esolm_jax.config import default_config
 from esolm_jax.family.labels import LabelledBatch, Layout, Tokens
@@ -18,8 +17,6 @@ from esolm_jax.model.lm_head import Head
 from esolm_jax.model.model_config import REMAT
 from esolm_jax.parallel import sharding
 from esolm_jax.training.phase_loss import PhaseLoss
-
-pytestmark = pytest.mark.usefixtures("quick")
 
 
 @functools.cache

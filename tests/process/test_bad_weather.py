@@ -11,12 +11,12 @@ import shutil
 
 import pytest
 import tiny_run
-from tiny_run import FILE, arguments, command, quick
+from tiny_run import FILE, arguments, command
 
 from esolm_jax import cli
 from esolm_jax.parallel import distributed, sharding
 
-pytestmark = [pytest.mark.fast_compile, pytest.mark.usefixtures(quick.__name__)]
+pytestmark = pytest.mark.fast_compile
 
 
 def run(line: str) -> int:
@@ -34,7 +34,7 @@ def next_of(out: str, verb: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, quick):
+def trained(tmp_path_factory):
     """Arguments, and a workdir whose name has to be quoted, on two devices of a sequence axis."""
     folder = tmp_path_factory.mktemp("weather")
     workdir = folder / "it's a run é"

@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 import tiny_run
 from compilation import configured
-from tiny_run import FILE, arguments, command, quick
+from tiny_run import FILE, arguments, command
 
 from esolm_jax.errors import UserError
 from esolm_jax.process import jax_settings, prng
 from esolm_jax.training import checkpoint_meta
-
-pytestmark = [pytest.mark.fast_compile, pytest.mark.usefixtures(quick.__name__)]
 
 # Under each of these a seed meant other numbers, or a verb ended with a traceback.
 SETTINGS = {
@@ -40,7 +38,7 @@ def args(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def halfway(args, tmp_path_factory, quick):
+def halfway(args, tmp_path_factory):
     """A workdir whose run of 4 steps was stopped after 2."""
     workdir = tmp_path_factory.mktemp("halfway") / "run"
     assert command("train", f"--workdir={workdir}", *args, "--config.train.steps=2") == 0

@@ -9,8 +9,6 @@ from esolm_jax.config import default_config
 from esolm_jax.parallel import sharding
 from esolm_jax.sampling.engine import cpu_kernels
 
-pytestmark = pytest.mark.fast_compile
-
 NEAR = {"float32": 3e-6, "bfloat16": 1e-2}  # relative to the largest
 
 

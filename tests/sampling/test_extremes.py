@@ -10,8 +10,6 @@ import toy
 from esolm_jax.interop.export import exported_sampler
 from esolm_jax.sampling.engine.choose import TokenSampler, argmax, at_temperature, gumbel, keys_of
 
-pytestmark = pytest.mark.fast_compile
-
 KEY = jax.random.key(0)
 SMALL, LARGE = (1e-3, 1e-20, 1e-37, 1e-40, 1e-45, 1e-300), (1e30, 1e37, 1e39, 1e300)
 LOGITS = [30.0, 31.0, 29.9, -80.0, 45.0, 30.001]

@@ -18,7 +18,6 @@ from esolm_jax.sampling.plan import passes, schedule
 from esolm_jax.sampling.plan.canvas import Canvas, Seed
 from esolm_jax.sampling.plan.schedule import Schedule
 
-pytestmark = pytest.mark.fast_compile
 KEY = jax.random.key(0)
 NETWORK = network.fold(toy.CONFIG, toy.PARAMS)
 CHOICE = TokenSampler(toy.MASK)

@@ -19,7 +19,6 @@ from esolm_jax.sampling.loops.loop import row_keys
 from esolm_jax.sampling.plan import passes, schedule
 from esolm_jax.sampling.plan.canvas import MASK, Canvas, Seed
 
-pytestmark = pytest.mark.fast_compile
 NETWORK = network.fold(toy.CONFIG, toy.PARAMS)
 # A model whose tokens depend on each other far more, so that many drafts fail.
 SHARP = network.fold(

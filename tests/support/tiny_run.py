@@ -33,12 +33,6 @@ FILE = str(pathlib.Path(__file__).resolve())
 WORDS = "to be or not that is the question whether tis nobler in mind suffer slings".split()
 
 
-@pytest.fixture(scope="module")
-def quick(compilation_cache):
-    """The cache of compiled programs, as environment variables."""
-    return {name.upper(): str(value) for name, value in compilation_cache.items()}
-
-
 def get_config():
     """One block of width 16, one device, bytes; its data have to be named."""
     config = config_lib.default_config()

@@ -1,6 +1,7 @@
 """A toy model with random weights, whose texts of length 4 can all be listed, and what one step of
 each family reads, written from the definitions (no labelling, mask or cache of the library)."""
 
+import functools
 import itertools
 import math
 import zlib
@@ -140,6 +141,7 @@ def text_log_p(objective, texts, orders, num_diffusion=0, given=0) -> np.ndarray
     return log_p.reshape(len(orders), len(texts), length - given).sum(axis=-1)
 
 
+@functools.cache
 def exact_log_p(alpha_0: float) -> np.ndarray:
     """float64 [texts]: of TEXTS, when eso_b generates one token per step."""
     shares = [(probability_of(n, alpha_0), orders_given(n)) for n in range(LENGTH + 1)]

@@ -6,7 +6,6 @@ import pytest
 import tiny_run
 from orbax.checkpoint.path import atomicity_types
 from saved_steps import META, WRITERS, assert_same, make_state, shapes, steps_in, write
-from tiny_run import quick  # noqa: F401
 
 import esolm_jax
 from esolm_jax import config as config_lib
@@ -129,7 +128,7 @@ def test_saved_config_is_the_config_of_the_run(tmp_path):
     config_lib.validate(saved)
 
 
-def test_meta_of_a_training_run(tmp_path, quick):  # noqa: F811
+def test_meta_of_a_training_run(tmp_path):  # noqa: F811
     fields = tiny_run.write_data(tmp_path / "data")
     config = tiny_run.make_config(fields | {"objective": "ar", "train.steps": 3})
     tiny_run.train(config, tmp_path / "run")

@@ -7,13 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_run
-from tiny_run import FILE, arguments, command, make_config, quick
+from tiny_run import FILE, arguments, command, make_config
 
 from esolm_jax import train as train_lib
 from esolm_jax.data.reader import TrainReader
 from esolm_jax.training import checkpoint, checkpoint_steps, health, metrics, phase_loss
-
-pytestmark = [pytest.mark.fast_compile, pytest.mark.usefixtures(quick.__name__)]
 
 LOSS, GRADIENT = 200, 201  # bytes that are in no text: a batch of them has no finite loss, gradient
 MESH = {"devices": 8, "data": 2, "fsdp": 2, "tensor": 2}

@@ -20,9 +20,8 @@ import jax
 import numpy as np
 import pytest
 import tiny_run
-from compilation import FAST_ENVIRONMENT
 from thorough import ALL
-from tiny_run import FILE, arguments, command, make_config, quick
+from tiny_run import FILE, arguments, command, make_config
 
 from esolm_jax import config as config_lib
 from esolm_jax import train as train_lib
@@ -33,7 +32,6 @@ from esolm_jax.parallel import launcher, sharding
 from esolm_jax.training import checkpoint_meta, checkpoint_steps, metrics, restore
 
 ROOT = pathlib.Path(__file__).parents[2]
-pytestmark = [pytest.mark.fast_compile, pytest.mark.usefixtures(quick.__name__)]
 
 OBJECTIVES = ("ar", "mdlm", "bd3", "eso_a", "eso_b")
 MESHES = {
@@ -87,7 +85,7 @@ class Processes:
         hidden = (*launcher.ENV_VARS, launcher.CLUSTER, "PJRT_NPROC", "XLA_FLAGS")
         base = {k: v for k, v in os.environ.items() if k not in hidden}
         base |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
-        base |= FAST_ENVIRONMENT | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests/support'}"}
+        base |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests/support'}"}
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{s.getsockname()[1]}"

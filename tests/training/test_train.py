@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_run
-from tiny_run import FILE, arguments, command, make_config, quick
+from tiny_run import FILE, arguments, command, make_config
 
 from esolm_jax import train as train_lib
 from esolm_jax.data import build
@@ -26,7 +26,6 @@ from esolm_jax.training import checkpoint_steps, metrics, optimizer, phase_loss
 
 ROOT = pathlib.Path(__file__).parents[2]
 OBJECTIVES = ("ar", "mdlm", "bd3", "eso_a", "eso_b")
-pytestmark = [pytest.mark.fast_compile, pytest.mark.usefixtures(quick.__name__)]
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +259,7 @@ FIELDS = {
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(data, tmp_path_factory, quick):
+def uninterrupted(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted")
     config = make_config(data | FIELDS)
     tiny_run.train(config, folder)
@@ -276,13 +275,13 @@ def steps_kept(workdir):
     return {int(path.name) for path in (workdir / checkpoint_steps.FOLDER).iterdir()}
 
 
-def stop_at(step: int, number: int, args, env) -> tuple[int, str]:
+def stop_at(step: int, number: int, args) -> tuple[int, str]:
     """Trains in another process, which gets the signal once it has logged `step`."""
     (workdir,) = (arg.split("=")[1] for arg in args if arg.startswith("--workdir="))
     log = pathlib.Path(workdir, metrics.FILE)
     process = subprocess.Popen(
         [sys.executable, "-m", "esolm_jax.train", *args],
-        cwd=ROOT, env=os.environ | env, text=True,
+        cwd=ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     deadline = time.monotonic() + 120
@@ -299,12 +298,12 @@ def stop_at(step: int, number: int, args, env) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_stopped_run_ends_like_one_that_was_not(number, data, uninterrupted, tmp_path, quick):
+def test_stopped_run_ends_like_one_that_was_not(number, data, uninterrupted, tmp_path):
     seed = random.SystemRandom().randrange(10**6)
     step = random.Random(seed).randint(2, STEPS - 12)
     where = f" (random seed {seed}: {number.name} at step {step})"
     args = [f"--workdir={tmp_path}", f"--config={FILE}", *arguments(data | FIELDS)]
-    code, printed = stop_at(step, number, args, quick)
+    code, printed = stop_at(step, number, args)
     done = metrics.read(tmp_path)[-1]["step"]
     assert step <= done < STEPS, printed + where
     if number == signal.SIGKILL:
@@ -368,7 +367,7 @@ AR = {"objective": "ar", "train.eval_every": 100}
 
 
 @pytest.fixture(scope="module")
-def longer(data, tmp_path_factory, quick):
+def longer(data, tmp_path_factory):
     """Losses of a run of 12 steps."""
     folder = tmp_path_factory.mktemp("longer")
     tiny_run.train(make_config(data | AR | {"train.steps": 12}), folder)

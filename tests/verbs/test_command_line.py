@@ -11,12 +11,12 @@ import sys
 import numpy as np
 import pytest
 import tiny_run
-from tiny_run import FILE, LENGTH, arguments, command, quick
+from tiny_run import FILE, LENGTH, arguments, command
 
 from esolm_jax.sampling.plan import prompts
 
 ROOT = pathlib.Path(__file__).parents[2]
-pytestmark = [pytest.mark.fast_compile, pytest.mark.usefixtures(quick.__name__)]
+pytestmark = pytest.mark.fast_compile
 
 
 @pytest.fixture(scope="module")
@@ -37,24 +37,24 @@ def trained(folder, fields, *args):
 
 
 @pytest.fixture(scope="module")
-def eso_b(data, tmp_path_factory, quick):
+def eso_b(data, tmp_path_factory):
     """A workdir with an Eso-LM (B) trained at alpha_0 = 0.5."""
     overrides = ["--config.sample.top_k", "7", "--config.sample.temperature=0.5"]
     return trained(tmp_path_factory.mktemp("eso_b"), data | {"objective": "eso_b"}, *overrides)
 
 
 @pytest.fixture(scope="module")
-def ar(data, tmp_path_factory, quick):
+def ar(data, tmp_path_factory):
     return trained(tmp_path_factory.mktemp("ar"), data | {"objective": "ar"})
 
 
 @pytest.fixture(scope="module")
-def mdlm(data, tmp_path_factory, quick):
+def mdlm(data, tmp_path_factory):
     return trained(tmp_path_factory.mktemp("mdlm"), data | {"objective": "mdlm"})
 
 
 @pytest.fixture(scope="module")
-def bd3(data, tmp_path_factory, quick):
+def bd3(data, tmp_path_factory):
     return trained(tmp_path_factory.mktemp("bd3"), data | {"objective": "bd3"})
 
 

@@ -13,7 +13,7 @@ import pytest
 import styles
 import tiny_run
 from golden_files import HEADS, vectors
-from tiny_run import LENGTH, command, quick  # noqa: F401
+from tiny_run import LENGTH, command  # noqa: F401
 
 import esolm_jax
 from esolm_jax.data.manifest import tokenizer_entry
@@ -27,13 +27,12 @@ from esolm_jax.model import build, transformer
 from esolm_jax.parallel import sharding
 from esolm_jax.training import restore
 
-pytestmark = pytest.mark.usefixtures("quick")
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FAMILIES = ("eso_b", "eso_a", "mdlm", "bd3", "ar")
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory, quick):  # noqa: F811
+def data(tmp_path_factory):  # noqa: F811
     return tiny_run.write_data(tmp_path_factory.mktemp("text"), **{"data.packing": "pad"})
 
 

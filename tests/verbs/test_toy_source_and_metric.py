@@ -6,14 +6,14 @@ import subprocess
 
 import numpy as np
 import pytest
-from tiny_run import FILE, arguments, command, quick
+from tiny_run import FILE, arguments, command
 
 from esolm_jax.data import sources
 from esolm_jax.data.source import Source
 from esolm_jax.evaluation import metrics
 from esolm_jax.evaluation.metric import Metric, Result
 
-pytestmark = [pytest.mark.usefixtures(quick.__name__), pytest.mark.fast_compile]
+pytestmark = pytest.mark.fast_compile
 ROOT = pathlib.Path(__file__).parents[2]
 SOURCE, METRIC = "multiplication_table", "share_of_vowels"
 COUNTS = {"train": 90, "validation": 20, "test": 20}
@@ -43,7 +43,7 @@ def registered():
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory, registered, quick):
+def workdir(tmp_path_factory, registered):
     folder = tmp_path_factory.mktemp("toy")
     fields = {"data.source": SOURCE, "train.metrics": f"nelbo,{METRIC}"}
     args = [f"--config={FILE}", f"--workdir={folder}", *arguments(fields)]
