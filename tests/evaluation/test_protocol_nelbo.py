@@ -15,7 +15,6 @@ from esolm_jax.family import eso_b
 from esolm_jax.model import lm_head
 from esolm_jax.model import transformer as model_lib
 
-pytestmark = pytest.mark.fast_compile
 MASK, BOS = 66, 1
 GOLDEN = read_npz("nelbo_split.npz")
 ESO = ("esob_k050", "esob_padded", "esoa_k050", "esob_k025", "esob_alpha1", "esob_alpha0")
