@@ -33,7 +33,8 @@ def finite_check_cost(*, rounds: int = 20, width: int = 0, blocks: int = 0) -> d
       rounds: steps of each. width, blocks: of the model; 0 = the config's.
 
     Returns: sizes; the median and the minimum in seconds of both; `ratio`, the median over rounds
-      of (with − without) / without, which is what the check costs; and its quartiles.
+      of (with − without) / without, which is what the check costs; its standard error and its
+      quartiles.
     """
     config = shakespeare.get_config()
     with config.unlocked():
@@ -62,6 +63,7 @@ def finite_check_cost(*, rounds: int = 20, width: int = 0, blocks: int = 0) -> d
             seconds[i, which] = time.perf_counter() - begin
     seconds = seconds[1:]
     ratios = seconds[:, 0] / seconds[:, 1] - 1
+    low, high = np.percentile(ratios, (25, 75))
     return {
         "parameters": sum(a.size for a in jax.tree.leaves(states[0].params)),
         "tokens": shape[0] * shape[1],
@@ -70,7 +72,9 @@ def finite_check_cost(*, rounds: int = 20, width: int = 0, blocks: int = 0) -> d
         "seconds_without": [float(f(seconds[:, 1])) for f in (np.min, np.median)],
         "ratio": float(np.median(ratios)),
         "ratio_of_minima": float(seconds[:, 0].min() / seconds[:, 1].min() - 1),
-        "quartiles": [float(q) for q in np.percentile(ratios, (25, 75))],
+        # Of a median, from the quartiles of a normal distribution.
+        "standard_error": float(1.253 * (high - low) / 1.349 / len(ratios) ** 0.5),
+        "quartiles": [float(low), float(high)],
         "more_memory": int(
             programs[0].memory_analysis().temp_size_in_bytes
             - programs[1].memory_analysis().temp_size_in_bytes
