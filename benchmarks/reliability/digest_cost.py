@@ -92,7 +92,8 @@ def digest_cost(megabytes: int = 200, rounds: int = 5) -> dict:
 
     Returns: state_megabytes; blocked_seconds, save_seconds, save_cpu_seconds, restore_seconds:
     {"with", "without"}; save_share, save_cpu_share, restore_share: added time relative to the time
-    without digests; blocked_added_seconds: to each save, of the training loop's.
+    without digests; blocked_added_seconds: to each save, of the training loop's; digest_seconds:
+    the time in the writer of digests of a save.
     """
     state = _state(megabytes)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
