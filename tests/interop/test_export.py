@@ -48,6 +48,7 @@ from esolm_jax.sampling.engine.choose import TokenSampler
 from esolm_jax.sampling.plan.canvas import Canvas
 from esolm_jax.training import checkpoint_meta, optimizer, train_state
 
+pytestmark = pytest.mark.fast_compile
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LENGTH, VOCAB = 12, 260
 ADALN = {"model.cond_width": 8, "model.blocks": 2}
@@ -425,7 +426,8 @@ def test_manifest_says_what_is_drawn_from(exported, run, tmp_path, one_batch_siz
     names = "schedule", "temperature", "top_k", "top_p", "schedule_note"
     assert [plan[name] for name in names] == ["strided", 0.6, 7, 0.8, ""]
     assert plan["passes"] == [[3, 2], [1, 6]] or sum(s * n for s, n in plan["passes"]) == LENGTH
-    args = "--formats=safetensors", "--parts=step", "--config.sample.loop=confidence"
+    loop = "--config.sample.loop=confidence", "--config.sample.schedule=ancestral"
+    args = "--formats=safetensors", "--parts=step", "--config.sample.steps=0", *loop
     plan = export(run, tmp_path / "out", *args)["sampling"]
     assert plan["schedule"] == "ancestral" and "loop=confidence" in plan["schedule_note"]
 

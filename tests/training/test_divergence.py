@@ -13,6 +13,8 @@ from esolm_jax import train as train_lib
 from esolm_jax.data.reader import TrainReader
 from esolm_jax.training import checkpoint, checkpoint_steps, health, metrics, phase_loss
 
+pytestmark = pytest.mark.fast_compile
+
 LOSS, GRADIENT = 200, 201  # bytes that are in no text: a batch of them has no finite loss, gradient
 MESH = {"devices": 8, "data": 2, "fsdp": 2, "tensor": 2}
 MESHES = {
