@@ -20,6 +20,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_run
+from compilation import FAST_ENVIRONMENT
 from thorough import ALL
 from tiny_run import FILE, arguments, command, make_config
 
@@ -31,6 +32,7 @@ from esolm_jax.evaluation.batches import eval_batches
 from esolm_jax.parallel import launcher, sharding
 from esolm_jax.training import checkpoint_meta, checkpoint_steps, metrics, restore
 
+pytestmark = pytest.mark.fast_compile
 ROOT = pathlib.Path(__file__).parents[2]
 
 OBJECTIVES = ("ar", "mdlm", "bd3", "eso_a", "eso_b")
@@ -85,7 +87,7 @@ class Processes:
         hidden = (*launcher.ENV_VARS, launcher.CLUSTER, "PJRT_NPROC", "XLA_FLAGS")
         base = {k: v for k, v in os.environ.items() if k not in hidden}
         base |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
-        base |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests/support'}"}
+        base |= FAST_ENVIRONMENT | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests/support'}"}
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{s.getsockname()[1]}"
