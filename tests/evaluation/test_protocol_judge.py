@@ -88,8 +88,8 @@ def test_pooled_ids(judge):
 def test_pooled_depends_on_which_texts_share_a_call(judge):
     """The fault that is reproduced: a short text's first pad is scored if a longer one is there."""
     alone = protocol.generative_perplexity(judge, TEXTS[:1])
-    beside = protocol.generative_perplexity(judge, [TEXTS[0], TEXTS[4]])
-    assert beside["text_num_tokens"][0] == alone["num_tokens"] + 1
+    together = protocol.generative_perplexity(judge, [TEXTS[0], TEXTS[4]])
+    assert together["text_num_tokens"][0] == alone["num_tokens"] + 1
 
 
 @pytest.mark.parametrize("case", GOLDEN["bd3"], ids=lambda case: case["id"])

@@ -58,7 +58,7 @@ class Judge:
         """−log p of tokens, each given those before it in its row, in nats.
 
         Rows are cut behind their last scored token and padded to one of few lengths, and rows
-        without a scored token are not run; so few programs are compiled, whatever T.
+        without a scored token are not run; few programs are compiled, independent of T.
 
         Args:
           ids: int [n, T]. scored: bool [n, T]; the first column cannot be scored.

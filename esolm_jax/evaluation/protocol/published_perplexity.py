@@ -14,11 +14,11 @@ EOS that is shorter than its longest neighbour has its *first pad* scored; alone
 "bd3" (BD3-LM): contexts overlap: each begins `stride` tokens after the last one, and only its new
 tokens are scored. No EOS is scored. `perplexity` is the *mean over batches* of the perplexity of
 each batch, without batches that have nothing to score. `entropy` is of the padded ids, so short
-texts beside a long one look repetitive, and it is a *sum* over each batch, averaged over batches:
+texts next to a long one look repetitive, and it is a *sum* over each batch, averaged over batches:
 batch-size times too large.
 
-Token ids are scored as they are, each row one context, whatever `max_length` and `context_length`;
-they must have equal lengths.
+Token ids are scored as they are, each row one context, independent of `max_length` and
+`context_length`; they must have equal lengths.
 
 The published metrics accumulate over calls: add `nll` and `num_tokens` of several calls. Sums are
 float64 here and float32 there. With nothing to score the perplexity is NaN.

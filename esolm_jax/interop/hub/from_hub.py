@@ -12,7 +12,6 @@ import jax
 import numpy as np
 import tqdm
 
-import esolm_jax
 from esolm_jax import config as config_lib
 from esolm_jax.data import hub_tokenizer
 from esolm_jax.data import tokenizer as tokenizer_lib
@@ -67,15 +66,8 @@ def convert(config, source: str, workdir: pathlib.Path, tokenizer: str) -> Conve
     parts = hub_names.hub_tensors(model, ids, tied=tied, prefix=prefix)
     hub_folder.check(tensors, parts, source)
     weight_types.check({part.name: tensors[part.name] for part in parts}, source)
-    meta = {
-        "config": config_lib.to_saved(config),
-        "cursor": 0,
-        "tokenizer": tokenizer_entry(chosen),
-        "version": esolm_jax.__version__,
-        "prng": prng.IMPL,
-        "converted": {"folder": folder.resolve().name, "model_type": hub["model_type"]},
-        "only_weights": True,
-    }
+    origin = {"folder": folder.resolve().name, "model_type": hub["model_type"]}
+    meta = published_read.converted_meta(config, chosen, origin) | {"only_weights": True}
 
     def save(checkpoints: checkpoint.Checkpoints, draft: pathlib.Path) -> None:
         params = _on_disk(model, draft / "arrays")

@@ -65,16 +65,21 @@ def convert(config, source: str, workdir: pathlib.Path, tokenizer: str, weights:
     state = train_state.init_state(raw, optimizer.make(config), prng.key(config.seed))
     step = published.step or 0
     state = dataclasses.replace(state, ema=ema, step=jnp.asarray(step, jnp.int32))
-    meta = {
-        "config": config_lib.to_saved(config),
-        "cursor": 0,
-        "tokenizer": tokenizer_entry(chosen),
-        "version": esolm_jax.__version__,
-        "prng": prng.IMPL,
-        "converted": {"file": published.path.name, "weights": words},
-    }
+    meta = converted_meta(config, chosen, {"file": published.path.name, "weights": words})
     write_workdir(workdir, meta, chosen, lambda checkpoints, _: checkpoints.save(state, meta))
     return Converted(step, sum(a.size for a in jax.tree.leaves(raw)), words)
+
+
+def converted_meta(config, tokenizer, source: dict) -> dict:
+    """The meta of a converted checkpoint; `source`: JSON-able, names its origin."""
+    return {
+        "config": config_lib.to_saved(config),
+        "cursor": 0,
+        "tokenizer": tokenizer_entry(tokenizer),
+        "version": esolm_jax.__version__,
+        "prng": prng.IMPL,
+        "converted": source,
+    }
 
 
 def check_empty(workdir: pathlib.Path) -> None:

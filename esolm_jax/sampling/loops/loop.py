@@ -150,6 +150,11 @@ def scatter_columns(array, new, offset, keep):
     return scatter(array, offset, new)
 
 
+def pad_columns(array, width: int):
+    """[B, width, …], with zeros at the end of the second axis."""
+    return jnp.pad(array, ((0, 0), (0, width - array.shape[1]), *[(0, 0)] * (array.ndim - 2)))
+
+
 def unpermute(order, *by_rank):
     """Each array's first L columns, moved from rank to text position by `order` [B, L]: [B, L]."""
     parts = [array[:, : order.shape[1]] for array in by_rank]

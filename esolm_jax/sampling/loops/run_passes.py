@@ -22,6 +22,7 @@ from esolm_jax.sampling.loops.loop import (
     Task,
     first_eos,
     over_rows,
+    pad_columns,
     scatter_columns,
 )
 from esolm_jax.sampling.plan.passes import NEVER, DecodePlan
@@ -93,11 +94,6 @@ def _window(tables: DecodePlan, state: State, shape: tuple[int, int]) -> Window:
     )
 
 
-def _padded(array, width: int):
-    """[B, width, …], with zeros at the end of the second axis."""
-    return jnp.pad(array, ((0, 0), (0, width - array.shape[1]), *[(0, 0)] * (array.ndim - 2)))
-
-
 def _run_shape(network, state: State, segment: Segment, noise, shape: tuple[int, int]):
     """(tokens [B, P], logits, entries of the cache) of the next pass, run in one shape and padded
     to the widest. `noise`: slots [B, P] → noise, from choose.precomputed_gumbel."""
@@ -108,8 +104,8 @@ def _run_shape(network, state: State, segment: Segment, noise, shape: tuple[int,
     if shape[1]:
         position = jnp.take_along_axis(window.position, window.pick, axis=1)
         slot = window.filled[:, None] + window.pick
-        chosen = _padded(segment.sampler(logits, position, noise(slot)), picked)
-        logits = _padded(logits, picked)
+        chosen = pad_columns(segment.sampler(logits, position, noise(slot)), picked)
+        logits = pad_columns(logits, picked)
     return chosen, None if state.logits is None else logits, entries.padded(width)
 
 
@@ -129,10 +125,7 @@ def run_passes(network: Network, state: State, segment: Segment) -> State:
             lambda state, shape=shape: _run_shape(network, state, segment, noise, shape)
             for shape in shapes
         ]
-        index = segment.shape_index[i] if len(shapes) > 1 else 0
-        chosen, logits, entries = (
-            jax.lax.switch(index, branches, state) if len(shapes) > 1 else branches[0](state)
-        )
+        chosen, logits, entries = jax.lax.switch(segment.shape_index[i], branches, state)
         cache = state.cache.write(entries, tables.start[i])
         if chosen is not None:
             state = _reveal(state, segment, chosen, logits)

@@ -53,6 +53,7 @@ from esolm_jax.sampling.loops.loop import (
     Task,
     first_eos,
     over_rows,
+    pad_columns,
     scatter_columns,
 )
 from esolm_jax.sampling.loops.plain import Places, in_text_order
@@ -129,16 +130,11 @@ def _one_pass(network, settings: Settings, s: Speculation, noise: Noise, k: int)
         num_final=num_final,
         filled=jnp.maximum(num_final - 1, s.filled),
         drafted=jnp.clip(length - num_final, 0, more),
-        log_q=_padded(log_q, most),
-        proposed=s.proposed + _padded(proposed, most).astype(jnp.int32),
-        accepted=s.accepted + _padded(passed, most).astype(jnp.int32),
+        log_q=pad_columns(log_q, most),
+        proposed=s.proposed + pad_columns(proposed, most).astype(jnp.int32),
+        accepted=s.accepted + pad_columns(passed, most).astype(jnp.int32),
     )
     return s, accepted, rejected
-
-
-def _padded(array, size: int):
-    """[B, size, …], with zeros at the end."""
-    return jnp.pad(array, ((0, 0), (0, size - array.shape[1]), *[(0, 0)] * (array.ndim - 2)))
 
 
 @functools.partial(jax.jit, donate_argnames="state")
