@@ -14,10 +14,11 @@ BITS = {
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """One array: element type as HLO spells it ("bf16") and sizes."""
+    """One array: element type as HLO spells it ("bf16"), sizes, and the text of its layout."""
 
     dtype: str
     sizes: tuple[int, ...]
+    layout: str = dataclasses.field(default="", compare=False)
 
     @property
     def elements(self) -> int:
@@ -30,12 +31,30 @@ class Shape:
             bits = int(re.match(r"[a-z]+(\d+)", self.dtype)[1])
         return self.elements * bits / 8
 
+    @property
+    def is_on_chip(self) -> bool:
+        """Whether it is in a TPU's VMEM or SMEM (a memory space other than 0)."""
+        return bool(re.search(r"S\([1-9]\d*\)", self.layout))
+
+    @property
+    def stored_bytes(self) -> float:
+        """Bytes in memory, with the padding of a TPU's tiles."""
+        order = re.match(r"\{([\d,]*):T\((\d+(?:,\d+)*)\)", self.layout)
+        if not order or not order[1]:
+            return self.bytes
+        sizes = list(self.sizes)
+        tile = [int(n) for n in order[2].split(",")]
+        for dim, size in zip(order[1].split(","), reversed(tile), strict=False):
+            sizes[int(dim)] = -(-sizes[int(dim)] // size) * size
+        return Shape(self.dtype, tuple(sizes)).bytes
+
 
 def shapes(text: str) -> tuple[Shape, ...]:
-    """All arrays of a type; tuples are flattened, layouts ignored."""
+    """All arrays of a type; tuples are flattened."""
+    arrays = r"\b([a-z]+\d*[a-z0-9]*)\[([\d,<=]*)\](\{[^}]*\})?"
     return tuple(
-        Shape(dtype, tuple(int(s.lstrip("<=")) for s in sizes.split(",") if s))
-        for dtype, sizes in re.findall(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,<=]*)\]", text)
+        Shape(dtype, tuple(int(s.lstrip("<=")) for s in sizes.split(",") if s), layout)
+        for dtype, sizes, layout in re.findall(arrays, text)
     )
 
 

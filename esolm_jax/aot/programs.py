@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from esolm_jax.aot import hlo, report
-from esolm_jax.aot.topology import Chip
+from esolm_jax.aot.chips import Chip
 from esolm_jax.evaluation import likelihood
 from esolm_jax.family.phase import make_phases
 from esolm_jax.parallel import sharding

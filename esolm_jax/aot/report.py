@@ -6,7 +6,7 @@ import re
 import jax
 
 from esolm_jax.aot import hlo, lower_bound
-from esolm_jax.aot.topology import Chip
+from esolm_jax.aot.chips import Chip
 from esolm_jax.attention.splash import tiling
 from esolm_jax.family import registry, trim
 from esolm_jax.family.labels import Layout

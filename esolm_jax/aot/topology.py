@@ -1,53 +1,34 @@
-"""TPU pods that the compiler supports, and the specifications of their chips."""
+"""The pods and GPU clusters that `compile` compiles for, without having them.
 
-import dataclasses
+"v5e:16x16" is a TPU pod of 16 x 16 chips, "h100:8" one node of eight GPUs, "h100:8x8" eight nodes
+of eight.
+"""
+
+import importlib.util
+import math
 import os
 import re
 
-import numpy as np
-
+from esolm_jax.aot.chips import CHIPS, Chip, gpu_target
 from esolm_jax.errors import UserError, nearest
 
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """The vendor's specifications of a device (a TensorCore or a chip, as XLA counts devices).
-
-    Attributes:
-      hbm_bytes: memory. flops: bfloat16 FLOPs per second. hbm_bandwidth: bytes per
-        second. ici_bandwidth: bytes per second that it can send to its neighbours, all links.
-      env: TPU_ACCELERATOR_TYPE for libtpu.
-    """
-
-    hbm_bytes: float
-    flops: float
-    hbm_bandwidth: float
-    ici_bandwidth: float
-    env: str
-
-
-GB = 1e9
-GIB = 2.0**30
-TFLOPS = 1e12
-CHIPS = {
-    "v4": Chip(32 * GIB, 275 * TFLOPS, 1228 * GB, 270 * GB, "v4-8"),
-    "v5e": Chip(16 * GIB, 197 * TFLOPS, 819 * GB, 180 * GB, "v5litepod-4"),
-    "v5p": Chip(95 * GIB, 459 * TFLOPS, 2765 * GB, 540 * GB, "v5p-8"),
-    "v6e": Chip(32 * GIB, 918 * TFLOPS, 1640 * GB, 360 * GB, "v6e-4"),
-}
 _TWO_AXES = ("2x2", "4x4", "4x8", "8x8", "8x16", "16x16")
 _THREE_AXES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 _THREE_AXES += ("8x8x16", "8x16x16")
+_NODES = ("1", "2", "4", "8", *(f"{2**n}x8" for n in range(1, 8)))
 KNOWN = {
     "v4": _THREE_AXES,
     "v5e": _TWO_AXES,
     "v5p": _THREE_AXES,
     "v6e": _TWO_AXES,
+    "a100": _NODES,
+    "h100": _NODES,
+    "h200": _NODES,
 }
 
 
-def parse(topology: str) -> tuple[Chip, str]:
-    """The chip of a topology such as "v5e:16x16", and its name in libtpu.
+def parse(topology: str) -> Chip:
+    """The chip of a topology such as "v5e:16x16" or "h100:8".
 
     Raises:
       UserError: an unknown topology; the message lists the known ones.
@@ -57,7 +38,7 @@ def parse(topology: str) -> tuple[Chip, str]:
         raise UserError(
             f"--topology={topology}: must be one of {listed()}{nearest(topology, known)}"
         )
-    return CHIPS[topology.split(":")[0]], topology
+    return CHIPS[topology.split(":")[0]]
 
 
 def listed() -> str:
@@ -66,27 +47,62 @@ def listed() -> str:
 
 
 def num_chips(topology: str) -> int:
-    return int(np.prod([int(n) for n in re.findall(r"\d+", topology.split(":")[1])]))
+    return math.prod(int(n) for n in re.findall(r"\d+", topology.split(":")[1]))
+
+
+def network_bandwidth(topology: str) -> float:
+    """Bytes per second that a device can send in a collective; between the nodes of a GPU cluster
+    that of the slower network, as if all went over it."""
+    chip = parse(topology)
+    across_nodes = chip.platform == "gpu" and "x" in topology.split(":")[1]
+    return chip.node_bandwidth if across_nodes else chip.link_bandwidth
 
 
 def devices(topology: str, num_slices: int = 1) -> list:
-    """The devices of that many slices of a pod, to compile for; none of them need exist.
+    """The devices of that many slices of a topology, to compile for; none of them need exist.
 
     Raises:
-      UserError: an unknown topology, or the TPU compiler is not installed.
+      UserError: an unknown topology, several slices of GPUs, or the compiler is not installed.
     """
-    chip, name = parse(topology)
+    chip = parse(topology)
+    if chip.platform == "tpu":
+        return _tpus(topology, chip, num_slices)
+    if num_slices > 1:
+        raise UserError(
+            f"--num_slices={num_slices}: must be 1 with --topology={topology}, because GPUs have no "
+            "slices"
+        )
+    return _gpus(topology)
+
+
+def _tpus(topology: str, chip: Chip, num_slices: int) -> list:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", chip.env)
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", chip.accelerator_type)
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several compilers at a time
-    try:
-        import libtpu  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            "--topology: needs the TPU compiler (libtpu): pip install 'esolm_jax[tpu]'"
-        ) from error
+    _need("libtpu", "tpu", "TPU compiler (libtpu)")
     from jax.experimental import topologies
 
     options = {"num_slices": num_slices} if num_slices > 1 else {}
-    return list(topologies.get_topology_desc(name, "tpu", **options).devices)
+    return list(topologies.get_topology_desc(topology, "tpu", **options).devices)
+
+
+def _gpus(topology: str) -> list:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # no lines about the missing driver
+    _need("jax_cuda12_plugin", "gpu-compiler", "GPU compiler (jax-cuda12-plugin)")
+    from jax.experimental import topologies
+
+    name, shape = topology.split(":")
+    nodes, gpus = ([1] + [int(n) for n in shape.split("x")])[-2:]
+    described = topologies.get_topology_desc(
+        platform="cuda",
+        topology_name=topology,
+        topology=f"1x{nodes}x{gpus}",
+        target_config=gpu_target(name),
+    )
+    return list(described.devices)
+
+
+def _need(package: str, extra: str, what: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"--topology: needs the {what}: pip install 'esolm_jax[{extra}]'")

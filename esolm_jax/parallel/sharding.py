@@ -191,6 +191,18 @@ def abstract(make: Callable, shardings):
     )
 
 
+def is_compile_only(mesh: Mesh | None) -> bool:
+    """Whether the devices of the mesh are described only (aot/topology.py): they hold no arrays."""
+    return mesh is not None and "CompileOnly" in type(mesh.devices.flat[0].client).__name__
+
+
+def put(tree, where: NamedSharding):
+    """Host arrays of a tree on the devices of a sharding; their shapes if there are no devices."""
+    if not is_compile_only(where.mesh):
+        return jax.device_put(tree, where)
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), tree)
+
+
 def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
     """The rows of a global batch that this process's devices hold, ascending."""
     index_maps = rows(mesh).addressable_devices_indices_map((batch_size,))

@@ -1,10 +1,8 @@
-"""The KV cache of generation as explicit state: `attend` and `write`. Float32 softmax, exact.
+"""The interface of the KV cache, and the choice of its implementation.
 
 A window of W tokens reads itself by the attention rule, and all filled slots of the cache. The
-number of filled slots grows pass by pass, so a program has branches for prefixes of the cache.
-
-The loops and the network see `attend`, `pending` and `write` only. The layout of keys, the prefixes
-and the order of reads and writes are private to this file and `cpu_kernels.py`.
+loops and the network see `attend`, `pending` and `write` only. Layouts, prefixes, kernels and the
+order of reads and writes are private to prefix_cache.py and kernel_cache.py.
 """
 
 import functools
@@ -15,15 +13,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from esolm_jax.attention.dense import MASKED
-from esolm_jax.attention.recompute import pad_to_multiple
+from esolm_jax.family.rule import visible
+from esolm_jax.model import layers, rope
 from esolm_jax.model.model_config import ModelConfig
 from esolm_jax.parallel import sharding
-from esolm_jax.sampling.engine import cpu_kernels
 
+KeyValue = tuple[jax.Array, jax.Array]
 SLOTS, FEW_SLOTS = 64, 8  # the number of slots is a multiple, so that all parts have one size
-PREFIXES = 8
-QUERY_CHUNK = 256  # tokens of a window that attend at a time: bounds the memory of their scores
 
 
 @flax.struct.dataclass
@@ -31,12 +27,53 @@ class Visible:
     """The keys that the tokens of a window read.
 
     Attributes:
-      window_BWW: bool, [b, q, k]: token q of the window reads token k of the window.
-      filled_B: int32, all tokens read the slots of the cache below it.
+      rank, in_context: int32 and bool [B, W], by which the window reads itself (family/rule.py).
+      filled: int32 [B], all tokens read the slots of the cache below it.
     """
 
-    window_BWW: jax.Array
-    filled_B: jax.Array
+    rank: jax.Array
+    in_context: jax.Array
+    filled: jax.Array
+
+    @property
+    def window_BWW(self) -> jax.Array:
+        """bool, [b, q, k]: token q of the window reads token k of the window."""
+        rank, is_context = self.rank, self.in_context
+        return visible(rank[:, :, None], is_context[:, :, None], rank[:, None], is_context[:, None])
+
+
+@flax.struct.dataclass
+class Heads:
+    """Queries, keys and values of one block for a window, before norm and rotation.
+
+    Attributes:
+      products: [B, W, G, R + 2, K], the queries of each group, its key and its value.
+      bias: float32 [G, R + 2, K] to be added to them, or None.
+      scale: float32 [R + 1, K], of normed queries (with 1/√K) and keys, or None = no norm. Without
+        a norm, the products of queries are scaled by 1/√K.
+      cos, sin: float32 [B, W, K] of the rotation, see rope.rope_angles, or None.
+      config: of the trained model.
+    """
+
+    products: jax.Array
+    bias: jax.Array | None
+    scale: jax.Array | None
+    cos: jax.Array | None
+    sin: jax.Array | None
+    config: ModelConfig = flax.struct.field(pytree_node=False)
+
+    def ready(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries [B, W, G, R, K], keys and values [B, W, G, K], ready to attend."""
+        sums = self.products
+        if self.bias is not None:
+            sums = sums + self.bias.astype(sums.dtype)[None, None]
+        qk = sums[:, :, :, :-1]
+        if self.scale is not None:
+            normed = layers.rms_normalize(self.config, qk.astype(jnp.float32))
+            qk = (normed * self.scale[None, None, None]).astype(qk.dtype)
+        if self.cos is not None:
+            qk = rope.rotate(qk, [part[:, :, None, None] for part in (self.cos, self.sin)])
+        return qk[:, :, :, :-1], qk[:, :, :, -1], sums[:, :, :, -1]
 
 
 @flax.struct.dataclass
@@ -44,7 +81,7 @@ class Entries:
     """Keys and values of a window, to be written to the cache; empty where there is no cache.
 
     Attributes:
-      keys, values: [block], [B, G, W, K].
+      keys, values: [block], [B, W, G, K].
       reads_done: int32 [], 0, computed from the output of the pass. `write` adds it to the slot it
         writes to: XLA then orders the write after all reads of the pass, and updates the cache in
         place. Without this dependency it copies the whole cache before each pass.
@@ -54,13 +91,17 @@ class Entries:
     values: tuple[jax.Array, ...]
     reads_done: jax.Array
 
+    @classmethod
+    def none(cls) -> Self:
+        return cls((), (), jnp.int32(0))
+
     def first(self, tokens: int) -> Self:
         """The entries of the first tokens of the window."""
-        return self._each(lambda a_BGWK: a_BGWK[:, :, :tokens])
+        return self._each(lambda a_BWGK: a_BWGK[:, :tokens])
 
     def padded(self, width: int) -> Self:
         """The entries, padded with zeros to this width of the window."""
-        return self._each(lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, width - a.shape[2]), (0, 0))))
+        return self._each(lambda a: jnp.pad(a, ((0, 0), (0, width - a.shape[1]), (0, 0), (0, 0))))
 
     def _each(self, change) -> Self:
         keys, values = jax.tree.map(change, (self.keys, self.values))
@@ -70,83 +111,24 @@ class Entries:
 class KVCache(Protocol):
     """The interface of a cache for a decoding loop and its network."""
 
-    def attend(self, block: int, q_BGRWK, k_BGWK, v_BGWK, visible: Visible) -> jax.Array:
-        """Attention of a window to itself and to the filled slots of a block: [B, G, R, W, K].
+    def attend(self, block: int, heads: Heads, visible: Visible) -> tuple[jax.Array, KeyValue]:
+        """(attention of a window to itself and to the filled slots of a block [B, W, G, R, K], the
+        window's keys and values [B, W, G, K])."""
 
-        Args:
-          q_BGRWK: queries, scaled by 1/√K. k_BGWK, v_BGWK: keys and values of the window.
-        """
-
-    def pending(self, keys, values, output) -> Entries:
-        """The entries of a pass: [block], [B, G, W, K], and an array of its output that depends on
-        everything that the pass has read."""
+    def pending(self, pairs: list[KeyValue], output) -> Entries:
+        """The entries of a pass: keys and values of each block, and an array of its output that
+        depends on everything that the pass has read."""
 
     def write(self, entries: Entries, start_B) -> Self:
         """The cache with these entries in slots [start, start + W), which must exist."""
 
 
-@flax.struct.dataclass
-class NoCache:
-    """The cache of families that run the whole text in every pass: a window reads itself only."""
-
-    def attend(self, block: int, q_BGRWK, k_BGWK, v_BGWK, visible: Visible):
-        del block
-        return _attend_prefix(q_BGRWK, (k_BGWK, v_BGWK), visible, 0, None)
-
-    def pending(self, keys, values, output) -> Entries:
-        del keys, values, output
-        return Entries((), (), jnp.int32(0))
-
-    def write(self, entries: Entries, start_B) -> Self:
-        del entries, start_B
-        return self
-
-
-@flax.struct.dataclass
-class Cache:
-    """Keys and values of S slots for each block.
-
-    Attributes:
-      keys: [block], [B, G, J, K, I]: J groups of I interleaved slots, see cpu_kernels.key_slots.
-      values: [block], [B, G, S, K].
-      aligned: all rows write to the same slots, which is faster.
-    """
-
-    keys: tuple[jax.Array, ...]
-    values: tuple[jax.Array, ...]
-    aligned: bool = flax.struct.field(pytree_node=False, default=False)
-
-    @property
-    def prefixes(self) -> list[int]:
-        """Numbers of slots that a pass may read: it reads the smallest that holds all filled
-        ones."""
-        slots = self.values[0].shape[2]
-        unit = SLOTS * -(-slots // (PREFIXES * SLOTS))
-        return [*range(unit, slots, unit), slots]
-
-    def attend(self, block: int, q_BGRWK, k_BGWK, v_BGWK, visible: Visible):
-        run = functools.partial(_attend_prefix, q_BGRWK, (k_BGWK, v_BGWK), visible)
-        past, prefixes = (self.keys[block], self.values[block]), self.prefixes
-        index = jnp.sum(visible.filled_B.max() > jnp.array(prefixes[:-1], jnp.int32))
-        return jax.lax.switch(index, [functools.partial(run, n) for n in prefixes], past)
-
-    def pending(self, keys, values, output) -> Entries:
-        # False for every number, also NaN; XLA does not know that.
-        reads_done = jnp.minimum((output > jnp.inf).astype(jnp.int32).min(), 0)
-        return Entries(tuple(keys), tuple(values), reads_done)
-
-    def write(self, entries: Entries, start_B) -> Self:
-        start_B = start_B + entries.reads_done
-
-        def put_all(one, olds, news):
-            start, axis = (start_B[0], None) if self.aligned else (start_B, 0)
-            put = jax.vmap(one, in_axes=(0, 0, axis))
-            return tuple(put(old, new, start) for old, new in zip(olds, news, strict=True))
-
-        return self.replace(
-            keys=put_all(_put_keys, self.keys, entries.keys),
-            values=put_all(_put, self.values, entries.values),
-        )
+def entries_of(pairs: list[KeyValue], output) -> Entries:
+    """See KVCache.pending."""
+    # False for every number, also NaN; XLA does not know that.
+    reads_done = jnp.minimum((output > jnp.inf).astype(jnp.int32).min(), 0)
+    keys, values = zip(*pairs, strict=True)
+    return Entries(keys, values, reads_done)
 
 
 def round_up(slots: int) -> int:
@@ -155,91 +137,35 @@ def round_up(slots: int) -> int:
     return unit * -(-slots // unit)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "batch", "slots", "mesh", "aligned"))
+def _implementation(mesh: Mesh | None):
+    """The module of caches for the devices of a mesh."""
+    from esolm_jax.sampling.engine import kernel_cache, prefix_cache
+
+    return kernel_cache if sharding.platform(mesh) == "gpu" else prefix_cache
+
+
+def no_cache(mesh: Mesh | None) -> KVCache:
+    """The cache of families that run the whole text in every pass: a window reads itself only."""
+    return _implementation(mesh).no_cache(mesh)
+
+
 def empty_cache(
     config: ModelConfig, batch: int, slots: int, mesh: Mesh | None = None, aligned: bool = False
-) -> Cache:
+) -> KVCache:
     """A cache for B = `batch` rows of at least `slots`, a window's margin included; rows are
-    sharded over the mesh as their tokens are."""
-    interleaved, width, slots = cpu_kernels.key_slots(mesh), config.head_width, round_up(slots)
+    sharded over the mesh as their tokens are.
 
-    def zeros(*shape):
-        zero = jnp.zeros((batch, config.groups, *shape), config.dtype)
-        return tuple(sharding.constrain(mesh, zero, "rows", "heads") for _ in range(config.blocks))
-
-    keys = zeros(slots // interleaved, width, interleaved)
-    return Cache(keys=keys, values=zeros(slots, width), aligned=aligned)
-
-
-def _attend_prefix(q_BGRWK, window, visible: Visible, prefix: int, past):
-    """Attention to the window's (keys, values) and to the cache's slots below `prefix`, for
-    QUERY_CHUNK tokens at a time."""
-    run = functools.partial(
-        _attend_chunk, window=window, filled_B=visible.filled_B, prefix=prefix, past=past
+    Args:
+      aligned: all rows write to the same slots, which is faster.
+      mesh: None = one device. Of described devices (aot/topology.py): shapes alone.
+    """
+    kind = _implementation(mesh)
+    make = functools.partial(kind.empty, config, batch, round_up(slots), mesh, aligned)
+    if mesh is None:
+        return jax.jit(make)()
+    where = jax.tree.map(
+        lambda _: sharding.named_sharding(mesh, *kind.AXES), jax.eval_shape(make)
     )
-    *heads, width, head_width = q_BGRWK.shape
-    chunks = -(-width // QUERY_CHUNK)
-    if chunks == 1:
-        return run(q_BGRWK, visible.window_BWW)
-    size = -(-width // chunks)
-    q = pad_to_multiple(q_BGRWK, 3, size).reshape(*heads, chunks, size, head_width)
-    mask = pad_to_multiple(visible.window_BWW, 1, size).reshape(-1, chunks, size, width)
-    each = jnp.moveaxis(q, 3, 0), jnp.moveaxis(mask, 1, 0)
-    out = jnp.moveaxis(jax.lax.map(lambda chunk: run(*chunk), each), 0, 3)
-    return out.reshape(*heads, chunks * size, head_width)[:, :, :, :width]
-
-
-def _attend_chunk(q_BGRWK, mask_BWW, *, window, filled_B, prefix: int, past):
-    """Softmax in float32."""
-    k_BGWK, v_BGWK = window
-    batch, groups, per_group, queries, head_width = q_BGRWK.shape
-    width = k_BGWK.shape[2]
-    q = q_BGRWK.reshape(batch, groups, per_group * queries, head_width)
-    here = cpu_kernels.attention_scores(q, k_BGWK[..., None], width)
-    here = here.reshape(q_BGRWK.shape[:4] + (width,))
-    here = jnp.where(mask_BWW[:, None, None], here, MASKED).reshape(*q.shape[:3], width)
-    parts = [(here, lambda p: cpu_kernels.weighted_values(p, v_BGWK, width))]
-    if prefix:
-        keys, values = past
-        scores = _scores_of_cache(q, keys, prefix, filled_B)
-        parts.append((scores, lambda p: cpu_kernels.weighted_values(p, values, prefix)))
-    top = functools.reduce(jnp.maximum, [scores.max(-1, keepdims=True) for scores, _ in parts])
-    total, out = 0.0, 0.0
-    for scores, weigh in parts:
-        p = jnp.exp(scores - top)
-        total, out = total + p.sum(-1, keepdims=True), out + weigh(p.astype(v_BGWK.dtype))
-    return (out / total).reshape(q_BGRWK.shape)
-
-
-def _scores_of_cache(q_BGTK, keys_BGJKI, prefix: int, filled_B):
-    """[B, G, T, prefix]. The slots become one axis at the end only: XLA does not vectorise a loop
-    over both."""
-    interleaved = keys_BGJKI.shape[4]
-    parts = prefix // interleaved
-    slot = jnp.arange(prefix).reshape(1, parts, interleaved)
-
-    def some():
-        seen = slot < filled_B[:, None, None]
-        scores = cpu_kernels.attention_scores(q_BGTK, keys_BGJKI, parts)
-        return jnp.where(seen[:, None, None], scores, MASKED)
-
-    none = functools.partial(jnp.full, (*q_BGTK.shape[:3], parts, interleaved), MASKED, jnp.float32)
-    # The branch also keeps XLA from computing the scores twice, for the maximum and for exp.
-    scores = jax.lax.cond(filled_B.max() > 0, some, none)
-    return scores.reshape(*q_BGTK.shape[:3], prefix)
-
-
-def _put(old_GSK, new_GWK, start):
-    return jax.lax.dynamic_update_slice_in_dim(old_GSK, new_GWK, start, axis=1)
-
-
-def _put_keys(old_GJKI, new_GWK, start):
-    """Updates all J that W slots may touch, as one slice."""
-    groups, parts, width, interleaved = old_GJKI.shape
-    touched = min(parts, 1 + -(-(new_GWK.shape[1] - 1) // interleaved))
-    first = jnp.minimum(start // interleaved, parts - touched)
-    part = jax.lax.dynamic_slice_in_dim(old_GJKI, first, touched, axis=1)
-    slots = part.swapaxes(2, 3).reshape(groups, touched * interleaved, width)
-    slots = _put(slots, new_GWK, start - first * interleaved)
-    part = slots.reshape(groups, touched, interleaved, width).swapaxes(2, 3)
-    return jax.lax.dynamic_update_slice_in_dim(old_GJKI, part, first, axis=1)
+    if sharding.is_compile_only(mesh):
+        return sharding.abstract(make, where)
+    return jax.jit(make, out_shardings=where)()

@@ -14,13 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from esolm_jax.family.rule import dense_mask
 from esolm_jax.model import layers, rope
 from esolm_jax.model import transformer as model_lib
 from esolm_jax.model.model_config import ModelConfig
 from esolm_jax.parallel import sharding
 from esolm_jax.sampling.engine import cpu_kernels
-from esolm_jax.sampling.engine.cache import Entries, KVCache, Visible
+from esolm_jax.sampling.engine.cache import Entries, Heads, KVCache, Visible
 
 
 @flax.struct.dataclass
@@ -199,23 +198,21 @@ def forward(network: Network, window: Window, cache: KVCache) -> tuple[jax.Array
     config = network.config
     h = _embed(network, window)
     angles = rope.rope_angles(window.position, config)
-    visible = Visible(dense_mask(window, window), window.filled)
-    keys, values = [], []
+    visible = Visible(window.rank, window.in_context, window.filled)
+    pairs = []
     for i, block in enumerate(network.blocks):
-        q, k, v = _heads(config, block, _norm(config, h), angles)
-        a_BGRWK = cache.attend(i, q, k, v, visible)
-        flat = jnp.moveaxis(a_BGRWK, 3, 1).reshape(*h.shape[:2], -1).astype(h.dtype)
-        h = h + _linear(block, "attention_out", flat)
+        heads = _heads(config, block, _norm(config, h), angles)
+        a_BWGRK, pair = cache.attend(i, heads, visible)
+        h = h + _linear(block, "attention_out", a_BWGRK.reshape(*h.shape[:2], -1).astype(h.dtype))
         h = h + _mlp(config, block, _norm(config, h))
-        keys.append(k)
-        values.append(v)
+        pairs.append(pair)
     if window.pick.shape[1] == 0:  # the attention of the last block is not computed
-        return None, cache.pending(keys, values, keys[-1][:, 0, 0, 0])
+        return None, cache.pending(pairs, pairs[-1][0][:, 0, 0])
     h = jnp.take_along_axis(h, window.pick[..., None], axis=1)
     logits = cpu_kernels.matmul(_norm(config, h), network.logits, jnp.float32)
     if network.logits_bias is not None:
         logits = logits + network.logits_bias[None, None]
-    return logits, cache.pending(keys, values, h)
+    return logits, cache.pending(pairs, h)
 
 
 def _embed(network, window):
@@ -237,18 +234,12 @@ def _linear(block, name, h_BWD):
     return y if bias is None else y + bias.astype(y.dtype).reshape(1, 1, *bias.shape)
 
 
-def _heads(config, block, normed, angles):
-    """Normed (if they are) and rotated queries [B, G, R, W, K] and keys [B, G, W, K], and
-    values."""
-    qkv_BGRWK = jnp.moveaxis(_linear(block, "qkv", normed), 1, 3)
-    qk, v = qkv_BGRWK[:, :, :-1], qkv_BGRWK[:, :, -1]
-    if "qk_norm_scale" in block:
-        scale = block["qk_norm_scale"][None, None, :, None]
-        qk = (layers.rms_normalize(config, qk.astype(jnp.float32)) * scale).astype(qk.dtype)
-    if angles is not None:
-        angles = [part[:, None] for part in angles]
-    rotated = rope.rotate(qk, angles)
-    return rotated[:, :, :-1], rotated[:, :, -1], v
+def _heads(config, block, normed, angles) -> Heads:
+    cos, sin = (None, None) if angles is None else (part[:, 0] for part in angles)
+    products = cpu_kernels.matmul(normed, block["qkv"])
+    return Heads(
+        products, block.get("qkv_bias"), block.get("qk_norm_scale"), cos, sin, config=config
+    )
 
 
 def _mlp(config, block, normed):

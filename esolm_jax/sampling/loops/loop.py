@@ -112,12 +112,18 @@ class Loop(abc.ABC):
 
     def compile(self, network: Network) -> Callable[[Network], Decoded]:
         """Compiles all programs. The function that is returned runs them."""
+        compiled = self.compiled(network)
+        return lambda network: self._run(network, self.start(network)[0], compiled)
+
+    def compiled(self, network: Network) -> list[Program]:
+        """All programs, compiled. On a mesh of described devices (aot/topology.py) `network` holds
+        ShapeDtypeStructs."""
         state, programs = self.start(network)
         compiled = []
         for program in programs:
             program, state = program.compile(network, state)
             compiled.append(program)
-        return lambda network: self._run(network, self.start(network)[0], compiled)
+        return compiled
 
     @staticmethod
     def _run(network: Network, state, programs: list[Program]) -> Decoded:
@@ -140,7 +146,7 @@ def _row_keys(batch, row):
 
 def over_rows(mesh: Mesh | None, by_row):
     """Arrays [B, …] on the mesh, on each device those of its rows; without a mesh, as they are."""
-    return by_row if mesh is None else jax.device_put(by_row, sharding.rows(mesh))
+    return by_row if mesh is None else sharding.put(by_row, sharding.rows(mesh))
 
 
 def scatter_columns(array, new, offset, keep):

@@ -13,7 +13,7 @@ import numpy as np
 
 from esolm_jax.sampling.engine import cache as cache_lib
 from esolm_jax.sampling.engine import network as network_lib
-from esolm_jax.sampling.engine.cache import KVCache, NoCache
+from esolm_jax.sampling.engine.cache import KVCache
 from esolm_jax.sampling.engine.choose import precomputed_gumbel
 from esolm_jax.sampling.engine.network import Network, Window
 from esolm_jax.sampling.loops.loop import (
@@ -34,7 +34,7 @@ class State:
 
     Attributes:
       known: int32 [B, S + 1], the tokens in generation order (behind the start token if AR).
-      cache: of S slots, or NoCache if no pass reads one.
+      cache: of S slots, or no_cache() if no pass reads one.
       revealed_at: int32 [B, S], the pass that generated a slot; −1 = known from the start.
       eos_position: int32 [B], the position of the first EOS that was generated so far.
       pass_index: int32, the next pass.
@@ -186,7 +186,7 @@ def start_state(
         "eos_position": np.full(batch, NEVER, np.int32),
         "logits": jnp.zeros((batch, slots, config.vocab_size)) if with_logits else None,
     }
-    cache = NoCache()
+    cache = cache_lib.no_cache(task.mesh)
     if cached:
         cache = cache_lib.empty_cache(config, batch, slots, task.mesh, aligned=aligned)
     return State(cache=cache, pass_index=np.int32(0), **over_rows(task.mesh, by_row))

@@ -1,0 +1,154 @@
+"""The cost of the decoding loop that `sample` runs: what one pass launches, reads and writes.
+
+The loop is that of config.sample: its schedule, number of texts and length, without prompts.
+"""
+
+import functools
+import math
+import time
+
+import jax
+import numpy as np
+
+from esolm_jax.aot import hlo_traffic
+from esolm_jax.aot.chips import Chip
+from esolm_jax.aot.hlo_parse import Shape
+from esolm_jax.sampling.engine import network as network_lib
+from esolm_jax.sampling.engine.network import Network
+from esolm_jax.sampling.generate import Generator
+from esolm_jax.sampling.loops.loop import Program
+from esolm_jax.sampling.plan.canvas import Canvas
+from esolm_jax.sampling.plan.passes import DecodePlan
+from esolm_jax.parallel import sharding
+from esolm_jax.training.train_step import Trainer
+
+
+def abstract_network(training: Trainer) -> Network:
+    """The decoding network of the trainer's model, as shapes on its mesh."""
+    built = training.built
+    make = functools.partial(network_lib.fold, built.model, training.abstract_state().params)
+    return sharding.abstract(make, network_lib.shardings(jax.eval_shape(make), built.mesh))
+
+
+def generator(config, training: Trainer) -> Generator:
+    """Generates config.sample's texts, without prompts."""
+    built, s = training.built, config.sample
+    canvas = Canvas.empty(s.num_texts, s.length or config.data.seq_len)
+    return Generator.of(config, canvas, built.special, mesh=built.mesh)
+
+
+def measure(config, training: Trainer, chip: Chip) -> dict:
+    """Compiles the programs of the loop. Figures of one chip; those of a pass are of the program
+    with most passes' work: the one whose loop moves most bytes."""
+    generates, network = generator(config, training), abstract_network(training)
+    begin = time.perf_counter()
+    programs = generates.loop.compiled(network)
+    seconds = time.perf_counter() - begin
+    filled = mean_filled(generates)
+    texts = [program.function.as_text() for program in programs]
+    attention = functools.partial(_attention_bytes, filled, config.model.dtype)
+    loops = [
+        hlo_traffic.largest_loop(text, {"decode_attention": attention})
+        for text in texts
+        if " while(" in text
+    ]
+    one_pass = max(loops, key=lambda traffic: traffic.bytes)
+    needed = necessary_bytes(network, config, generates.plan, filled)
+    hbm = _memory(programs, chip)
+    return {
+        "program": "sample",
+        "texts": config.sample.num_texts,
+        "length": int(generates.plan.order.shape[1]),
+        "passes": generates.plan.nfe,
+        "programs": len(programs),
+        "hbm": hbm,
+        "kernels_per_pass": one_pass.kernels,
+        "conditionals_in_loop": one_pass.conditionals,
+        "host_transfers_in_loop": one_pass.host_transfers,
+        "bytes_per_pass": one_pass.bytes,
+        "necessary_bytes_per_pass": needed,
+        "bytes_ratio": one_pass.bytes / needed,
+        "seconds_per_pass_at_least": needed / chip.hbm_bandwidth,
+        "dearest_kernels": [
+            {"name": name, "bytes": size}
+            for name, size in sorted(one_pass.by_kernel, key=lambda pair: -pair[1])[:8]
+        ],
+        "compile_seconds": round(seconds, 1),
+        "instructions": sum(text.count(" = ") for text in texts),
+    }
+
+
+def mean_filled(generates: Generator) -> float:
+    """The mean number of slots of the cache that a token reads, over the passes."""
+    plan = generates.plan
+    if not plan.reads_cache:
+        return 0.0
+    if generates.loop.decides_order:
+        return plan.order.shape[1] / 2
+    return float(np.mean(plan.start[plan.prompt_passes :]))
+
+
+def necessary_bytes(network: Network, config, plan: DecodePlan, filled: float) -> float:
+    """Bytes that a pass must read on one chip: all weights but the embedding, of which it needs one
+    row a token, and the filled slots of the cache."""
+
+    def local(array) -> float:
+        shape = array.sharding.shard_shape(array.shape)
+        return math.prod(shape) * array.dtype.itemsize
+
+    weights = sum(map(local, jax.tree.leaves((network.blocks, network.logits, network.logits_bias))))
+    model, mesh = network.config, network.logits.sharding.mesh
+    rows = plan.order.shape[0] / sharding.num_row_shards(mesh)
+    itemsize = jax.numpy.dtype(model.dtype).itemsize
+    widths = float(np.mean(plan.widths[plan.prompt_passes :]))
+    embedded = rows * widths * model.width * itemsize
+    entry = 2 * model.blocks * model.groups * model.head_width / mesh.shape["tensor"] * itemsize
+    return weights + embedded + rows * filled * entry
+
+
+def _attention_bytes(filled: float, dtype: str, operands: tuple[Shape, ...]) -> float:
+    """Of decode_attention, from the shapes of its operands."""
+    from esolm_jax.sampling.engine import decode_kernel
+
+    products, *caches = [shape.sizes for shape in operands if len(shape.sizes) == 5]
+    batch, window, groups, heads, width = products
+    slots = caches[0][2] if caches else 0
+    sizes = decode_kernel.Sizes(batch, groups, heads - 2, window, width, slots)
+    return decode_kernel.attention_bytes(sizes, jax.numpy.dtype(dtype).itemsize, filled)
+
+
+def _memory(programs: list[Program], chip: Chip) -> dict:
+    """HBM of one chip: that of the largest program."""
+    every = [program.function.memory_analysis() for program in programs]
+
+    def total(stats) -> int:
+        output = stats.output_size_in_bytes - stats.alias_size_in_bytes
+        return stats.argument_size_in_bytes + stats.temp_size_in_bytes + output
+
+    largest = max(every, key=total)
+    return {
+        "arguments": largest.argument_size_in_bytes,
+        "temporaries": largest.temp_size_in_bytes,
+        "total": total(largest),
+        "available": chip.hbm_bytes,
+        "fits": total(largest) <= chip.hbm_bytes,
+    }
+
+
+def show(figures: dict) -> None:
+    hbm, gib = figures["hbm"], 2.0**30
+    print(
+        f"sample: {figures['texts']} texts of {figures['length']} tokens in {figures['passes']} "
+        f"passes; {figures['programs']} programs of {figures['instructions']:,} instructions, "
+        f"compiled in {figures['compile_seconds']:.0f} s\n"
+        f"HBM of one chip: {hbm['arguments'] / gib:.2f} GiB of arguments, "
+        f"{hbm['temporaries'] / gib:.2f} of temporaries, {hbm['total'] / gib:.2f} of "
+        f"{hbm['available'] / gib:.2f}{'' if hbm['fits'] else ': TOO MUCH'}\n\none pass:\n"
+        f"  {'kernels':<20}{figures['kernels_per_pass']:10.0f}\n"
+        f"  {'conditionals':<20}{figures['conditionals_in_loop']:10.0f}\n"
+        f"  {'host transfers':<20}{figures['host_transfers_in_loop']:10.0f}\n"
+        f"  {'MB moved':<20}{figures['bytes_per_pass'] / 1e6:10.1f}\n"
+        f"  {'MB necessary':<20}{figures['necessary_bytes_per_pass'] / 1e6:10.1f}  "
+        f"ratio {figures['bytes_ratio']:.2f}\n"
+        f"  {'ms at least':<20}{1e3 * figures['seconds_per_pass_at_least']:10.3f}"
+    )

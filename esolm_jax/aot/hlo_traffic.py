@@ -1,0 +1,175 @@
+"""What one iteration of a loop launches and moves, from optimised HLO text.
+
+Kernels are the instructions that the device launches; bytes are the operands and results of each in
+the device's memory. An operand that is only sliced counts as its slices, and an array that is
+updated in place as its update. Arrays in a TPU's on-chip memory do not count.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Self
+
+from esolm_jax.aot.hlo_loops import Frame, trip_count
+from esolm_jax.aot.hlo_parse import Computation, Instruction, Module, Shape, parse
+
+_NOTHING = {  # instructions that launch nothing
+    "after-all", "bitcast", "constant", "get-tuple-element", "opt-barrier", "parameter",
+    "partition-id", "replica-id", "tuple",
+    "async-done", "async-update", "copy-done", "recv-done", "send-done",
+    "all-gather-done", "all-reduce-done", "collective-permute-done",
+}  # fmt: skip
+_MARKS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "Sharding")  # custom calls without work
+_HOST = {"infeed", "outfeed", "send", "recv"}
+_SLICES = {"dynamic-slice", "gather", "slice"}
+_SAME = {"bitcast", "reshape"}  # views
+
+KernelBytes = Callable[[tuple[Shape, ...]], float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """The sum over the instructions of a computation.
+
+    Attributes:
+      kernels: launched instructions. conditionals: of any depth, each with its dearest branch.
+      host_transfers: instructions that exchange data with the host.
+      bytes: read and written in the device's memory.
+      by_kernel: (name, bytes) of each kernel, in order.
+    """
+
+    kernels: float = 0
+    conditionals: float = 0
+    host_transfers: float = 0
+    bytes: float = 0.0
+    by_kernel: tuple[tuple[str, float], ...] = ()
+
+    def __add__(self, other: Self) -> Self:
+        mine, others = vars(self), vars(other)
+        return type(self)(**{name: mine[name] + others[name] for name in mine})
+
+    def times(self, count: float) -> Self:
+        """This, executed `count` times."""
+        return type(self)(
+            self.kernels * count,
+            self.conditionals * count,
+            self.host_transfers * count,
+            self.bytes * count,
+            tuple((name, size * count) for name, size in self.by_kernel),
+        )
+
+
+def largest_loop(text: str, kernel_bytes: Mapping[str, KernelBytes] = {}) -> Traffic:
+    """One iteration of the loop of the entry computation that moves most bytes an iteration.
+
+    Args:
+      text: `Compiled.as_text()`.
+      kernel_bytes: part of a custom call's op_name → the bytes that one execution moves, as a
+        function of its operands; for kernels that read a part of an operand.
+
+    Raises:
+      ValueError: there is no loop.
+    """
+    module = parse(text)
+    frame, reader = Frame(module, module.entry), _Reader(module, kernel_bytes)
+    found = [reader.of(frame.enter(i, i.attribute("body"))) for i in _loops(module.entry)]
+    if not found:
+        raise ValueError("text: must have a loop in its entry computation")
+    return max(found, key=lambda traffic: traffic.bytes)
+
+
+def _loops(computation: Computation) -> list[Instruction]:
+    return [i for i in computation.instructions.values() if i.opcode == "while"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    module: Module
+    kernel_bytes: Mapping[str, KernelBytes]
+
+    def of(self, frame: Frame) -> Traffic:
+        total = Traffic()
+        for i in frame.computation.instructions.values():
+            total += self._instruction(i, frame)
+        return total
+
+    def _instruction(self, i: Instruction, frame: Frame) -> Traffic:
+        if i.opcode in _NOTHING or any(f'"{mark}"' in i.attributes for mark in _MARKS):
+            return Traffic()
+        if i.opcode == "while":
+            count = trip_count(i, frame)
+            inside = self.of(frame.enter(i, i.attribute("body")))
+            return inside.times(1 if count is None else count)
+        if i.opcode == "conditional":
+            names = i.names("branch_computations")
+            names = names or i.names("false_computation") + i.names("true_computation")
+            branches = [self.of(frame.enter(i, name)) for name in names]
+            dearest = max(branches, key=lambda traffic: traffic.bytes)
+            return dearest + Traffic(conditionals=1)
+        if i.opcode in ("call", "async-start"):
+            name = (i.names("to_apply") or i.names("called_computation") or i.names("calls"))[0]
+            return self.of(frame.enter(i, name))
+        size = self._bytes(i, frame.computation)
+        to_host = i.opcode in _HOST
+        return Traffic(1, 0, int(to_host), size, ((i.name, size),))
+
+    def _bytes(self, i: Instruction, computation: Computation) -> float:
+        if i.opcode == "custom-call":
+            for name, size_of in self.kernel_bytes.items():
+                if name in i.op_name:
+                    operands = (computation.instructions[o].shapes for o in i.operands)
+                    return size_of(tuple(s for shapes in operands for s in shapes))
+        if i.opcode == "fusion":
+            inside = self.module.computations[i.names("calls")[0]]
+            shapes = [computation.instructions[name].shapes for name in i.operands]
+            read = sum(
+                _read(inside, inside.parameters[n], _stored(of))
+                for n, of in enumerate(shapes)
+                if n in inside.parameters
+            )
+            return read + _written(inside, inside.root, i.shapes)
+        operands = [computation.instructions[name] for name in i.operands]
+        if i.opcode in _SLICES:
+            return 2 * _stored(i.shapes)
+        if i.opcode in ("dynamic-update-slice", "scatter"):
+            return 2 * _stored(operands[1 if i.opcode[0] == "d" else 2].shapes)
+        if i.opcode in ("copy-start", "all-gather-start", "all-reduce-start"):
+            return sum(_stored(o.shapes) for o in operands) + _stored(i.shapes[:1])
+        return sum(_stored(o.shapes) for o in operands) + _stored(i.shapes)
+
+
+def _stored(shapes: tuple[Shape, ...]) -> float:
+    return sum(s.stored_bytes for s in shapes if not s.is_on_chip)
+
+
+def _read(inside: Computation, name: str, whole: float) -> float:
+    """Bytes that a fused computation reads of a value of `whole` bytes."""
+    if not whole:
+        return 0.0
+    read = 0.0
+    for user in inside.instructions.values():
+        if name not in user.operands:
+            continue
+        if user.opcode in _SLICES and user.operands[0] == name:
+            read += _stored(user.shapes)
+        elif user.opcode in ("dynamic-update-slice", "scatter") and user.operands[0] == name:
+            read += 0.0
+        elif user.opcode in _SAME:
+            read += _read(inside, user.name, whole)
+        else:
+            return whole
+    return min(read, whole)
+
+
+def _written(inside: Computation, root: Instruction, shapes: tuple[Shape, ...]) -> float:
+    """Bytes of the result of a fusion; of an update in place, the update."""
+    while root.opcode in _SAME:
+        root = inside.instructions[root.operands[0]]
+    if root.opcode == "tuple":
+        parts = [inside.instructions[name] for name in root.operands]
+        return sum(
+            _written(inside, part, (shape,)) for part, shape in zip(parts, shapes, strict=True)
+        )
+    if root.opcode in ("dynamic-update-slice", "scatter"):
+        update = inside.instructions[root.operands[1 if root.opcode[0] == "d" else 2]]
+        return _stored(update.shapes)
+    return _stored(shapes)

@@ -1,0 +1,197 @@
+"""The KV cache of CPUs and TPUs: attention to a prefix of the cache. Float32 softmax, exact.
+
+The number of filled slots grows pass by pass, so a program has branches for prefixes of the cache.
+"""
+
+import functools
+from typing import Self
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from esolm_jax.attention.dense import MASKED
+from esolm_jax.attention.recompute import pad_to_multiple
+from esolm_jax.model.model_config import ModelConfig
+from esolm_jax.sampling.engine import cpu_kernels
+from esolm_jax.sampling.engine.cache import (
+    SLOTS,
+    Entries,
+    Heads,
+    KeyValue,
+    Visible,
+    entries_of,
+)
+
+AXES = ("rows", "heads")  # logical axes of all arrays of a cache
+PREFIXES = 8
+QUERY_CHUNK = 256  # tokens of a window that attend at a time: bounds the memory of their scores
+
+
+@flax.struct.dataclass
+class NoCache:
+    """See cache.no_cache."""
+
+    def attend(self, block: int, heads: Heads, visible: Visible):
+        del block
+        return _attend(heads, lambda *qkv: _attend_prefix(*qkv, visible, 0, None))
+
+    def pending(self, pairs: list[KeyValue], output) -> Entries:
+        del pairs, output
+        return Entries.none()
+
+    def write(self, entries: Entries, start_B) -> Self:
+        del entries, start_B
+        return self
+
+
+def no_cache(mesh: Mesh | None) -> NoCache:
+    del mesh
+    return NoCache()
+
+
+@flax.struct.dataclass
+class PrefixCache:
+    """Keys and values of S slots for each block.
+
+    Attributes:
+      keys: [block], [B, G, J, K, I]: J groups of I interleaved slots, see cpu_kernels.key_slots.
+      values: [block], [B, G, S, K].
+      aligned: all rows write to the same slots.
+    """
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+    aligned: bool = flax.struct.field(pytree_node=False, default=False)
+
+    @property
+    def prefixes(self) -> list[int]:
+        """Numbers of slots that a pass may read: it reads the smallest that holds all filled
+        ones."""
+        slots = self.values[0].shape[2]
+        unit = SLOTS * -(-slots // (PREFIXES * SLOTS))
+        return [*range(unit, slots, unit), slots]
+
+    def attend(self, block: int, heads: Heads, visible: Visible):
+        past, prefixes = (self.keys[block], self.values[block]), self.prefixes
+        index = jnp.sum(visible.filled.max() > jnp.array(prefixes[:-1], jnp.int32))
+
+        def attention(*qkv):
+            run = functools.partial(_attend_prefix, *qkv, visible)
+            return jax.lax.switch(index, [functools.partial(run, n) for n in prefixes], past)
+
+        return _attend(heads, attention)
+
+    def pending(self, pairs: list[KeyValue], output) -> Entries:
+        return entries_of(pairs, output)
+
+    def write(self, entries: Entries, start_B) -> Self:
+        start_B = start_B + entries.reads_done
+
+        def put_all(one, olds, news):
+            start, axis = (start_B[0], None) if self.aligned else (start_B, 0)
+            put = jax.vmap(one, in_axes=(0, 0, axis))
+            news = (jnp.moveaxis(new, 1, 2) for new in news)
+            return tuple(put(old, new, start) for old, new in zip(olds, news, strict=True))
+
+        return self.replace(
+            keys=put_all(_put_keys, self.keys, entries.keys),
+            values=put_all(_put, self.values, entries.values),
+        )
+
+
+def empty(
+    config: ModelConfig, batch: int, slots: int, mesh: Mesh | None, aligned: bool
+) -> PrefixCache:
+    interleaved, width = cpu_kernels.key_slots(mesh), config.head_width
+
+    def zeros(*shape):
+        zero = jnp.zeros((batch, config.groups, *shape), config.dtype)
+        return tuple(zero for _ in range(config.blocks))
+
+    keys = zeros(slots // interleaved, width, interleaved)
+    return PrefixCache(keys=keys, values=zeros(slots, width), aligned=aligned)
+
+
+def _attend(heads: Heads, attention):
+    """See KVCache.attend. `attention`: queries [B, G, R, W, K], (keys, values [B, G, W, K]) →
+    [B, G, R, W, K]."""
+    q, k, v = heads.ready()
+    window = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
+    a_BGRWK = attention(jnp.moveaxis(q, 1, 3), window)
+    return jnp.moveaxis(a_BGRWK, 3, 1), (k, v)
+
+
+def _attend_prefix(q_BGRWK, window, visible: Visible, prefix: int, past):
+    """Attention to the window's (keys, values) and to the cache's slots below `prefix`, for
+    QUERY_CHUNK tokens at a time."""
+    run = functools.partial(
+        _attend_chunk, window=window, filled_B=visible.filled, prefix=prefix, past=past
+    )
+    *heads, width, head_width = q_BGRWK.shape
+    chunks = -(-width // QUERY_CHUNK)
+    if chunks == 1:
+        return run(q_BGRWK, visible.window_BWW)
+    size = -(-width // chunks)
+    q = pad_to_multiple(q_BGRWK, 3, size).reshape(*heads, chunks, size, head_width)
+    mask = pad_to_multiple(visible.window_BWW, 1, size).reshape(-1, chunks, size, width)
+    each = jnp.moveaxis(q, 3, 0), jnp.moveaxis(mask, 1, 0)
+    out = jnp.moveaxis(jax.lax.map(lambda chunk: run(*chunk), each), 0, 3)
+    return out.reshape(*heads, chunks * size, head_width)[:, :, :, :width]
+
+
+def _attend_chunk(q_BGRWK, mask_BWW, *, window, filled_B, prefix: int, past):
+    """Softmax in float32."""
+    k_BGWK, v_BGWK = window
+    batch, groups, per_group, queries, head_width = q_BGRWK.shape
+    width = k_BGWK.shape[2]
+    q = q_BGRWK.reshape(batch, groups, per_group * queries, head_width)
+    here = cpu_kernels.attention_scores(q, k_BGWK[..., None], width)
+    here = here.reshape(q_BGRWK.shape[:4] + (width,))
+    here = jnp.where(mask_BWW[:, None, None], here, MASKED).reshape(*q.shape[:3], width)
+    parts = [(here, lambda p: cpu_kernels.weighted_values(p, v_BGWK, width))]
+    if prefix:
+        keys, values = past
+        scores = _scores_of_cache(q, keys, prefix, filled_B)
+        parts.append((scores, lambda p: cpu_kernels.weighted_values(p, values, prefix)))
+    top = functools.reduce(jnp.maximum, [scores.max(-1, keepdims=True) for scores, _ in parts])
+    total, out = 0.0, 0.0
+    for scores, weigh in parts:
+        p = jnp.exp(scores - top)
+        total, out = total + p.sum(-1, keepdims=True), out + weigh(p.astype(v_BGWK.dtype))
+    return (out / total).reshape(q_BGRWK.shape)
+
+
+def _scores_of_cache(q_BGTK, keys_BGJKI, prefix: int, filled_B):
+    """[B, G, T, prefix]. The slots become one axis at the end only: XLA does not vectorise a loop
+    over both."""
+    interleaved = keys_BGJKI.shape[4]
+    parts = prefix // interleaved
+    slot = jnp.arange(prefix).reshape(1, parts, interleaved)
+
+    def some():
+        seen = slot < filled_B[:, None, None]
+        scores = cpu_kernels.attention_scores(q_BGTK, keys_BGJKI, parts)
+        return jnp.where(seen[:, None, None], scores, MASKED)
+
+    none = functools.partial(jnp.full, (*q_BGTK.shape[:3], parts, interleaved), MASKED, jnp.float32)
+    # The branch also keeps XLA from computing the scores twice, for the maximum and for exp.
+    scores = jax.lax.cond(filled_B.max() > 0, some, none)
+    return scores.reshape(*q_BGTK.shape[:3], prefix)
+
+
+def _put(old_GSK, new_GWK, start):
+    return jax.lax.dynamic_update_slice_in_dim(old_GSK, new_GWK, start, axis=1)
+
+
+def _put_keys(old_GJKI, new_GWK, start):
+    """Updates all J that W slots may touch, as one slice."""
+    groups, parts, width, interleaved = old_GJKI.shape
+    touched = min(parts, 1 + -(-(new_GWK.shape[1] - 1) // interleaved))
+    first = jnp.minimum(start // interleaved, parts - touched)
+    part = jax.lax.dynamic_slice_in_dim(old_GJKI, first, touched, axis=1)
+    slots = part.swapaxes(2, 3).reshape(groups, touched * interleaved, width)
+    slots = _put(slots, new_GWK, start - first * interleaved)
+    part = slots.reshape(groups, touched, interleaved, width).swapaxes(2, 3)
+    return jax.lax.dynamic_update_slice_in_dim(old_GJKI, part, first, axis=1)
