@@ -1,8 +1,10 @@
-"""python -m esolm_jax.compile --config=FILE --topology=v5e:16x16: the cost of a
-training step on a pod, from the pod's compiler, without the pod.
+"""python -m esolm_jax.compile --config=FILE --topology=v5e:16x16: the cost of a program on TPUs or
+GPUs, from their compiler, without the devices.
 
-Compiles the step that `train` runs. Prints, and saves as JSON, the memory, FLOPs and bytes sent of
-one chip, compared with lower bounds from the model's shape. Exit code 1 if it does not fit.
+Compiles the step that `train` runs, a batch of `evaluate`, or the loop that `sample` runs
+(--program). Prints, and saves as JSON, the memory, FLOPs and bytes sent of one chip, compared with
+lower bounds from the model's shape; of `sample`, what one pass launches and moves. Exit code 1 if
+it does not fit.
 """
 
 import itertools
@@ -18,7 +20,7 @@ from tqdm import tqdm
 
 from esolm_jax import cli, results
 from esolm_jax import config as config_lib
-from esolm_jax.aot import programs, topology
+from esolm_jax.aot import decoding, evaluation, topology
 from esolm_jax.aot import report as report_lib
 from esolm_jax.data.manifest import planned_tokenizer
 from esolm_jax.errors import UserError
@@ -28,12 +30,13 @@ from esolm_jax.parallel import sharding
 from esolm_jax.training.train_step import Trainer
 
 GIB = 2.0**30
+PROGRAMS = ("train", "evaluate", "sample")
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("topology", None, "The pod, such as v5e:16x16.")
-    flags.DEFINE_integer("num_slices", 1, "Number of pods, joined by a slow network.", 1)
-    flags.DEFINE_enum("program", "train", ("train", *programs.OTHERS), "What to compile.")
+    flags.DEFINE_string("topology", None, "The devices, such as v5e:16x16, h100:8 or h100:8x8.")
+    flags.DEFINE_integer("num_slices", 1, "Number of TPU pods, joined by a slow network.", 1)
+    flags.DEFINE_enum("program", "train", PROGRAMS, "What to compile.")
     flags.DEFINE_string("out", None, "The JSON file to write; default compile.json.")
     flags.DEFINE_bool("sweep", False, "Try meshes and remat policies, and print a table.")
 
@@ -96,7 +99,7 @@ def measure(config, name: str, num_slices: int = 1) -> dict:
     training = make_training(config, name, num_slices)
     figures = describe(config, training, name, num_slices)
     begin = time.perf_counter()
-    chip, _ = topology.parse(name)
+    chip = topology.parse(name)
     try:
         compiled = compile_step(training)
     except OutOfMemory as error:
@@ -206,7 +209,7 @@ def main(config, workdir: pathlib.Path | None) -> None:
     if not f.topology:
         raise UserError(f"--topology is missing: must be one of {topology.listed()}")
     config_lib.validate(config)
-    jax.config.update("jax_platforms", "cpu")  # the TPU's compiler is here, but no TPU
+    jax.config.update("jax_platforms", "cpu")  # the compiler is here, not the devices
     out = pathlib.Path(f.out or "compile.json")
     if f.sweep:
         rows = sweep(config, f.topology, f.num_slices)
@@ -215,8 +218,9 @@ def main(config, workdir: pathlib.Path | None) -> None:
         figures: object = rows
     elif f.program != "train":
         training = make_training(config, f.topology, f.num_slices)
-        figures = programs.measure(f.program, config, training, topology.parse(f.topology)[0])
-        programs.show(figures)
+        program = {"evaluate": evaluation, "sample": decoding}[f.program]
+        figures = program.measure(config, training, topology.parse(f.topology))
+        program.show(figures)
         fits = figures["hbm"]["fits"]
     else:
         figures = measure(config, f.topology, f.num_slices)

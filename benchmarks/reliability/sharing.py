@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import pathlib
 import shutil
 
@@ -47,6 +48,7 @@ def readers(folder: pathlib.Path, reads: int) -> list[dict]:
     expect_success(verbs.run("prepare", [*args, f"--workdir={folder}"]))
     workdir = folder / "read"
     writer = verbs.start("train", [*args, f"--workdir={workdir}"])
+    os.setpriority(os.PRIO_PROCESS, writer.pid, 19)  # it saves at every step also if it waits
     rows = []
     for what, function, share in (("evaluate", _evaluate, 0.8), ("sample", _sample, 0.2)):
         count = max(1, round(share * reads))

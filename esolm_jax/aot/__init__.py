@@ -1,8 +1,10 @@
 """Ahead-of-time compilation: the cost of a program on a pod, computed without the pod.
 
-topology.py     TPU pods that the compiler supports, and the specifications of their chips
-programs.py     the programs: a training step, a batch of evaluation, a sampler step
+chips.py        the specifications of TPUs and GPUs
+topology.py     TPU pods and GPU clusters that the compilers support
+evaluation.py   a batch of evaluation; decoding.py: the loop of `sample`
 hlo.py          costs from optimised HLO text (hlo_parse, hlo_loops, hlo_products, hlo_collectives)
+hlo_traffic.py  what one pass of a loop launches, reads and writes
 lower_bound.py  lower bounds: FLOPs of the model's shape, bytes of its sharding
-report.py       compares both
+report.py       compares a training step with them
 """

@@ -4,7 +4,10 @@ The loop is that of config.sample: its schedule, number of texts and length, wit
 """
 
 import functools
+import itertools
 import math
+import pathlib
+import tempfile
 import time
 
 import jax
@@ -13,13 +16,13 @@ import numpy as np
 from esolm_jax.aot import hlo_traffic
 from esolm_jax.aot.chips import Chip
 from esolm_jax.aot.hlo_parse import Shape
+from esolm_jax.parallel import sharding
 from esolm_jax.sampling.engine import network as network_lib
 from esolm_jax.sampling.engine.network import Network
 from esolm_jax.sampling.generate import Generator
 from esolm_jax.sampling.loops.loop import Program
 from esolm_jax.sampling.plan.canvas import Canvas
 from esolm_jax.sampling.plan.passes import DecodePlan
-from esolm_jax.parallel import sharding
 from esolm_jax.training.train_step import Trainer
 
 
@@ -41,9 +44,12 @@ def measure(config, training: Trainer, chip: Chip) -> dict:
     """Compiles the programs of the loop. Figures of one chip; those of a pass are of the program
     with most passes' work: the one whose loop moves most bytes."""
     generates, network = generator(config, training), abstract_network(training)
-    begin = time.perf_counter()
-    programs = generates.loop.compiled(network)
-    seconds = time.perf_counter() - begin
+    with tempfile.TemporaryDirectory() as dump:
+        options = {"xla_dump_to": dump} if chip.platform == "gpu" else {}
+        begin = time.perf_counter()
+        programs = generates.loop.compiled(network, **options)
+        seconds = time.perf_counter() - begin
+        graphs = _graphs(pathlib.Path(dump))
     filled = mean_filled(generates)
     texts = [program.function.as_text() for program in programs]
     attention = functools.partial(_attention_bytes, filled, config.model.dtype)
@@ -65,6 +71,7 @@ def measure(config, training: Trainer, chip: Chip) -> dict:
         "kernels_per_pass": one_pass.kernels,
         "conditionals_in_loop": one_pass.conditionals,
         "host_transfers_in_loop": one_pass.host_transfers,
+        **graphs,
         "bytes_per_pass": one_pass.bytes,
         "necessary_bytes_per_pass": needed,
         "bytes_ratio": one_pass.bytes / needed,
@@ -96,7 +103,9 @@ def necessary_bytes(network: Network, config, plan: DecodePlan, filled: float) -
         shape = array.sharding.shard_shape(array.shape)
         return math.prod(shape) * array.dtype.itemsize
 
-    weights = sum(map(local, jax.tree.leaves((network.blocks, network.logits, network.logits_bias))))
+    weights = sum(
+        map(local, jax.tree.leaves((network.blocks, network.logits, network.logits_bias)))
+    )
     model, mesh = network.config, network.logits.sharding.mesh
     rows = plan.order.shape[0] / sharding.num_row_shards(mesh)
     itemsize = jax.numpy.dtype(model.dtype).itemsize
@@ -107,14 +116,44 @@ def necessary_bytes(network: Network, config, plan: DecodePlan, filled: float) -
 
 
 def _attention_bytes(filled: float, dtype: str, operands: tuple[Shape, ...]) -> float:
-    """Of decode_attention, from the shapes of its operands."""
-    from esolm_jax.sampling.engine import decode_kernel
+    """Of decode_attention, from the shapes of its operands: of the caches [N, B, S, G·K], the
+    filled slots."""
+    from esolm_jax.sampling.engine import decode_gpu, decode_tpu
 
-    products, *caches = [shape.sizes for shape in operands if len(shape.sizes) == 5]
-    batch, window, groups, heads, width = products
-    slots = caches[0][2] if caches else 0
-    sizes = decode_kernel.Sizes(batch, groups, heads - 2, window, width, slots)
-    return decode_kernel.attention_bytes(sizes, jax.numpy.dtype(dtype).itemsize, filled)
+    itemsize = jax.numpy.dtype(dtype).itemsize
+    caches = [shape.sizes for shape in operands if len(shape.sizes) == 4]
+    products = [shape.sizes for shape in operands if len(shape.sizes) == 5]
+    if products:
+        batch, window, groups, heads, width = products[0]
+        slots = caches[0][2] if caches else 0
+        sizes = decode_gpu.Sizes(batch, groups, heads - 2, window, width, slots)
+        return decode_gpu.attention_bytes(sizes, itemsize, filled)
+    _, batch, slots, lanes = caches[0]
+    rest = sum(shape.stored_bytes for shape in operands if len(shape.sizes) != 4)
+    return rest + decode_tpu.attention_bytes(batch, slots, lanes, itemsize, filled)
+
+
+def _graphs(dump: pathlib.Path) -> dict:
+    """Of a GPU's loop: how many CUDA graphs one pass launches, and how many kernels outside of
+    them, from what XLA writes about its schedule. {} on other platforms."""
+    graphs, outside, most = 0, 0, 0
+    for path in dump.glob("*.thunk_sequence_after_thunk_passes.txt"):
+        lines = path.read_text().splitlines()
+        bodies = [n for n, line in enumerate(lines) if line.strip() == "body:"]
+        for start, stop in itertools.pairwise([*bodies, len(lines)]):
+            inside = [
+                line for line in lines[start + 1 : stop] if _depth(line) > _depth(lines[start])
+            ]
+            if len(inside) > most:
+                most, top = len(inside), min(map(_depth, inside))
+                kinds = [line.split(": ")[1] for line in inside if _depth(line) == top]
+                graphs = sum(kind.startswith("kCommandBuffer") for kind in kinds)
+                outside = len(kinds) - graphs
+    return {"graphs_per_pass": graphs, "kernels_outside_graphs": outside} if most else {}
+
+
+def _depth(line: str) -> int:
+    return len(line) - len(line.lstrip())
 
 
 def _memory(programs: list[Program], chip: Chip) -> dict:
@@ -147,7 +186,13 @@ def show(figures: dict) -> None:
         f"  {'kernels':<20}{figures['kernels_per_pass']:10.0f}\n"
         f"  {'conditionals':<20}{figures['conditionals_in_loop']:10.0f}\n"
         f"  {'host transfers':<20}{figures['host_transfers_in_loop']:10.0f}\n"
-        f"  {'MB moved':<20}{figures['bytes_per_pass'] / 1e6:10.1f}\n"
+        + (
+            f"  {'CUDA graphs':<20}{figures['graphs_per_pass']:10}, kernels outside of them "
+            f"{figures['kernels_outside_graphs']}\n"
+            if "graphs_per_pass" in figures
+            else ""
+        )
+        + f"  {'MB moved':<20}{figures['bytes_per_pass'] / 1e6:10.1f}\n"
         f"  {'MB necessary':<20}{figures['necessary_bytes_per_pass'] / 1e6:10.1f}  "
         f"ratio {figures['bytes_ratio']:.2f}\n"
         f"  {'ms at least':<20}{1e3 * figures['seconds_per_pass_at_least']:10.3f}"

@@ -14,9 +14,7 @@ from esolm_jax.aot.hlo_parse import Computation, Instruction, Module, Shape, par
 
 _NOTHING = {  # instructions that launch nothing
     "after-all", "bitcast", "constant", "get-tuple-element", "opt-barrier", "parameter",
-    "partition-id", "replica-id", "tuple",
-    "async-done", "async-update", "copy-done", "recv-done", "send-done",
-    "all-gather-done", "all-reduce-done", "collective-permute-done",
+    "partition-id", "replica-id", "tuple", "async-update",
 }  # fmt: skip
 _MARKS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "Sharding")  # custom calls without work
 _HOST = {"infeed", "outfeed", "send", "recv"}
@@ -93,7 +91,11 @@ class _Reader:
         return total
 
     def _instruction(self, i: Instruction, frame: Frame) -> Traffic:
-        if i.opcode in _NOTHING or any(f'"{mark}"' in i.attributes for mark in _MARKS):
+        if (
+            i.opcode in _NOTHING
+            or i.opcode.endswith("-done")
+            or any(f'"{mark}"' in i.attributes for mark in _MARKS)
+        ):
             return Traffic()
         if i.opcode == "while":
             count = trip_count(i, frame)
@@ -132,8 +134,10 @@ class _Reader:
             return 2 * _stored(i.shapes)
         if i.opcode in ("dynamic-update-slice", "scatter"):
             return 2 * _stored(operands[1 if i.opcode[0] == "d" else 2].shapes)
-        if i.opcode in ("copy-start", "all-gather-start", "all-reduce-start"):
-            return sum(_stored(o.shapes) for o in operands) + _stored(i.shapes[:1])
+        if i.opcode in ("copy-start", "slice-start"):  # of a prefetch, one side is on the chip
+            to = i.shapes[0 if i.opcode == "copy-start" else 1]
+            ends = [*(s for o in operands for s in o.shapes), to]
+            return to.stored_bytes * sum(not end.is_on_chip for end in ends)
         return sum(_stored(o.shapes) for o in operands) + _stored(i.shapes)
 
 

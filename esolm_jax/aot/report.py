@@ -201,7 +201,7 @@ def roofline(flops: float, needed: float, sent: float, hbm: dict, chip: Chip) ->
     state = hbm["parameters"] + hbm["ema"] + hbm["optimizer"]
     compute = flops / chip.flops
     memory_seconds = 2 * (state + hbm["activations"]) / chip.hbm_bandwidth
-    network = sent / chip.ici_bandwidth
+    network = sent / chip.link_bandwidth
     seconds = max(compute, memory_seconds, network)
     return {
         "compute_seconds": compute,

@@ -4,6 +4,7 @@
 of eight.
 """
 
+import dataclasses
 import importlib.util
 import math
 import os
@@ -28,7 +29,8 @@ KNOWN = {
 
 
 def parse(topology: str) -> Chip:
-    """The chip of a topology such as "v5e:16x16" or "h100:8".
+    """The chip of a topology such as "v5e:16x16" or "h100:8". On several nodes of GPUs, its
+    link_bandwidth is that of the network between them, as if all that is sent went over it.
 
     Raises:
       UserError: an unknown topology; the message lists the known ones.
@@ -38,7 +40,10 @@ def parse(topology: str) -> Chip:
         raise UserError(
             f"--topology={topology}: must be one of {listed()}{nearest(topology, known)}"
         )
-    return CHIPS[topology.split(":")[0]]
+    name, shape = topology.split(":")
+    chip = CHIPS[name]
+    across_nodes = chip.platform == "gpu" and "x" in shape
+    return dataclasses.replace(chip, link_bandwidth=chip.node_bandwidth) if across_nodes else chip
 
 
 def listed() -> str:
@@ -48,14 +53,6 @@ def listed() -> str:
 
 def num_chips(topology: str) -> int:
     return math.prod(int(n) for n in re.findall(r"\d+", topology.split(":")[1]))
-
-
-def network_bandwidth(topology: str) -> float:
-    """Bytes per second that a device can send in a collective; between the nodes of a GPU cluster
-    that of the slower network, as if all went over it."""
-    chip = parse(topology)
-    across_nodes = chip.platform == "gpu" and "x" in topology.split(":")[1]
-    return chip.node_bandwidth if across_nodes else chip.link_bandwidth
 
 
 def devices(topology: str, num_slices: int = 1) -> list:
@@ -69,8 +66,8 @@ def devices(topology: str, num_slices: int = 1) -> list:
         return _tpus(topology, chip, num_slices)
     if num_slices > 1:
         raise UserError(
-            f"--num_slices={num_slices}: must be 1 with --topology={topology}, because GPUs have no "
-            "slices"
+            f"--num_slices={num_slices}: must be 1 with --topology={topology}, because GPUs have "
+            "no slices"
         )
     return _gpus(topology)
 

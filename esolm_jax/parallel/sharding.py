@@ -85,19 +85,19 @@ def mesh_shape(mesh_config, num_devices: int) -> dict[str, int]:
 
 
 def make_mesh(mesh_config, devices: Sequence | None = None) -> Mesh:
-    """The mesh of config.mesh over `devices` (default: all, or the first config.mesh.devices).
+    """The mesh of config.mesh over the first config.mesh.devices (0 = all) of `devices` (default:
+    all that JAX has).
 
     Several TPU slices: `data` goes over the slow network between them. Raises UserError if the
     axes do not multiply to the devices.
     """
-    if devices is None:
-        devices = jax.devices()
-        if mesh_config.devices > len(devices):
-            raise UserError(
-                f"config.mesh.devices={mesh_config.devices}: must be at most {len(devices)}, the "
-                "number of devices"
-            )
-        devices = devices[: mesh_config.devices or None]
+    devices = jax.devices() if devices is None else devices
+    if mesh_config.devices > len(devices):
+        raise UserError(
+            f"config.mesh.devices={mesh_config.devices}: must be at most {len(devices)}, the "
+            "number of devices"
+        )
+    devices = devices[: mesh_config.devices or None]
     shape = mesh_shape(mesh_config, len(devices))
     sizes = tuple(shape.values())
     slices = len({getattr(d, "slice_index", 0) for d in devices})

@@ -13,8 +13,8 @@ from esolm_jax.config import default_config
 from esolm_jax.family.labels import Tokens
 from esolm_jax.model import transformer as model
 from esolm_jax.parallel import sharding
-from esolm_jax.sampling.engine import cache as cache_lib
-from esolm_jax.sampling.engine import cpu_kernels, network
+from esolm_jax.sampling.engine import caches, cpu_kernels, decode_tpu, network, prefix_cache
+from esolm_jax.sampling.engine.cache import entries_of
 from esolm_jax.sampling.engine.network import Window
 
 LENGTH = 12
@@ -71,18 +71,39 @@ def assert_near(found, want):
     np.testing.assert_allclose(found, want, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("key_slots", [1, cpu_kernels.KEY_SLOTS])
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_are_those_of_the_model(name, key_slots, monkeypatch):
-    """In one pass without a cache, and in pieces with one, its keys as on any device."""
-    monkeypatch.setattr(cpu_kernels, "key_slots", lambda mesh: key_slots)
+def test_logits_are_those_of_the_model(name):
+    """In one pass without a cache, and in pieces with one."""
+    check_passes(name)
+
+
+@pytest.mark.parametrize("name", ["dit", "llama, all parts"])
+def test_logits_with_keys_that_are_not_interleaved(name, monkeypatch):
+    monkeypatch.setattr(cpu_kernels, "key_slots", lambda mesh: 1)
+    check_passes(name)
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+@pytest.mark.parametrize("name", ["dit, all parts", "gpt2", "llama, all parts"])
+def test_logits_by_the_kernels_of_a_platform(name, platform, monkeypatch):
+    monkeypatch.setitem(caches.KERNELS, "cpu", (platform, True))
+    check_passes(name)
+
+
+def test_logits_of_windows_too_wide_for_the_tpu_kernel(monkeypatch):
+    monkeypatch.setitem(caches.KERNELS, "cpu", ("tpu", True))
+    monkeypatch.setattr(decode_tpu, "ROWS", 0)
+    check_passes("llama, all parts")
+
+
+def check_passes(name):
     config = MODELS[name]
     net = network.fold(config, params_of(config))
     want = np.asarray(wanted(config))
     assert np.ptp(want, axis=(0, 1)).min() > 0.1  # they depend on what is read
-    assert_near(run(net, cache_lib.NoCache(), 0, LENGTH)[0], want)
-    cache = cache_lib.empty_cache.__wrapped__(config, len(want), LENGTH + 5, aligned=True)
-    assert {keys.shape[4] for keys in cache.keys} == {key_slots}
+    assert_near(run(net, caches.no_cache(None), 0, LENGTH)[0], want)
+    sizes = len(want), caches.round_up(LENGTH + 5), None, True, caches.KERNELS.get("cpu")
+    cache = caches._zeros.__wrapped__(config, *sizes)
     # Pieces of unlike sizes for some models; for the others of one size, to compile once.
     unlike = name in ("dit", "llama, all parts")
     for low, width in ((0, 5), (5, 5), (10, 2)) if unlike else ((0, 4), (4, 4), (8, 4)):
@@ -102,22 +123,23 @@ def on_a_mesh(config):
 def test_logits_on_a_mesh_are_those_of_the_model(name):
     config = MODELS[name]
     _, net = on_a_mesh(config)
-    assert_near(run(net, cache_lib.NoCache(), 0, LENGTH)[0], np.asarray(wanted(config)))
+    assert_near(run(net, prefix_cache.NoCache(), 0, LENGTH)[0], np.asarray(wanted(config)))
 
 
 @pytest.mark.parametrize("has_mesh", [False, True])
 @pytest.mark.parametrize("name", ["dit", "llama, all parts"])
 def test_a_long_window_attends_in_parts(name, has_mesh, monkeypatch):
     """Of equal size, and with a rest."""
-    monkeypatch.setattr(cache_lib, "QUERY_CHUNK", 4)
+    monkeypatch.setattr(prefix_cache, "QUERY_CHUNK", 4)
     fresh = jax.jit(lambda *args: run.__wrapped__(*args), static_argnums=3)  # lest it is known
     config, want = MODELS[name], np.asarray(wanted(MODELS[name]))
     mesh, net = on_a_mesh(config) if has_mesh else (None, network.fold(config, params_of(config)))
     assert (
-        f"<{LENGTH // 4}x{len(want)}x" in fresh.lower(net, cache_lib.NoCache(), 0, LENGTH).as_text()
+        f"<{LENGTH // 4}x{len(want)}x"
+        in fresh.lower(net, prefix_cache.NoCache(), 0, LENGTH).as_text()
     )
-    assert_near(fresh(net, cache_lib.NoCache(), 0, LENGTH)[0], want)
-    cache = cache_lib.empty_cache(config, len(want), LENGTH, mesh, aligned=True)
+    assert_near(fresh(net, prefix_cache.NoCache(), 0, LENGTH)[0], want)
+    cache = caches.empty_cache(config, len(want), LENGTH, mesh, aligned=True)
     for low, width in ((0, 5), (5, 7)):
         logits, cache = fresh(net, cache, low, width)
         assert_near(logits, want[:, low : low + width])
@@ -151,20 +173,31 @@ def test_parameters_that_it_does_not_know_are_refused(place, monkeypatch):
         network.fold(GPT2, params)
 
 
+@pytest.mark.parametrize("kernels", [None, ("gpu", True)])
 @pytest.mark.parametrize("slots", [24, 128])
 @pytest.mark.parametrize("aligned", [True, False])
-def test_what_a_pass_returned_lies_in_its_slots(slots, aligned):
+def test_what_a_pass_returned_lies_in_its_slots(slots, aligned, kernels, monkeypatch):
+    if kernels:
+        monkeypatch.setitem(caches.KERNELS, "cpu", kernels)
     config = dataclasses.replace(DIT, blocks=2)
-    cache = cache_lib.empty_cache(config, 3, slots, aligned=aligned)
-    wide = [np.random.default_rng(i).random((3, config.groups, 4, 8)) for i in range(4)]
+    cache = caches.empty_cache(config, 3, slots, aligned=aligned)
+    wide = [np.random.default_rng(i).random((3, 4, config.groups, 8)) for i in range(4)]
     wide = [jnp.asarray(np.repeat(a, config.head_width // 8, 3), jnp.float32) for a in wide]
-    keys, values = wide[:2], wide[2:]
+    pairs = list(zip(wide[:2], wide[2:], strict=True))
     start = jnp.array([7, 7, 7] if aligned else [0, slots - 4, 9])
-    found = cache.write(cache.pending(keys, values, start), start)
-    for row, at in enumerate(start.tolist()):
-        want = np.zeros((2, config.groups, slots, config.head_width), np.float32)
-        want[:, :, at : at + 4] = [value[row] for value in values]
-        np.testing.assert_array_equal([value[row] for value in found.values], want)
-        want[:, :, at : at + 4] = [key[row] for key in keys]
-        have = [key[row].swapaxes(2, 3).reshape(want.shape[1:]) for key in found.keys]
-        np.testing.assert_array_equal(have, want)
+    found = cache.write(entries_of(pairs, start), start)
+    for block, pair in enumerate(pairs):
+        for have, new in zip(slots_of(found, block), pair, strict=True):
+            want = np.zeros((3, slots, config.groups, config.head_width), np.float32)
+            for row, at in enumerate(start.tolist()):
+                want[row, at : at + 4] = new[row]
+            np.testing.assert_array_equal(have.reshape(want.shape), want)
+
+
+def slots_of(cache, block):
+    """Keys and values of a block, [B, S, G, K]."""
+    if not isinstance(cache, prefix_cache.PrefixCache):
+        return cache.keys[block], cache.values[block]
+    keys, values = cache.keys[block], cache.values[block]
+    keys = keys.swapaxes(3, 4).reshape(values.shape)
+    return keys.swapaxes(1, 2), values.swapaxes(1, 2)

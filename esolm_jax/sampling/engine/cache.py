@@ -1,25 +1,21 @@
-"""The interface of the KV cache, and the choice of its implementation.
+"""The interface of the KV cache.
 
 A window of W tokens reads itself by the attention rule, and all filled slots of the cache. The
 loops and the network see `attend`, `pending` and `write` only. Layouts, prefixes, kernels and the
 order of reads and writes are private to prefix_cache.py and kernel_cache.py.
 """
 
-import functools
 from typing import Protocol, Self
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from esolm_jax.family.rule import visible
 from esolm_jax.model import layers, rope
 from esolm_jax.model.model_config import ModelConfig
-from esolm_jax.parallel import sharding
 
 KeyValue = tuple[jax.Array, jax.Array]
-SLOTS, FEW_SLOTS = 64, 8  # the number of slots is a multiple, so that all parts have one size
 
 
 @flax.struct.dataclass
@@ -129,43 +125,3 @@ def entries_of(pairs: list[KeyValue], output) -> Entries:
     reads_done = jnp.minimum((output > jnp.inf).astype(jnp.int32).min(), 0)
     keys, values = zip(*pairs, strict=True)
     return Entries(keys, values, reads_done)
-
-
-def round_up(slots: int) -> int:
-    """The number of slots of a cache of at least that many."""
-    unit = SLOTS if slots > SLOTS else FEW_SLOTS
-    return unit * -(-slots // unit)
-
-
-def _implementation(mesh: Mesh | None):
-    """The module of caches for the devices of a mesh."""
-    from esolm_jax.sampling.engine import kernel_cache, prefix_cache
-
-    return kernel_cache if sharding.platform(mesh) == "gpu" else prefix_cache
-
-
-def no_cache(mesh: Mesh | None) -> KVCache:
-    """The cache of families that run the whole text in every pass: a window reads itself only."""
-    return _implementation(mesh).no_cache(mesh)
-
-
-def empty_cache(
-    config: ModelConfig, batch: int, slots: int, mesh: Mesh | None = None, aligned: bool = False
-) -> KVCache:
-    """A cache for B = `batch` rows of at least `slots`, a window's margin included; rows are
-    sharded over the mesh as their tokens are.
-
-    Args:
-      aligned: all rows write to the same slots, which is faster.
-      mesh: None = one device. Of described devices (aot/topology.py): shapes alone.
-    """
-    kind = _implementation(mesh)
-    make = functools.partial(kind.empty, config, batch, round_up(slots), mesh, aligned)
-    if mesh is None:
-        return jax.jit(make)()
-    where = jax.tree.map(
-        lambda _: sharding.named_sharding(mesh, *kind.AXES), jax.eval_shape(make)
-    )
-    if sharding.is_compile_only(mesh):
-        return sharding.abstract(make, where)
-    return jax.jit(make, out_shardings=where)()

@@ -1,6 +1,5 @@
-"""The KV cache of GPUs: one kernel reads the filled slots, and a pass writes to all blocks at once.
-
-No instruction but the write in place produces an array of the cache's size.
+"""The KV cache of GPUs and TPUs: one kernel reads the filled slots, and a pass writes to all blocks
+at once. No instruction but the write in place produces an array of the cache's size.
 """
 
 import functools
@@ -13,45 +12,65 @@ from jax.sharding import Mesh, PartitionSpec
 
 from esolm_jax.model.model_config import ModelConfig
 from esolm_jax.parallel import sharding
+from esolm_jax.sampling.engine import prefix_cache
 from esolm_jax.sampling.engine.cache import Entries, Heads, KeyValue, Visible, entries_of
 
 AXES = (None, "rows", None, "heads")  # logical axes of all arrays of a cache
-INTERPRET = False  # tests run the kernels in Python
 
 
-def _attend(mesh: Mesh | None, heads: Heads, visible: Visible, past, block: int):
-    """The kernel, on each device's rows and groups."""
-    from esolm_jax.sampling.engine import decode_kernel  # importing Pallas takes a second
+def _attend_with(platform: str, heads: Heads, visible: Visible, past, block: int, interpret: bool):
+    """The kernel of a platform. Importing Pallas takes a second."""
+    if platform == "gpu":
+        from esolm_jax.sampling.engine import decode_gpu
 
-    run = functools.partial(decode_kernel.attend, block=block, interpret=INTERPRET)
-    if mesh is None:
-        return run(heads, visible, past)
-    of_heads = Heads(
-        products=sharding.spec("rows", None, "heads"),
-        bias=sharding.spec("heads"),
-        scale=PartitionSpec(),
-        cos=sharding.spec("rows"),
-        sin=sharding.spec("rows"),
-        config=heads.config,
-    )
-    split = sharding.spec("rows", None, "heads")
-    return jax.shard_map(
-        run,
-        mesh=mesh,
-        in_specs=(of_heads, sharding.spec("rows"), sharding.spec(*AXES)),
-        out_specs=(split, (split, split)),
-        check_vma=False,  # Pallas kernels do not declare over which axes their results vary
-    )(heads, visible, past)
+        return decode_gpu.attend(heads, visible, past, block=block, interpret=interpret)
+    from esolm_jax.sampling.engine import decode_tpu
+
+    if past is None or decode_tpu.rows_of(heads) > decode_tpu.ROWS:  # wide: matrix products
+        slots = None if past is None else tuple(of[block] for of in past)
+        return prefix_cache.attend_all(heads, visible, slots)
+    return decode_tpu.attend(heads, visible, past, block=block, interpret=interpret)
 
 
 @flax.struct.dataclass
-class NoCache:
-    """See cache.no_cache."""
+class _Kernels:
+    """Attention by kernels.
+
+    Attributes:
+      mesh: None = one device.
+      platform: "gpu" or "tpu", of the kernel.
+      interpret: run the kernels in Python, on any device.
+    """
 
     mesh: Mesh | None = flax.struct.field(pytree_node=False, default=None)
+    platform: str = flax.struct.field(pytree_node=False, default="gpu")
+    interpret: bool = flax.struct.field(pytree_node=False, default=False)
+
+    def run(self, block: int, heads: Heads, visible: Visible, past=None):
+        """The kernel, on each device's rows and groups."""
+        run = functools.partial(_attend_with, self.platform, block=block, interpret=self.interpret)
+        if self.mesh is None:
+            return run(heads, visible, past)
+        split = sharding.spec("rows", None, "heads")
+        rows = sharding.spec("rows")
+        of_heads = heads.replace(
+            products=split, bias=sharding.spec("heads"), scale=PartitionSpec(), cos=rows, sin=rows
+        )
+        return jax.shard_map(
+            run,
+            mesh=self.mesh,
+            in_specs=(of_heads, rows, sharding.spec(*AXES)),
+            out_specs=(split, (split, split)),
+            check_vma=False,  # kernels do not declare over which axes their results vary
+        )(heads, visible, past)
+
+
+@flax.struct.dataclass
+class NoCache(_Kernels):
+    """See cache.no_cache."""
 
     def attend(self, block: int, heads: Heads, visible: Visible):
-        return _attend(self.mesh, heads, visible, None, block)
+        return self.run(block, heads, visible)
 
     def pending(self, pairs: list[KeyValue], output) -> Entries:
         del pairs, output
@@ -62,27 +81,22 @@ class NoCache:
         return self
 
 
-def no_cache(mesh: Mesh | None) -> NoCache:
-    return NoCache(mesh)
-
-
 @flax.struct.dataclass
-class KernelCache:
+class KernelCache(_Kernels):
     """Keys and values of S slots for each of N blocks.
 
     Attributes:
-      keys, values: [N, B, S, G, K].
-      mesh: None = one device.
+      keys, values: [N, B, S, G·K]: the heads of a slot are adjacent, so that narrow heads waste
+        nothing of a TPU's tiles.
       aligned: all rows write to the same slots.
     """
 
-    keys: jax.Array
-    values: jax.Array
-    mesh: Mesh | None = flax.struct.field(pytree_node=False, default=None)
+    keys: jax.Array | None = None
+    values: jax.Array | None = None
     aligned: bool = flax.struct.field(pytree_node=False, default=False)
 
     def attend(self, block: int, heads: Heads, visible: Visible):
-        return _attend(self.mesh, heads, visible, (self.keys, self.values), block)
+        return self.run(block, heads, visible, (self.keys, self.values))
 
     def pending(self, pairs: list[KeyValue], output) -> Entries:
         return entries_of(pairs, output)
@@ -90,12 +104,12 @@ class KernelCache:
     def write(self, entries: Entries, start_B) -> Self:
         start_B = start_B + entries.reads_done
 
-        def put(old_NBSGK, news):
-            new_NBWGK = jnp.stack(news)
+        def put(old_NBSD, news):
+            new_NBWD = jnp.stack([new.reshape(*new.shape[:2], -1) for new in news])
             if self.aligned:
-                return jax.lax.dynamic_update_slice_in_dim(old_NBSGK, new_NBWGK, start_B[0], 2)
+                return jax.lax.dynamic_update_slice_in_dim(old_NBSD, new_NBWD, start_B[0], 2)
             one = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
-            return jax.vmap(one, in_axes=(1, 1, 0), out_axes=1)(old_NBSGK, new_NBWGK, start_B)
+            return jax.vmap(one, in_axes=(1, 1, 0), out_axes=1)(old_NBSD, new_NBWD, start_B)
 
         return self.replace(
             keys=put(self.keys, entries.keys), values=put(self.values, entries.values)
@@ -103,8 +117,14 @@ class KernelCache:
 
 
 def empty(
-    config: ModelConfig, batch: int, slots: int, mesh: Mesh | None, aligned: bool
+    config: ModelConfig,
+    batch: int,
+    slots: int,
+    mesh: Mesh | None,
+    aligned: bool,
+    kernels: tuple[str, bool],
 ) -> KernelCache:
-    shape = config.blocks, batch, slots, config.groups, config.head_width
-    zero = jnp.zeros(shape, config.dtype)
-    return KernelCache(keys=zero, values=zero, mesh=mesh, aligned=aligned)
+    """Empty slots; `kernels`: platform and interpret."""
+    shape = config.blocks, batch, slots, config.groups * config.head_width
+    zero = sharding.constrain(mesh, jnp.zeros(shape, config.dtype), *AXES)
+    return KernelCache(mesh, *kernels, keys=zero, values=zero, aligned=aligned)

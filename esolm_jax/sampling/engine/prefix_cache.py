@@ -14,9 +14,9 @@ from jax.sharding import Mesh
 from esolm_jax.attention.dense import MASKED
 from esolm_jax.attention.recompute import pad_to_multiple
 from esolm_jax.model.model_config import ModelConfig
+from esolm_jax.parallel import sharding
 from esolm_jax.sampling.engine import cpu_kernels
 from esolm_jax.sampling.engine.cache import (
-    SLOTS,
     Entries,
     Heads,
     KeyValue,
@@ -25,6 +25,7 @@ from esolm_jax.sampling.engine.cache import (
 )
 
 AXES = ("rows", "heads")  # logical axes of all arrays of a cache
+SLOTS = 64  # a prefix is a multiple, so that all parts have one size
 PREFIXES = 8
 QUERY_CHUNK = 256  # tokens of a window that attend at a time: bounds the memory of their scores
 
@@ -44,11 +45,6 @@ class NoCache:
     def write(self, entries: Entries, start_B) -> Self:
         del entries, start_B
         return self
-
-
-def no_cache(mesh: Mesh | None) -> NoCache:
-    del mesh
-    return NoCache()
 
 
 @flax.struct.dataclass
@@ -108,10 +104,26 @@ def empty(
 
     def zeros(*shape):
         zero = jnp.zeros((batch, config.groups, *shape), config.dtype)
-        return tuple(zero for _ in range(config.blocks))
+        return tuple(sharding.constrain(mesh, zero, *AXES) for _ in range(config.blocks))
 
     keys = zeros(slots // interleaved, width, interleaved)
     return PrefixCache(keys=keys, values=zeros(slots, width), aligned=aligned)
+
+
+def attend_all(heads: Heads, visible: Visible, past):
+    """See KVCache.attend; `past`: (keys, values) [B, S, G·K] of which all slots are read, or None.
+    Free of branches, for windows so wide that their products are dear."""
+    if past is None:
+        return NoCache().attend(0, heads, visible)
+    keys, values = (
+        jnp.moveaxis(a.reshape(*a.shape[:2], *heads.products.shape[2::2]), 1, 2) for a in past
+    )
+    slots = keys[..., None], values
+
+    def attention(*qkv):
+        return _attend_prefix(*qkv, visible, values.shape[2], slots)
+
+    return _attend(heads, attention)
 
 
 def _attend(heads: Heads, attention):

@@ -6,7 +6,6 @@ the likelihood of these texts is known. Judge speed and quality from samples.
 """
 
 import dataclasses
-import functools
 
 import flax.struct
 import jax
@@ -19,6 +18,7 @@ from esolm_jax.sampling.engine.choose import TokenSampler, precomputed_gumbel
 from esolm_jax.sampling.engine.network import Network, Window
 from esolm_jax.sampling.loops.loop import (
     Decoded,
+    Jitted,
     Loop,
     Program,
     Task,
@@ -174,7 +174,7 @@ def _most_confident(settings: Settings, logits, is_masked):
     return chosen, keep
 
 
-@functools.partial(jax.jit, donate_argnames="state")
+@Jitted
 def _run(network: Network, state: State, settings: Settings) -> Progress:
     p = _start(state, settings)
     length, k = p.text.shape[1], settings.max_tokens_per_pass

@@ -4,19 +4,18 @@ Known tokens, the cache and the tables of the passes go in. The tables define ea
 plan/passes.py), so this file is independent of the family.
 """
 
-import functools
-
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esolm_jax.sampling.engine import cache as cache_lib
+from esolm_jax.sampling.engine import caches
 from esolm_jax.sampling.engine import network as network_lib
 from esolm_jax.sampling.engine.cache import KVCache
 from esolm_jax.sampling.engine.choose import precomputed_gumbel
 from esolm_jax.sampling.engine.network import Network, Window
 from esolm_jax.sampling.loops.loop import (
+    Jitted,
     Program,
     Sampler,
     Task,
@@ -109,7 +108,7 @@ def _run_shape(network, state: State, segment: Segment, noise, shape: tuple[int,
     return chosen, None if state.logits is None else logits, entries.padded(width)
 
 
-@functools.partial(jax.jit, donate_argnames="state")
+@Jitted
 def run_passes(network: Network, state: State, segment: Segment) -> State:
     """The passes of a segment, each in its shape; ends when every text has ended."""
     tables, shapes, stop = segment.tables, segment.shapes, segment.stop
@@ -186,9 +185,9 @@ def start_state(
         "eos_position": np.full(batch, NEVER, np.int32),
         "logits": jnp.zeros((batch, slots, config.vocab_size)) if with_logits else None,
     }
-    cache = cache_lib.no_cache(task.mesh)
+    cache = caches.no_cache(task.mesh)
     if cached:
-        cache = cache_lib.empty_cache(config, batch, slots, task.mesh, aligned=aligned)
+        cache = caches.empty_cache(config, batch, slots, task.mesh, aligned=aligned)
     return State(cache=cache, pass_index=np.int32(0), **over_rows(task.mesh, by_row))
 
 
@@ -206,7 +205,7 @@ def segments_of(
     slots = length + margin
     for (low, high), (_, shapes) in zip(limits, buckets, strict=True):
         slots = max(slots, int(plan.start[low:high].max()) + max(width for width, _ in shapes))
-    margin = cache_lib.round_up(slots) - length  # equal for similar plans
+    margin = caches.round_up(slots) - length  # equal for similar plans
     tables = plan.padded(margin)
     tables = tables.replace(**over_rows(task.mesh, {"order": tables.order, "known": tables.known}))
     row_keys = over_rows(task.mesh, task.row_keys)

@@ -20,7 +20,6 @@ accepted, cut back to what was. AR has no masks to draft with.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +47,7 @@ from esolm_jax.sampling.loops.drafts import (
 )
 from esolm_jax.sampling.loops.loop import (
     Decoded,
+    Jitted,
     Loop,
     Program,
     Task,
@@ -137,7 +137,7 @@ def _one_pass(network, settings: Settings, s: Speculation, noise: Noise, k: int)
     return s, accepted, rejected
 
 
-@functools.partial(jax.jit, donate_argnames="state")
+@Jitted
 def _run(network: Network, state: State, settings: Settings) -> Speculation:
     tables, sizes, vocab_size = settings.tables, settings.sizes, network.config.vocab_size
     s = _start(state, tables.num_known, sizes, vocab_size)

@@ -78,7 +78,7 @@ def attend(
     """See KVCache.attend.
 
     Args:
-      past: (keys, values) [N, B, S, G, K] of all blocks, or None = no slots.
+      past: (keys, values) [N, B, S, G·K] of all blocks, or None = no slots.
       block: index in N.
       interpret: run the kernels in Python, on any device.
     """
@@ -120,9 +120,7 @@ def _operands(sizes: Sizes, heads: Heads, visible: Visible, past, block: int):
     width, window, rows = sizes.width, sizes.window, heads.products.shape[3]
     of_row = pl.BlockSpec((None, window), lambda i, g, b: (b, 0))
     of_angle = pl.BlockSpec((None, window, width), lambda i, g, b: (b, 0, 0))
-    of_cache = pl.BlockSpec(
-        (None, None, sizes.slots, None, width), lambda i, g, b: (block, b, 0, g, 0)
-    )
+    of_cache = pl.BlockSpec((None, None, sizes.slots, width), lambda i, g, b: (block, b, 0, g))
     keys, values = past or (None, None)
     all_named = {
         "filled": (visible.filled, pl.BlockSpec((1,), lambda i, g, b: (b,))),
@@ -270,7 +268,7 @@ def _labels(sizes: Sizes, named, token):
 
 
 def _summed(sizes: Sizes, named, token, head, column, exists):
-    """Products and biases at these columns, in the dtype of the products; 0 where there are none."""
+    """Products with biases at these columns, in the dtype of the products; 0 for padding."""
     mask = (token < sizes.window)[:, None] & exists[None]
     index = token[:, None], head[:, None], column[None]
     products = triton.load(named["products"].at[index], mask=mask, other=0)

@@ -1,0 +1,179 @@
+"""Attention of a decoding pass as one TPU kernel (Pallas, by way of Mosaic), without branches.
+
+A program reads one tile of the filled slots of one row, for all heads at once: a block-diagonal
+matrix of queries turns the scores of all groups into one product, so that narrow heads waste no
+lanes. The number of filled slots is data: tiles behind it are neither read nor computed. Online
+softmax in float32, exact.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu
+
+from esolm_jax.attention.dense import MASKED
+from esolm_jax.attention.recompute import pad_to_multiple
+from esolm_jax.family.rule import visible as rule
+from esolm_jax.sampling.engine.cache import Heads, KeyValue, Visible
+
+TILE_BYTES = 2**19  # of keys in a tile of slots
+ROWS = 512  # the most rows of the block-diagonal matrix
+SUBLANES = 16  # sizes of small arrays are multiples
+LANES = 128
+
+
+def rows_of(heads: Heads) -> int:
+    """Rows of the block-diagonal matrix: one for each token and query head."""
+    _, window, groups, more, _ = heads.products.shape
+    return window * groups * (more - 2)
+
+
+def tile_of(slots: int, row_bytes: int) -> int:
+    """Slots of a tile: a power of two that divides them, if they are a multiple of 64."""
+    most = 1 << (max(64, TILE_BYTES // row_bytes).bit_length() - 1)
+    return math.gcd(slots, most)
+
+
+def attend(
+    heads: Heads, visible: Visible, past, *, block: int = 0, interpret: bool = False
+) -> tuple[jax.Array, KeyValue]:
+    """See KVCache.attend.
+
+    Args:
+      past: (keys, values) [N, B, S, G·K] of all blocks.
+      block: index in N.
+      interpret: run the kernel in Python, on any device.
+    """
+    q, k, v = heads.ready()
+    batch, window, groups, per_group, width = q.shape
+    lanes, queries = groups * width, window * per_group
+    q_BTD = jnp.moveaxis(q, 2, 3).reshape(batch, queries, lanes)
+    q_BTD, k_BWD, v_BWD = (
+        pad_to_multiple(a.reshape(batch, -1, lanes), 1, SUBLANES) for a in (q_BTD, k, v)
+    )
+    labels = _labels(visible, per_group, groups, k_BWD.shape[1], q_BTD.shape[1])
+    slots = past[0].shape[2]
+    tile = tile_of(slots, lanes * past[0].dtype.itemsize)
+    kernel = functools.partial(
+        _kernel, groups=groups, width=width, window=window, tile=tile, dtype=v.dtype
+    )
+    rows = groups * q_BTD.shape[1]
+
+    def of_row(array):
+        return pl.BlockSpec((None, *array.shape[1:]), lambda b, j, filled: (b, 0, 0))
+
+    def tile_at(b, j, filled):  # the tile before is not read again
+        last = jnp.maximum(filled[b] + tile - 1, tile) // tile - 1
+        return block, b, jnp.minimum(j, last), 0
+
+    operands = q_BTD, k_BWD, v_BWD, *labels
+    of_cache = pl.BlockSpec((None, None, tile, lanes), tile_at)
+    out_BTD = pl.pallas_call(
+        kernel,
+        grid_spec=tpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(batch, slots // tile),
+            in_specs=[*map(of_row, operands), of_cache, of_cache],
+            out_specs=of_row(q_BTD),
+            scratch_shapes=[
+                tpu.VMEM((rows, lanes), past[0].dtype),
+                tpu.VMEM((rows, lanes), jnp.float32),
+                tpu.VMEM((rows, LANES), jnp.float32),
+                tpu.VMEM((rows, LANES), jnp.float32),
+            ],
+        ),
+        out_shape=jax.ShapeDtypeStruct(q_BTD.shape, v.dtype),
+        compiler_params=tpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        interpret=interpret,
+        name="decode_attention",
+    )(visible.filled, *operands, *past)
+    out = out_BTD[:, :queries].reshape(batch, window, per_group, groups, width)
+    return jnp.moveaxis(out, 2, 3), (k, v)
+
+
+def _labels(visible: Visible, per_group: int, groups: int, keys: int, queries: int):
+    """int32 ranks and flags of the rows of queries [B, rows, 1] and of the keys [B, 1, W]."""
+    found = []
+    for label in (visible.rank, visible.in_context.astype(jnp.int32)):
+        each = jnp.repeat(label, per_group, axis=1)
+        each = jnp.repeat(pad_to_multiple(each, 1, queries), groups, axis=1)
+        found += [each[..., None], pad_to_multiple(label, 1, keys)[:, None]]
+    return found
+
+
+def _kernel(filled, *refs, groups: int, width: int, window: int, tile: int, dtype):
+    """One tile of slots of one row. The first also prepares the queries and attends to the
+    window."""
+    q, k, v, q_rank, k_rank, q_in_context, k_in_context, keys, values, out, *state = refs
+    wide, acc, total, top = state
+    row, j = pl.program_id(0), pl.program_id(1)
+    count = filled[row]
+    precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    dot = functools.partial(_dot, precision=precision)
+
+    @pl.when(j == 0)
+    def _start():
+        spread = dot(_spread(q.shape[0], groups, q.dtype), q[...], 1, 0)
+        wide[...] = jnp.where(_own(spread.shape, groups, width), spread, 0.0).astype(wide.dtype)
+        acc[...] = jnp.zeros_like(acc)
+        total[...] = jnp.zeros_like(total)
+        top[...] = jnp.full_like(top, MASKED)
+        mask = rule(q_rank[...], q_in_context[...] != 0, k_rank[...], k_in_context[...] != 0)
+        there = jax.lax.broadcasted_iota(jnp.int32, mask.shape, 1) < window
+        _step(dot, wide, acc, total, top, k[...], v[...], mask & there)
+
+    @pl.when(j * tile < count)
+    def _tile():
+        shape = wide.shape[0], tile
+        there = jax.lax.broadcasted_iota(jnp.int32, shape, 1) + j * tile < count
+        _step(dot, wide, acc, total, top, keys[...], values[...], there)
+
+    @pl.when(j == pl.num_programs(1) - 1)
+    def _finish():
+        divisor = jnp.where(total[:, :1] > 0, total[:, :1], 1.0)  # rows of padding may see nothing
+        own = jnp.where(_own(acc.shape, groups, width), acc[...] / divisor, 0.0)
+        gather = _spread(q.shape[0], groups, jnp.float32)
+        merged = _dot(gather, own, 0, 0, precision=jax.lax.Precision.HIGHEST)
+        out[...] = merged.astype(out.dtype)
+
+
+def _step(dot, wide, acc, total, top, k_SD, v_SD, mask) -> None:
+    """Each tile of keys rescales the running sums."""
+    scores = jnp.where(mask, dot(wide[...], k_SD, 1, 1), MASKED)
+    before = top[:, :1]
+    now = jnp.maximum(before, scores.max(axis=1, keepdims=True))
+    probs, keep = jnp.where(mask, jnp.exp(scores - now), 0.0), jnp.exp(before - now)
+    acc[...] = acc[...] * keep + dot(probs.astype(v_SD.dtype), v_SD, 1, 0)
+    total[...] = total[...] * keep + probs.sum(axis=1, keepdims=True)
+    top[...] = jnp.broadcast_to(now, top.shape)
+
+
+def _dot(a, b, contract_a: int, contract_b: int, precision=None):
+    dimensions = (((contract_a,), (contract_b,)), ((), ()))
+    return jax.lax.dot_general(
+        a, b, dimensions, precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def _spread(queries: int, groups: int, dtype):
+    """[rows, T]: 1 where a row is of a query; row t · G + g is query t of group g."""
+    shape = queries * groups, queries
+    row, query = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+    return (row // groups == query).astype(dtype)
+
+
+def _own(shape: tuple[int, int], groups: int, width: int):
+    """Whether a lane is of the group of its row."""
+    row, lane = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+    return jax.lax.rem(row, groups) == lane // width
+
+
+def attention_bytes(batch: int, slots: int, lanes: int, itemsize: int, filled: float) -> float:
+    """Bytes of the cache that one execution of the kernel reads at this mean number of filled
+    slots: whole tiles."""
+    tile = tile_of(slots, lanes * itemsize)
+    tiles = min(slots // tile, filled / tile + 0.5)  # the last one is half filled on average
+    return 2.0 * batch * max(1.0, tiles) * tile * lanes * itemsize
