@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import math
 import pathlib
-import shutil
 import sys
 
 import jax
@@ -13,7 +12,7 @@ import jax
 import esolm_jax
 from esolm_jax import cli, memory_limit, results
 from esolm_jax import config as config_lib
-from esolm_jax.data.manifest import Manifest, load_data, open_tokenizer
+from esolm_jax.data.manifest import Manifest, load_data
 from esolm_jax.data.reader import TrainReader, unigram_perplexity
 from esolm_jax.errors import UserError
 from esolm_jax.evaluation import metrics as eval_metrics
@@ -220,25 +219,6 @@ def _validate(run: Run, estimators: dict, state: TrainState) -> dict[str, float]
     }
 
 
-def _holds_tokenizer(folder: pathlib.Path, fingerprint: str) -> bool:
-    """Whether the folder holds an intact tokenizer with this fingerprint."""
-    try:
-        return open_tokenizer(folder).fingerprint == fingerprint
-    except UserError:
-        return False
-
-
-def _write_tokenizer_and_config(run: Run) -> None:
-    """Writes the tokenizer and the config next to the checkpoints."""
-    folder = run.workdir / "tokenizer"
-    if not _holds_tokenizer(folder, run.manifest.tokenizer["fingerprint"]):
-        with results.draft_beside(folder) as draft:  # a full disk leaves the old folder unchanged
-            run.manifest.load_tokenizer().save(draft)
-            shutil.rmtree(folder, ignore_errors=True)
-            draft.rename(folder)
-    results.write_json(run.workdir / "config.json", config_lib.to_saved(run.config))
-
-
 def main(config, workdir: pathlib.Path) -> None:
     run = Run(config, workdir)
     memory_limit.check_training(config, run.built.model, run.built.mesh)
@@ -260,7 +240,8 @@ def _run(run: Run) -> None:
     if checkpoints.latest_step is not None:
         print(f"resuming {workdir} at step {int(state.step)}")
     if distributed.is_main():
-        _write_tokenizer_and_config(run)
+        run.manifest.copy_tokenizer(workdir / "tokenizer")
+        results.write_json(workdir / "config.json", config_lib.to_saved(config))
     count = sum(a.size for a in jax.tree.leaves(state.params))
     print(
         f"{config.objective}, alpha_0 = {config.alpha_0}: {count:,} parameters, "
