@@ -12,6 +12,7 @@ import jax
 import esolm_jax
 from esolm_jax import cli, memory_limit, results
 from esolm_jax import config as config_lib
+from esolm_jax.aot import lower_bound
 from esolm_jax.data.manifest import Manifest, load_data
 from esolm_jax.data.reader import TrainReader, unigram_perplexity
 from esolm_jax.errors import UserError
@@ -28,6 +29,7 @@ from esolm_jax.training import (
     checkpoint_steps,
     health,
     restore,
+    speed,
     train_step,
 )
 from esolm_jax.training import metrics as metrics_lib
@@ -149,8 +151,9 @@ class _Loop:
         run, t, step_fn = self.run, self.run.config.train, self.run.training.step_fn()
         mesh = run.built.mesh
         for step in range(first + 1, t.steps + 1):
-            batch = sharding.put_batch(next(self.reader), mesh, t.batch_size)
-            state, values = step_fn(state, batch)
+            with self.metrics.clock.waiting_for_data():
+                rows = next(self.reader)
+            state, values = step_fn(state, sharding.put_batch(rows, mesh, t.batch_size))
             is_last, nelbo = step == t.steps, None
             self.metrics.advance()
             if step % t.log_every == 0 or is_last:
@@ -187,16 +190,16 @@ def _train(run: Run, checkpoints, state: TrainState, cursor: int) -> int | None:
         workers=config.data.workers,
         cursor=cursor,
     )
-    first = int(state.step)
+    first, cost = int(state.step), lower_bound.step_cost(run.training)
+    is_main, stop = distributed.is_main(), StopSignal()
     metrics = metrics_lib.Metrics(
         run.workdir,
         step=first,
         steps=t.steps,
-        tokens_per_step=t.batch_size * config.data.seq_len,
-        enabled=distributed.is_main(),
+        clock=speed.StepClock(first, cost, run.built.mesh.local_devices),
+        enabled=is_main,
         entries=run.metrics_entries,
     )
-    stop = StopSignal()
     with contextlib.closing(reader), contextlib.closing(metrics):
         if first < t.steps:
             metrics.print("compiling the training step (part of the time of the first step)")
