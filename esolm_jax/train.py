@@ -28,8 +28,10 @@ from esolm_jax.training import (
     checkpoint,
     checkpoint_steps,
     health,
+    profiling,
     restore,
     speed,
+    time_limit,
     train_step,
 )
 from esolm_jax.training import metrics as metrics_lib
@@ -121,6 +123,8 @@ class _Loop:
     reader: TrainReader
     metrics: metrics_lib.Metrics
     estimators: dict
+    profile: profiling.Profile
+    limit: time_limit.TimeLimit
 
     def log(self, state: TrainState, step: int, values: dict) -> None:
         skipped = self.run.check_health(state, self.checkpoints, step)
@@ -130,7 +134,8 @@ class _Loop:
     def validate(self, state: TrainState, step: int) -> float:
         """Logs the metrics of the validation split; the NELBO."""
         self.run.check_health(state, self.checkpoints, step)
-        validation = _validate(self.run, self.estimators, state)
+        with self.limit.timing_validation():
+            validation = _validate(self.run, self.estimators, state)
         nelbo = validation["nelbo"]
         self.metrics.log(step, {f"validation_{name}": v for name, v in validation.items()})
         if not math.isfinite(nelbo):
@@ -146,37 +151,52 @@ class _Loop:
         self.checkpoints.save(state, meta, nelbo=nelbo)
         self.metrics.pause()
 
+    def ending(self, state: TrainState, step: int, stop: StopSignal) -> tuple[int, str] | None:
+        """(exit code, reason) if training must end at `step`; the same step in all processes."""
+        if number := stop.after(step):
+            return 128 + number, ""
+        t = self.run.config.train
+        if not t.time_limit or step % t.log_every:
+            return None
+        saving = time_limit.checkpoint_seconds(self.checkpoints.save_seconds, state)
+        if self.limit.is_reached(step, self.metrics.clock.step_seconds, saving):
+            return 0, f", because of config.train.time_limit={t.time_limit} (minutes)"
+        return None
+
     def steps(self, state: TrainState, first: int, stop: StopSignal) -> int | None:
-        """Runs the steps after `first`; the signal that ended them early, if one did."""
+        """Runs the steps after `first`; the exit code if they ended early, else None."""
         run, t, step_fn = self.run, self.run.config.train, self.run.training.step_fn()
         mesh = run.built.mesh
         for step in range(first + 1, t.steps + 1):
+            self.profile.before(step, state)
             with self.metrics.clock.waiting_for_data():
                 rows = next(self.reader)
             state, values = step_fn(state, sharding.put_batch(rows, mesh, t.batch_size))
+            self.profile.after(step, state)
             is_last, nelbo = step == t.steps, None
             self.metrics.advance()
             if step % t.log_every == 0 or is_last:
                 self.log(state, step, values)
             if step % t.eval_every == 0 or is_last:
                 nelbo = self.validate(state, step)
-            stopped_by = stop.after(step)
+            ending = self.ending(state, step, stop)
             if run.lock:
                 run.lock.check()
-            if step % t.checkpoint_every == 0 or is_last or stopped_by:
+            if step % t.checkpoint_every == 0 or is_last or ending:
                 self.save(state, step, nelbo)
-            if stopped_by and not is_last:
+            if ending and not is_last:
+                code, reason = ending
                 self.metrics.print(
-                    f"stopped at step {step}; run the same command again to continue"
+                    f"stopped at step {step}{reason}; run the same command again to continue"
                 )
-                return stopped_by
+                return code
         if first < t.steps and (skipped := int(state.health.skipped)):
             self.metrics.print(f"skipped steps (not finite): {skipped:,}")
         return None
 
 
 def _train(run: Run, checkpoints, state: TrainState, cursor: int) -> int | None:
-    """Runs the remaining steps. Returns the signal that ended the run early, or None."""
+    """Runs the remaining steps. Returns the exit code if the run ended early, else None."""
     config, t = run.config, run.config.train
     estimators = {
         metric.name: metric.make(config, run.built, 1)
@@ -200,10 +220,18 @@ def _train(run: Run, checkpoints, state: TrainState, cursor: int) -> int | None:
         enabled=is_main,
         entries=run.metrics_entries,
     )
-    with contextlib.closing(reader), contextlib.closing(metrics):
+    profile = profiling.Profile(
+        t.profile_steps,
+        run.workdir,
+        enabled=is_main,
+        clock=metrics.clock,
+        announce=metrics.print,
+    )
+    loop = _Loop(run, checkpoints, reader, metrics, estimators, profile, time_limit.TimeLimit(t))
+    with contextlib.closing(reader), contextlib.closing(metrics), contextlib.closing(profile):
         if first < t.steps:
             metrics.print("compiling the training step (part of the time of the first step)")
-        return _Loop(run, checkpoints, reader, metrics, estimators).steps(state, first, stop)
+        return loop.steps(state, first, stop)
 
 
 def _validate(run: Run, estimators: dict, state: TrainState) -> dict[str, float]:
@@ -251,10 +279,10 @@ def _run(run: Run) -> None:
         f"{config.train.batch_size} x {config.data.seq_len} tokens a step on "
         f"{sharding.describe(run.built.mesh)}"
     )
-    stopped_by = _train(run, checkpoints, state, cursor)
+    exit_code = _train(run, checkpoints, state, cursor)
     checkpoints.close()
-    if stopped_by:
-        sys.exit(128 + stopped_by)
+    if exit_code is not None:
+        sys.exit(exit_code)
     if not distributed.is_main():
         return
     baseline = unigram_perplexity(run.manifest, "validation")

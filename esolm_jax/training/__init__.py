@@ -15,4 +15,6 @@ restore.py               a trained model from a workdir
 metrics.py               metrics.jsonl, TensorBoard, progress bar and learning curve
 metrics_file.py          the checksummed lines of metrics.jsonl
 speed.py                 time, rates and memory of the steps between two logs
+profiling.py             an XLA profile of some steps
+time_limit.py            ends training before a scheduler would
 """
