@@ -221,11 +221,7 @@ def _train(run: Run, checkpoints, state: TrainState, cursor: int) -> int | None:
         entries=run.metrics_entries,
     )
     profile = profiling.Profile(
-        t.profile_steps,
-        run.workdir,
-        enabled=is_main,
-        clock=metrics.clock,
-        announce=metrics.print,
+        t.profile_steps, run.workdir, enabled=is_main, clock=metrics.clock, announce=metrics.print
     )
     loop = _Loop(run, checkpoints, reader, metrics, estimators, profile, time_limit.TimeLimit(t))
     with contextlib.closing(reader), contextlib.closing(metrics), contextlib.closing(profile):
