@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import math
 import pathlib
-import shutil
 import sys
 
 import jax
@@ -13,7 +12,8 @@ import jax
 import esolm_jax
 from esolm_jax import cli, memory_limit, results
 from esolm_jax import config as config_lib
-from esolm_jax.data.manifest import Manifest, load_data, open_tokenizer
+from esolm_jax.aot import lower_bound
+from esolm_jax.data.manifest import Manifest, load_data
 from esolm_jax.data.reader import TrainReader, unigram_perplexity
 from esolm_jax.errors import UserError
 from esolm_jax.evaluation import metrics as eval_metrics
@@ -28,7 +28,10 @@ from esolm_jax.training import (
     checkpoint,
     checkpoint_steps,
     health,
+    profiling,
     restore,
+    speed,
+    time_limit,
     train_step,
 )
 from esolm_jax.training import metrics as metrics_lib
@@ -120,6 +123,8 @@ class _Loop:
     reader: TrainReader
     metrics: metrics_lib.Metrics
     estimators: dict
+    profile: profiling.Profile
+    limit: time_limit.TimeLimit
 
     def log(self, state: TrainState, step: int, values: dict) -> None:
         skipped = self.run.check_health(state, self.checkpoints, step)
@@ -129,7 +134,8 @@ class _Loop:
     def validate(self, state: TrainState, step: int) -> float:
         """Logs the metrics of the validation split; the NELBO."""
         self.run.check_health(state, self.checkpoints, step)
-        validation = _validate(self.run, self.estimators, state)
+        with self.limit.timing_validation():
+            validation = _validate(self.run, self.estimators, state)
         nelbo = validation["nelbo"]
         self.metrics.log(step, {f"validation_{name}": v for name, v in validation.items()})
         if not math.isfinite(nelbo):
@@ -145,36 +151,52 @@ class _Loop:
         self.checkpoints.save(state, meta, nelbo=nelbo)
         self.metrics.pause()
 
+    def ending(self, state: TrainState, step: int, stop: StopSignal) -> tuple[int, str] | None:
+        """(exit code, reason) if training must end at `step`; the same step in all processes."""
+        if number := stop.after(step):
+            return 128 + number, ""
+        t = self.run.config.train
+        if not t.time_limit or step % t.log_every:
+            return None
+        saving = time_limit.checkpoint_seconds(self.checkpoints.save_seconds, state)
+        if self.limit.is_reached(step, self.metrics.clock.step_seconds, saving):
+            return 0, f", because of config.train.time_limit={t.time_limit} (minutes)"
+        return None
+
     def steps(self, state: TrainState, first: int, stop: StopSignal) -> int | None:
-        """Runs the steps after `first`; the signal that ended them early, if one did."""
+        """Runs the steps after `first`; the exit code if they ended early, else None."""
         run, t, step_fn = self.run, self.run.config.train, self.run.training.step_fn()
         mesh = run.built.mesh
         for step in range(first + 1, t.steps + 1):
-            batch = sharding.put_batch(next(self.reader), mesh, t.batch_size)
-            state, values = step_fn(state, batch)
+            self.profile.before(step, state)
+            with self.metrics.clock.waiting_for_data():
+                rows = next(self.reader)
+            state, values = step_fn(state, sharding.put_batch(rows, mesh, t.batch_size))
+            self.profile.after(step, state)
             is_last, nelbo = step == t.steps, None
             self.metrics.advance()
             if step % t.log_every == 0 or is_last:
                 self.log(state, step, values)
             if step % t.eval_every == 0 or is_last:
                 nelbo = self.validate(state, step)
-            stopped_by = stop.after(step)
+            ending = self.ending(state, step, stop)
             if run.lock:
                 run.lock.check()
-            if step % t.checkpoint_every == 0 or is_last or stopped_by:
+            if step % t.checkpoint_every == 0 or is_last or ending:
                 self.save(state, step, nelbo)
-            if stopped_by and not is_last:
+            if ending and not is_last:
+                code, reason = ending
                 self.metrics.print(
-                    f"stopped at step {step}; run the same command again to continue"
+                    f"stopped at step {step}{reason}; run the same command again to continue"
                 )
-                return stopped_by
+                return code
         if first < t.steps and (skipped := int(state.health.skipped)):
             self.metrics.print(f"skipped steps (not finite): {skipped:,}")
         return None
 
 
 def _train(run: Run, checkpoints, state: TrainState, cursor: int) -> int | None:
-    """Runs the remaining steps. Returns the signal that ended the run early, or None."""
+    """Runs the remaining steps. Returns the exit code if the run ended early, else None."""
     config, t = run.config, run.config.train
     estimators = {
         metric.name: metric.make(config, run.built, 1)
@@ -188,20 +210,24 @@ def _train(run: Run, checkpoints, state: TrainState, cursor: int) -> int | None:
         workers=config.data.workers,
         cursor=cursor,
     )
-    first = int(state.step)
+    first, cost = int(state.step), lower_bound.step_cost(run.training)
+    is_main, stop = distributed.is_main(), StopSignal()
     metrics = metrics_lib.Metrics(
         run.workdir,
         step=first,
         steps=t.steps,
-        tokens_per_step=t.batch_size * config.data.seq_len,
-        enabled=distributed.is_main(),
+        clock=speed.StepClock(first, cost, run.built.mesh.local_devices),
+        enabled=is_main,
         entries=run.metrics_entries,
     )
-    stop = StopSignal()
-    with contextlib.closing(reader), contextlib.closing(metrics):
+    profile = profiling.Profile(
+        t.profile_steps, run.workdir, enabled=is_main, clock=metrics.clock, announce=metrics.print
+    )
+    loop = _Loop(run, checkpoints, reader, metrics, estimators, profile, time_limit.TimeLimit(t))
+    with contextlib.closing(reader), contextlib.closing(metrics), contextlib.closing(profile):
         if first < t.steps:
             metrics.print("compiling the training step (part of the time of the first step)")
-        return _Loop(run, checkpoints, reader, metrics, estimators).steps(state, first, stop)
+        return loop.steps(state, first, stop)
 
 
 def _validate(run: Run, estimators: dict, state: TrainState) -> dict[str, float]:
@@ -218,25 +244,6 @@ def _validate(run: Run, estimators: dict, state: TrainState) -> dict[str, float]
         ).value
         for name, estimate in estimators.items()
     }
-
-
-def _holds_tokenizer(folder: pathlib.Path, fingerprint: str) -> bool:
-    """Whether the folder holds an intact tokenizer with this fingerprint."""
-    try:
-        return open_tokenizer(folder).fingerprint == fingerprint
-    except UserError:
-        return False
-
-
-def _write_tokenizer_and_config(run: Run) -> None:
-    """Writes the tokenizer and the config next to the checkpoints."""
-    folder = run.workdir / "tokenizer"
-    if not _holds_tokenizer(folder, run.manifest.tokenizer["fingerprint"]):
-        with results.draft_beside(folder) as draft:  # a full disk leaves the old folder unchanged
-            run.manifest.load_tokenizer().save(draft)
-            shutil.rmtree(folder, ignore_errors=True)
-            draft.rename(folder)
-    results.write_json(run.workdir / "config.json", config_lib.to_saved(run.config))
 
 
 def main(config, workdir: pathlib.Path) -> None:
@@ -260,17 +267,18 @@ def _run(run: Run) -> None:
     if checkpoints.latest_step is not None:
         print(f"resuming {workdir} at step {int(state.step)}")
     if distributed.is_main():
-        _write_tokenizer_and_config(run)
+        run.manifest.copy_tokenizer(workdir / "tokenizer")
+        results.write_json(workdir / "config.json", config_lib.to_saved(config))
     count = sum(a.size for a in jax.tree.leaves(state.params))
     print(
         f"{config.objective}, alpha_0 = {config.alpha_0}: {count:,} parameters, "
         f"{config.train.batch_size} x {config.data.seq_len} tokens a step on "
         f"{sharding.describe(run.built.mesh)}"
     )
-    stopped_by = _train(run, checkpoints, state, cursor)
+    exit_code = _train(run, checkpoints, state, cursor)
     checkpoints.close()
-    if stopped_by:
-        sys.exit(128 + stopped_by)
+    if exit_code is not None:
+        sys.exit(exit_code)
     if not distributed.is_main():
         return
     baseline = unigram_perplexity(run.manifest, "validation")

@@ -1,4 +1,4 @@
-"""The vendors' specifications of the devices that `compile` knows."""
+"""The vendors' specifications of devices: for `compile`, and for the MFU that `train` logs."""
 
 import dataclasses
 
@@ -50,6 +50,27 @@ CHIPS = {
     "h100": Chip("gpu", 84_978_434_048, 989 * TFLOPS, 3352 * GB, 450 * GB, 50 * GB),
     "h200": Chip("gpu", 150_754_820_096, 989 * TFLOPS, 4800 * GB, 450 * GB, 50 * GB),
 }
+
+# jax.Device.device_kind → name of the chip. Other variants, such as PCIe cards and MIG slices, have
+# other peaks.
+_DEVICE_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "NVIDIA A100-SXM4-80GB": "a100",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+}
+
+
+def of_device(device_kind: str) -> Chip | None:
+    """The chip of a jax.Device.device_kind; None if it is unknown, such as a CPU."""
+    name = _DEVICE_KINDS.get(device_kind)
+    return CHIPS[name] if name else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,17 +1,20 @@
 """Lower bounds of a training step: FLOPs from the model's shape, bytes from its sharding.
 
-`compile` compares compiled steps with them.
+`compile` compares compiled steps with them; `train` logs its MFU with them.
 """
 
 import math
 
 import jax
 
+from esolm_jax.aot import chips
 from esolm_jax.family import registry
 from esolm_jax.family.family import Work
 from esolm_jax.family.phase import Phase
 from esolm_jax.model.model_config import ModelConfig
 from esolm_jax.parallel import sharding
+from esolm_jax.training import speed
+from esolm_jax.training.train_step import Trainer
 
 BACKWARD = 2  # matrix products in the backward pass for each one in the forward pass
 
@@ -40,6 +43,18 @@ def flops(model: ModelConfig, work: Work) -> dict[str, float]:
         "head": work.predicted * model.width * model.vocab_size,
     }
     return {kind: 2 * (1 + BACKWARD) * count for kind, count in products.items()}
+
+
+def step_cost(training: Trainer) -> speed.StepCost:
+    """What turns the time of a training step into rates, on the devices of its mesh."""
+    config, built = training.config, training.built
+    chip = chips.of_device(built.mesh.devices.flat[0].device_kind)
+    return speed.StepCost(
+        tokens=config.train.batch_size * config.data.seq_len,
+        devices=built.mesh.size,
+        flops=sum(flops(built.model, step(config, training.phases)).values()),
+        peak_flops=chip.flops if chip else None,
+    )
 
 
 def gather_bytes(size: float, group: int) -> float:

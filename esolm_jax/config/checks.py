@@ -105,6 +105,27 @@ def above(low) -> Check:
 
 EPSILON = Check(lambda v: 0 < v <= 1, "above 0, and at most 1")
 FRACTION = Check(lambda v: 0 <= v < 1, "in [0, 1)")
+
+
+def step_range(text: str) -> range:
+    """The steps of "FIRST:STOP"; STOP is excluded. ValueError if the text is something else."""
+    first, stop = (int(part) if part.isdecimal() else 0 for part in text.split(":"))
+    if not 1 <= first < stop <= MAX_INT:
+        raise ValueError(text)
+    return range(first, stop)
+
+
+def _is_step_range(text: str) -> bool:
+    try:
+        return not text or bool(step_range(text))
+    except ValueError:
+        return False
+
+
+STEP_RANGE = Check(
+    _is_step_range,
+    "'' or FIRST:STOP with 1 <= FIRST < STOP, such as 100:105 (steps 100 to 104)",
+)
 SEED = Check(lambda v: 0 <= v < 2**32, "in [0, 2**32)")
 
 

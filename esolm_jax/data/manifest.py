@@ -3,6 +3,7 @@ shards)."""
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,18 @@ class Manifest:
         if tokenizer.fingerprint != self.tokenizer["fingerprint"]:
             raise UserError(f"{self.directory}: the tokenizer is not the one of {MANIFEST_FILE}")
         return tokenizer
+
+    def copy_tokenizer(self, folder: Path) -> None:
+        """Writes the tokenizer to another folder, unless an intact copy is there."""
+        try:
+            if open_tokenizer(folder).fingerprint == self.tokenizer["fingerprint"]:
+                return
+        except UserError:
+            pass
+        with results.draft_beside(folder) as draft:  # a full disk leaves the old folder unchanged
+            self.load_tokenizer().save(draft)
+            shutil.rmtree(folder, ignore_errors=True)
+            draft.rename(folder)
 
 
 def open_tokenizer(directory: str | Path) -> Tokenizer:

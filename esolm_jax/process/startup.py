@@ -8,9 +8,12 @@ import os
 import re
 import sys
 import threading
+import time
 
 from esolm_jax.errors import UserError
 from esolm_jax.process import failures, interrupts, standard_streams
+
+STARTED_AT = time.monotonic()  # the package imports this module first
 
 thread_errors: list[BaseException] = []  # of threads that are not joined
 

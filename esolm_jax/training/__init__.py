@@ -14,4 +14,7 @@ checkpoint_digests.py    digests of every file of a step
 restore.py               a trained model from a workdir
 metrics.py               metrics.jsonl, TensorBoard, progress bar and learning curve
 metrics_file.py          the checksummed lines of metrics.jsonl
+speed.py                 time, rates and memory of the steps between two logs
+profiling.py             an XLA profile of some steps
+time_limit.py            ends training before a scheduler would
 """

@@ -8,6 +8,7 @@ data cursor, the tokenizer's identity, the code version). One of a pretrained mo
 
 import math
 import pathlib
+import time
 from collections.abc import Callable
 
 import jax
@@ -66,6 +67,8 @@ class Checkpoints:
         self._keep = keep_last, keep_best
         self._manager: ocp.CheckpointManager | None = None
         self._saving: int | None = None  # the step that is being written
+        self._save_began = 0.0
+        self.save_seconds: float | None = None  # of the longest save so far, in process 0
 
     @property
     def latest_step(self) -> int | None:
@@ -127,7 +130,7 @@ class Checkpoints:
 
     def _save(self, step: int, items, metrics: dict | None) -> None:
         self._wait()
-        self._saving = step
+        self._saving, self._save_began = step, time.perf_counter()
         saved = self._manager.save(
             step,
             args=items,
@@ -159,6 +162,8 @@ class Checkpoints:
     def _write_digests(self) -> None:
         """A callback in process 0's saving thread, before Orbax renames the step."""
         checkpoint_digests.write(self._unfinished())
+        taken = time.perf_counter() - self._save_began
+        self.save_seconds = max(taken, self.save_seconds or 0.0)
 
     def _sync(self, *, key: str, timeout_ms: int) -> None:
         """Orbax's barrier; before the one after all arrays, each process hashes its own files."""

@@ -4,14 +4,13 @@ import math
 import os
 import pathlib
 import sys
-import time
 
 import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from esolm_jax import results
-from esolm_jax.training import metrics_file
+from esolm_jax.training import metrics_file, speed
 
 FILE = "metrics.jsonl"
 
@@ -24,8 +23,8 @@ def read(workdir: pathlib.Path) -> list[dict]:
 class Metrics:
     """Writes metrics to WORKDIR/metrics.jsonl and WORKDIR/tensorboard, and shows progress.
 
-    Every entry has `step`. Values that depend on the clock are under `timing`, so that two runs
-    with the same numbers have the same other entries.
+    Every entry has `step`. Values that depend on the clock or the device are under `timing`, so
+    that two runs with the same numbers have the same other entries.
     """
 
     def __init__(
@@ -34,7 +33,7 @@ class Metrics:
         *,
         step: int,
         steps: int,
-        tokens_per_step: int,
+        clock: speed.StepClock,
         enabled: bool,
         entries: int = 0,
     ):
@@ -57,25 +56,23 @@ class Metrics:
             mininterval=1.0,
             disable=not enabled,
         )
-        self._tokens_per_step = tokens_per_step
         self._step = step
-        self._last = (step, time.perf_counter())
+        self.clock = clock
 
     def advance(self) -> None:
         self._step += 1
         self._bar.update()
 
     def log(self, step: int, values: dict[str, float], *, timed: bool = False) -> None:
+        """Writes an entry. `timed`: with the speed; the device must have finished the step."""
         entry: dict = {"step": step, **values}
         if timed:
-            then, at = self._last
-            self._last = (step, time.perf_counter())
-            speed = (step - then) * self._tokens_per_step / (self._last[1] - at)
-            entry["timing"] = {"tokens_per_second": round(speed, 1)}
-            self._board.add_scalar("tokens_per_second", speed, step)
+            entry["timing"] = figures = self.clock.read(step)
+            for name, value in figures.items():
+                self._board.add_scalar(name, value, step)
             skipped = values.get("skipped_steps")
             self._bar.set_postfix_str(
-                f"loss {values['loss']:.3f}, {speed:,.0f} tokens/s"
+                f"loss {values['loss']:.3f}, {speed.bar_text(figures)}"
                 + (f", {skipped:,} steps skipped" if skipped else "")
             )
         for name, value in values.items():
@@ -91,7 +88,7 @@ class Metrics:
 
     def pause(self) -> None:
         """Excludes the time since the last log (evaluation, saving) from the next speed."""
-        self._last = (self._step, time.perf_counter())
+        self.clock.restart(self._step)
 
     def close(self) -> None:
         self._bar.close()

@@ -115,7 +115,8 @@ MAY_CHANGE = """data.train data.validation data.test data.dir data.workers
     model.attention model.remat model.loss_chunk model.unroll
     train.steps train.log_every train.eval_every train.eval_windows train.metrics
     train.checkpoint_every
-    train.keep_last train.keep_best train.on_non_finite""".split()
+    train.keep_last train.keep_best train.on_non_finite
+    train.profile_steps train.time_limit""".split()
 
 
 def test_what_may_change_on_resumption():

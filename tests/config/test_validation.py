@@ -117,6 +117,12 @@ OUT_OF_RANGE = [
     ("train.keep_last", 0, "at least 1"),
     ("train.keep_best", -1, "at least 0"),
     ("train.on_non_finite", "ignore", "one of stop, skip"),
+    *(
+        ("train.profile_steps", steps, "'' or FIRST:STOP with 1 <= FIRST < STOP, such as 100:105")
+        for steps in ("5", "b:c", "7:7", "9:5", "0:5", "-1:5", "1:2:3", "3:", ":", "1:9999999999")
+    ),
+    ("train.time_limit", -1.0, "at least 0"),
+    ("train.time_limit", float("inf"), "at least 0"),
     ("eval.split", "dev", "one of train, validation, test"),
     ("eval.batch_size", 0, "at least 1"),
     ("eval.max_windows", -1, "at least 0"),

@@ -349,6 +349,10 @@ def test_metrics_of_every_step(uninterrupted):
     for entry in entries:
         parts = entry["loss_diffusion"] + entry["loss_sequential"]
         assert entry["loss"] == pytest.approx(parts, rel=1e-6)
+        assert entry["timing"].keys() == {  # a CPU has neither a known peak nor memory_stats
+            "step_ms", "data_wait_ms", "tokens_per_second", "tokens_per_second_per_device",
+        }  # fmt: skip
+        assert 0 < entry["timing"]["data_wait_ms"] < entry["timing"]["step_ms"]
         assert entry["grad_norm"] > 0
     rates = [entry["learning_rate"] for entry in entries]
     assert rates[:6] == pytest.approx([0.0, 0.002, 0.004, 0.006, 0.008, 0.01])

@@ -1,6 +1,16 @@
 """Fields of config.optimizer and config.train."""
 
-from esolm_jax.config.checks import EPSILON, FRACTION, ListOf, OneOf, above, at_least, count, size
+from esolm_jax.config.checks import (
+    EPSILON,
+    FRACTION,
+    STEP_RANGE,
+    ListOf,
+    OneOf,
+    above,
+    at_least,
+    count,
+    size,
+)
 from esolm_jax.config.field import Field
 from esolm_jax.config.sections.evaluation import METRICS
 
@@ -45,4 +55,8 @@ TRAIN = {
                        **_FREE),
     "on_non_finite": Field("stop", "What to do at a NaN or infinite loss, gradient or weight.",
                            OneOf(ON_NON_FINITE), before="stop", **_FREE),
+    "profile_steps": Field("", "Steps whose XLA profile is written to WORKDIR/profile; '' = none.",
+                           STEP_RANGE, before="", **_FREE),
+    "time_limit": Field(0.0, "Minutes from the start of the process until it has ended, with "
+                        "a checkpoint; 0 = no limit.", at_least(0), before=0.0, **_FREE),
 }  # fmt: skip

@@ -20,6 +20,7 @@ from esolm_jax.family.rule import visible as rule
 from esolm_jax.sampling.engine.cache import Heads, KeyValue, Visible
 
 TILE_BYTES = 2**19  # of keys in a tile of slots
+PARTS = 8  # tiles of the slots, at least
 ROWS = 512  # the most rows of the block-diagonal matrix
 SUBLANES = 16  # sizes of small arrays are multiples
 LANES = 128
@@ -32,9 +33,10 @@ def rows_of(heads: Heads) -> int:
 
 
 def tile_of(slots: int, row_bytes: int) -> int:
-    """Slots of a tile: a power of two that divides them, if they are a multiple of 64."""
-    most = 1 << (max(64, TILE_BYTES // row_bytes).bit_length() - 1)
-    return math.gcd(slots, most)
+    """Slots of a tile: a power of two that divides them, if they are a multiple of 64. Half a tile
+    is read in vain, so few slots have smaller ones."""
+    most = max(64, min(TILE_BYTES // row_bytes, max(LANES, slots // PARTS)))
+    return math.gcd(slots, 1 << (most.bit_length() - 1))
 
 
 def attend(
