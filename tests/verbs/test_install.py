@@ -1,17 +1,20 @@
-"""launch/install.sh chooses the extra of this machine's accelerator.
+"""launch/install.sh chooses the extra of this machine's accelerator; Dockerfile fits setup.py.
 
 nvidia-smi, the files of TPUs, pip and JAX are fakes.
 """
 
+import fnmatch
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
 import types
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 ROOT = pathlib.Path(__file__).parents[2]
 H100 = "575.57.08, NVIDIA H100 80GB HBM3\n"
@@ -284,3 +287,32 @@ def test_extras_bring_one_range_of_jax(setup):
         assert extras[extra] == [jax.replace("jax", f"jax[{extra}]")]
     everything = {*extras["export"], *extras["interop"], *extras["tpu"], *extras["gpu-compiler"]}
     assert everything < {*extras["test"]}
+
+
+def test_dockerfile(setup):
+    lines = (ROOT / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
+    commands = [line.split(maxsplit=1) for line in lines if line and line[0] != "#"]
+    args = dict(rest.split("=") for name, rest in commands if name == "ARG")
+    assert args["EXTRA"] in setup["extras_require"]
+    named = re.findall(r"EXTRA=(\w+)", "\n".join(lines))
+    assert {"tpu", "cuda12"} == {*named} and {*named} < {*setup["extras_require"]}
+    assert args["PYTHON_VERSION"] in SpecifierSet(setup["python_requires"])
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    sent = [line[1:] for line in ignored if line.startswith("!")]
+    copied = []
+    for rest in (rest for name, rest in commands if name == "COPY"):
+        *sources, _ = rest.split()
+        copied += sources
+    assert sorted(copied) == sorted(sent)
+    for source in copied:
+        assert (ROOT / source).exists()
+        assert not any(fnmatch.fnmatch(source, line) for line in ignored if line[0] not in "!#*")
+    # What the code needs at run time, and only the code: a change of it keeps the dependencies.
+    order = [name if name != "COPY" else rest for name, rest in commands]
+    first_install = order.index("RUN")
+    assert "setup.py pyproject.toml ./" in order[:first_install]
+    assert order.index("esolm_jax esolm_jax") > first_install
+    assert commands[-2][0] == "USER" and args["RUN_AS"] != "root"
+    assert not [name for name, _ in commands if name == "ENTRYPOINT"]
+    runs = " ".join(rest for name, rest in commands if name == "RUN")
+    assert runs.count("pip install") == 3 and not re.search(r"://|git\+|curl|wget|apt", runs)
