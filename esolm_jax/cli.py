@@ -138,9 +138,9 @@ def _given(pattern: str) -> list[str]:
     return words
 
 
-def _join(config, *, stoppable: bool) -> None:
+def _join(config, *, stoppable: bool, uses_devices: bool) -> None:
     """Joins the other processes of the run, if any, and checks that config and code are the
-    same."""
+    same, and that JAX uses the cluster's accelerators."""
     timeouts = config.distributed
     distributed.start(
         init_timeout=timeouts.init_timeout,
@@ -148,6 +148,8 @@ def _join(config, *, stoppable: bool) -> None:
         barrier_timeout=timeouts.barrier_timeout,
         stoppable=stoppable,
     )
+    if uses_devices:
+        distributed.check_accelerators()
     same = {"config": multihost.config_hash(config), "code version": multihost.code_hash()}
     multihost.check_same(same, timeout=timeouts.barrier_timeout)
 
@@ -229,7 +231,7 @@ def _run_main(main: Callable[[ConfigDict, pathlib.Path], None], verb: Verb) -> N
         )
     with guard():
         if several or not verb.one_process:
-            _join(config, stoppable=verb.stoppable)
+            _join(config, stoppable=verb.stoppable, uses_devices=not verb.one_process)
         with _only_process_0_prints():
             workdir = flags.FLAGS.workdir
             workdir = workdir and pathlib.Path(workdir).expanduser()

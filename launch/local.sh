@@ -58,7 +58,7 @@ fi
 if [ -n "${PYTHON:-}" ]; then
   command -v "$PYTHON" >/dev/null || fail "PYTHON=$PYTHON: no such program"
 else
-  source launch/install.sh ""
+  JAX_PLATFORMS=cpu source launch/install.sh ""
 fi
 [ "$logs" ] || logs=$(eval "$TEMPORARY") || fail "TMPDIR=${TMPDIR:-}: must be a folder that can be written to"
 mkdir -p "$logs" || fail "LOGS=$logs: must be a folder that can be written to"

@@ -3,15 +3,15 @@
 #   bash launch/quickstart.sh [--config.field=value …]      (WORKDIR=runs/quickstart)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source launch/install.sh ""
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
+source launch/install.sh ""
 workdir="${WORKDIR:-runs/quickstart}"
 begin=$SECONDS
 
 verb() {
   echo
   echo "== $* =="
-  .venv/bin/python -m "esolm_jax.$1" "${@:2}"
+  "$bin/python" -m "esolm_jax.$1" "${@:2}"
 }
 
 verb prepare --config=configs/shakespeare.py --workdir="$workdir" "$@"

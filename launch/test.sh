@@ -3,11 +3,11 @@
 #   bash launch/test.sh [pytest arguments]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source launch/install.sh test
 export JAX_PLATFORMS=cpu
-.venv/bin/ruff check .
-.venv/bin/ruff format --check .
-.venv/bin/lint-imports
-.venv/bin/mypy
+source launch/install.sh test
+"$bin"/ruff check .
+"$bin"/ruff format --check .
+"$bin"/lint-imports
+"$bin"/mypy
 # Files stay on one worker, to share their fixtures, until a worker is idle.
-.venv/bin/python -m pytest -n 2 --dist worksteal "$@"
+"$bin"/python -m pytest -n 2 --dist worksteal "$@"

@@ -3,7 +3,7 @@
 #   bash launch/xpk.sh [--dry-run] --cluster=C --tpu-type=TYPE --image=IMAGE [options] -- VERB args …
 #   bash launch/xpk.sh --cluster=c --tpu-type=v5litepod-256 --image=gcr.io/p/esolm_jax \
 #     -- train --config=configs/text.py --workdir=/mnt/bucket/run
-# IMAGE has this checkout as its working folder, installed with `pip install -e '.[tpu]'`.
+# IMAGE is built from this checkout:  docker build --tag=gcr.io/p/esolm_jax .   (see Dockerfile)
 #   --num-slices=N      number of slices (1)
 #   --project=PROJECT   --zone=ZONE   of gcloud (its defaults)
 #   --name=NAME         of the workload (esolm-VERB-month-day-time)

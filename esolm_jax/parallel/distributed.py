@@ -4,6 +4,7 @@ A run of one process goes through the same calls, which then do nothing. The ord
 
     with guard():                     # guard.py: around all that follows
         start(...)                    # before anything asks JAX for a device
+        check_accelerators()          # no run on CPUs by mistake
         multihost.check_same({"config": config_hash(config), "code version": code_hash()}, ...)
         ...                           # is_main() writes and prints; StopSignal ends training
 """
@@ -80,6 +81,27 @@ def start(
     watching = peers.Watch(client(), process_index(), process_count(), heartbeat_timeout, relay)
     _connection = _Connection(float(barrier_timeout), watching)
     watching.start()
+
+
+def check_accelerators() -> None:
+    """Checks that JAX uses the GPUs or TPUs that the cluster allocated; call it after start().
+
+    Raises:
+      UserError: JAX found only CPUs, and JAX_PLATFORMS does not choose them.
+    """
+    allocated = launcher.allocated_accelerators(os.environ)
+    chose_cpu = (jax.config.jax_platforms or "").startswith("cpu")
+    if allocated is None or chose_cpu or jax.default_backend() != "cpu":
+        return
+    setting, kind = allocated
+    install = {
+        "GPUs": "`bash launch/install.sh cuda12` (cuda13 with driver 580 or newer)",
+        "TPUs": "`bash launch/install.sh tpu`",
+    }[kind]
+    raise UserError(
+        f"{setting}: JAX finds only CPUs, but the job has {kind}; install JAX for them with "
+        f"{install}, or set JAX_PLATFORMS=cpu to run on the CPUs"
+    )
 
 
 def process_index() -> int:

@@ -1,4 +1,4 @@
-"""The process index and count that the launcher of this process sets.
+"""The process index and count that the launcher of this process sets, and its accelerators.
 
 JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID set them, or a cluster that JAX knows:
 SLURM, Open MPI, TPU workers named in the environment, or any other with ESOLM_CLUSTER=1.
@@ -13,6 +13,8 @@ from esolm_jax.errors import UserError
 ENV_VARS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 CLUSTER = "ESOLM_CLUSTER"  # "1": JAX detects the cluster
 _TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES", "MEGASCALE_NUM_SLICES")
+_GPU_COUNTS = ("SLURM_GPUS_ON_NODE", "SLURM_GPUS_PER_NODE", "SLURM_GPUS")
+_DEVICE_IDS = {"SLURM_STEP_GPUS": "GPUs", "SLURM_JOB_GPUS": "GPUs", "TPU_WORKER_ID": "TPUs"}
 
 
 def launcher_env(environment: Mapping[str, str]) -> dict | None:
@@ -68,3 +70,15 @@ def in_cluster(environment: Mapping[str, str]) -> bool:
         or "," in (workers or "")
         or number(_TPU_HOSTS[2]) > 1
     )
+
+
+def allocated_accelerators(environment: Mapping[str, str]) -> tuple[str, str] | None:
+    """The setting with which a cluster gives this process accelerators, and their kind; None
+    without one. For example ("SLURM_GPUS_ON_NODE=8", "GPUs")."""
+    for name in _GPU_COUNTS:
+        if environment.get(name, "0") not in ("", "0"):
+            return f"{name}={environment[name]}", "GPUs"
+    for name, kind in _DEVICE_IDS.items():
+        if environment.get(name):  # "0" is the first of them
+            return f"{name}={environment[name]}", kind
+    return None

@@ -396,6 +396,57 @@ def test_clusters_are_known_by_their_environment(environment, several):
     assert launcher.in_cluster(environment) == several
 
 
+@pytest.mark.parametrize(
+    "environment, allocated",
+    [
+        ({}, None),
+        (SLURM | {"SLURM_GPUS_ON_NODE": "0"}, None),
+        (SLURM | {"SLURM_GPUS_ON_NODE": "8"}, ("SLURM_GPUS_ON_NODE=8", "GPUs")),
+        (SLURM | {"SLURM_GPUS_PER_NODE": "h100:8"}, ("SLURM_GPUS_PER_NODE=h100:8", "GPUs")),
+        (SLURM | {"SLURM_JOB_GPUS": "0"}, ("SLURM_JOB_GPUS=0", "GPUs")),  # the GPU of number 0
+        ({"TPU_WORKER_ID": "0", "TPU_WORKER_HOSTNAMES": "t-0"}, ("TPU_WORKER_ID=0", "TPUs")),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),  # as `compile` sets it
+    ],
+)
+def test_accelerators_that_a_cluster_allocates(environment, allocated):
+    assert launcher.allocated_accelerators(environment) == allocated
+
+
+@pytest.fixture
+def unspecified_platforms():
+    """As without JAX_PLATFORMS; JAX has its devices already."""
+    before = jax.config.jax_platforms
+    jax.devices()
+    jax.config.update("jax_platforms", None)
+    yield
+    jax.config.update("jax_platforms", before)
+
+
+@pytest.mark.parametrize("verb", ["train", "evaluate", "sample"])
+def test_no_run_on_cpus_by_mistake(verb, monkeypatch, capsys, tmp_path, unspecified_platforms):
+    for name in (*launcher.ENV_VARS, launcher.CLUSTER):
+        monkeypatch.delenv(name, raising=False)
+    flags = (f"--config={tiny_run.FILE}", f"--workdir={tmp_path}")
+
+    def first_error():
+        assert tiny_run.command(verb, *flags) == 2
+        return capsys.readouterr().err
+
+    no_data_or_checkpoint = first_error()
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    assert first_error() == (
+        "error: SLURM_GPUS_ON_NODE=8: JAX finds only CPUs, but the job has GPUs; install JAX for "
+        "them with `bash launch/install.sh cuda12` (cuda13 with driver 580 or newer), or set "
+        "JAX_PLATFORMS=cpu to run on the CPUs\n"
+    )
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert first_error() == no_data_or_checkpoint
+    monkeypatch.undo()
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    jax.config.update("jax_platforms", "cpu")  # a choice
+    assert first_error() == no_data_or_checkpoint
+
+
 def test_one_process(monkeypatch):
     """Nothing to join: every call does nothing, and errors pass through guard()."""
     for name in (*launcher.ENV_VARS, launcher.CLUSTER):

@@ -165,6 +165,12 @@ REFUSED = {
         ([*SLURM, "--time=1h", *RUN], "--time=1h", "24:00:00"),
         ([*SLURM, "--partition=", *RUN], "--partition=: must be a known option with a value"),
         ([*SLURM, "--parttion=a", *RUN], "--parttion=a", "--help"),
+        ([*SLURM, "--mounts=/s:/s", *RUN], "--mounts=/s:/s: must be used with --image"),
+        (
+            [*SLURM, "--image=i", "--", "train", "--workdir=runs/a"],
+            "runs/a",
+            "mounted on all hosts",
+        ),
         ([*SLURM, "train"], "train: must be a known option", "after --"),
         (SLURM, "-- VERB is missing"),
         ([*SLURM, "--"], "-- VERB is missing"),
@@ -278,6 +284,20 @@ def test_slurm_without_gpus(env):
     assert "--job-name=n" in submit and "--ntasks-per-node=1" in submit
     assert not [arg for arg in submit if "gpus" in arg or "cpus" in arg]
     assert "requeue" not in script  # only training saves what it has done
+
+
+def test_slurm_in_a_container(env):
+    """The nodes need no checkout: the command is the image's, in the image's working folder."""
+    del env["PYTHON"]
+    options = ["--gpus-per-node=8", "--image=r#i:1", "--mounts=/mnt:/mnt"]
+    args = [*SLURM, *options, "--", "train", SHARED, *ODD]
+    [[*submit, script]] = same_as_dry_run("slurm", *args, env=env)
+    assert "--gpus-per-node=8" in submit and str(ROOT) not in script
+    done = shell(script, env | {"SLURM_JOB_ID": "7"}, cwd="/")
+    assert done.returncode == 0, done.stderr
+    container = ["--container-image=r#i:1", "--container-mounts=/mnt:/mnt"]
+    python = ["python", "-m", "esolm_jax.train", SHARED, *ODD]
+    assert calls(env) == [["srun", "--kill-on-bad-exit=0", *container, *python]]
 
 
 @pytest.fixture
