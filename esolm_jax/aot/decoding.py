@@ -66,6 +66,7 @@ def measure(config, training: Trainer, chip: Chip) -> dict:
         "texts": config.sample.num_texts,
         "length": int(generates.plan.order.shape[1]),
         "passes": generates.plan.nfe,
+        "blocks": config.model.blocks,
         "programs": len(programs),
         "hbm": hbm,
         "kernels_per_pass": one_pass.kernels,

@@ -329,7 +329,7 @@ def test_flash_lowers_for_a_gpu(layout, dtype):
 def test_kinds():
     assert [resolve("auto", p, 256) for p in ("cpu", "gpu", "tpu")] == [
         "chunked",
-        "chunked",
+        "flash",
         "splash",
     ]
     assert resolve("auto", "tpu", 128) == "chunked"

@@ -340,6 +340,19 @@ def test_another_seed_runs_the_same_programs(alpha_0):
     assert len(found) <= 5, found
 
 
+@pytest.mark.parametrize("few_tokens", [256, 16])
+def test_few_tokens_run_in_one_shape(few_tokens):
+    """Where they take as long as one; wider windows in powers of two that hold them."""
+    drawn = schedule.ancestral(Canvas.empty(2, 256, 0), 1.0, 16)
+    plan = passes.make_plan(eso_b.FAMILY, drawn, mask_id=toy.MASK)
+    for low, high in plan.segments():
+        index, shapes = plan.shape_buckets(low, high, few_tokens)
+        widths, picked = np.array(shapes).T
+        assert (widths[index[low:high]] >= plan.widths[low:high]).all()
+        assert (picked[index[low:high]] >= plan.size[low:high].max(axis=1)).all()
+        assert len(shapes) <= (1 if few_tokens == 256 else 4)
+
+
 def test_a_row_that_is_done_needs_no_cache():
     canvas = canvas_of([[MASK] * 12, [0, 2, 2, MASK]])
     for drawn in (schedule.ancestral(canvas, 1.0, 4), schedule.left_to_right(canvas)):

@@ -46,8 +46,8 @@ MODEL = {
                          at_least(1), **_SIZE),
     "rope_original_length": Field(8192, "Text length before RoPE scaling (Llama 3.1).", count(1),
                                   formerly=("rope_length",), **_SIZE),
-    "attention": Field("auto", "Implementation: auto = splash on a TPU if L > 128, else chunked; "
-                       "flash is for GPUs, splash for TPUs.", OneOf(("auto", *kinds.KINDS)),
+    "attention": Field("auto", "Implementation: auto = flash on a GPU, splash on a TPU if L > 128, "
+                       "else chunked.", OneOf(("auto", *kinds.KINDS)),
                        former_values={"lean": {"model.attention": "chunked"}}, **_FREE),
     "remat": Field("none", "What the backward pass recomputes.", OneOf(REMAT), **_FREE),
     "loss_chunk": Field(512, "Tokens that a device projects on the vocabulary at a time.",

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from esolm_jax.parallel import sharding
 from esolm_jax.sampling.engine import caches
 from esolm_jax.sampling.engine import network as network_lib
 from esolm_jax.sampling.engine.cache import KVCache
@@ -25,6 +26,9 @@ from esolm_jax.sampling.loops.loop import (
     scatter_columns,
 )
 from esolm_jax.sampling.plan.passes import NEVER, DecodePlan
+
+# Tokens of all rows that take as long as one, because weights are read: FLOP/s over bytes/s.
+FEW_TOKENS = {"gpu": 256, "tpu": 256}
 
 
 @flax.struct.dataclass
@@ -200,7 +204,8 @@ def segments_of(
       margin: the least number of slots beyond the length.
     """
     plan = task.plan
-    buckets = [plan.shape_buckets(*limit) for limit in limits]
+    few_tokens = FEW_TOKENS.get(sharding.platform(task.mesh), 0)
+    buckets = [plan.shape_buckets(*limit, few_tokens) for limit in limits]
     length = plan.order.shape[1]
     slots = length + margin
     for (low, high), (_, shapes) in zip(limits, buckets, strict=True):

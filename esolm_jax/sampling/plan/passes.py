@@ -122,17 +122,34 @@ class DecodePlan:
         ends = [0, self.prompt_passes, cut, steps]
         return [(a, b) for a, b in zip(ends, ends[1:], strict=False) if b > a]
 
-    def shape_buckets(self, low: int, high: int) -> tuple[np.ndarray, tuple[tuple[int, int], ...]]:
+    def shape_buckets(
+        self, low: int, high: int, few_tokens: int = 0
+    ) -> tuple[np.ndarray, tuple[tuple[int, int], ...]]:
         """The shape of each pass of a segment: index [rows_of_tables], and the ascending shapes
         (window, tokens generated), both rounded up to few sizes. The shapes hardly depend on the
-        draws, so another seed usually runs the same program."""
+        draws, so another seed usually runs the same program.
+
+        Args:
+          few_tokens: tokens of all rows that a device runs as fast as two, if not 0; up to it,
+            windows have one shape, and above it powers of two. No pass runs one token alone: XLA
+            turns its matrix products into sums on a GPU, which write every term.
+        """
         index = np.zeros(self.rows_of_tables, np.int32)
         widths, most = self.widths[low:high], int(self.size[low:high].max())
         rounded = [_round_up(width) for width in widths.tolist()]
         if most == 0:  # passes of a prompt have one size, except the last
             return index, ((max(rounded), 0),)
         rounded = np.maximum(rounded, min(2, max(rounded)))
+        if few_tokens and len(self.order) == 1:
+            rounded = np.maximum(rounded, 2)
         least, widest = int(rounded.min()), int(rounded.max())
+        if few_tokens and least < widest:
+            least = min(widest, max(least, few_tokens // self.order.shape[0]))
+            wide = np.maximum(rounded, least).tolist()
+            rounded = np.array([n if n == least else min(_power(n), widest) for n in wide])
+            present = sorted(set(rounded.tolist()))
+            index[low:high] = np.searchsorted(present, rounded)
+            return index, tuple((width, min(width, _power(most))) for width in present)
         if least < widest <= 128:
             least, widest = 1 << (least.bit_length() - 1), _power(widest)
         present = sorted({_round_up(width) for width in range(least, widest + 1)})
