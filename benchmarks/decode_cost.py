@@ -116,7 +116,7 @@ kernel in the device's memory; of the KV cache, the part that is filled on avera
 weights and that part. "ms at least" is the time to read the necessary bytes at the device's bandwidth. None of it is a
 measured time. On a TPU, kernels are instructions of one program, which launch at no cost; scalar ones count.
 
-{report_writer.table(head, rows)}"""
+{report_writer.table(head, rows)}"""  # noqa: E501
 
 
 def main() -> None:

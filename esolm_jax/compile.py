@@ -69,7 +69,8 @@ class OutOfMemory(Exception):
 def try_compile(lowered):
     """Compiles; OutOfMemory if it would not fit."""
     try:
-        return lowered.compile()
+        with topology.without_cache():
+            return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -13,7 +13,7 @@ import time
 import jax
 import numpy as np
 
-from esolm_jax.aot import hlo_traffic
+from esolm_jax.aot import hlo_traffic, topology
 from esolm_jax.aot.chips import Chip
 from esolm_jax.aot.hlo_parse import Shape
 from esolm_jax.parallel import sharding
@@ -44,7 +44,7 @@ def measure(config, training: Trainer, chip: Chip) -> dict:
     """Compiles the programs of the loop. Figures of one chip; those of a pass are of the program
     with most passes' work: the one whose loop moves most bytes."""
     generates, network = generator(config, training), abstract_network(training)
-    with tempfile.TemporaryDirectory() as dump:
+    with tempfile.TemporaryDirectory() as dump, topology.without_cache():
         options = {"xla_dump_to": dump} if chip.platform == "gpu" else {}
         begin = time.perf_counter()
         programs = generates.loop.compiled(network, **options)

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from esolm_jax.aot import hlo, report
+from esolm_jax.aot import hlo, report, topology
 from esolm_jax.aot.chips import Chip
 from esolm_jax.evaluation import likelihood
 from esolm_jax.family.phase import make_phases
@@ -32,7 +32,8 @@ def lowered(config, training: Trainer):
 
 def measure(config, training: Trainer, chip: Chip) -> dict:
     """HBM, FLOPs and collectives on one chip."""
-    compiled = lowered(config, training).compile()
+    with topology.without_cache():
+        compiled = lowered(config, training).compile()
     stats = compiled.memory_analysis()
     output = stats.output_size_in_bytes - stats.alias_size_in_bytes
     total = stats.argument_size_in_bytes + stats.temp_size_in_bytes + output

@@ -4,11 +4,15 @@
 of eight.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import math
 import os
 import re
+from collections.abc import Iterator
+
+import jax
 
 from esolm_jax.aot.chips import CHIPS, Chip, gpu_target
 from esolm_jax.errors import UserError, nearest
@@ -98,6 +102,18 @@ def _gpus(topology: str) -> list:
         target_config=gpu_target(name),
     )
     return list(described.devices)
+
+
+@contextlib.contextmanager
+def without_cache() -> Iterator[None]:
+    """JAX's cache of compiled programs is off: programs of devices that do not exist cannot be
+    loaded from it."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
 
 
 def _need(package: str, extra: str, what: str) -> None:

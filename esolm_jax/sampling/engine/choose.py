@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +58,14 @@ def gumbel(keys_BP, vocab_size: int):
     return jax.vmap(jax.vmap(one))(keys_BP)
 
 
+def where_needed(is_needed, make: Callable, otherwise: Callable):
+    """make() where it is needed, else otherwise(); accelerators always run make(), because their
+    host would wait for the decision."""
+    return jax.lax.platform_dependent(
+        cpu=lambda: jax.lax.cond(is_needed, make, otherwise), default=make
+    )
+
+
 def lazy_gumbel(row_keys_B, position_BS, vocab_size: int, purpose: int = TOKEN):
     """A function from slots [B, P] (integers below S) to their noise, float32 [B, P, V]."""
 
@@ -81,7 +90,7 @@ def precomputed_gumbel(row_keys_B, position_BS, is_wanted_S, vocab_size: int):
 
     def next_slots(args):
         position_PB, is_wanted_P = args
-        return jax.lax.cond(
+        return where_needed(
             is_wanted_P.any(),
             lambda: gumbel(keys_of(row_keys_B, position_PB.T), vocab_size),
             lambda: jnp.zeros((batch, few, vocab_size), jnp.float32),

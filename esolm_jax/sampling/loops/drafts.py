@@ -14,7 +14,7 @@ import numpy as np
 from esolm_jax.config import DRAFT_STYLES
 from esolm_jax.sampling.engine import network as network_lib
 from esolm_jax.sampling.engine.cache import Entries
-from esolm_jax.sampling.engine.choose import TokenSampler, argmax
+from esolm_jax.sampling.engine.choose import TokenSampler, argmax, where_needed
 from esolm_jax.sampling.engine.network import Window
 from esolm_jax.sampling.loops.run_passes import State
 from esolm_jax.sampling.plan.passes import NEVER, DecodePlan
@@ -162,7 +162,7 @@ def draw(sampler: TokenSampler, log_p, slot, noise: Noise, rejected):
         return argmax(log_p, sampler.mask_id)
     usual, first_slot = noise.of_token(slot), slot[:, :1]
     first = usual[:, :1]
-    again = jax.lax.cond(rejected.any(), lambda: noise.of_residual(first_slot), lambda: first)
+    again = where_needed(rejected.any(), lambda: noise.of_residual(first_slot), lambda: first)
     first = jnp.where(rejected[:, None, None], again, first)
     return argmax(log_p + jnp.concatenate([first, usual[:, 1:]], axis=1), sampler.mask_id)
 

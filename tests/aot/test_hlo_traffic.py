@@ -1,0 +1,95 @@
+"""What a loop launches and moves, against the same counted by hand."""
+
+import pytest
+
+from esolm_jax.aot import hlo_traffic
+
+LOOP = """HloModule jit_loop, is_scheduled=true
+
+%slice_and_add (table: f32[100,8], at: s32[], h: f32[8]) -> f32[8] {
+  %table = f32[100,8]{1,0} parameter(0)
+  %at = s32[] parameter(1)
+  %h = f32[8]{0} parameter(2)
+  %zero = s32[] constant(0)
+  %row = f32[1,8]{1,0} dynamic-slice(%table, %at, %zero), dynamic_slice_sizes={1,8}
+  %flat = f32[8]{0} bitcast(%row)
+  ROOT %sum = f32[8]{0} add(%flat, %h)
+}
+
+%put (cache: f32[100,8], new: f32[8], at: s32[]) -> f32[100,8] {
+  %cache = f32[100,8]{1,0} parameter(0)
+  %new = f32[8]{0} parameter(1)
+  %at = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  %wide = f32[1,8]{1,0} bitcast(%new)
+  ROOT %put = f32[100,8]{1,0} dynamic-update-slice(%cache, %wide, %at, %zero)
+}
+
+%dear (h: f32[8]) -> f32[8] {
+  %h = f32[8]{0} parameter(0)
+  %a = f32[8]{0} copy(%h)
+  ROOT %b = f32[8]{0} copy(%a)
+}
+
+%cheap (h: f32[8]) -> f32[8] {
+  ROOT %h = f32[8]{0} parameter(0)
+}
+
+%body (state: (s32[], f32[100,8], f32[8], f32[100,8])) -> (s32[], f32[100,8], f32[8], f32[100,8]) {
+  %state = (s32[], f32[100,8]{1,0}, f32[8]{0}, f32[100,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %table = f32[100,8]{1,0} get-tuple-element(%state), index=1
+  %h = f32[8]{0} get-tuple-element(%state), index=2
+  %cache = f32[100,8]{1,0} get-tuple-element(%state), index=3
+  %next = f32[8]{0} fusion(%table, %i, %h), kind=kLoop, calls=%slice_and_add
+  %kernel = f32[8]{0} custom-call(%next, %cache), custom_call_target="some_kernel", metadata={op_name="jit(loop)/while/body/attention/pallas_call"}
+  %chosen = f32[8]{0} conditional(%i, %kernel, %kernel), branch_computations={%dear, %cheap}
+  %written = f32[100,8]{1,0} fusion(%cache, %chosen, %i), kind=kLoop, calls=%put
+  %told = (f32[8]{0}, token[]) outfeed(%chosen)
+  ROOT %out = (s32[], f32[100,8]{1,0}, f32[8]{0}, f32[100,8]{1,0}) tuple(%i, %table, %chosen, %written)
+}
+
+%condition (state: (s32[], f32[100,8], f32[8], f32[100,8])) -> pred[] {
+  %state = (s32[], f32[100,8]{1,0}, f32[8]{0}, f32[100,8]{1,0}) parameter(0)
+  ROOT %go = pred[] constant(true)
+}
+
+ENTRY %main (start: (s32[], f32[100,8], f32[8], f32[100,8])) -> (s32[], f32[100,8], f32[8], f32[100,8]) {
+  %start = (s32[], f32[100,8]{1,0}, f32[8]{0}, f32[100,8]{1,0}) parameter(0)
+  ROOT %loop = (s32[], f32[100,8]{1,0}, f32[8]{0}, f32[100,8]{1,0}) while(%start), condition=%condition, body=%body
+}
+"""  # noqa: E501
+ROW, TABLE, INDEX = 8 * 4, 100 * 8 * 4, 4
+
+
+def test_one_iteration():
+    found = hlo_traffic.largest_loop(LOOP)
+    assert (found.conditionals, found.host_transfers) == (1, 1)
+    assert found.kernels == 3 + 2 + 1  # the dearest branch has two, and the outfeed counts
+    sizes = dict(found.by_kernel)
+    assert sizes["next"] == ROW + INDEX + ROW + ROW  # one row of the table, not the table
+    assert sizes["kernel"] == ROW + TABLE + ROW
+    assert sizes["written"] == ROW + INDEX + ROW  # in place: only what is written
+    assert found.bytes == sum(sizes.values())
+
+
+def test_bytes_of_a_kernel_that_reads_a_part():
+    def half(operands):
+        assert [shape.sizes for shape in operands] == [(8,), (100, 8)]
+        return TABLE / 2
+
+    found = hlo_traffic.largest_loop(LOOP, {"attention": half})
+    assert dict(found.by_kernel)["kernel"] == TABLE / 2
+
+
+def test_tiles_and_on_chip_arrays_of_a_tpu():
+    tiled = LOOP.replace("%a = f32[8]{0} copy", "%a = f32[8]{0:T(128)S(1)} copy")
+    tiled = tiled.replace("%h = f32[8]{0} get-tuple", "%h = f32[8]{0:T(128)} get-tuple")
+    before, found = (dict(hlo_traffic.largest_loop(t).by_kernel) for t in (LOOP, tiled))
+    assert before["a"] - found["a"] == ROW  # its result stays on the chip
+    assert found["next"] - before["next"] == 128 * 4 - ROW  # a padded tile
+
+
+def test_text_without_a_loop():
+    with pytest.raises(ValueError, match="must have a loop"):
+        hlo_traffic.largest_loop(LOOP.replace(" while(%start)", " custom-call(%start)"))
