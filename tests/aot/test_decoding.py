@@ -1,14 +1,22 @@
 """The loop of `sample`, as the compilers of GPUs and TPUs make it, held to its limits."""
 
+import functools
 import json
 import os
 
+import jax
+import numpy as np
 import pytest
 import tiny_run
+from jax.sharding import Mesh
 
 from esolm_jax import compile as compile_lib
 from esolm_jax import config as config_lib
 from esolm_jax.aot import decoding, topology
+from esolm_jax.model.model_config import ModelConfig
+from esolm_jax.parallel import sharding
+from esolm_jax.sampling.engine import kernel_cache
+from esolm_jax.sampling.engine.cache import Heads, Visible
 
 BLOCKS = 2
 DEVICES = {"h100:2": "jax_cuda12_plugin", "v5e:2x2": "libtpu"}
@@ -93,3 +101,43 @@ def test_command(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "CUDA graphs" in printed and "MB necessary" in printed
     assert os.path.exists("compile.json")
+
+
+VARIANTS = {  # batch, window, groups, heads of a group, head width, slots, dtype, normed, rotated
+    "llama, normed": (1, 2, 8, 4, 128, 1024, "bfloat16", True, True),
+    "odd sizes": (3, 2, 3, 2, 24, 64, "float32", False, True),
+    "no rotation": (3, 5, 4, 1, 80, 192, "float32", False, False),
+    "a prompt": (2, 256, 8, 4, 64, 512, "bfloat16", False, True),
+    "no cache": (2, 128, 12, 1, 64, 0, "bfloat16", False, True),
+}
+
+
+@pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_kernels_compile(variant, name):
+    pytest.importorskip(DEVICES[name])
+    batch, window, groups, per_group, width, slots, dtype, normed, rotated = VARIANTS[variant]
+    mesh = Mesh(np.array(topology.devices(name)[:1]).reshape(1, 1, 1, 1), sharding.AXES)
+
+    def shape(*sizes, of="float32"):
+        return jax.ShapeDtypeStruct(sizes, of, sharding=sharding.replicated(mesh))
+
+    model = ModelConfig(9, groups * per_group * width, 2, groups * per_group, 0, kv_heads=groups)
+    angle = shape(batch, window, width) if rotated else None
+    heads = Heads(
+        products=shape(batch, window, groups, per_group + 2, width, of=dtype),
+        bias=shape(groups, per_group + 2, width),
+        scale=shape(per_group + 1, width) if normed else None,
+        cos=angle,
+        sin=angle,
+        config=model,
+    )
+    tokens = shape(batch, window, of="int32")
+    visible = Visible(tokens, shape(batch, window, of="bool"), shape(batch, of="int32"))
+    past = (shape(2, batch, slots, groups * width, of=dtype),) * 2 if slots else None
+    platform = topology.parse(name).platform
+    run = functools.partial(kernel_cache.NoCache(mesh, platform, False).run, 1)
+    with topology.without_cache():
+        text = jax.jit(run).lower(heads, visible, past).compile().as_text()
+    uses_kernel = "decode_attention" in text
+    assert uses_kernel or (platform == "tpu" and variant in ("a prompt", "no cache"))

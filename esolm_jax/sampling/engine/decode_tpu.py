@@ -21,15 +21,18 @@ from esolm_jax.sampling.engine.cache import Heads, KeyValue, Visible
 
 TILE_BYTES = 2**19  # of keys in a tile of slots
 PARTS = 8  # tiles of the slots, at least
-ROWS = 512  # the most rows of the block-diagonal matrix
-SUBLANES = 16  # sizes of small arrays are multiples
+ROWS, STATE_BYTES = 512, 2**23  # the most rows of the block-diagonal matrix, and of its state
+SUBLANES = 8  # sizes of small arrays are multiples
 LANES = 128
 
 
-def rows_of(heads: Heads) -> int:
-    """Rows of the block-diagonal matrix: one for each token and query head."""
-    _, window, groups, more, _ = heads.products.shape
-    return window * groups * (more - 2)
+def fits(heads: Heads) -> bool:
+    """Whether the kernel serves this window: the block-diagonal matrix has a row for each group
+    and query, and is kept on the chip with the sums of its rows."""
+    _, window, groups, more, width = heads.products.shape
+    rows = groups * -(-window * (more - 2) // SUBLANES) * SUBLANES
+    state = rows * groups * width * (heads.products.dtype.itemsize + 4)
+    return rows <= ROWS and state <= STATE_BYTES
 
 
 def tile_of(slots: int, row_bytes: int) -> int:

@@ -26,7 +26,7 @@ def _attend_with(platform: str, heads: Heads, visible: Visible, past, block: int
         return decode_gpu.attend(heads, visible, past, block=block, interpret=interpret)
     from esolm_jax.sampling.engine import decode_tpu
 
-    if past is None or decode_tpu.rows_of(heads) > decode_tpu.ROWS:  # wide: matrix products
+    if past is None or not decode_tpu.fits(heads):  # wide windows: matrix products
         slots = None if past is None else tuple(of[block] for of in past)
         return prefix_cache.attend_all(heads, visible, slots)
     return decode_tpu.attend(heads, visible, past, block=block, interpret=interpret)
