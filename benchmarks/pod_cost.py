@@ -171,7 +171,24 @@ def _gpus(found: dict) -> str:
         cells += [f"{1e3 * line['step_seconds']:.0f}", f"{line['mfu']:.0%}"]
         rows.append([*cells, f"{f['compile_seconds']:.0f}"])
     head = "config", "GPUs", "mesh", "batch x L", "HBM GiB", "FLOPs x", "sent x", "step ms"
-    return report_writer.table([*head, "MFU <=", "compile s"], rows)
+    return report_writer.table([*head, "MFU <=", "compile s"], rows) + _across_nodes(found)
+
+
+def _across_nodes(found: dict) -> str:
+    """How bytes sent and memory hold at the same batch per GPU on more nodes."""
+    fitting = {n: f for n, f in found.get("gpus", {}).items() if "flops" in f}
+    by_config: dict[str, list[float]] = {}
+    for name, f in fitting.items():
+        by_config.setdefault(name.split()[0], []).append(f["hbm"]["total"])
+    growths = [max(sizes) / min(sizes) - 1 for sizes in by_config.values() if len(sizes) > 1]
+    if not growths:
+        return ""
+    sent = max(f["collectives"]["ratio"] for f in fitting.values())
+    return (
+        f"\nA GPU sends at most {sent:.3f} x the ideal. With the same batch per GPU, its memory on "
+        f"one node and on eight differs by {max(growths):.1%} at most. h100:8x8 is eight nodes of "
+        "eight; all that is sent is assumed to go over the network between them.\n"
+    )
 
 
 def _lengths(found: dict) -> str:
