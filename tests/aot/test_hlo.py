@@ -1,4 +1,4 @@
-"""Costs read from HLO text, against the same counted by hand; on CPU, and compiled for TPU and GPU."""
+"""Costs read from HLO text, against the same counted by hand; for CPUs, TPUs and GPUs."""
 
 import os
 
