@@ -1,8 +1,10 @@
-"""The cost of the configs on pods, from the pods' compiler: docs/pod_cost.{json,md,png}.
+"""The cost of the configs on TPU pods and nodes of GPUs: docs/pod_cost.{json,md,png}.
 
-    python -m benchmarks.pod_cost [--only=configs,scaling,work,length] [--match=7b]
+    JAX_PLATFORMS=cpu python -m benchmarks.pod_cost [--only=configs,scaling,work,gpus,length]
+        [--match=7b]
 
-Needs `pip install 'esolm_jax[tpu]'` (the TPU compiler; no TPU) and about half an hour on two cores.
+Needs `pip install 'esolm_jax[tpu,gpu-compiler]'` (the compilers; no TPU or GPU) and about 40
+minutes on two cores.
 Earlier figures stay in the JSON until they are replaced.
 """
 
@@ -10,7 +12,7 @@ import argparse
 import concurrent.futures
 import dataclasses
 import functools
-import importlib.util
+import importlib.metadata
 import json
 import multiprocessing
 import pathlib
@@ -19,82 +21,22 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import report_writer
+from benchmarks.pod_cost_cases import (
+    CHIPS,
+    LENGTHS,
+    OWN_ROWS,
+    ROOT,
+    ROWS,
+    SECTIONS,
+    Case,
+)
 from esolm_jax import compile as compile_lib
 from esolm_jax import results
-from esolm_jax.aot import topology
 from esolm_jax.model.lm_head import token_nll
 from esolm_jax.training.phase_loss import PhaseLoss
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "pod_cost"
-LARGE = {"train.batch_size": 512, "model.remat": "none"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One compilation: a config file with its argument and changes, on a pod."""
-
-    file: str
-    argument: str
-    topology: str
-    changes: tuple[tuple[str, object], ...] = ()
-    num_slices: int = 1
-    full_loss: bool = False
-
-    @property
-    def name(self) -> str:
-        changes = " ".join(f"{k}={v}" for k, v in self.changes)
-        slices = f" x {self.num_slices}" if self.num_slices > 1 else ""
-        loss = " full-loss" if self.full_loss else ""
-        return f"{self.file}:{self.argument} {self.topology}{slices} {changes}{loss}".strip()
-
-    def config(self):
-        spec = importlib.util.spec_from_file_location("config", ROOT / f"configs/{self.file}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        config = module.get_config(self.argument)
-        config.update_from_flattened_dict(dict(self.changes))
-        return config
-
-
-def case(file, argument, topology_name, num_slices=1, full_loss=False, **changes) -> Case:
-    fields = tuple((name.replace("__", "."), value) for name, value in changes.items())
-    return Case(file, argument, topology_name, fields, num_slices, full_loss)
-
-
-LENGTHS = (1024, 2048, 4096, 8192, 16384)
-ROWS = 8  # per chip, in `scaling` and `length`
-CHIPS = 4  # of `length`
-OWN_ROWS = 32  # per chip, in configs/owt.py
-SECTIONS = {
-    # Each config on the pod of its docstring.
-    "configs": [
-        case("lm1b", "0.5", "v5e:4x4"),
-        case("owt", "0.5", "v5e:4x4"),
-        case("owt", "0.5", "v5e:4x4", data__seq_len=10240, train__batch_size=64),
-        case("medium", "0.5", "v5e:8x8"),
-        case("2b", "0.5", "v5e:16x16"),
-        case("2b", "0.5", "v5e:16x16", num_slices=2, train__batch_size=1024),
-        case("7b", "0.5", "v5p:8x8x8"),
-        case("7b", "0.5", "v5p:8x8x8", data__seq_len=10240),
-    ],
-    # The same batch per chip on more chips.
-    "scaling": [
-        case("owt", "0.5", name, train__batch_size=ROWS * topology.num_chips(name))
-        for name in ("v5p:2x2x4", "v5p:4x4x4", "v5p:4x8x8", "v5p:8x8x16")
-    ],
-    # All objectives at one batch, without recomputation.
-    "work": [
-        case("owt", argument, "v5p:2x2x4", train__batch_size=512, model__remat="none")
-        for argument in ("ar", "mdlm", "bd3", "1", "0.5", "0.125", "0")
-    ],
-    # One model at increasing length, with our loss and with a loss that holds all logits.
-    "length": [
-        case("owt", "0.5", "v5p:2x2x1", full_loss=f, data__seq_len=n, train__batch_size=CHIPS * r)
-        for f in (False, True)
-        for n, r in [(n, ROWS) for n in LENGTHS[: 3 if f else None]] + [(LENGTHS[0], OWN_ROWS)]
-    ],
-}
+COMPILERS = ("libtpu", "jax-cuda12-plugin")
 
 
 class FullLoss(PhaseLoss):
@@ -131,7 +73,9 @@ def measure(one: Case) -> dict:
 def run(names: list[str], match: str, workers: int, path: pathlib.Path) -> dict:
     """Measures the cases of sections with `match` in their names; writes the JSON after each."""
     found = json.loads(path.read_text()) if path.exists() else {}
-    found["versions"] = {"jax": jax.__version__, "libtpu": _libtpu_version()}
+    found["versions"] = {"jax": jax.__version__} | {
+        package: importlib.metadata.version(package) for package in COMPILERS
+    }
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, context, max_tasks_per_child=1) as pool:
         cases = [(s, one) for s in names for one in SECTIONS[s] if match in one.name]
@@ -147,12 +91,6 @@ def run(names: list[str], match: str, workers: int, path: pathlib.Path) -> dict:
     return found
 
 
-def _libtpu_version() -> str:
-    from importlib.metadata import version
-
-    return version("libtpu")
-
-
 def temporaries(figures: dict) -> float | None:
     """Bytes in addition to the state, activations included."""
     if "hbm" in figures and "total" in figures["hbm"]:
@@ -165,9 +103,10 @@ GIB = 2.0**30
 
 def table(found: dict) -> str:
     """The figures as Markdown."""
-    text = "# Cost of training on TPU pods\n\n"
-    text += "Made by `python -m benchmarks.pod_cost` with the TPU compiler (libtpu "
-    text += f"{found['versions']['libtpu']}, jax {found['versions']['jax']}), without a TPU. "
+    text = "# Cost of training on TPU pods and GPUs\n\n"
+    compilers = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    text += f"Made by `python -m benchmarks.pod_cost` with the compilers ({compilers}), without a "
+    text += "TPU or GPU. "
     text += "Memory, FLOPs and bytes are those of the compiled programs; times are rooflines, not "
     text += (
         "measurements. FLOPs count matrix products. Those of an attention kernel are the blocks "
@@ -182,6 +121,7 @@ def table(found: dict) -> str:
         "Every config on its pod": _configs,
         "All objectives at one batch (512 x 1024, remat none, v5p:2x2x4)": _work,
         f"The same {ROWS} rows a chip on more chips (owt:0.5)": _scaling,
+        "GPUs": _gpus,
         "Temporaries against length (owt:0.5 on v5p:2x2x1, remat full; as configured it is "
         f"{OWN_ROWS} rows of 1024 a chip)": _lengths,
     }
@@ -216,6 +156,39 @@ def _scaling(found: dict) -> str:
         rows.append([*cells, len(sent["stray_gathers"])])
     head = "pod", "chips", "mesh", "HBM GiB", "MB sent a chip", "sent x", "whole stacks"
     return report_writer.table(head, rows)
+
+
+def _gpus(found: dict) -> str:
+    rows = []
+    for name, f in found.get("gpus", {}).items():
+        cells = [name.split()[0], f["topology"], _mesh(f), f"{f['batch_size']} x {f['seq_len']}"]
+        if "flops" not in f:
+            rows.append([*cells, "does not fit", *[""] * 5])
+            continue
+        line = f["roofline"]
+        cells += [f"{f['hbm']['total'] / GIB:.2f} of {f['hbm']['available'] / GIB:.0f}"]
+        cells += [f"{f[kind]['ratio']:.3f}" for kind in ("flops", "collectives")]
+        cells += [f"{1e3 * line['step_seconds']:.0f}", f"{line['mfu']:.0%}"]
+        rows.append([*cells, f"{f['compile_seconds']:.0f}"])
+    head = "config", "GPUs", "mesh", "batch x L", "HBM GiB", "FLOPs x", "sent x", "step ms"
+    return report_writer.table([*head, "MFU <=", "compile s"], rows) + _across_nodes(found)
+
+
+def _across_nodes(found: dict) -> str:
+    """How bytes sent and memory hold at the same batch per GPU on more nodes."""
+    fitting = {n: f for n, f in found.get("gpus", {}).items() if "flops" in f}
+    by_config: dict[str, list[float]] = {}
+    for name, f in fitting.items():
+        by_config.setdefault(name.split()[0], []).append(f["hbm"]["total"])
+    growths = [max(sizes) / min(sizes) - 1 for sizes in by_config.values() if len(sizes) > 1]
+    if not growths:
+        return ""
+    sent = max(f["collectives"]["ratio"] for f in fitting.values())
+    return (
+        f"\nA GPU sends at most {sent:.3f} x the ideal. With the same batch per GPU, its memory on "
+        f"one node and on eight differs by {max(growths):.1%} at most. h100:8x8 is eight nodes of "
+        "eight; all that is sent is assumed to go over the network between them.\n"
+    )
 
 
 def _lengths(found: dict) -> str:

@@ -5,8 +5,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from esolm_jax.aot import hlo, report, topology
+from esolm_jax.aot import hlo, topology
 from esolm_jax.aot.chips import Chip
+from esolm_jax.aot.kernel_flops import kernel_flops
 from esolm_jax.evaluation import likelihood
 from esolm_jax.family.phase import make_phases
 from esolm_jax.parallel import sharding
@@ -43,7 +44,7 @@ def measure(config, training: Trainer, chip: Chip) -> dict:
     cost = hlo.analyse(
         compiled.as_text(),
         trip_counts={"predicted_chunks": chunks / config.model.loss_chunk},
-        kernel_flops=report.kernel_flops(training, compiled.as_text()),
+        kernel_flops=kernel_flops(training, compiled.as_text()),
     )
     return {
         "program": "evaluate",

@@ -12,8 +12,10 @@ from collections.abc import Mapping
 
 from esolm_jax.aot.hlo_collectives import Collective, bytes_by_kind, collectives, started_channels
 from esolm_jax.aot.hlo_loops import Frame, trip_count
-from esolm_jax.aot.hlo_parse import Instruction, Shape, parse
+from esolm_jax.aot.hlo_parse import Computation, Instruction, Shape, parse
 from esolm_jax.aot.hlo_products import product_flops
+
+KERNEL_TARGETS = ("tpu_custom_call", "__gpu$xla.gpu.triton")  # of custom calls: Pallas kernels
 
 
 class UnknownLoop(ValueError):
@@ -93,8 +95,10 @@ def analyse(
 
     Args:
       trip_counts: part of a loop's op_name → executions; for data-dependent loops only.
-      kernel_flops: part of a Pallas kernel's name or op_name → FLOPs of one execution.
-      branches: part of a conditional's op_name → index of the usual branch (false 0, true 1).
+      kernel_flops: part of a Pallas kernel's name or op_name → FLOPs of one execution;
+        a whole name goes before a part.
+      branches: part of a conditional's op_name → index of the usual branch (false 0, true 1),
+        as JAX numbers them.
         Default: the branch with most FLOPs, and of equals the one that sends most.
       kinds: regular expression, searched in an op_name, with the name in front if it is a kernel's
         → kind; "other" where none matches.
@@ -130,6 +134,10 @@ def analyse(
     )
 
 
+def _target(i: Instruction) -> str:
+    return (i.attribute("custom_call_target") or "").strip('"')
+
+
 def _kind(op_name: str, kinds: Mapping[str, str]) -> str:
     return next((kind for pattern, kind in kinds.items() if re.search(pattern, op_name)), "other")
 
@@ -157,7 +165,7 @@ class _Reader:
         if i.opcode in ("fusion", "call", "async-start"):
             names = i.names("calls") or i.names("to_apply") or i.names("called_computation")
             return [e for name in names for e in self.events(frame.enter(i, name))]
-        if 'custom_call_target="tpu_custom_call"' in i.attributes:
+        if i.opcode == "custom-call" and _target(i) in KERNEL_TARGETS:
             return [self._kernel(i, frame)]
         if flops := product_flops(i, frame.computation):
             return [Product(flops, i.op_name)]
@@ -180,14 +188,25 @@ class _Reader:
     def _branch(self, i: Instruction, frame: Frame) -> list[Event]:
         names = i.names("branch_computations")
         names = names or i.names("false_computation") + i.names("true_computation")
+        names = sorted(names, key=lambda name: _branch_number(i, frame.module.computations[name]))
         each = [self.events(frame.enter(i, name)) for name in names]
         usual = _first(self.branches, i.op_name or i.name)
         return each[usual] if usual is not None else max(each, key=_weight)
 
     def _kernel(self, i: Instruction, frame: Frame) -> Kernel:
         operands = [s for o in i.operands for s in frame.computation.instructions[o].shapes]
-        flops = _first(self.kernel_flops, i.name, i.op_name)
+        flops = self.kernel_flops.get(i.name)  # first: kernel.1 is a part of kernel.10
+        if flops is None:
+            flops = _first(self.kernel_flops, i.name, i.op_name)
         return Kernel(i.name, i.op_name, tuple(operands), i.shapes, flops)
+
+
+def _branch_number(i: Instruction, branch: Computation) -> int:
+    """The number that JAX gave a branch, from the op_names in it; 0 if they do not tell. A compiler
+    may negate the predicate and swap the branches."""
+    pattern = re.compile(re.escape(i.op_name) + r"/branch_(\d+)_fun")
+    matches = (pattern.match(inner.op_name) for inner in branch.instructions.values())
+    return next((int(match[1]) for match in matches if match), 0)
 
 
 def _weight(events: list[Event]) -> tuple[float, float]:

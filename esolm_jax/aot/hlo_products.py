@@ -1,4 +1,5 @@
-"""Floating-point operations of one matrix product in HLO text: a dot, a convolution, or a reduce.
+"""Floating-point operations of one matrix product in HLO text: a dot, a convolution, a reduce,
+or a call of cuBLAS.
 
 The TPU compiler turns each dot into a convolution. Contracted dimensions become input features;
 batch dimensions become spatial ones, with strides, padding and dilation such that each output reads
@@ -21,10 +22,17 @@ def product_flops(instruction: Instruction, computation: Computation) -> int:
     opcode = instruction.opcode
     if opcode == "reduce":
         return _reduced_product(instruction, computation)
-    if opcode not in ("dot", "convolution"):
+    is_cublas = (
+        opcode == "custom-call" and 'custom_call_target="__cublas$' in instruction.attributes
+    )
+    if opcode not in ("dot", "convolution") and not is_cublas:
         return 0
     left, right = (_shape(name, computation) for name in instruction.operands[:2])
     output = instruction.shapes[0]
+    if is_cublas:  # as a dot, with its dimensions as JSON
+        listed = r'"lhs_contracting_dimensions":\[([^\]]*)\]'
+        dims = re.findall(r"\d+", re.search(listed, instruction.attributes)[1])
+        return 2 * output.elements * math.prod(left.sizes[int(d)] for d in dims)
     if opcode == "dot":
         contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
         sizes = [left.sizes[int(d)] for d in contracted[1].split(",") if d] if contracted else []
@@ -37,7 +45,8 @@ def _shape(name: str, computation: Computation) -> Shape:
 
 
 def _reduced_product(instruction: Instruction, computation: Computation) -> int:
-    """A matrix times a vector may become multiply and reduce, which keep the dot's op_name."""
+    """A matrix times a vector may become multiply and reduce, which keep the dot's op_name. If they
+    are in two fusions, as on GPUs, they are not counted."""
     if not instruction.op_name.endswith("dot_general"):
         return 0
     source = computation.instructions[instruction.operands[0]]

@@ -7,21 +7,13 @@ import jax
 
 from esolm_jax.aot import hlo, lower_bound
 from esolm_jax.aot.chips import Chip
-from esolm_jax.attention.splash import tiling
+from esolm_jax.aot.kernel_flops import USUAL, kernel_flops
 from esolm_jax.family import registry, trim
-from esolm_jax.family.labels import Layout
 from esolm_jax.family.phase import is_exact
 from esolm_jax.parallel import sharding
-from esolm_jax.process import prng
 from esolm_jax.training.train_step import Trainer
 
 KINDS = {"head|predicted_chunks|logits": "head", "splash|attend": "attention", "while": "blocks"}
-USUAL = {
-    "conditional": 1
-}  # the branch of train_step that runs the trimmed pass; see full_branch_probability
-# Products of a block of scores in each kernel: scores and values; then, backward, scores again,
-# the gradient of the probabilities and that of q, or of k and v.
-_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
 
 
 def local_bytes(tree) -> float:
@@ -32,46 +24,6 @@ def local_bytes(tree) -> float:
             for leaf in jax.tree.leaves(tree)
         )
     )
-
-
-def kernel_flops(training: Trainer, text: str) -> dict[str, float]:
-    """FLOPs of one execution of every splash kernel in a program, by its name.
-
-    Counts the blocks that the kernel computes: those with a visible pair.
-    """
-    model, parts = training.built.model, training.built.mesh.shape["sequence"]
-    by_size = {}
-    for layout in _layouts(training):
-        tiles = tiling(layout, parts)
-        by_size.setdefault(tiles.num_k, tiles)
-    flops = {}
-    for kernel in hlo.analyse(text, trip_counts={"": 1}, branches=USUAL).kernels:
-        shapes = [s.sizes for s in kernel.operands if len(s.sizes) == 4]
-        tiles = by_size.get(max((shape[2] for shape in shapes), default=0))
-        products = next((n for name, n in _PRODUCTS.items() if name in kernel.name), None)
-        if tiles is None or products is None:
-            continue
-        if tiles.fused and "dkv" in kernel.name:
-            products += 1  # and the gradient of q
-        rows, heads = shapes[0][:2]
-        pairs = rows * heads * tiles.blocks * tiles.block_q * tiles.block_k / parts
-        flops[kernel.name] = products * 2 * pairs * model.head_width
-    return flops
-
-
-def _layouts(training: Trainer) -> list[Layout]:
-    """The layouts of all passes of a training step, trimmed or not."""
-    length = training.config.data.seq_len
-    row = jax.ShapeDtypeStruct((1, length), "int32"), jax.ShapeDtypeStruct((1, length), "bool")
-    key, layouts = jax.eval_shape(lambda: prng.key(0)), []
-    for phase, queries in zip(training.phases, training.objective.queries, strict=True):
-        layout = jax.eval_shape(phase.label, key, *row).tokens.layout
-        if layout is None:  # ranks depend on the row
-            layout = Layout(length, length) if phase.can_trim_queries else Layout(length)
-        if phase.can_trim_queries:
-            layouts.append(Layout(length, queries or length, layout.block))
-        layouts.append(layout)
-    return layouts
 
 
 def _padded(training: Trainer) -> float:

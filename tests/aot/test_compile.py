@@ -1,4 +1,4 @@
-"""`compile`: what a training step costs on a pod, held to its limits; needs the TPU compiler."""
+"""`compile`: what a training step costs on a pod, held to its limits; needs the compilers."""
 
 import json
 
@@ -32,10 +32,11 @@ def make_config(**fields):
     return config
 
 
-@pytest.fixture(scope="module")
-def eso_b():
-    pytest.importorskip("libtpu")
-    return compile_lib.measure(make_config(), POD)
+@pytest.fixture(scope="module", params=[POD, "h100:8"])
+def eso_b(request):
+    is_gpu = request.param == "h100:8"
+    pytest.importorskip("jax_cuda12_plugin" if is_gpu else "libtpu")
+    return compile_lib.measure(make_config(), request.param)
 
 
 def test_flops_are_close_to_the_lower_bound(eso_b):

@@ -1,4 +1,4 @@
-"""Costs read from HLO text, against the same counted by hand; on CPU and compiled for a TPU pod."""
+"""Costs read from HLO text, against the same counted by hand; for CPUs, TPUs and GPUs."""
 
 import os
 
@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from esolm_jax.aot import hlo
+from esolm_jax.aot import hlo, topology
 
 pytestmark = pytest.mark.fast_compile
 
@@ -38,11 +38,14 @@ def tpu():
     return mesh
 
 
-@pytest.fixture(params=["cpu", "tpu"])
+@pytest.fixture(params=["cpu", "tpu", "gpu"])
 def single(request):
-    """A mesh of one device, of either kind."""
+    """A mesh of one device, of each kind."""
     if request.param == "cpu":
         return Mesh(np.array(jax.devices()[:1]), ("x",))
+    if request.param == "gpu":
+        pytest.importorskip("jax_cuda12_plugin")
+        return Mesh(np.array(topology.devices("h100:1")), ("x",))
     return request.getfixturevalue("tpu")(x=1)
 
 
@@ -96,6 +99,8 @@ def test_batched_products_and_their_gradients(single, equations):
 
 
 def test_matrix_times_vector(single):
+    if single.devices.flat[0].platform == "gpu":
+        pytest.skip("XLA's GPU compiler puts multiply and reduce in two fusions: not counted")
     assert analyse(single, lambda a, b: a @ b, ((512,), BF16), ((512, 256), BF16)).flops == 2**18
 
 
@@ -309,6 +314,66 @@ def module(*lines, computations=""):
 
 
 PARAMETER = "%p = f32[8]{0} parameter(0)"
+
+
+def triton(name, operand="f32[8]{0} %p"):
+    """An instruction as the GPU's compiler writes a Pallas kernel, with its code in the end."""
+    return (
+        f"%{name} = (bf16[2,4]{{1,0}}, f32[2]{{0}}) custom-call({operand}), "
+        'custom_call_target="__gpu$xla.gpu.triton", api_version=API_VERSION_TYPED_FFI, '
+        f'metadata={{op_name="jit(f)/attend/{name}_kernel/pallas_call" stack_frame_id=1}}, '
+        'backend_config={debug = false, grid_x = 25 : i32, ir = "ML\\EFR(\\0D#\'+/37;"}'
+    )
+
+
+def test_triton_kernels():
+    custom = '%c = f32[8]{0} custom-call(%p), custom_call_target="__gpu$other"'
+    text = module(PARAMETER, triton("k.1"), triton("k.10"), triton("k.2"), custom)
+    text = text.replace("  %c", "  ROOT %c")
+    cost = hlo.analyse(text, kernel_flops={"k.1": 5, "k.10": 7}, kinds={"attend": "attention"})
+    assert [(kernel.name, kernel.flops) for kernel in cost.kernels] == [
+        ("k.1", 5), ("k.10", 7), ("k.2", None)
+    ]  # fmt: skip
+    assert cost.flops_by_kind == {"attention": 12}
+    assert cost.kernels[0].op_name == "jit(f)/attend/k.1_kernel/pallas_call"
+    assert cost.kernels[0].operands == (hlo.Shape("f32", (8,)),)
+    assert cost.kernels[0].results == (hlo.Shape("bf16", (2, 4)), hlo.Shape("f32", (2,)))
+    assert hlo.analyse(text, kernel_flops={"2_kernel/pallas_call": 3}).flops == 3
+
+
+def test_cublas_products():
+    text = module(
+        PARAMETER,
+        "%a = bf16[1024,2048]{1,0} parameter(1)",
+        "%b = bf16[1024,512]{1,0} parameter(2)",
+        "%c = (f32[2048,512]{1,0}, s8[4096]{0}) custom-call(%a, %b), "
+        'custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":{'
+        '"dot_dimension_numbers":{"lhs_contracting_dimensions":["0"],'
+        '"rhs_contracting_dimensions":["0"],"lhs_batch_dimensions":[]}}}',
+        "ROOT %r = f32[8]{0} copy(%p)",
+    )
+    assert hlo.analyse(text).flops == 2 * 2048 * 512 * 1024
+
+
+@pytest.mark.parametrize("is_swapped", [False, True])
+def test_branches_keep_their_numbers_if_the_predicate_is_negated(is_swapped):
+    branches = "".join(
+        f"%b{n} (x: f32[8]) -> f32[8] {{\n  %x = f32[8]{{0}} parameter(0)\n"
+        f"  ROOT %r = f32[8]{{0}} all-reduce(%x), replica_groups={{{{0,{n + 1}}}}}, "
+        f'metadata={{op_name="jit(f)/trimmed/cond/branch_{n}_fun/psum"}}\n}}\n\n'
+        for n in range(2)
+    )
+    true, false = (0, 1) if is_swapped else (1, 0)
+    text = module(
+        PARAMETER,
+        "%q = pred[] constant(true)",
+        f"ROOT %c = f32[8]{{0}} conditional(%q, %p, %p), true_computation=%b{true}, "
+        f'false_computation=%b{false}, metadata={{op_name="jit(f)/trimmed/cond" stack_frame_id=1}}',
+        computations=branches,
+    )
+    for n in range(2):
+        (message,) = hlo.analyse(text, branches={"trimmed/cond": n}).messages
+        assert f"branch_{n}_fun" in message.op_name
 
 
 @pytest.mark.parametrize(

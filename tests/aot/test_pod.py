@@ -1,6 +1,7 @@
 """What a step cannot do without, against counting; which pods are known."""
 
 import dataclasses
+import importlib.util
 import re
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import toy
 
-from esolm_jax.aot import hlo, lower_bound, topology
+from esolm_jax.aot import chips, hlo, lower_bound, topology
 from esolm_jax.config import default_config
 from esolm_jax.errors import UserError
 from esolm_jax.family.family import Work
@@ -145,10 +146,32 @@ def test_what_chips_send_and_compute_is_that_of_the_compiled_step():
 
 
 def test_every_known_pod_is_parsed():
-    for chip, known in topology.KNOWN.items():
+    for name, known in topology.KNOWN.items():
+        chip = chips.CHIPS[name]
         for shape in known:
-            assert topology.parse(f"{chip}:{shape}") == (topology.CHIPS[chip], f"{chip}:{shape}")
+            parsed = topology.parse(f"{name}:{shape}")
+            assert dataclasses.replace(parsed, link_bandwidth=chip.link_bandwidth) == chip
     assert topology.num_chips("v5e:16x16") == 256 and topology.num_chips("v4:4x4x8") == 128
+    assert topology.num_chips("h100:8") == 8 and topology.num_chips("h100:8x8") == 64
+
+
+def test_nodes_of_gpus_are_joined_by_their_network():
+    chip = chips.CHIPS["h100"]
+    assert topology.parse("h100:8").link_bandwidth == chip.link_bandwidth
+    assert topology.parse("h100:8x8").link_bandwidth == chip.node_bandwidth < chip.link_bandwidth
+    assert topology.parse("v5e:4x4").link_bandwidth == chips.CHIPS["v5e"].link_bandwidth
+
+
+def test_gpus_have_no_slices():
+    with pytest.raises(UserError, match=r"--num_slices=2: must be 1 with --topology=h100:8"):
+        topology.devices("h100:8", num_slices=2)
+
+
+@pytest.mark.parametrize(("name", "extra"), [("v5e:4x4", "tpu"), ("h100:8", "gpu-compiler")])
+def test_missing_compiler_is_told(name, extra, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda package: None)
+    with pytest.raises(UserError, match=re.escape(f"pip install 'esolm_jax[{extra}]'")):
+        topology.devices(name)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +179,8 @@ def test_every_known_pod_is_parsed():
     [
         ("v5e:16x15", "(did you mean 'v5e:16x16'?)"),
         ("v5p:16x16", "--topology=v5p:16x16: must be one of"),
-        ("h100:8", "must be one of v4: 2x2x1"),
+        ("h100:9", "--topology=h100:9: must be one of v4: 2x2x1"),
+        ("b200:8", "must be one of v4: 2x2x1"),
         ("", "--topology=: must be one of"),
     ],
 )

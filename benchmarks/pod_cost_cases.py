@@ -1,0 +1,86 @@
+"""The compilations of pod_cost.py, by section of its page."""
+
+import dataclasses
+import importlib.util
+import pathlib
+
+from esolm_jax.aot import topology
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One compilation: a config file with its argument and changes, on a pod."""
+
+    file: str
+    argument: str
+    topology: str
+    changes: tuple[tuple[str, object], ...] = ()
+    num_slices: int = 1
+    full_loss: bool = False
+
+    @property
+    def name(self) -> str:
+        changes = " ".join(f"{k}={v}" for k, v in self.changes)
+        slices = f" x {self.num_slices}" if self.num_slices > 1 else ""
+        loss = " full-loss" if self.full_loss else ""
+        return f"{self.file}:{self.argument} {self.topology}{slices} {changes}{loss}".strip()
+
+    def config(self):
+        spec = importlib.util.spec_from_file_location("config", ROOT / f"configs/{self.file}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        config = module.get_config(self.argument)
+        config.update_from_flattened_dict(dict(self.changes))
+        return config
+
+
+def case(file, argument, topology_name, num_slices=1, full_loss=False, **changes) -> Case:
+    fields = tuple((name.replace("__", "."), value) for name, value in changes.items())
+    return Case(file, argument, topology_name, fields, num_slices, full_loss)
+
+
+LENGTHS = (1024, 2048, 4096, 8192, 16384)
+ROWS = 8  # per chip, in `scaling` and `length`
+CHIPS = 4  # of `length`
+OWN_ROWS = 32  # per chip, in configs/owt.py
+NODES = ("h100:8", "h100:8x8")
+SECTIONS = {
+    # Each config on the pod of its docstring.
+    "configs": [
+        case("lm1b", "0.5", "v5e:4x4"),
+        case("owt", "0.5", "v5e:4x4"),
+        case("owt", "0.5", "v5e:4x4", data__seq_len=10240, train__batch_size=64),
+        case("medium", "0.5", "v5e:8x8"),
+        case("2b", "0.5", "v5e:16x16"),
+        case("2b", "0.5", "v5e:16x16", num_slices=2, train__batch_size=1024),
+        case("7b", "0.5", "v5p:8x8x8"),
+        case("7b", "0.5", "v5p:8x8x8", data__seq_len=10240),
+    ],
+    # The same batch per chip on more chips.
+    "scaling": [
+        case("owt", "0.5", name, train__batch_size=ROWS * topology.num_chips(name))
+        for name in ("v5p:2x2x4", "v5p:4x4x4", "v5p:4x8x8", "v5p:8x8x16")
+    ],
+    # All objectives at one batch, without recomputation.
+    "work": [
+        case("owt", argument, "v5p:2x2x4", train__batch_size=512, model__remat="none")
+        for argument in ("ar", "mdlm", "bd3", "1", "0.5", "0.125", "0")
+    ],
+    # Nodes of 8 GPUs: the same batch per GPU on one node and on eight.
+    "gpus": [
+        case("owt", "0.5", name, train__batch_size=OWN_ROWS * topology.num_chips(name))
+        for name in NODES
+    ]
+    + [
+        case("2b", "0.5", name, train__batch_size=16 * topology.num_chips(name), mesh__fsdp=8)
+        for name in NODES
+    ],
+    # One model at increasing length, with our loss and with a loss that holds all logits.
+    "length": [
+        case("owt", "0.5", "v5p:2x2x1", full_loss=f, data__seq_len=n, train__batch_size=CHIPS * r)
+        for f in (False, True)
+        for n, r in [(n, ROWS) for n in LENGTHS[: 3 if f else None]] + [(LENGTHS[0], OWN_ROWS)]
+    ],
+}

@@ -1,0 +1,137 @@
+"""FLOPs of the attention kernels (splash on TPUs, flash on GPUs) in a compiled step.
+
+Counts the blocks that a kernel computes: those with a visible pair.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from esolm_jax.aot import hlo
+from esolm_jax.attention import recompute
+from esolm_jax.attention.flash import BLOCK_BYTES
+from esolm_jax.attention.splash import Tiling, tiling
+from esolm_jax.family import trim
+from esolm_jax.family.labels import Layout, Tokens
+from esolm_jax.process import prng
+from esolm_jax.training.train_step import Trainer
+
+# The branch of train_step that runs the trimmed pass (see report._full_branch), by the op_name of
+# the conditional, or by its name if the compiler dropped the op_name.
+USUAL = {"trimmed/cond": 1, "conditional": 1}
+# Products of a block of scores in each kernel: scores and values; then, backward, scores again,
+# the gradient of the probabilities and that of q, or of k and v.
+_PRODUCTS = {
+    "splash_mha_fwd": 2,
+    "splash_mha_dq": 3,
+    "splash_mha_dkv": 4,
+    "flash_forward_kernel": 2,
+    "flash_queries_kernel": 3,
+    "flash_keys_kernel": 4,
+}
+DRAWN_ROWS = 16  # of labels without a layout
+
+
+def kernel_flops(training: Trainer, text: str) -> dict[str, float]:
+    """FLOPs of one execution of every attention kernel in a program, by its name."""
+    kernels = hlo.analyse(text, trip_counts={"": 1}, branches=USUAL).kernels
+    named = [(kernel, _products(kernel)) for kernel in kernels]
+    is_flash = any("flash" in k.op_name for k, products in named if products)
+    count = _flash(training) if is_flash else _splash(training)
+    flops = {k.name: count(k, products) for k, products in named if products}
+    return {name: value for name, value in flops.items() if value is not None}
+
+
+def _products(kernel: hlo.Kernel) -> int | None:
+    names = f"{kernel.name} {kernel.op_name}"
+    return next((n for name, n in _PRODUCTS.items() if name in names), None)
+
+
+def _splash(training: Trainer):
+    """(kernel, products) → FLOPs; None if no layout has the kernel's number of keys."""
+    model, parts = training.built.model, training.built.mesh.shape["sequence"]
+    by_size: dict[int, Tiling] = {}
+    for layout in _layouts(training):
+        tiles = tiling(layout, parts)
+        by_size.setdefault(tiles.num_k, tiles)
+
+    def count(kernel: hlo.Kernel, products: int) -> float | None:
+        shapes = [s.sizes for s in kernel.operands if len(s.sizes) == 4]
+        tiles = by_size.get(max((shape[2] for shape in shapes), default=0))
+        if tiles is None:
+            return None
+        if tiles.fused and "dkv" in kernel.name:
+            products += 1  # and the gradient of q
+        rows, heads = shapes[0][:2]
+        pairs = rows * heads * tiles.blocks * tiles.block_q * tiles.block_k / parts
+        return products * 2 * pairs * model.head_width
+
+    return count
+
+
+def _layouts(training: Trainer) -> list[Layout]:
+    """The layouts of all passes of a training step, trimmed or not."""
+    length = training.config.data.seq_len
+    layouts = []
+    for phase, queries, tokens in _labels(training):
+        layout = tokens.layout
+        if layout is None:  # ranks depend on the row
+            layout = Layout(length, length) if phase.can_trim_queries else Layout(length)
+        if phase.can_trim_queries:
+            layouts.append(Layout(length, queries or length, layout.block))
+        layouts.append(layout)
+    return layouts
+
+
+def _labels(training: Trainer) -> list[tuple]:
+    """(phase, query copies of a trimmed pass or None, shapes of the untrimmed tokens)."""
+    length = training.config.data.seq_len
+    row = jax.ShapeDtypeStruct((1, length), "int32"), jax.ShapeDtypeStruct((1, length), "bool")
+    key = jax.eval_shape(lambda: prng.key(0))
+    return [
+        (phase, queries, jax.eval_shape(phase.label, key, *row).tokens)
+        for phase, queries in zip(training.phases, training.objective.queries, strict=True)
+    ]
+
+
+def _flash(training: Trainer):
+    """(kernel, products) → FLOPs; None if no pass has the kernel's number of keys.
+
+    With the sequence sharded, every shard is assumed to compute its share of the blocks.
+    """
+    parts = training.built.mesh.shape["sequence"]
+    block = BLOCK_BYTES // jnp.dtype(training.built.model.dtype).itemsize
+    by_size: dict[int, int] = {}
+    for phase, queries, tokens in _labels(training):
+        for kept in {None, queries} if phase.can_trim_queries else {None}:
+            blocks, num_k = _visible_blocks(training, phase, tokens.layout, kept, block)
+            by_size.setdefault(num_k, blocks)
+
+    def count(kernel: hlo.Kernel, products: int) -> float | None:
+        """Operands: indices of blocks, their numbers, q [B, G, R, T, K], k [B, G, S, K], …"""
+        rows, groups, heads, _, width = kernel.operands[2].sizes
+        blocks = by_size.get(kernel.operands[3].sizes[2])
+        if blocks is None:
+            return None
+        return products * 2 * block**2 * width * rows * groups * heads * blocks / parts
+
+    return count
+
+
+def _visible_blocks(training: Trainer, phase, layout, queries, block: int) -> tuple[int, int]:
+    """(blocks with a visible pair, padded number of keys) of a pass with `queries` query copies;
+    None: all.
+
+    Without a layout, the kernel computes the blocks that any of its rows sees; those of
+    DRAWN_ROWS random rows are assumed.
+    """
+    length = training.config.data.seq_len
+    if layout is not None:
+        kept = layout.queries if queries is None else queries
+        table = recompute.block_mask(Layout(layout.length, kept, layout.block), (), block)
+    else:
+        text = jnp.zeros((DRAWN_ROWS, length), jnp.int32)
+        labelled = phase.label(prng.key(0), text, text == 0)
+        tokens: Tokens = (labelled if queries is None else trim.trim(labelled, queries)).tokens
+        labels = recompute.pad_labels((tokens.rank, tokens.in_context) * 2, block)
+        table = recompute.block_mask(None, labels, block)
+    return int(table.sum()), table.shape[1] * block
