@@ -185,7 +185,9 @@ def test_what_a_pass_returned_lies_in_its_slots(slots, aligned, kernels, monkeyp
     wide = [jnp.asarray(np.repeat(a, config.head_width // 8, 3), jnp.float32) for a in wide]
     pairs = list(zip(wide[:2], wide[2:], strict=True))
     start = jnp.array([7, 7, 7] if aligned else [0, slots - 4, 9])
-    found = cache.write(entries_of(pairs, start), start)
+    token_axis = 1 if kernels else 2
+    given = pairs if kernels else [tuple(jnp.moveaxis(a, 1, 2) for a in pair) for pair in pairs]
+    found = cache.write(entries_of(given, start, token_axis), start)
     for block, pair in enumerate(pairs):
         for have, new in zip(slots_of(found, block), pair, strict=True):
             want = np.zeros((3, slots, config.groups, config.head_width), np.float32)

@@ -53,9 +53,10 @@ def attend(
       interpret: run the kernel in Python, on any device.
     """
     q, k, v = heads.ready()
-    batch, window, groups, per_group, width = q.shape
+    batch, groups, per_group, window, width = q.shape
     lanes, queries = groups * width, window * per_group
-    q_BTD = jnp.moveaxis(q, 2, 3).reshape(batch, queries, lanes)
+    k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
+    q_BTD = q.transpose(0, 3, 2, 1, 4).reshape(batch, queries, lanes)
     q_BTD, k_BWD, v_BWD = (
         pad_to_multiple(a.reshape(batch, -1, lanes), 1, SUBLANES) for a in (q_BTD, k, v)
     )

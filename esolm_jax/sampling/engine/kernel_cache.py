@@ -28,7 +28,8 @@ def _attend_with(platform: str, heads: Heads, visible: Visible, past, block: int
 
     if past is None or not decode_tpu.fits(heads):  # wide windows: matrix products
         slots = None if past is None else tuple(of[block] for of in past)
-        return prefix_cache.attend_all(heads, visible, slots)
+        out, pair = prefix_cache.attend_all(heads, visible, slots)
+        return out, tuple(jnp.moveaxis(a, 1, 2) for a in pair)
     return decode_tpu.attend(heads, visible, past, block=block, interpret=interpret)
 
 
@@ -99,7 +100,7 @@ class KernelCache(_Kernels):
         return self.run(block, heads, visible, (self.keys, self.values))
 
     def pending(self, pairs: list[KeyValue], output) -> Entries:
-        return entries_of(pairs, output)
+        return entries_of(pairs, output, token_axis=1)
 
     def write(self, entries: Entries, start_B) -> Self:
         start_B = start_B + entries.reads_done

@@ -80,7 +80,7 @@ class PrefixCache:
         return _attend(heads, attention)
 
     def pending(self, pairs: list[KeyValue], output) -> Entries:
-        return entries_of(pairs, output)
+        return entries_of(pairs, output, token_axis=2)
 
     def write(self, entries: Entries, start_B) -> Self:
         start_B = start_B + entries.reads_done
@@ -88,7 +88,6 @@ class PrefixCache:
         def put_all(one, olds, news):
             start, axis = (start_B[0], None) if self.aligned else (start_B, 0)
             put = jax.vmap(one, in_axes=(0, 0, axis))
-            news = (jnp.moveaxis(new, 1, 2) for new in news)
             return tuple(put(old, new, start) for old, new in zip(olds, news, strict=True))
 
         return self.replace(
@@ -130,9 +129,7 @@ def _attend(heads: Heads, attention):
     """See KVCache.attend. `attention`: queries [B, G, R, W, K], (keys, values [B, G, W, K]) →
     [B, G, R, W, K]."""
     q, k, v = heads.ready()
-    window = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
-    a_BGRWK = attention(jnp.moveaxis(q, 1, 3), window)
-    return jnp.moveaxis(a_BGRWK, 3, 1), (k, v)
+    return jnp.moveaxis(attention(q, (k, v)), 3, 1), (k, v)
 
 
 def _attend_prefix(q_BGRWK, window, visible: Visible, prefix: int, past):
