@@ -3,7 +3,7 @@
 network.py   the trained network with adaLN folded into its weights, for few tokens
 cache.py     the interface of the KV cache, explicit state; caches.py: the choice for a platform
 prefix_cache.py  on CPUs: attention to prefixes of it. kernel_cache.py: on GPUs and TPUs
-decode_gpu.py, decode_tpu.py  their kernels
+decode_gpu.py (decode_gpu_kernels.py), decode_tpu.py  their kernels
 cpu_kernels.py  products of few rows: loops on a CPU, matrix products elsewhere
 choose.py    logits → tokens: temperature, top-k, top-p, draws that are exact in the tails
 """
