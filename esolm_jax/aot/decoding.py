@@ -13,7 +13,7 @@ import time
 import jax
 import numpy as np
 
-from esolm_jax.aot import hlo_traffic, topology
+from esolm_jax.aot import hlo, hlo_traffic, topology
 from esolm_jax.aot.chips import Chip
 from esolm_jax.aot.hlo_parse import Shape
 from esolm_jax.parallel import sharding
@@ -42,7 +42,8 @@ def generator(config, training: Trainer) -> Generator:
 
 def measure(config, training: Trainer, chip: Chip) -> dict:
     """Compiles the programs of the loop. Figures of one chip; those of a pass are of the program
-    with most passes' work: the one whose loop moves most bytes."""
+    whose loop moves most bytes. FLOPs and bytes sent are of one pass and what precedes the loop;
+    attention kernels are not counted."""
     generates, network = generator(config, training), abstract_network(training)
     with tempfile.TemporaryDirectory() as dump, topology.without_cache():
         options = {"xla_dump_to": dump} if chip.platform == "gpu" else {}
@@ -54,11 +55,12 @@ def measure(config, training: Trainer, chip: Chip) -> dict:
     texts = [program.function.as_text() for program in programs]
     attention = functools.partial(_attention_bytes, filled, config.model.dtype)
     loops = [
-        hlo_traffic.largest_loop(text, {"decode_attention": attention})
+        (hlo_traffic.largest_loop(text, {"decode_attention": attention}), text)
         for text in texts
         if " while(" in text
     ]
-    one_pass = max(loops, key=lambda traffic: traffic.bytes)
+    one_pass, text_of_loop = max(loops, key=lambda pair: pair[0].bytes)
+    cost = hlo.analyse(text_of_loop, trip_counts={"": 1})
     needed = necessary_bytes(network, config, generates.plan, filled)
     hbm = _memory(programs, chip)
     return {
@@ -69,6 +71,8 @@ def measure(config, training: Trainer, chip: Chip) -> dict:
         "blocks": config.model.blocks,
         "programs": len(programs),
         "hbm": hbm,
+        "flops": cost.flops,
+        "collectives": dict(cost.collectives),
         "kernels_per_pass": one_pass.kernels,
         "conditionals_in_loop": one_pass.conditionals,
         "host_transfers_in_loop": one_pass.host_transfers,
@@ -193,7 +197,9 @@ def show(figures: dict) -> None:
             if "graphs_per_pass" in figures
             else ""
         )
-        + f"  {'MB moved':<20}{figures['bytes_per_pass'] / 1e6:10.1f}\n"
+        + f"  {'GFLOPs':<20}{figures['flops'] / 1e9:10.2f}, without attention kernels\n"
+        f"  {'MB sent':<20}{sum(figures['collectives'].values()) / 1e6:10.2f}\n"
+        f"  {'MB moved':<20}{figures['bytes_per_pass'] / 1e6:10.1f}\n"
         f"  {'MB necessary':<20}{figures['necessary_bytes_per_pass'] / 1e6:10.1f}  "
         f"ratio {figures['bytes_ratio']:.2f}\n"
         f"  {'ms at least':<20}{1e3 * figures['seconds_per_pass_at_least']:10.3f}"

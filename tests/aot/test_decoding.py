@@ -88,6 +88,10 @@ def test_heads_are_split_over_gpus():
     assert split["conditionals_in_loop"] == 0
     assert split["necessary_bytes_per_pass"] < 0.6 * whole["necessary_bytes_per_pass"]
     assert split["bytes_ratio"] < 1.5
+    assert not whole["collectives"]
+    activations = 2 * 2 * 512 * 2  # rows, tokens, width, bytes
+    assert split["collectives"]["all-reduce"] >= 2 * BLOCKS * activations
+    assert 0.3 < split["flops"] / whole["flops"] < 0.7
 
 
 def test_command(tmp_path, capsys, monkeypatch):

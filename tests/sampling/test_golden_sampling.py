@@ -11,7 +11,7 @@ from golden_files import close, model, vectors
 
 from esolm_jax.config import DRAFT_STYLES
 from esolm_jax.family import ar, eso_b
-from esolm_jax.sampling.engine import network
+from esolm_jax.sampling.engine import caches, network
 from esolm_jax.sampling.engine.choose import TokenSampler, keep_top_k, top_p_filter
 from esolm_jax.sampling.plan import passes, schedule
 from esolm_jax.sampling.plan.canvas import Canvas
@@ -81,6 +81,13 @@ def test_teacher_forced(case):
     text, logits = run(golden, eso_b_plan(golden), Forced(case))
     np.testing.assert_array_equal(text, golden["forced_tokens"])
     close(logits, golden["tf_logits"], tolerance(case))
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_teacher_forced_by_the_kernels_of_a_platform(platform, monkeypatch):
+    """Run in Python."""
+    monkeypatch.setitem(caches.KERNELS, "cpu", (platform, True))
+    test_teacher_forced(CASES[1])
 
 
 @pytest.mark.parametrize("case", CASES)
