@@ -23,7 +23,6 @@ EXTRAS["test"] = [
     *EXTRAS["export"],
     *EXTRAS["interop"],
     *EXTRAS["tpu"],
-    *EXTRAS["gpu-compiler"],
     "import-linter>=2.17,<3",
     "mypy>=2.4.1,<3",
     "pytest>=9.2,<10",

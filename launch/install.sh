@@ -67,7 +67,7 @@ print_choice() {
 keep_one_cuda() { # JAX loads all CUDA plugins in .venv, and two of them do not work together
   local new=12 old=13
   ! has_extra cuda13 || new=13 old=12
-  has_extra cuda12 cuda13 gpu-compiler test || return 0
+  has_extra cuda12 cuda13 gpu-compiler || return 0
   compgen -G ".venv/lib/python*/site-packages/jax_cuda${old}_plugin" >/dev/null || return 0
   echo "note: CUDA $new replaces CUDA $old in .venv, because JAX works with one of them"
   .venv/bin/python -m pip uninstall --quiet --yes "jax-cuda$old-plugin" "jax-cuda$old-pjrt" || return
@@ -125,8 +125,8 @@ make_venv() {
   }
 }
 
-if has_extra cuda13 && has_extra cuda12 gpu-compiler test; then
-  echo "error: extra $extra: must have one CUDA (gpu-compiler and test bring CUDA 12's compiler)" >&2
+if has_extra cuda13 && has_extra cuda12 gpu-compiler; then
+  echo "error: extra $extra: must have one CUDA (gpu-compiler brings CUDA 12's compiler)" >&2
   exit 2
 fi
 bin=.venv/bin
