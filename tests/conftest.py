@@ -4,6 +4,7 @@ import os
 
 flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 os.environ |= {"XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu"}
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # workers compile for TPUs at a time
 os.environ.setdefault("PJRT_NPROC", "64")  # for why, see distributed.start
 
 import compilation  # noqa: E402
