@@ -246,7 +246,9 @@ def test_another_cuda_replaces_the_installed_one(machine):
     said = machine.install("gpu-compiler")
     assert "note: CUDA 12 replaces CUDA 13 in .venv, because JAX works with one of them" in said
     assert machine.pip()[0] == ["uninstall", "--yes", "jax-cuda13-plugin", "jax-cuda13-pjrt"]
-    assert [path.name for path in machine.checkout.glob(".venv/inst*")] == ["installed-gpu-compiler"]
+    assert [path.name for path in machine.checkout.glob(".venv/inst*")] == [
+        "installed-gpu-compiler"
+    ]
 
 
 def test_an_image_has_all_installed(machine):
