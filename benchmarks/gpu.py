@@ -28,8 +28,6 @@ from esolm_jax.data.manifest import planned_tokenizer
 from esolm_jax.model import build
 from esolm_jax.parallel import sharding
 from esolm_jax.sampling.engine import network as network_lib
-from esolm_jax.sampling.generate import Generator
-from esolm_jax.sampling.plan.canvas import Canvas
 from esolm_jax.training.train_step import Trainer
 
 ROUNDS = 3
@@ -124,17 +122,16 @@ def decode(case: Case, limits: dict, dry_run: bool) -> dict:
     figures: dict = {}
     for name, temperature in (("with sampling", 1.0), ("passes only", 0.0)):
         config.sample.temperature = temperature
-        canvas = Canvas.empty(config.sample.num_texts, config.data.seq_len)
-        generator = Generator.of(config, canvas, built.special, mesh=built.mesh)
+        generator = decoding.generator(config, built)
         begin = time.perf_counter()
         generate = generator.compile(network)
         compiled = time.perf_counter() - begin
         passes = generator.plan.nfe
         seconds = best_seconds(lambda run=generate: run(network).text) / passes
-        needed = necessary_bytes_of(network, config, generator)
+        needed = decoding.necessary_bytes(network, generator)
         figures[name] = {
             "ms_per_pass": 1e3 * seconds,
-            "tokens_per_second": float(canvas.length.sum()) / seconds / passes,
+            "tokens_per_second": float(generator.canvas.length.sum()) / seconds / passes,
             "share_of_bandwidth": needed / seconds / limits["bandwidth"],
             "compile_seconds": compiled,
         }
@@ -145,11 +142,6 @@ def decode(case: Case, limits: dict, dry_run: bool) -> dict:
         "goal": f">= {case.goal:.0%} of bandwidth" if by_share else f"<= {case.goal} ms",
         "met": bool(share >= case.goal if by_share else ms <= case.goal),
     }
-
-
-def necessary_bytes_of(network, config, generator: Generator) -> float:
-    filled = decoding.mean_filled(generator)
-    return decoding.necessary_bytes(network, config, generator.plan, filled)
 
 
 def train(case: Case, limits: dict, dry_run: bool) -> dict:

@@ -13,16 +13,15 @@ import time
 import jax
 import numpy as np
 
-from esolm_jax.aot import hlo, hlo_traffic, topology
+from esolm_jax.aot import hlo, hlo_traffic, report, topology
 from esolm_jax.aot.chips import Chip
 from esolm_jax.aot.hlo_parse import Shape
+from esolm_jax.model.build import BuiltModel
 from esolm_jax.parallel import sharding
 from esolm_jax.sampling.engine import network as network_lib
 from esolm_jax.sampling.engine.network import Network
 from esolm_jax.sampling.generate import Generator
-from esolm_jax.sampling.loops.loop import Program
 from esolm_jax.sampling.plan.canvas import Canvas
-from esolm_jax.sampling.plan.passes import DecodePlan
 from esolm_jax.training.train_step import Trainer
 
 
@@ -33,9 +32,9 @@ def abstract_network(training: Trainer) -> Network:
     return sharding.abstract(make, network_lib.shardings(jax.eval_shape(make), built.mesh))
 
 
-def generator(config, training: Trainer) -> Generator:
+def generator(config, built: BuiltModel) -> Generator:
     """Generates config.sample's texts, without prompts."""
-    built, s = training.built, config.sample
+    s = config.sample
     canvas = Canvas.empty(s.num_texts, s.length or config.data.seq_len)
     return Generator.of(config, canvas, built.special, mesh=built.mesh)
 
@@ -44,7 +43,7 @@ def measure(config, training: Trainer, chip: Chip) -> dict:
     """Compiles the programs of the loop. Figures of one chip; those of a pass are of the program
     whose loop moves most bytes. FLOPs and bytes sent are of one pass and what precedes the loop;
     attention kernels are not counted."""
-    generates, network = generator(config, training), abstract_network(training)
+    generates, network = generator(config, training.built), abstract_network(training)
     with tempfile.TemporaryDirectory() as dump, topology.without_cache():
         options = {"xla_dump_to": dump} if chip.platform == "gpu" else {}
         begin = time.perf_counter()
@@ -61,8 +60,8 @@ def measure(config, training: Trainer, chip: Chip) -> dict:
     ]
     one_pass, text_of_loop = max(loops, key=lambda pair: pair[0].bytes)
     cost = hlo.analyse(text_of_loop, trip_counts={"": 1})
-    needed = necessary_bytes(network, config, generates.plan, filled)
-    hbm = _memory(programs, chip)
+    needed = necessary_bytes(network, generates)
+    every = [report.program_memory(program.function, chip) for program in programs]
     return {
         "program": "sample",
         "texts": config.sample.num_texts,
@@ -70,7 +69,7 @@ def measure(config, training: Trainer, chip: Chip) -> dict:
         "passes": generates.plan.nfe,
         "blocks": config.model.blocks,
         "programs": len(programs),
-        "hbm": hbm,
+        "hbm": max(every, key=lambda hbm: hbm["total"]),
         "flops": cost.flops,
         "collectives": dict(cost.collectives),
         "kernels_per_pass": one_pass.kernels,
@@ -100,7 +99,7 @@ def mean_filled(generates: Generator) -> float:
     return float(np.mean(plan.start[plan.prompt_passes :]))
 
 
-def necessary_bytes(network: Network, config, plan: DecodePlan, filled: float) -> float:
+def necessary_bytes(network: Network, generates: Generator) -> float:
     """Bytes that a pass must read on one chip: all weights but the embedding, of which it needs one
     row a token, and the filled slots of the cache."""
 
@@ -111,13 +110,13 @@ def necessary_bytes(network: Network, config, plan: DecodePlan, filled: float) -
     weights = sum(
         map(local, jax.tree.leaves((network.blocks, network.logits, network.logits_bias)))
     )
-    model, mesh = network.config, network.logits.sharding.mesh
+    model, mesh, plan = network.config, network.logits.sharding.mesh, generates.plan
     rows = plan.order.shape[0] / sharding.num_row_shards(mesh)
     itemsize = jax.numpy.dtype(model.dtype).itemsize
     widths = float(np.mean(plan.widths[plan.prompt_passes :]))
     embedded = rows * widths * model.width * itemsize
     entry = 2 * model.blocks * model.groups * model.head_width / mesh.shape["tensor"] * itemsize
-    return weights + embedded + rows * filled * entry
+    return weights + embedded + rows * mean_filled(generates) * entry
 
 
 def _attention_bytes(filled: float, dtype: str, operands: tuple[Shape, ...]) -> float:
@@ -159,24 +158,6 @@ def _graphs(dump: pathlib.Path) -> dict:
 
 def _depth(line: str) -> int:
     return len(line) - len(line.lstrip())
-
-
-def _memory(programs: list[Program], chip: Chip) -> dict:
-    """HBM of one chip: that of the largest program."""
-    every = [program.function.memory_analysis() for program in programs]
-
-    def total(stats) -> int:
-        output = stats.output_size_in_bytes - stats.alias_size_in_bytes
-        return stats.argument_size_in_bytes + stats.temp_size_in_bytes + output
-
-    largest = max(every, key=total)
-    return {
-        "arguments": largest.argument_size_in_bytes,
-        "temporaries": largest.temp_size_in_bytes,
-        "total": total(largest),
-        "available": chip.hbm_bytes,
-        "fits": total(largest) <= chip.hbm_bytes,
-    }
 
 
 def show(figures: dict) -> None:

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from esolm_jax.aot import hlo, topology
+from esolm_jax.aot import hlo, report, topology
 from esolm_jax.aot.chips import Chip
 from esolm_jax.aot.kernel_flops import kernel_flops
 from esolm_jax.evaluation import likelihood
@@ -35,9 +35,6 @@ def measure(config, training: Trainer, chip: Chip) -> dict:
     """HBM, FLOPs and collectives on one chip."""
     with topology.without_cache():
         compiled = lowered(config, training).compile()
-    stats = compiled.memory_analysis()
-    output = stats.output_size_in_bytes - stats.alias_size_in_bytes
-    total = stats.argument_size_in_bytes + stats.temp_size_in_bytes + output
     chunks = (
         config.eval.batch_size * config.data.seq_len / sharding.num_row_shards(training.built.mesh)
     )
@@ -48,13 +45,7 @@ def measure(config, training: Trainer, chip: Chip) -> dict:
     )
     return {
         "program": "evaluate",
-        "hbm": {
-            "arguments": stats.argument_size_in_bytes,
-            "temporaries": stats.temp_size_in_bytes,
-            "total": total,
-            "available": chip.hbm_bytes,
-            "fits": total <= chip.hbm_bytes,
-        },
+        "hbm": report.program_memory(compiled, chip),
         "flops": cost.flops,
         "collectives": dict(cost.collectives),
     }

@@ -156,7 +156,7 @@ def _read(inside: Computation, name: str, whole: float) -> float:
         if user.opcode in _SLICES and user.operands[0] == name:
             read += _stored(user.shapes)
         elif user.opcode in ("dynamic-update-slice", "scatter") and user.operands[0] == name:
-            read += 0.0
+            continue
         elif user.opcode in _SAME:
             read += _read(inside, user.name, whole)
         else:

@@ -49,6 +49,20 @@ def _activations(text: str, blocks: int, params: list[tuple[int, ...]]) -> float
     return most
 
 
+def program_memory(compiled, chip: Chip) -> dict:
+    """HBM of one chip that a program needs, in bytes, without its code."""
+    stats = compiled.memory_analysis()
+    output = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    total = stats.argument_size_in_bytes + stats.temp_size_in_bytes + output
+    return {
+        "arguments": stats.argument_size_in_bytes,
+        "temporaries": stats.temp_size_in_bytes,
+        "total": total,
+        "available": chip.hbm_bytes,
+        "fits": total <= chip.hbm_bytes,
+    }
+
+
 def memory(training: Trainer, compiled, chip: Chip) -> dict:
     """HBM of one chip, in bytes, by content."""
     stats = compiled.memory_analysis()

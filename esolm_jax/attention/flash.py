@@ -21,6 +21,7 @@ from jax.experimental.pallas import triton
 
 from esolm_jax.attention import recompute
 from esolm_jax.attention.dense import MASKED
+from esolm_jax.attention.kernel_products import dot
 from esolm_jax.family.labels import Layout
 from esolm_jax.family.rule import visible
 
@@ -47,18 +48,12 @@ def flash(q_BHTK, k_BGSK, v_BGSK, *labels, layout: Layout | None, interpret: boo
     return recompute.attend(impl, layout, q_BHTK, k_BGSK, v_BGSK, labels)[..., :width]
 
 
-def _dot(a, b, contract_a: int, contract_b: int):
-    """Σ over one axis of each, float32."""
-    dimensions = (((contract_a,), (contract_b,)), ((), ()))
-    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
-
-
 def _scores(q_TK, k_SK, q_labels, k_labels):
     """float32 [T, S], MASKED where invisible; q is scaled."""
     q_rank, q_in_context = (label[:, None] for label in q_labels)
     k_rank, k_in_context = (label[None] for label in k_labels)
     mask_TS = visible(q_rank, q_in_context != 0, k_rank, k_in_context != 0)
-    return jnp.where(mask_TS, _dot(q_TK, k_SK, 1, 1), MASKED)
+    return jnp.where(mask_TS, dot(q_TK, k_SK, 1, 1), MASKED)
 
 
 def _block(refs, j, size: int):
@@ -77,7 +72,7 @@ def _forward_kernel(*refs):
         scores = _scores(q_TK, k_SK, q_labels, k_labels)
         top = jnp.maximum(top_before, scores.max(axis=1))
         probs, keep = jnp.exp(scores - top[:, None]), jnp.exp(top_before - top)
-        out_TK = out_TK * keep[:, None] + _dot(probs.astype(v_SK.dtype), v_SK, 1, 0)
+        out_TK = out_TK * keep[:, None] + dot(probs.astype(v_SK.dtype), v_SK, 1, 0)
         return out_TK, total * keep + probs.sum(axis=1), top
 
     zeros = jnp.zeros(q_TK.shape[:1], jnp.float32)
@@ -90,7 +85,7 @@ def _forward_kernel(*refs):
 def _scores_gradient(q_TK, k_SK, v_SK, q_labels, k_labels, grad_TK, lse, delta):
     """(probabilities, gradient of the scores), float32 [T, S]."""
     probs = jnp.exp(_scores(q_TK, k_SK, q_labels, k_labels) - lse[:, None])
-    return probs, probs * (_dot(grad_TK, v_SK, 1, 1) - delta[:, None])
+    return probs, probs * (dot(grad_TK, v_SK, 1, 1) - delta[:, None])
 
 
 def _queries_kernel(*refs):
@@ -104,7 +99,7 @@ def _queries_kernel(*refs):
         j = blocks[n]
         k_SK, v_SK, *k_labels = _block((k, v, k_rank, k_in_context), j, len(q_TK))
         _, dscores = _scores_gradient(q_TK, k_SK, v_SK, q_labels, k_labels, *of_queries)
-        return dq_TK + _dot(dscores.astype(k_SK.dtype), k_SK, 1, 0)
+        return dq_TK + dot(dscores.astype(k_SK.dtype), k_SK, 1, 0)
 
     start = jnp.zeros(q_TK.shape, jnp.float32)
     dq[...] = jax.lax.fori_loop(0, count[0], step, start).astype(dq.dtype)
@@ -125,8 +120,8 @@ def _keys_kernel(*refs):
         q_labels = _block((q_rank, q_in_context), i, len(k_SK))
         probs, dscores = _scores_gradient(q_TK, k_SK, v_SK, q_labels, k_labels, *of_queries)
         grad_TK = of_queries[0]
-        dv_SK += _dot(probs.astype(grad_TK.dtype), grad_TK, 0, 0)
-        return dk_SK + _dot(dscores.astype(q_TK.dtype), q_TK, 0, 0), dv_SK
+        dv_SK += dot(probs.astype(grad_TK.dtype), grad_TK, 0, 0)
+        return dk_SK + dot(dscores.astype(q_TK.dtype), q_TK, 0, 0), dv_SK
 
     zeros = jnp.zeros(k_SK.shape, jnp.float32)
     dk_SK, dv_SK = jax.lax.fori_loop(0, count[0] * heads, step, (zeros, zeros))

@@ -91,10 +91,6 @@ class Entries:
     reads_done: jax.Array
     token_axis: int = flax.struct.field(pytree_node=False, default=2)
 
-    @classmethod
-    def none(cls) -> Self:
-        return cls((), (), jnp.int32(0))
-
     def first(self, tokens: int) -> Self:
         """The entries of the first tokens of the window."""
         keep = functools.partial(jax.lax.slice_in_dim, start_index=0, limit_index=tokens)
@@ -122,6 +118,18 @@ class KVCache(Protocol):
 
     def write(self, entries: Entries, start_B) -> Self:
         """The cache with these entries in slots [start, start + W), which must exist."""
+
+
+class KeepsNothing:
+    """`pending` and `write` of a cache without slots."""
+
+    def pending(self, pairs: list[KeyValue], output) -> Entries:
+        del pairs, output
+        return Entries((), (), jnp.int32(0))
+
+    def write(self, entries: Entries, start_B) -> Self:
+        del entries, start_B
+        return self
 
 
 def pad_to(array, axis: int, size: int):

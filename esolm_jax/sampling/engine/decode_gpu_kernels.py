@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from esolm_jax.attention.dense import MASKED
+from esolm_jax.attention.kernel_products import dot
 from esolm_jax.family.rule import visible as rule
 from esolm_jax.sampling.engine.cache import Heads
 
@@ -146,18 +147,13 @@ def _over_cache(sizes: Sizes, named, q, part, carry):
 def _softmax_step(carry, q, k, v_SK, mask):
     """Each tile of keys rescales the running sums."""
     out_TK, total, top_before = carry
-    scores = _dot(q[0], k[0], 1, 1) + _dot(q[1], k[1], 1, 1)
+    scores = dot(q[0], k[0], 1, 1) + dot(q[1], k[1], 1, 1)
     scores = jnp.where(mask, scores, MASKED)
     top = jnp.maximum(top_before, scores.max(axis=1))
     probs, keep = jnp.exp(scores - top[:, None]), jnp.exp(top_before - top)
     probs = jnp.where(mask, probs, 0.0)
-    out_TK = out_TK * keep[:, None] + _dot(probs.astype(v_SK.dtype), v_SK, 1, 0)
+    out_TK = out_TK * keep[:, None] + dot(probs.astype(v_SK.dtype), v_SK, 1, 0)
     return out_TK, total * keep + probs.sum(axis=1), top
-
-
-def _dot(a, b, contract_a: int, contract_b: int):
-    dimensions = (((contract_a,), (contract_b,)), ((), ()))
-    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
 
 def _places(sizes: Sizes, tile):

@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu
 
 from esolm_jax.attention.dense import MASKED
+from esolm_jax.attention.kernel_products import dot
 from esolm_jax.attention.recompute import pad_to_multiple
 from esolm_jax.family.rule import visible as rule
 from esolm_jax.sampling.engine.cache import Heads, KeyValue, Visible
@@ -36,8 +37,8 @@ def fits(heads: Heads) -> bool:
 
 
 def tile_of(slots: int, row_bytes: int) -> int:
-    """Slots of a tile: a power of two that divides them, if they are a multiple of 64. Half a tile
-    is read in vain, so few slots have smaller ones."""
+    """Slots of a tile: a power of two that divides them, if they are a multiple of 64. On average
+    half of the last tile is read without use, so a cache of few slots has smaller tiles."""
     most = max(64, min(TILE_BYTES // row_bytes, max(LANES, slots // PARTS)))
     return math.gcd(slots, 1 << (most.bit_length() - 1))
 
@@ -118,50 +119,43 @@ def _kernel(filled, *refs, groups: int, width: int, window: int, tile: int, dtyp
     row, j = pl.program_id(0), pl.program_id(1)
     count = filled[row]
     precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
-    dot = functools.partial(_dot, precision=precision)
+    product = functools.partial(dot, precision=precision)
 
     @pl.when(j == 0)
     def _start():
-        spread = dot(_spread(q.shape[0], groups, q.dtype), q[...], 1, 0)
+        spread = product(_spread(q.shape[0], groups, q.dtype), q[...], 1, 0)
         wide[...] = jnp.where(_own(spread.shape, groups, width), spread, 0.0).astype(wide.dtype)
         acc[...] = jnp.zeros_like(acc)
         total[...] = jnp.zeros_like(total)
         top[...] = jnp.full_like(top, MASKED)
         mask = rule(q_rank[...], q_in_context[...] != 0, k_rank[...], k_in_context[...] != 0)
         there = jax.lax.broadcasted_iota(jnp.int32, mask.shape, 1) < window
-        _step(dot, wide, acc, total, top, k[...], v[...], mask & there)
+        _step(product, wide, acc, total, top, k[...], v[...], mask & there)
 
     @pl.when(j * tile < count)
     def _tile():
         shape = wide.shape[0], tile
         there = jax.lax.broadcasted_iota(jnp.int32, shape, 1) + j * tile < count
-        _step(dot, wide, acc, total, top, keys[...], values[...], there)
+        _step(product, wide, acc, total, top, keys[...], values[...], there)
 
     @pl.when(j == pl.num_programs(1) - 1)
     def _finish():
         divisor = jnp.where(total[:, :1] > 0, total[:, :1], 1.0)  # rows of padding may see nothing
         own = jnp.where(_own(acc.shape, groups, width), acc[...] / divisor, 0.0)
         gather = _spread(q.shape[0], groups, jnp.float32)
-        merged = _dot(gather, own, 0, 0, precision=jax.lax.Precision.HIGHEST)
+        merged = dot(gather, own, 0, 0, precision=jax.lax.Precision.HIGHEST)
         out[...] = merged.astype(out.dtype)
 
 
-def _step(dot, wide, acc, total, top, k_SD, v_SD, mask) -> None:
+def _step(product, wide, acc, total, top, k_SD, v_SD, mask) -> None:
     """Each tile of keys rescales the running sums."""
-    scores = jnp.where(mask, dot(wide[...], k_SD, 1, 1), MASKED)
+    scores = jnp.where(mask, product(wide[...], k_SD, 1, 1), MASKED)
     before = top[:, :1]
     now = jnp.maximum(before, scores.max(axis=1, keepdims=True))
     probs, keep = jnp.where(mask, jnp.exp(scores - now), 0.0), jnp.exp(before - now)
-    acc[...] = acc[...] * keep + dot(probs.astype(v_SD.dtype), v_SD, 1, 0)
+    acc[...] = acc[...] * keep + product(probs.astype(v_SD.dtype), v_SD, 1, 0)
     total[...] = total[...] * keep + probs.sum(axis=1, keepdims=True)
     top[...] = jnp.broadcast_to(now, top.shape)
-
-
-def _dot(a, b, contract_a: int, contract_b: int, precision=None):
-    dimensions = (((contract_a,), (contract_b,)), ((), ()))
-    return jax.lax.dot_general(
-        a, b, dimensions, precision=precision, preferred_element_type=jnp.float32
-    )
 
 
 def _spread(queries: int, groups: int, dtype):

@@ -13,7 +13,14 @@ from jax.sharding import Mesh, PartitionSpec
 from esolm_jax.model.model_config import ModelConfig
 from esolm_jax.parallel import sharding
 from esolm_jax.sampling.engine import prefix_cache
-from esolm_jax.sampling.engine.cache import Entries, Heads, KeyValue, Visible, entries_of
+from esolm_jax.sampling.engine.cache import (
+    Entries,
+    Heads,
+    KeepsNothing,
+    KeyValue,
+    Visible,
+    entries_of,
+)
 
 AXES = (None, "rows", None, "heads")  # logical axes of all arrays of a cache
 
@@ -67,19 +74,11 @@ class _Kernels:
 
 
 @flax.struct.dataclass
-class NoCache(_Kernels):
+class NoCache(_Kernels, KeepsNothing):
     """See cache.no_cache."""
 
     def attend(self, block: int, heads: Heads, visible: Visible):
         return self.run(block, heads, visible)
-
-    def pending(self, pairs: list[KeyValue], output) -> Entries:
-        del pairs, output
-        return Entries.none()
-
-    def write(self, entries: Entries, start_B) -> Self:
-        del entries, start_B
-        return self
 
 
 @flax.struct.dataclass

@@ -19,6 +19,7 @@ from esolm_jax.sampling.engine import cpu_kernels
 from esolm_jax.sampling.engine.cache import (
     Entries,
     Heads,
+    KeepsNothing,
     KeyValue,
     Visible,
     entries_of,
@@ -31,20 +32,12 @@ QUERY_CHUNK = 256  # tokens of a window that attend at a time: bounds the memory
 
 
 @flax.struct.dataclass
-class NoCache:
+class NoCache(KeepsNothing):
     """See cache.no_cache."""
 
     def attend(self, block: int, heads: Heads, visible: Visible):
         del block
         return _attend(heads, lambda *qkv: _attend_prefix(*qkv, visible, 0, None))
-
-    def pending(self, pairs: list[KeyValue], output) -> Entries:
-        del pairs, output
-        return Entries.none()
-
-    def write(self, entries: Entries, start_B) -> Self:
-        del entries, start_B
-        return self
 
 
 @flax.struct.dataclass

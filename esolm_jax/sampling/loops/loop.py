@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from esolm_jax.parallel import sharding
 from esolm_jax.process import prng
+from esolm_jax.sampling.engine.cache import pad_to
 from esolm_jax.sampling.engine.network import Network
 from esolm_jax.sampling.plan.passes import NEVER, DecodePlan
 
@@ -189,7 +190,7 @@ def scatter_columns(array, new, offset, keep):
 
 def pad_columns(array, width: int):
     """[B, width, …], with zeros at the end of the second axis."""
-    return jnp.pad(array, ((0, 0), (0, width - array.shape[1]), *[(0, 0)] * (array.ndim - 2)))
+    return pad_to(array, 1, width)
 
 
 def unpermute(order, *by_rank):

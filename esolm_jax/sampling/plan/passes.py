@@ -148,11 +148,10 @@ class DecodePlan:
             wide = np.maximum(rounded, least).tolist()
             rounded = np.array([n if n == least else min(_power(n), widest) for n in wide])
             present = sorted(set(rounded.tolist()))
-            index[low:high] = np.searchsorted(present, rounded)
-            return index, tuple((width, min(width, _power(most))) for width in present)
-        if least < widest <= 128:
-            least, widest = 1 << (least.bit_length() - 1), _power(widest)
-        present = sorted({_round_up(width) for width in range(least, widest + 1)})
+        else:
+            if least < widest <= 128:
+                least, widest = 1 << (least.bit_length() - 1), _power(widest)
+            present = sorted({_round_up(width) for width in range(least, widest + 1)})
         index[low:high] = np.searchsorted(present, rounded)
         return index, tuple((width, min(width, _power(most))) for width in present)
 
