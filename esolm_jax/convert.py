@@ -8,6 +8,10 @@ of style "llama".
 
 python -m esolm_jax.convert --from=FOLDER --workdir=DIR
 python -m esolm_jax.convert --workdir=DIR --to=FOLDER/
+
+A folder of `export --to=hub` is read back bit for bit:
+
+python -m esolm_jax.convert --from=FOLDER --workdir=DIR
 """
 
 import pathlib
@@ -18,7 +22,7 @@ from absl import flags
 from esolm_jax import cli
 from esolm_jax.errors import UserError
 from esolm_jax.interop.hub import config as hub_config
-from esolm_jax.interop.hub import from_hub, to_hub
+from esolm_jax.interop.hub import from_esolm, from_hub, to_hub
 from esolm_jax.interop.published import config as published_config
 from esolm_jax.interop.published import read as published_read
 from esolm_jax.interop.published import write as published_write
@@ -47,6 +51,7 @@ def default_config(flag: cli.FlagValue) -> str | None:
     if not source:
         return cli.saved_config(pathlib.Path(flag("workdir")).expanduser(), flag("step"))
     reader = hub_config if hub_config.is_folder(source) else published_config
+    reader = from_esolm if from_esolm.is_folder(source) else reader
     return f"{reader.__file__}:{source}"
 
 
@@ -69,7 +74,9 @@ def _weights(allowed: tuple[str, ...]) -> str:
 def main(config, workdir: pathlib.Path) -> None:
     source, target = flags.FLAGS["from"].value, flags.FLAGS.to
     _check_direction(source, target)
-    if source and hub_config.is_folder(source):
+    if source and from_esolm.is_folder(source):
+        _from_esolm(config, source, workdir)
+    elif source and hub_config.is_folder(source):
         _from_hub(config, source, workdir)
     elif source:
         _from_published(config, source, workdir)
@@ -97,12 +104,24 @@ def _from_published(config, source: str, workdir: pathlib.Path) -> None:
     print(cli.command("prepare", workdir, *text))
 
 
-def _from_hub(config, source: str, workdir: pathlib.Path) -> None:
+def _check_no_weights_flag() -> None:
     if flags.FLAGS.weights:
         raise UserError(
             f"--weights={flags.FLAGS.weights}: must be left out, because a folder has one set of "
             "weights"
         )
+
+
+def _from_esolm(config, source: str, workdir: pathlib.Path) -> None:
+    _check_no_weights_flag()
+    made = from_esolm.convert(config, source, workdir, flags.FLAGS.tokenizer)
+    print(f"{source}: {config.objective}, {made.parameters:,} parameters: {made.weights}")
+    print(f"wrote {workdir}/{checkpoint_steps.FOLDER}/0, {workdir}/tokenizer, and config.json")
+    print(cli.next_command("sample", workdir))
+
+
+def _from_hub(config, source: str, workdir: pathlib.Path) -> None:
+    _check_no_weights_flag()
     made = from_hub.convert(config, source, workdir, flags.FLAGS.tokenizer)
     print(
         f"{source}: {config.model.style}-style, {made.parameters:,} parameters with the mask token"
@@ -119,7 +138,7 @@ def _from_hub(config, source: str, workdir: pathlib.Path) -> None:
 
 def _to_hub(config, workdir: pathlib.Path, target: pathlib.Path) -> None:
     _write(to_hub.convert, config, workdir, target)
-    print(f"wrote {target}: config.json, model.safetensors and the tokenizer")
+    print(f"wrote {target}: config.json, the weights and the tokenizer")
     _print_inverse(f"--from={target}", "--workdir=NEW")
 
 

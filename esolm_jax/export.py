@@ -7,6 +7,14 @@ python -m esolm_jax.export --workdir=DIR --to=FOLDER
 --formats=safetensors,stablehlo,onnx   some of them (default: all)
 --parts=score,step,sample              some functions (default: all that the model has)
 --tolerance=1e-4                       largest allowed error of a logit; wide models may need more
+
+python -m esolm_jax.export --workdir=DIR --to=hub[:FOLDER]
+
+A folder that `transformers` opens, by default DIR/hub: a Llama or Qwen for autoregressive models of
+style "llama", else a model with its own PyTorch code. The flags --weights and --step apply, and
+
+--layout=auto|esolm|plain              plain: a Llama or Qwen; esolm: with PyTorch code
+--shard_gb=5                           the largest size of a file with weights
 """
 
 import pathlib
@@ -16,13 +24,17 @@ from absl import flags
 from esolm_jax import cli
 from esolm_jax.errors import UserError
 from esolm_jax.interop.export import folder as export_folder
-from esolm_jax.interop.export import parity
+from esolm_jax.interop.export import hub_folder, parity
 from esolm_jax.interop.export.folder import Wanted
 from esolm_jax.interop.published import write as published_write
 
+HUB = "hub"  # --to=hub, --to=hub:FOLDER
+
 
 def define_flags() -> None:
-    flags.DEFINE_string("to", "", "The folder to write: new, or empty.")
+    flags.DEFINE_string("to", "", "The folder to write: new, or empty; or hub, or hub:FOLDER.")
+    flags.DEFINE_string("layout", "auto", "With --to=hub: auto | esolm | plain.")
+    flags.DEFINE_float("shard_gb", 5.0, "With --to=hub: the largest file of weights, in GB.")
     flags.DEFINE_string("weights", "ema", "ema | raw")
     flags.DEFINE_string("formats", "", "Of safetensors, stablehlo, onnx; all by default.")
     flags.DEFINE_float("tolerance", parity.TOLERANCE, "Largest allowed error of a logit.")
@@ -46,6 +58,9 @@ def main(config, workdir: pathlib.Path) -> None:
         raise UserError(
             f"--weights={f.weights}: must be one of {', '.join(published_write.WEIGHTS)}"
         )
+    if f.to.partition(":")[0] == HUB:
+        _to_hub(config, workdir)
+        return
     if not f.tolerance > 0:
         raise UserError(f"--tolerance={f.tolerance}: must be above 0")
     formats = _listed("formats", export_folder.FORMATS) or export_folder.FORMATS
@@ -61,6 +76,29 @@ def main(config, workdir: pathlib.Path) -> None:
     for part, reason in manifest["not_exported"].items():
         print(f"not exported: {part}: {reason}")
     print(f"wrote {target}, with manifest.json")
+
+
+def _to_hub(config, workdir: pathlib.Path) -> None:
+    f = flags.FLAGS
+    if f.layout not in hub_folder.LAYOUTS:
+        raise UserError(f"--layout={f.layout}: must be one of {', '.join(hub_folder.LAYOUTS)}")
+    if not 0 < f.shard_gb < 1e6:
+        raise UserError(f"--shard_gb={f.shard_gb}: must be above 0, in GB")
+    for name in ("formats", "parts"):
+        if f[name].value:
+            raise UserError(f"--{name}={f[name].value}: must be left out with --to=hub")
+    given = f.to.partition(":")[2]
+    target = pathlib.Path(given).expanduser() if given else workdir / HUB
+    wanted = hub_folder.Wanted(f.weights, f.step, f.layout, max(1, int(f.shard_gb * 1e9)))
+    written = hub_folder.export(config, workdir, target, wanted)
+    which = "the EMA" if f.weights == "ema" else "the RAW weights"
+    print(f"exported: {which} of step {written.step:,}, {written.parameters:,} parameters")
+    if written.layout == "plain":
+        print("a plain Llama or Qwen: AutoModelForCausalLM, vLLM and llama.cpp load it")
+    else:
+        print("AutoModelForMaskedLM.from_pretrained(FOLDER, trust_remote_code=True) loads it")
+        print(f"to compare it with this model: python {target}/check_esolm.py")
+    print(f"wrote {target}")
 
 
 def _measured(figures: dict) -> str:

@@ -2,10 +2,13 @@
 
 Needs the package `tokenizers` (pip install -e '.[interop]'). tokenizer.json lacks the ids
 of BOS, EOS and PAD and the size of the model's vocabulary; ids.json in the same folder has them.
+The other files of the model's folder (configuration, chat template, …) are kept in the folder hub/,
+so that `convert` and `export` can write them back.
 """
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from esolm_jax.data.render import ByTokenizers
@@ -16,6 +19,25 @@ KIND = "tokenizers"
 FILE, IDS_FILE = "tokenizer.json", "ids.json"
 MAX_SIZE = 256 * regular_file.MB  # of a tokenizer.json; the largest ones have 35
 _IDS = ("vocab_size", "bos", "eos", "pad")
+COMPANIONS_FOLDER = "hub"
+OF_MODEL = ("config.json", "generation_config.json")
+COMPANIONS = (
+    *OF_MODEL,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "LICENSE",
+    "LICENSE.txt",
+    "LICENSE.md",
+    "NOTICE",
+    "USE_POLICY.md",
+)
+_MAX_COMPANION = 64 * regular_file.MB
 
 
 class HubTokenizer(ByTokenizers):
@@ -27,9 +49,16 @@ class HubTokenizer(ByTokenizers):
 
     kind = KIND
 
-    def __init__(self, content: bytes, ids: dict[str, int], where: str = FILE):
+    def __init__(
+        self,
+        content: bytes,
+        ids: dict[str, int],
+        where: str = FILE,
+        companions: Mapping[str, bytes] | None = None,
+    ):
         """Args: content: of tokenizer.json. ids: vocab_size, bos, eos, pad. where: names it in
-        errors. Raises UserError: damaged, or it does not fit the ids."""
+        errors. companions: other files of the model's folder, by name. Raises UserError: damaged,
+        or it does not fit the ids."""
         try:
             import tokenizers
         except ImportError as error:
@@ -46,6 +75,7 @@ class HubTokenizer(ByTokenizers):
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self.content, self.ids = content, {name: ids[name] for name in _IDS}
+        self.companions = dict(companions or {})
         self.vocab_size = self.mask_id = ids["vocab_size"]
         self.bos_id, self.eos_id, self.pad_id = ids["bos"], ids["eos"], ids["pad"]
         self._check(where)
@@ -72,6 +102,20 @@ class HubTokenizer(ByTokenizers):
     def save(self, directory: str | Path) -> None:
         Path(directory, FILE).write_bytes(self.content)
         Path(directory, IDS_FILE).write_text(json.dumps(self.ids) + "\n")
+        for name, companion in self.companions.items():
+            folder = Path(directory, COMPANIONS_FOLDER)
+            folder.mkdir(exist_ok=True)
+            (folder / name).write_bytes(companion)
+
+
+def read_companions(directory: str | Path, names: tuple[str, ...] = COMPANIONS) -> dict[str, bytes]:
+    """The files of these names in a folder. UserError: one is no regular file, or too large."""
+    paths = {name: Path(directory, name) for name in names}
+    return {
+        name: regular_file.read_bytes(path, _MAX_COMPANION)
+        for name, path in paths.items()
+        if regular_file.is_there(path)
+    }
 
 
 def is_here(directory: str | Path) -> bool:
@@ -90,4 +134,5 @@ def read(directory: str | Path) -> HubTokenizer:
     if not isinstance(ids, dict) or not all(type(ids.get(name)) is int for name in _IDS):
         raise UserError(f"{path / IDS_FILE}: damaged: must be an object of {', '.join(_IDS)}")
     content = regular_file.read_bytes(path / FILE, MAX_SIZE)
-    return HubTokenizer(content, {name: ids[name] for name in _IDS}, str(path / FILE))
+    companions = read_companions(path / COMPANIONS_FOLDER)
+    return HubTokenizer(content, {name: ids[name] for name in _IDS}, str(path / FILE), companions)

@@ -129,7 +129,8 @@ def write_manifest(manifest: Manifest) -> None:
     entries = dataclasses.asdict(manifest)
     directory = entries.pop("directory")  # not written, so that prepared data can be moved
     shards = {shard["file"] for split in manifest.splits.values() for shard in split["shards"]}
-    neighbours = {path.name for path in directory.iterdir()} - shards - {MANIFEST_FILE}
+    files = {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
+    neighbours = files - shards - {MANIFEST_FILE}
     entries["files"] = integrity.hash_files(directory, sorted(neighbours))
     entries[integrity.DIGEST] = integrity.digest(entries)
     Path(directory, MANIFEST_FILE).write_text(results.dumps(entries, indent=2) + "\n")

@@ -185,8 +185,8 @@ def _decoders(tokenizer: Any) -> set[str]:
 
 def _bytes_of(token: str, decoders: set[str]) -> bytes | None:
     """The bytes that a token spells according to the decoders."""
-    if "ByteLevel" in decoders and all(c in _ALPHABET for c in token):
-        return bytes(_ALPHABET[c] for c in token)
+    if "ByteLevel" in decoders and all(c in BYTE_ALPHABET for c in token):
+        return bytes(BYTE_ALPHABET[c] for c in token)
     if "ByteFallback" in decoders and (match := _BYTE.fullmatch(token)):
         return bytes([int(match[1], 16)])
     return None
@@ -199,7 +199,7 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(b): b for b in shown} | {chr(256 + n): b for n, b in enumerate(hidden)}
 
 
-_ALPHABET = _byte_alphabet()
+BYTE_ALPHABET = _byte_alphabet()
 
 
 def _puts_a_space_first(tokenizer: Any, inside: list[bytes]) -> bool:

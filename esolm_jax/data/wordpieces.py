@@ -55,8 +55,12 @@ class WordPieces(ByTokenizers):
         if self.kind == "gpt2" and sum(len(token) == 1 for token in vocab) < _BYTES:
             raise UserError("a gpt2 tokenizer must have a token for each of the 256 bytes")
 
+    def json(self) -> str:
+        """The content of tokenizer.json."""
+        return self._tokenizer.to_str()
+
     def save(self, directory: str | Path) -> None:
-        Path(directory, FILE).write_text(self._tokenizer.to_str(), encoding="utf-8")
+        Path(directory, FILE).write_text(self.json(), encoding="utf-8")
 
 
 def _make(kind: str, vocab: dict[str, int], merges: list, lowercase: bool):

@@ -95,6 +95,7 @@ def write(
     shapes: Mapping[str, tuple[int, ...]],
     tensors: Iterable[tuple[str, np.ndarray]],
     about: dict,
+    dtype: str = "float32",
 ) -> None:
     """Writes float32 tensors one at a time to a temporary file, then renames it.
 
@@ -104,12 +105,19 @@ def write(
       shapes: by name.
       tensors: (name, array) in the same order; each is dropped after it is written.
       about: JSON-able, stored in the metadata.
+      dtype: of the file: float32, bfloat16 or float16; tensors are rounded to it.
     """
+    name_of = {np.dtype(numpy_type).name: name for name, numpy_type in _NUMPY.items()}
+    stored = np.dtype(_NUMPY[name_of[dtype]])
     header: dict = {"__metadata__": {"format": "pt", METADATA: results.dumps(about)}}
     end = 0
     for name, shape in shapes.items():
-        start, end = end, end + 4 * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+        start, end = end, end + stored.itemsize * math.prod(shape)
+        header[name] = {
+            "dtype": name_of[dtype],
+            "shape": list(shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header).encode()
     text += b" " * (-(len(text) + 8) % ALIGNMENT)
     with results.draft_of(path) as draft, open(draft, "wb") as file:
@@ -120,4 +128,4 @@ def write(
                     f"{name}: must be {wanted}, float32 of shape {shapes[wanted]}, because the "
                     "header lists it next"
                 )
-            file.write(np.ascontiguousarray(array, "<f4").data)
+            file.write(np.ascontiguousarray(array.astype(stored, copy=False)).view(np.uint8).data)

@@ -18,7 +18,7 @@ from esolm_jax.interop.shown import shown
 FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _INDEX_SIZE = 64 * regular_file.MB
-_BLOCK = re.compile(r"(?:.*\.)?(?:layers|h)\.([0-9]+)\.")
+_BLOCK = re.compile(r"(?:.*\.)?(?:layers|h|blocks)\.([0-9]+)\.")
 
 
 def tensors(folder: pathlib.Path) -> dict[str, Tensor]:

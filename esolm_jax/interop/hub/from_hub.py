@@ -22,6 +22,7 @@ from esolm_jax.interop import weight_types
 from esolm_jax.interop.hub import config as hub_config
 from esolm_jax.interop.hub import folder as hub_folder
 from esolm_jax.interop.hub import names as hub_names
+from esolm_jax.interop.hub import tokenizer_files
 from esolm_jax.interop.published import read as published_read
 from esolm_jax.interop.published.read import Converted
 from esolm_jax.interop.shown import shown
@@ -70,7 +71,7 @@ def convert(config, source: str, workdir: pathlib.Path, tokenizer: str) -> Conve
     meta = published_read.converted_meta(config, chosen, origin) | {"only_weights": True}
 
     def save(checkpoints: checkpoint.Checkpoints, draft: pathlib.Path) -> None:
-        params = _on_disk(model, draft / "arrays")
+        params = on_disk(model, draft / "arrays")
         fill(params, tensors, parts, ids, source)
         checkpoints.save_weights(params, meta)
 
@@ -104,11 +105,17 @@ def read_tokenizer(
 ) -> tokenizer_lib.Tokenizer:
     """The tokenizer, as large as the embedding: tokenizer.json unchanged, or one of our kinds."""
     path = regular_file.expand(given) if given else folder
+    ours = folder / tokenizer_files.OURS
+    if not given and ours.is_dir():  # our own export: the same tokenizer again
+        return tokenizer_lib.load_tokenizer(ours)
     file = path / hub_tokenizer.FILE if path.is_dir() else path
     if file.name == hub_tokenizer.FILE and regular_file.is_there(file):
         special = hub_config.special_ids(hub, str(folder / hub_config.FILE))
         content = regular_file.read_bytes(file, hub_tokenizer.MAX_SIZE)
-        return hub_tokenizer.HubTokenizer(content, {"vocab_size": ids, **special}, str(file))
+        companions = hub_tokenizer.read_companions(file.parent)
+        companions |= hub_tokenizer.read_companions(folder, hub_tokenizer.OF_MODEL)
+        of_model = {"vocab_size": ids, **special}
+        return hub_tokenizer.HubTokenizer(content, of_model, str(file), companions)
     chosen = tokenizer_lib.read_tokenizer(given or folder)
     if chosen.vocab_size != ids or chosen.mask_id != ids:
         raise UserError(
@@ -122,7 +129,7 @@ def _shapes(model: ModelConfig) -> dict:
     return jax.eval_shape(lambda: model_lib.init(model, prng.key(0)))
 
 
-def _on_disk(model: ModelConfig, folder: pathlib.Path) -> dict:
+def on_disk(model: ModelConfig, folder: pathlib.Path) -> dict:
     """Our parameters: float32 files of zeros."""
     folder.mkdir()
 
@@ -133,18 +140,22 @@ def _on_disk(model: ModelConfig, folder: pathlib.Path) -> dict:
     return jax.tree.map_with_path(make, _shapes(model))
 
 
+def parameter(params: dict, path: str):
+    """The array at a path such as "blocks/qkv/kernel"."""
+    for key in path.split("/"):
+        params = params[key]
+    return params
+
+
 def fill(params: dict, tensors, parts: list[hub_names.HubTensor], ids: int, where: str) -> None:
     """Writes all tensors into `params` (arrays of zeros), and the mask token's embedding.
     UserError: a value is not finite."""
     bad: list[str] = []
     for part in tqdm.tqdm(parts, "tensors", disable=None, leave=False):
-        node = params
-        for key in part.path.split("/"):
-            node = node[key]
         tensor = np.asarray(tensors[part.name])
         bad += finite.non_finite({part.name: tensor})
         if not bad:
-            part.put(node, tensor)
+            part.put(parameter(params, part.path), tensor)
     finite.refuse(bad, len(parts), where)
     embedding = params["embedding"]["embedding"]
     embedding[ids] = np.mean(embedding[:ids], axis=0, dtype=np.float64)

@@ -1,23 +1,32 @@
-"""An autoregressive model of style "llama" → a folder of the Hugging Face hub, as Llama or Qwen.
+"""A model of style "llama" → a folder of the Hugging Face hub, as Llama or Qwen.
 
-`transformers` loads it with AutoModelForCausalLM.from_pretrained; the mask token is left out.
+`transformers`, vLLM and llama.cpp load it without our code. A model that came from a folder of the
+hub and was not trained further goes back as it was: the type of its weights, tied embeddings,
+config.json, generation_config.json, the tokenizer's files and the chat template.
+
+An autoregressive model is written without the mask token. An Eso-LM at alpha_0 = 0 keeps it: the
+logits of a text with [MASK] at its end are those of the next token.
 """
 
+import json
 import pathlib
-import shutil
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 
 from esolm_jax import results
+from esolm_jax.data.hub_tokenizer import HubTokenizer
 from esolm_jax.errors import UserError
-from esolm_jax.interop import safetensors_file
 from esolm_jax.interop.hub import config as hub_config
-from esolm_jax.interop.hub import folder as hub_folder
 from esolm_jax.interop.hub import names as hub_names
+from esolm_jax.interop.hub import shards, tokenizer_files
+from esolm_jax.interop.hub.names import HubTensor
 from esolm_jax.interop.published import write as published_write
 from esolm_jax.training import checkpoint_steps, restore
 
+GENERATION = "generation_config.json"
 # (qkv_bias, qk_norm) → model_type, architecture
 _KINDS = {
     (False, False): ("llama", "LlamaForCausalLM"),
@@ -33,7 +42,7 @@ def convert(
     weights: str,
     step: str = checkpoint_steps.LATEST,
 ) -> tuple[int, int]:
-    """Writes config.json, model.safetensors and the tokenizer: all of it or nothing.
+    """Writes config.json, the weights and the tokenizer: all of it or nothing.
 
     Returns: the checkpoint's step and the number of parameters written.
 
@@ -41,32 +50,33 @@ def convert(
       UserError: no checkpoint, a model without a counterpart on the hub, or the folder is not
         empty.
     """
+    check_target(target)
+    check(config)
+    trained = published_write.load(config, workdir, weights, step)
+    tokenizer = restore.load_tokenizer(workdir, trained.meta)  # verified before it is copied
+    with results.new_folder(target) as draft:
+        parameters = write(draft, config, trained, tokenizer)
+    return trained.step, parameters
+
+
+def check_target(target: pathlib.Path) -> None:
+    """UserError unless the folder is new or empty, and its parent exists."""
     results.check_new_folder("--to", target)
     if not target.parent.is_dir():
         raise UserError(f"--to={target}: must be in a folder that exists; create {target.parent}")
-    kind = _kind(config)
-    trained = published_write.load(config, workdir, weights, step)
-    restore.load_tokenizer(workdir, trained.meta)  # verified before it is copied
-    tokenizer = trained.meta["tokenizer"]
-    if tokenizer["mask_id"] != tokenizer["vocab_size"]:
-        raise UserError(
-            f"--to={target}: cannot be written, because the mask token (id {tokenizer['mask_id']}) "
-            "is not the last id"
-        )
-    ids = tokenizer["vocab_size"]
-    parts = hub_names.hub_tensors(trained.built.model, ids, tied=False, prefix="model.")
-    params = jax.tree.map(np.asarray, trained.params)
-    tensors = {part.name: part.get(_at(params, part.path)) for part in parts}
-    with results.new_folder(target) as draft:
-        results.write_json(draft / hub_config.FILE, _config_json(config, tokenizer, kind))
-        shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        safetensors_file.write(draft / hub_folder.FILE, shapes, tensors.items(), {})
-        shutil.copytree(workdir / "tokenizer", draft, dirs_exist_ok=True)
-    return trained.step, sum(tensor.size for tensor in tensors.values())
 
 
-def _kind(config) -> tuple[str, str]:
-    """The kind of the model on the hub. UserError: the hub has no such model."""
+def is_autoregressive(config) -> bool:
+    """Whether the model is an `ar` model that the hub's Llama or Qwen can hold."""
+    try:
+        check(config)
+    except UserError:
+        return False
+    return config.objective == "ar"
+
+
+def check(config) -> None:
+    """UserError, with the reason, if the hub has no such model."""
     model = config.model
     allowed = {
         "objective": (config.objective, "ar"),
@@ -74,29 +84,109 @@ def _kind(config) -> tuple[str, str]:
         "model.cond_width": (model.cond_width, 0),
         "model.max_positions": (model.max_positions, 0),
     }
+    if config.objective == "eso_b":
+        allowed["objective"] = (config.objective, "eso_b")
+        allowed["alpha_0"] = (config.alpha_0, 0.0)
     for name, (value, wanted) in allowed.items():
         if value != wanted:
             raise UserError(
-                f"config.{name}={value!r}: must be {wanted!r} with --to=FOLDER/; use "
-                "--to=FILE.safetensors for a model of style 'dit'"
+                f"config.{name}={value!r}: must be {wanted!r} for a Llama or Qwen folder; use "
+                "`export --to=hub` for other models, or `convert --to=FILE.safetensors` for one "
+                "of style 'dit'"
             )
     if (model.qkv_bias, model.qk_norm) not in _KINDS:
         raise UserError(
             "config.model.qk_norm=True: must be False with model.qkv_bias, because no model of "
             "the hub has both"
         )
-    return _KINDS[model.qkv_bias, model.qk_norm]
 
 
-def _at(tree: dict, path: str):
-    for key in path.split("/"):
-        tree = tree[key]
-    return tree
+def write(
+    draft: pathlib.Path,
+    config,
+    trained: restore.TrainedModel,
+    tokenizer: Any,
+    shard_bytes: int = shards.SHARD_BYTES,
+) -> int:
+    """Writes all files to a folder that exists. Returns the number of parameters. UserError: the
+    mask token is not the last id."""
+    with_mask = config.objective != "ar"
+    if tokenizer.mask_id != tokenizer.vocab_size and not with_mask:
+        raise UserError(
+            f"--to={draft.name}: cannot be written, because the mask token (id "
+            f"{tokenizer.mask_id}) is not the last id"
+        )
+    ids = trained.built.model.vocab_size - (not with_mask)
+    params = jax.tree.map(np.asarray, trained.params)
+    source = _source_config(tokenizer)
+    tied = bool(source) and hub_config.is_tied(source, hub_config.FILE) and _is_tied(params, ids)
+    parts = hub_names.hub_tensors(trained.built.model, ids, tied=tied, prefix="model.")
+    shapes = {part.name: part.shape for part in parts}
+    read = _reader(params, parts)
+    declared = source.get("dtype", source.get("torch_dtype"))
+    dtype = shards.exact_dtype(str(declared).removeprefix("torch."), shapes, read)
+    shards.write(draft, shapes, read, dtype, shard_bytes)
+    made = _config_json(config, tokenizer, ids) | {"tie_word_embeddings": tied, "dtype": dtype}
+    results.write_json(draft / hub_config.FILE, _updated(source, made) if source else made)
+    _write_others(draft, tokenizer, with_mask=with_mask)
+    return sum(int(np.prod(shape)) for shape in shapes.values())
 
 
-def _config_json(config, tokenizer: dict, kind: tuple[str, str]) -> dict:
+def _source_config(tokenizer: Any) -> dict[str, Any]:
+    """config.json of the folder that the model came from; {} if it came from none."""
+    if not isinstance(tokenizer, HubTokenizer):
+        return {}
+    return json.loads(tokenizer.companions.get(hub_config.FILE, b"{}"))
+
+
+def _updated(source: dict, made: dict) -> dict:
+    """config.json of the source, changed where the model is another one."""
+    length = max(source.get("max_position_embeddings") or 0, made["max_position_embeddings"])
+    changed = {"max_position_embeddings": length, "vocab_size": made["vocab_size"]}
+    if hub_config.is_tied(source, hub_config.FILE) != made["tie_word_embeddings"]:
+        changed["tie_word_embeddings"] = made["tie_word_embeddings"]
+    name = "torch_dtype" if "torch_dtype" in source else "dtype"
+    return source | changed | {name: made["dtype"]}
+
+
+def _is_tied(params: dict, ids: int) -> bool:
+    embedding, head = params["embedding"]["embedding"], params["logits"]["kernel"]
+    return np.array_equal(embedding[:ids], head[:, :ids].T)
+
+
+def _reader(params: dict, parts: list[HubTensor]) -> Callable[[str], np.ndarray]:
+    by_name = {part.name: part for part in parts}
+
+    def read(name: str) -> np.ndarray:
+        array = params
+        for key in by_name[name].path.split("/"):
+            array = array[key]
+        return by_name[name].get(array)
+
+    return read
+
+
+def _write_others(draft: pathlib.Path, tokenizer: Any, *, with_mask: bool) -> None:
+    """The tokenizer, and generation_config.json."""
+    found = tokenizer_files.files(tokenizer, with_mask=with_mask)
+    if isinstance(tokenizer, HubTokenizer) and GENERATION in tokenizer.companions:
+        found[GENERATION] = tokenizer.companions[GENERATION]
+    for name, content in found.items():
+        (draft / name).write_bytes(content)
+    if not isinstance(tokenizer, HubTokenizer):
+        folder = draft / tokenizer_files.OURS
+        folder.mkdir()
+        tokenizer.save(folder)
+    if GENERATION not in found:
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        made = {name: getattr(tokenizer, name.replace("_token", "")) for name in names}
+        results.write_json(draft / GENERATION, made)
+
+
+def _config_json(config, tokenizer: Any, ids: int) -> dict:
     """config.json, with RoPE in the fields of old and of new versions of `transformers`."""
     model = config.model
+    kind = _KINDS[model.qkv_bias, model.qk_norm]
     rope = {"rope_type": "default"}
     if model.rope_factor != 1:
         rope = {
@@ -109,7 +199,7 @@ def _config_json(config, tokenizer: dict, kind: tuple[str, str]) -> dict:
     return {
         "model_type": kind[0],
         "architectures": [kind[1]],
-        "vocab_size": tokenizer["vocab_size"],
+        "vocab_size": ids,
         "hidden_size": model.width,
         "num_hidden_layers": model.blocks,
         "num_attention_heads": model.heads,
@@ -122,9 +212,7 @@ def _config_json(config, tokenizer: dict, kind: tuple[str, str]) -> dict:
         "rope_scaling": None if model.rope_factor == 1 else rope,
         "rope_parameters": {"rope_theta": model.rope_base, **rope},
         "max_position_embeddings": config.data.seq_len,
-        "tie_word_embeddings": False,
-        "bos_token_id": tokenizer["bos_id"],
-        "eos_token_id": tokenizer["eos_id"],
-        "pad_token_id": tokenizer["pad_id"],
-        "dtype": "float32",
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
     }

@@ -1,0 +1,217 @@
+"""A workdir → a folder that `transformers` opens: `export --to=hub`.
+
+An autoregressive model of style "llama" becomes a Llama or Qwen (interop/hub/to_hub.py). Every
+other model goes with its own PyTorch code (remote_code/), and with logits and texts of ours in
+expected.npz, which check_esolm.py compares.
+"""
+
+import dataclasses
+import importlib.resources
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from esolm_jax import results
+from esolm_jax.config import SCHEDULES
+from esolm_jax.family import registry
+from esolm_jax.interop.export import hub_card, parity, plain
+from esolm_jax.interop.hub import esolm_names, from_esolm, shards, to_hub, tokenizer_files
+from esolm_jax.interop.published import write as published_write
+from esolm_jax.model import rope
+from esolm_jax.sampling import generate
+from esolm_jax.sampling.engine import network as network_lib
+from esolm_jax.sampling.plan.canvas import Canvas
+from esolm_jax.training import checkpoint_steps, restore
+
+LAYOUTS = ("auto", "esolm", "plain")
+ANY_LENGTH = 2**20  # tokens of a text, if the model has no limit
+_CLASS = "modeling_esolm.EsoLMForMaskedLM"
+_CODE = ("configuration_esolm.py", "modeling_esolm.py", "generation_esolm.py")
+_CODE += ("schedule_esolm.py", "check_esolm.py")
+_TOKENS = 64  # at most, of a text in expected.npz
+_LOGITS = 2**22  # numbers at most, of the logits in expected.npz
+_SAMPLED = {"greedy": 0.0, "drawn": 1.0}  # arrays of texts in expected.npz → temperature
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """The requested folder.
+
+    Attributes:
+      weights: "ema" or "raw". step: a number, "best" or "latest".
+      layout: "plain" = Llama or Qwen; "esolm" = with our PyTorch code; "auto" = plain for
+        autoregressive models of style "llama".
+      shard_bytes: the largest size of a file with weights.
+    """
+
+    weights: str = "ema"
+    step: str = checkpoint_steps.LATEST
+    layout: str = "auto"
+    shard_bytes: int = shards.SHARD_BYTES
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """What was written: the layout, the checkpoint's step, the number of parameters."""
+
+    layout: str
+    step: int
+    parameters: int
+
+
+def export(config, workdir: pathlib.Path, target: pathlib.Path, wanted: Wanted) -> Written:
+    """Writes `target`, which must be new or empty: all of it, or nothing.
+
+    Raises:
+      UserError: no checkpoint, a tokenizer of another model, or a model that the layout cannot
+        hold.
+    """
+    to_hub.check_target(target)
+    is_plain = wanted.layout == "plain"
+    is_plain |= wanted.layout == "auto" and to_hub.is_autoregressive(config)
+    if is_plain:
+        to_hub.check(config)
+    trained = published_write.load(config, workdir, wanted.weights, wanted.step)
+    tokenizer = restore.load_tokenizer(workdir, trained.meta)
+    with results.new_folder(target) as draft:
+        if is_plain:
+            parameters = to_hub.write(draft, config, trained, tokenizer, wanted.shard_bytes)
+        else:
+            parameters = _write(draft, config, trained, tokenizer, wanted)
+        written = Written("plain" if is_plain else "esolm", trained.step, parameters)
+        card = hub_card.text(config, workdir, written, wanted.weights)
+        (draft / hub_card.FILE).write_text(card, encoding="utf-8")
+    return written
+
+
+def _write(draft: pathlib.Path, config, trained, tokenizer: Any, wanted: Wanted) -> int:
+    """All files of the layout "esolm" but the model card. Returns the number of parameters."""
+    plain.check(trained.built.model)
+    parts = {part.name: part for part in esolm_names.tensors(trained.built.model)}
+    shapes = {name: part.shape for name, part in parts.items()}
+
+    def read(name: str) -> np.ndarray:
+        array = trained.params
+        for key in parts[name].path.split("/"):
+            array = array[key]
+        return parts[name].get(np.asarray(array))
+
+    np.savez(draft / "expected.npz", **_expected(config, trained))
+    shards.write(draft, shapes, read, "float32", wanted.shard_bytes)
+    about = published_write.about(trained, wanted.weights)
+    made = _config_json(config, trained, tokenizer) | {"esolm": about}
+    results.write_json(draft / "config.json", made)
+    for name, content in tokenizer_files.files(tokenizer, with_mask=True).items():
+        (draft / name).write_bytes(content)
+    (draft / tokenizer_files.OURS).mkdir()
+    tokenizer.save(draft / tokenizer_files.OURS)
+    code = importlib.resources.files("esolm_jax.interop.export.remote_code")
+    for name in _CODE:
+        (draft / name).write_bytes((code / name).read_bytes())
+    return sum(int(np.prod(shape)) for shape in shapes.values())
+
+
+def _config_json(config, trained: restore.TrainedModel, tokenizer: Any) -> dict:
+    """config.json: the fields of EsoLMConfig (configuration_esolm.py)."""
+    model, special = trained.built.model, trained.built.special
+    frequencies = [] if model.max_positions else np.asarray(rope.rope_frequencies(model)).tolist()
+    return {
+        "model_type": from_esolm.MODEL_TYPE,
+        "architectures": [_CLASS.split(".")[1]],
+        "auto_map": {
+            "AutoConfig": "configuration_esolm.EsoLMConfig",
+            **dict.fromkeys(("AutoModel", "AutoModelForMaskedLM", "AutoModelForCausalLM"), _CLASS),
+        },
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.width,
+        "num_hidden_layers": model.blocks,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.groups,
+        "head_dim": model.head_width,
+        "intermediate_size": model.inner,
+        "max_position_embeddings": model.max_positions or config.data.seq_len,
+        "style": model.style,
+        "cond_width": model.cond_width,
+        "norm_eps": model.norm_eps,
+        "qkv_bias": model.qkv_bias,
+        "qk_norm": model.qk_norm,
+        "max_positions": model.max_positions,
+        "rope_frequencies": frequencies,
+        "mask_token_id": special.mask,
+        "start_token_id": special.start,
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
+        "tie_word_embeddings": False,
+        "dtype": "float32",
+        "sampling": _sampling(config),
+    }
+
+
+def _sampling(config) -> dict:
+    """The section `sampling` of config.json: how the family labels tokens, and config.sample."""
+    s, family, seq_len = config.sample, registry.get(config.objective), config.data.seq_len
+    own = config.block_length if family.is_blockwise else seq_len
+    longest = config.model.max_positions or ANY_LENGTH
+    return {
+        "objective": config.objective,
+        "cached": family.export.cached,
+        "shift": int(family.is_shifted),
+        "rank_block": family.rank_span(seq_len, config.block_length),
+        "prefix_of_one_rank": family.export.prefix_of_one_rank,
+        "one_token": bool(family.no_parallel),
+        "fixed_alpha_0": family.fixed_alpha_0,
+        "schedules": list(family.schedules or SCHEDULES[:5]),
+        "replaced_schedules": family.replaced_schedules,
+        "trained_length": seq_len,
+        "max_length": longest if family.can_extrapolate else seq_len,
+        "length": s.length or seq_len,
+        "alpha_0": config.alpha_0,
+        "schedule": s.schedule,
+        "steps": s.steps,
+        "block_length": s.block_length or own,
+        "temperature": s.temperature,
+        "top_k": s.top_k,
+        "top_p": s.top_p,
+    }
+
+
+def _expected(config, trained: restore.TrainedModel) -> dict[str, np.ndarray]:
+    """Labelled tokens with their logits, and texts of two rows by greedy and by drawn tokens."""
+    model, special = trained.built.model, trained.built.special
+    tokens = parity.examples(model, config.data.seq_len)[:1]
+    few = max(1, _LOGITS // model.vocab_size)
+    labels = parity.labels(tokens[0])
+    names = ("token", "position", "rank", "in_context")
+    arrays = dict(zip(names, labels, strict=True))
+    arrays["logits"] = parity.trained_logits(model, trained.params, tokens)[0][:, :few]
+    arrays["seed"] = np.int64(config.sample.seed)
+    network = network_lib.fold(plain.in_float32(model), trained.params)
+    for name, temperature in _SAMPLED.items():
+        short = _short(config, temperature)
+        canvas = Canvas.empty(2, short.sample.length, short.sample.seed)
+        generator = generate.Generator.of(short, canvas, special)
+        arrays[name] = np.asarray(generator.run(network).text)
+    return arrays
+
+
+def _short(config, temperature: float):
+    """The config, for short texts by the plain loop."""
+    length = config.sample.length or config.data.seq_len
+    block = config.block_length if registry.get(config.objective).is_blockwise else 1
+    short = config.copy_and_resolve_references()
+    with short.unlocked():
+        short.sample.update(
+            {
+                "length": min(length, max(block, _TOKENS - _TOKENS % block)),
+                "temperature": temperature,
+                "loop": "plain",
+                "draft_tokens": 0,
+                "draft_adaptive": False,
+                "tokens_per_pass": 1,
+                "confidence_threshold": 0.0,
+                "stop_at_eos": False,
+            }
+        )
+    return short

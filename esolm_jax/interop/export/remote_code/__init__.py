@@ -1,0 +1,3 @@
+"""Files that an exported folder runs in `transformers`. They need torch, transformers and numpy.
+
+They are copied, never imported."""
