@@ -57,7 +57,7 @@ cache, new = DynamicCache(), ids                     # ids [1, n]
 for _ in range(32):
     mask = torch.full((1, 1), tokenizer.mask_token_id)
     out = model(torch.cat([new, mask], dim=1), past_key_values=cache)
-    cache.crop(cache.get_seq_length() - 1)           # without the mask
+    cache.crop(-1)                                   # without the mask
     logits = out.logits[:, -1].index_fill(1, mask[0], float("-inf"))
     new = logits.argmax(-1, keepdim=True)
     ids = torch.cat([ids, new], dim=1)

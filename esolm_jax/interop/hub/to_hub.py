@@ -187,8 +187,9 @@ def _config_json(config, tokenizer: Any, ids: int) -> dict:
     """config.json, with RoPE in the fields of old and of new versions of `transformers`."""
     model = config.model
     kind = _KINDS[model.qkv_bias, model.qk_norm]
-    rope = {"rope_type": "default"}
+    rope, length = {"rope_type": "default"}, config.data.seq_len
     if model.rope_factor != 1:
+        length = max(length, int(model.rope_factor * model.rope_original_length))
         rope = {
             "rope_type": "llama3",
             "factor": model.rope_factor,
@@ -211,7 +212,7 @@ def _config_json(config, tokenizer: Any, ids: int) -> dict:
         "rope_theta": model.rope_base,
         "rope_scaling": None if model.rope_factor == 1 else rope,
         "rope_parameters": {"rope_theta": model.rope_base, **rope},
-        "max_position_embeddings": config.data.seq_len,
+        "max_position_embeddings": length,
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,
         "pad_token_id": tokenizer.pad_id,
