@@ -10,6 +10,10 @@ EXTRAS = {
         "onnxruntime>=1.31.1,<2",
     ],
     "interop": ["tokenizers>=0.23.3,<0.24"],  # of published runs and pretrained models
+    "hub": [  # to run folders of `export --to=hub`; nothing here imports them
+        "torch>=2.13,<3",
+        "transformers>=5.24,<6",
+    ],
     "cuda12": [f"jax[cuda12]{JAX}"],
     "cuda13": [f"jax[cuda13]{JAX}"],  # needs driver 580 or newer
     "tpu": [f"jax[tpu]{JAX}"],  # brings the TPU compiler, which needs no TPU

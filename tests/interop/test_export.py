@@ -16,11 +16,10 @@ import numpy as np
 import onnx
 import pytest
 import tiny_run
+from random_run import ADALN, LENGTH, PRETRAINED, VOCAB, make_run
 from tiny_run import command, refused_by
 
-import esolm_jax
 from esolm_jax.data import wordpieces
-from esolm_jax.data.manifest import tokenizer_entry
 from esolm_jax.data.tokenizer import Bytes
 from esolm_jax.errors import UserError
 from esolm_jax.interop import safetensors_file
@@ -34,10 +33,7 @@ from esolm_jax.interop.export import (
 )
 from esolm_jax.interop.export.shipped import decode_loop, plain_transformer
 from esolm_jax.interop.published import config as published_config
-from esolm_jax.interop.published import read as published_read
 from esolm_jax.interop.published import write as published_write
-from esolm_jax.model import build
-from esolm_jax.model import transformer as model_lib
 from esolm_jax.model.lm_head import exclude_mask_token
 from esolm_jax.model.model_config import ModelConfig
 from esolm_jax.parallel import sharding
@@ -46,24 +42,10 @@ from esolm_jax.sampling.engine import choose
 from esolm_jax.sampling.engine import network as network_lib
 from esolm_jax.sampling.engine.choose import TokenSampler
 from esolm_jax.sampling.plan.canvas import Canvas
-from esolm_jax.training import checkpoint_meta, optimizer, train_state
+from esolm_jax.training import checkpoint_meta
 
 pytestmark = pytest.mark.fast_compile
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-LENGTH, VOCAB = 12, 260
-ADALN = {"model.cond_width": 8, "model.blocks": 2}
-LLAMA = {"style": "llama", "kv_heads": 1, "blocks": 2, "mlp_width": 24}
-PRETRAINED = {  # as they come from the hub, and what training makes of them
-    "gpt2": {"style": "gpt2", "max_positions": 14, "qkv_bias": True, "blocks": 2, "norm_eps": 0.01},
-    "llama3": LLAMA | {"rope_base": 500.0, "rope_factor": 4.0, "rope_original_length": 16},
-    "qwen3": LLAMA
-    | {"heads": 4, "kv_heads": 2, "attention_width": 24, "qk_norm": True}
-    | {"cond_width": 8},
-}
-PRETRAINED = {
-    name: {f"model.{field}": value for field, value in fields.items()}
-    for name, fields in PRETRAINED.items()
-}
 # Fields and formats. StableHLO is traced from the same source as NumPy runs: not every style needs
 # both. ONNX graphs are built node by node: every style has one.
 FAMILIES = {
@@ -82,31 +64,6 @@ FAMILIES = {
         "safetensors,stablehlo,onnx",
     ),
 }
-
-
-def make_run(workdir: pathlib.Path, mesh=None, **fields) -> pathlib.Path:
-    """A workdir with a checkpoint of random weights, the EMA other ones than the raw."""
-    fields = {"data.seq_len": LENGTH, "data.source": "shakespeare"} | fields
-    config, tokenizer = tiny_run.make_config(fields), Bytes()
-    model = build.model_config(config, tokenizer_entry(tokenizer), "cpu")
-
-    def draw(seed):
-        like = jax.eval_shape(lambda: model_lib.init(model, jax.random.key(0)))
-        rng = np.random.default_rng(seed)
-
-        def leaf(path, like):
-            noise = 0.3 * rng.normal(size=like.shape).astype(np.float32)
-            return noise + ("norm" in jax.tree_util.keystr(path))
-
-        params = jax.tree.map_with_path(leaf, like)
-        return params if mesh is None else jax.device_put(params, sharding.parameters(mesh, params))
-
-    state = train_state.init_state(draw(0), optimizer.make(config), jax.random.key(0))
-    state = state.replace(ema=draw(1), step=jax.numpy.int32(7))
-    meta = {"config": config.to_dict(), "cursor": 0, "tokenizer": tokenizer_entry(tokenizer)}
-    meta["version"] = esolm_jax.__version__
-    published_read.write_workdir(workdir, meta, tokenizer, lambda kept, _: kept.save(state, meta))
-    return workdir
 
 
 def export(workdir, target, *args) -> dict:

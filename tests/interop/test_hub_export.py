@@ -16,15 +16,17 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tokenizers
-from test_export import ADALN, LENGTH, PRETRAINED, make_run, trained
+from random_run import ADALN, LENGTH, PRETRAINED, make_run
 from tiny_run import command
 
 import esolm_jax
 from esolm_jax.data.tokenizer import Bytes, train_sentencepiece
 from esolm_jax.interop.export import hub_folder
 from esolm_jax.interop.hub import shards, tokenizer_files
+from esolm_jax.interop.published import write as published_write
 from esolm_jax.sampling.plan import schedule
 from esolm_jax.sampling.plan.canvas import Canvas, Seed
+from esolm_jax.training import checkpoint_meta
 
 pytestmark = pytest.mark.fast_compile
 HF = pathlib.Path(__file__).parents[1] / "fixtures" / "hf"
@@ -44,6 +46,12 @@ def load_file(name: str, path: pathlib.Path):
     sys.modules[name] = module  # dataclasses look it up
     spec.loader.exec_module(module)
     return module
+
+
+def trained(workdir: pathlib.Path):
+    """The config and the weights that `export` takes by default."""
+    config = checkpoint_meta.saved_config(workdir)
+    return config, published_write.load(config, workdir, "ema")
 
 
 @pytest.fixture(scope="module")

@@ -77,16 +77,14 @@ def is_autoregressive(config) -> bool:
 
 def check(config) -> None:
     """UserError, with the reason, if the hub has no such model."""
-    model = config.model
+    model, is_eso = config.model, config.objective == "eso_b"
     allowed = {
-        "objective": (config.objective, "ar"),
+        "objective": (config.objective, "eso_b" if is_eso else "ar"),
+        "alpha_0": (config.alpha_0, 0.0),
         "model.style": (model.style, "llama"),
         "model.cond_width": (model.cond_width, 0),
         "model.max_positions": (model.max_positions, 0),
     }
-    if config.objective == "eso_b":
-        allowed["objective"] = (config.objective, "eso_b")
-        allowed["alpha_0"] = (config.alpha_0, 0.0)
     for name, (value, wanted) in allowed.items():
         if value != wanted:
             raise UserError(
