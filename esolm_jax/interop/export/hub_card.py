@@ -27,7 +27,7 @@ _ESOLM = """
 ```python
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER", trust_remote_code=True)
 model = AutoModelForMaskedLM.from_pretrained("FOLDER", trust_remote_code=True)
 ids = tokenizer("The [MASK] of", return_tensors="pt").input_ids
 logits = model(ids).logits               # [b, i] predicts the token at position i

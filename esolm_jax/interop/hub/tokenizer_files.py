@@ -41,8 +41,8 @@ def files(tokenizer: Tokenizer, *, with_mask: bool) -> dict[str, bytes]:
         settings = json.loads(tokenizer.companions.get(CONFIG, b"{}"))
     if with_mask:
         content["post_processor"] = None
-        if _add_mask(content, tokenizer.mask_id):
-            settings["mask_token"] = MASK
+        if mask := _add_mask(content, tokenizer.mask_id):
+            settings["mask_token"] = mask
     made = {
         FILE: results.dumps(content, ensure_ascii=False).encode(),
         CONFIG: _config(tokenizer, _names(content), settings),
@@ -96,17 +96,17 @@ def _add_special(content: dict, i: int, name: str) -> None:
     content["added_tokens"] = sorted([*others, entry], key=lambda entry: entry["id"])
 
 
-def _add_mask(content: dict, mask_id: int) -> bool:
-    """Adds the mask token. False: the tokenizer cannot have a token with this id."""
+def _add_mask(content: dict, mask_id: int) -> str | None:
+    """Adds the mask token, if it has none. Returns its name; None: the tokenizer cannot have a
+    token with this id."""
     vocab, names = content["model"].get("vocab"), _names(content)
-    if names.get(mask_id, MASK) != MASK or (MASK in names.values() and mask_id not in names):
-        return False
+    name = names.get(mask_id, MASK)
     if mask_id not in names and mask_id != max(names) + 1:  # a padded vocabulary: ids are skipped
         if not isinstance(vocab, dict):
-            return False
-        vocab[MASK] = mask_id
-    _add_special(content, mask_id, MASK)
-    return True
+            return None
+        vocab[name] = mask_id
+    _add_special(content, mask_id, name)
+    return name
 
 
 def _tokenizer_json(model: dict, **parts: Any) -> dict:

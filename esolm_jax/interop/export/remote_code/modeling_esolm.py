@@ -225,17 +225,18 @@ class EsoLMForMaskedLM(Generation, PreTrainedModel):
         return MaskedLMOutput(loss=loss, logits=logits)
 
     def label(self, input_ids, attention_mask=None):
-        """(token, position, rank), int64 [B, T] in the order of generation: known tokens, masks
-        from left to right, padding."""
+        """(token, position, rank), int64 [B, T], in the order of generation: known tokens, masks
+        from left to right, padding. Where ranks follow from positions, in the order of the text."""
         s = self.config.sampling
         unknown = (input_ids == self.config.mask_token_id).long()
         is_padding = torch.zeros_like(unknown)
         if attention_mask is not None:
             is_padding = (attention_mask == 0).long()
-        order = torch.argsort(torch.maximum(unknown, 2 * is_padding), dim=1, stable=True)
-        index = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(order)
+        index = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        order = index
+        if s["prefix_of_one_rank"] or (s["cached"] and not s["shift"]):
+            order = torch.argsort(torch.maximum(unknown, 2 * is_padding), dim=1, stable=True)
         if s["shift"]:
-            order = index
             start = torch.full_like(input_ids[:, :1], self.config.start_token_id)
             token = torch.cat([start, input_ids[:, :-1]], dim=1)
         else:
