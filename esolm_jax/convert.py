@@ -24,6 +24,7 @@ from esolm_jax.errors import UserError
 from esolm_jax.interop.hub import config as hub_config
 from esolm_jax.interop.hub import from_esolm, from_hub, to_hub
 from esolm_jax.interop.published import config as published_config
+from esolm_jax.interop.published import file as published_file
 from esolm_jax.interop.published import read as published_read
 from esolm_jax.interop.published import write as published_write
 from esolm_jax.training import checkpoint_steps
@@ -50,8 +51,10 @@ def default_config(flag: cli.FlagValue) -> str | None:
     source = flag("from")
     if not source:
         return cli.saved_config(pathlib.Path(flag("workdir")).expanduser(), flag("step"))
+    if from_esolm.is_folder(source):
+        return f"{from_esolm.__file__}:{source}"
+    source = published_file.in_folder(source)
     reader = hub_config if hub_config.is_folder(source) else published_config
-    reader = from_esolm if from_esolm.is_folder(source) else reader
     return f"{reader.__file__}:{source}"
 
 
@@ -76,7 +79,9 @@ def main(config, workdir: pathlib.Path) -> None:
     _check_direction(source, target)
     if source and from_esolm.is_folder(source):
         _from_esolm(config, source, workdir)
-    elif source and hub_config.is_folder(source):
+        return
+    source = published_file.in_folder(source) if source else source
+    if source and hub_config.is_folder(source):
         _from_hub(config, source, workdir)
     elif source:
         _from_published(config, source, workdir)
@@ -93,6 +98,11 @@ def _from_published(config, source: str, workdir: pathlib.Path) -> None:
         f"{source}: {config.objective}, alpha_0 = {config.alpha_0}: {made.parameters:,} parameters "
         f"at step {made.step:,}"
     )
+    if published_config.lacks_alpha_0(source):
+        print(
+            f"its config.json has no alpha_0: took {config.alpha_0:g}; to change it: "
+            "--config.alpha_0=…"
+        )
     print(
         f"converted {made.weights}; the optimizer state is new, so the learning rate warms up again"
     )

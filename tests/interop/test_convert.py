@@ -214,6 +214,54 @@ def test_config_of_a_hub_model_beside_the_file(tmp_path):
     assert (config.model.width, config.model.heads, config.data.tokenizer) == (64, 4, "gpt2")
 
 
+def folder_of_hub(folder: pathlib.Path, **fields) -> pathlib.Path:
+    """A folder with the published code: the toy's weights, and a config.json."""
+    folder.mkdir()
+    weights = {f"backbone.{name}": array for name, array in toy(0).items()}
+    safetensors.numpy.save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    said = dict(model_length=16, cond_dim=4, n_blocks=2, n_heads=2, vocab_size=258, dropout=0.1)
+    said |= {"auto_map": {"AutoModelForMaskedLM": "modeling.Model"}, "time_conditioning": False}
+    (folder / "config.json").write_text(json.dumps(said | fields))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("fields", "want"),
+    [
+        ({"model_type": "mdlm", "hidden_dim": 8}, ("mdlm", 1.0)),
+        ({"model_type": "bd3lm", "hidden_dim": 8, "block_size": 4, "adaln": True}, ("bd3", 1.0)),
+        ({"model_type": "EsoLM", "hidden_size": 8, "mask_index": 257}, ("eso_b", 1.0)),
+        ({"model_type": "EsoLM", "hidden_size": 8, "alpha_0": 0.25}, ("eso_b", 0.25)),
+    ],
+)
+def test_folder_of_the_hub_with_the_published_code(tmp_path, gpt2, capsys, fields, want):
+    folder = folder_of_hub(tmp_path / "hub", **fields)
+    assert convert(folder, tmp_path / "run", gpt2) == 0
+    unknown = "alpha_0" not in fields and want[0] == "eso_b"
+    assert ("has no alpha_0: took 1" in capsys.readouterr().out) == unknown
+    config = checkpoint_meta.saved_config(tmp_path / "run")
+    assert (config.objective, config.alpha_0) == want
+    assert (config.model.width, config.data.seq_len) == (8, 16)
+    assert_same(exported(tmp_path / "run", tmp_path / "out.safetensors"), toy(0))
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"model_type": "DUO", "hidden_dim": 8}, "algo.name='duo'"),
+        ({"model_type": "mdlm", "hidden_dim": 8, "causal": True}, "algo.causal=True"),
+        ({"model_type": "bd3lm", "hidden_dim": 8, "adaln": False}, "algo.adaln=False"),
+        ({"model_type": "mdlm", "hidden_dim": 8, "time_conditioning": True}, "time_conditioning"),
+    ],
+)
+def test_other_published_code_is_refused(tmp_path, gpt2, capsys, fields, told):
+    folder = folder_of_hub(tmp_path / "hub", **fields)
+    capsys.readouterr()
+    assert convert(folder, tmp_path / "run", gpt2) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert told in line and "an unsupported architecture" in line
+
+
 # The verbs take it at once.
 
 

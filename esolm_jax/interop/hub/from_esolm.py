@@ -36,7 +36,8 @@ def is_folder(path: str) -> bool:
     if not regular_file.is_there(file):
         return False
     hub = regular_file.read_json(file, _SIZE)
-    return isinstance(hub, dict) and hub.get("model_type") == MODEL_TYPE
+    # A folder with the published code may have the same model_type.
+    return isinstance(hub, dict) and hub.get("model_type") == MODEL_TYPE and "sampling" in hub
 
 
 def _origin(folder: pathlib.Path) -> dict[str, Any]:

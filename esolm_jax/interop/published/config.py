@@ -37,6 +37,7 @@ _FIELDS = {  # ours → the path in published hyper-parameters; used if it has t
 _HUB = {  # config.json of the models on the Hugging Face hub → names of the published runs
     "model_length": "length",
     "hidden_dim": "hidden_size",
+    "hidden_size": "hidden_size",
     "cond_dim": "cond_dim",
     "n_blocks": "n_blocks",
     "n_heads": "n_heads",
@@ -69,6 +70,12 @@ def get_config(path: str) -> ConfigDict:
     return from_hyper(published.hyper, path)
 
 
+def lacks_alpha_0(path: str) -> bool:
+    """Whether FILE is an Eso-LM of the hub whose config.json does not say α₀."""
+    hyper = _with_sections(published_file.read(path).hyper)
+    return bool(find(hyper, "algo.of_hub")) and _objective(hyper, path)[1] is None
+
+
 def _own_config(published: published_file.Published) -> ConfigDict:
     """The config in our own export, not yet validated. UserError: there is none."""
     try:
@@ -85,7 +92,8 @@ def from_hyper(hyper: Any, where: str) -> ConfigDict:
     with config.unlocked():
         for name, path in _FIELDS.items():
             _take(config, name, find(hyper, path), f"{where}: {path}")
-        config.objective, config.alpha_0 = _objective(hyper, where)
+        config.objective, alpha_0 = _objective(hyper, where)
+        config.alpha_0 = 1.0 if alpha_0 is None else alpha_0
         if config.objective == "ar":
             config.model.cond_width = 0
             if _scalar(hyper, "algo.prepend_token", where) == "mask":
@@ -132,10 +140,13 @@ def _with_sections(hyper: Any) -> Any:
     kind = find(hyper, "model_type")
     if kind is None:
         return hyper
-    model = {name: find(hyper, hub) for hub, name in _HUB.items()}
-    algo = {"name": kind, "time_conditioning": find(hyper, "time_conditioning")}
+    found = {name: find(hyper, hub) for hub, name in _HUB.items() if find(hyper, hub) is not None}
+    algo = {name: find(hyper, name) for name in ("time_conditioning", "alpha_0", "causal", "adaln")}
+    algo |= {"name": kind.lower() if isinstance(kind, str) else kind, "of_hub": True}
+    if algo["name"] == "esolm":  # the hub's Eso-LM is (B)
+        algo |= dict.fromkeys([path.removeprefix("algo.") for path in _ESO], "causal")
     data = {"tokenizer_name_or_path": "gpt2"}
-    return {"algo": algo, "model": model, "data": data, "block_size": find(hyper, "block_size")}
+    return {"algo": algo, "model": found, "data": data, "block_size": find(hyper, "block_size")}
 
 
 def _scalar(hyper: Any, path: str, where: str) -> Any:
@@ -153,6 +164,8 @@ def _check_architecture(hyper: Any, where: str) -> None:
         "algo.name": ("ar", "mdlm", "bd3lm", "esolm"),
         "algo.backbone": ("dit", "esolm_dit", "hf_dit"),
         "algo.time_conditioning": (False,),
+        "algo.causal": (False,),
+        "algo.adaln": (True,),
         "model.type": ("ddit",),
     }
     wrong = [
@@ -180,7 +193,8 @@ def _take(config: ConfigDict, name: str, value: Any, where: str) -> None:
         raise UserError(f"{where}={shown(value)}: must be a valid config.{name}")
 
 
-def _objective(hyper: Any, where: str) -> tuple[str, float]:
+def _objective(hyper: Any, where: str) -> tuple[str, float | None]:
+    """objective and α₀; None: an Eso-LM of the hub, whose config.json does not say."""
     name = _scalar(hyper, "algo.name", where)
     fixed = {"ar": ("ar", 0.0), "mdlm": ("mdlm", 1.0), "bd3lm": ("bd3", 1.0)}
     if name in fixed:
@@ -188,6 +202,8 @@ def _objective(hyper: Any, where: str) -> tuple[str, float]:
     if name is None:
         raise UserError(f"{where}: its hyper-parameters have no algo.name; give --config")
     alpha_0 = find(hyper, "algo.alpha_0")
+    if alpha_0 is None and find(hyper, "algo.of_hub"):
+        return "eso_b", None
     if not _is_number(alpha_0) or not 0 <= alpha_0 <= 1:
         raise UserError(f"{where}: its hyper-parameters have no algo.alpha_0; give --config")
     modes = {path: _scalar(hyper, path, where) for path in _ESO}

@@ -22,7 +22,10 @@ _PREFIX = re.compile(r"((module|_orig_mod|backbone)\.)+")  # of wrappers; backbo
 _NO_WEIGHTS = re.compile(
     r"(noise|metrics|valid_metrics|test_metrics|train_metrics)\.|sampling_eps_"
 )
-_CONFIG = "config.json"  # next to safetensors, as on the Hugging Face hub
+_CONFIG = "config.json"  # next to the weights, as on the Hugging Face hub
+# model_type, in small letters, of folders of the hub with the published code.
+_HUB_TYPES = ("mdlm", "bd3lm", "esolm", "duo", "udlm")
+_HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 _CONFIG_SIZE = 16 * regular_file.MB
 # Tied embeddings share a storage. Many names for one small storage would exhaust memory.
 _MOST_SHARED = 2
@@ -76,6 +79,22 @@ class Published:
         return average
 
 
+def in_folder(path: str) -> str:
+    """The file of weights in a folder of the hub with the published code (AutoModelForMaskedLM);
+    other paths are returned unchanged. UserError: the folder has no such file."""
+    folder = regular_file.expand(path)
+    config = folder / _CONFIG
+    if not folder.is_dir() or not regular_file.is_there(config):
+        return path
+    kind = find(regular_file.read_json(config, _CONFIG_SIZE), "model_type")
+    if not isinstance(kind, str) or kind.lower() not in _HUB_TYPES:
+        return path
+    for name in _HUB_FILES:
+        if regular_file.is_there(folder / name):
+            return str(folder / name)
+    raise UserError(f"--from={path}: must hold {' or '.join(_HUB_FILES)}")
+
+
 def read(path: str) -> Published:
     """Opens a file; tensors are read on use.
 
@@ -100,10 +119,16 @@ def read(path: str) -> Published:
 def _safetensors(file: pathlib.Path) -> Published:
     tensors, about = safetensors_file.read(file)
     raw = _backbone(file, tensors)
-    config, hyper = file.with_name(_CONFIG), None
-    if not about and regular_file.is_there(config):
-        hyper = regular_file.read_json(config, _CONFIG_SIZE)
+    hyper = None if about else _config_of_hub(file)
     return Published(file, raw, hyper=hyper, step=_step(about.get("step")), ours=about or None)
+
+
+def _config_of_hub(file: pathlib.Path) -> Any:
+    """The config.json next to the weights, or None."""
+    config = file.with_name(_CONFIG)
+    if not regular_file.is_there(config):
+        return None
+    return regular_file.read_json(config, _CONFIG_SIZE)
 
 
 def _torch(file: pathlib.Path) -> Published:
@@ -125,7 +150,7 @@ def _torch(file: pathlib.Path) -> Published:
         path=file,
         raw=raw,
         shadow=shadow,
-        hyper=content.get("hyper_parameters") if is_run else None,
+        hyper=content.get("hyper_parameters") if is_run else _config_of_hub(file),
         step=_step(content.get("global_step", find(ema, "num_updates"))),
     )
 
