@@ -29,11 +29,13 @@ class ModelConfig:
       attention_width: H·K, a multiple of 2·H; 0 = D.
       norm_eps: ε under the square root of norms.
       qkv_bias: whether queries, keys and values have biases (Qwen 2, GPT-2).
+      out_bias, mlp_bias: style "llama": whether the attention's output and the MLP have biases.
       qk_norm: whether each query and key is RMS-normed, over K (Qwen 3).
       max_positions: > 0 = a learned embedding of that many positions in place of RoPE (GPT-2).
       rope_base: base of the angles position · base^(−2i/K).
-      rope_factor, rope_original_length: > 1 = frequencies with wavelengths above
-        `rope_original_length` tokens are divided by the factor (Llama 3.1); see rope_frequencies.
+      rope_factor, rope_original_length, rope_scaling, rope_low, rope_high: > 1 = low frequencies
+        are divided by the factor; see rope_frequencies.
+      rope_attention_factor: rotated queries and keys are multiplied by it (yarn).
       attention: the implementation, one of attention.KINDS.
       remat: the rematerialization policy, one of REMAT.
     """
@@ -52,11 +54,17 @@ class ModelConfig:
     attention_width: int = 0
     norm_eps: float = 1e-5
     qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
     qk_norm: bool = False
     max_positions: int = 0
     rope_base: float = 10_000.0
     rope_factor: float = 1.0
     rope_original_length: int = 8192
+    rope_scaling: str = "llama3"
+    rope_low: float = 1.0
+    rope_high: float = 4.0
+    rope_attention_factor: float = 1.0
     attention: str = "chunked"
     remat: str = "none"
 
@@ -69,6 +77,11 @@ class ModelConfig:
     def head_width(self) -> int:
         """K."""
         return (self.attention_width or self.width) // self.heads
+
+    @property
+    def score_scale(self) -> float:
+        """The factor of q · k before the softmax."""
+        return self.rope_attention_factor**2 * self.head_width**-0.5
 
     @property
     def inner(self) -> int:

@@ -9,18 +9,44 @@ from esolm_jax.model.model_config import ModelConfig
 
 
 def rope_frequencies(config: ModelConfig):
-    """base^(−2i/K), float32 [K/2]; with a rope_factor, as Llama 3.1 scales them.
+    """base^(−2i/K), float32 [K/2]; with a rope_factor, scaled by one of these rules.
 
-    With n = rope_original_length: wavelengths below n / 4 tokens are kept, those above n are
-    multiplied by the factor, and frequencies between are interpolated.
+    With w the number of waves in rope_original_length tokens:
+      linear: all frequencies are divided by the factor.
+      llama3: kept if w ≥ rope_high, divided if w ≤ rope_low, and interpolated in w between.
+      yarn: likewise, interpolated in the index i, between the whole indices around the two bounds.
     """
     width = config.head_width
     frequency = config.rope_base ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
     if config.rope_factor == 1.0:
         return frequency
-    waves = config.rope_original_length * frequency / (2 * math.pi)
-    kept = jnp.clip((waves - 1) / (4 - 1), 0, 1)
+    kept = _KEPT[config.rope_scaling](config, frequency)
     return frequency * (kept + (1 - kept) / config.rope_factor)
+
+
+def _kept_llama3(config: ModelConfig, frequency):
+    """The weight of the unscaled frequency, [K/2]."""
+    waves = config.rope_original_length * frequency / (2 * math.pi)
+    return jnp.clip((waves - config.rope_low) / (config.rope_high - config.rope_low), 0, 1)
+
+
+def _kept_yarn(config: ModelConfig, frequency):
+    def index(waves: float) -> float:
+        """The real i whose frequency has this many waves."""
+        length = config.rope_original_length / (2 * math.pi * waves)
+        return config.head_width / 2 * math.log(length) / math.log(config.rope_base)
+
+    first = max(math.floor(index(config.rope_high)), 0)
+    last = min(math.ceil(index(config.rope_low)), config.head_width - 1)
+    span = last - first or 1e-3
+    return 1 - jnp.clip((jnp.arange(len(frequency), dtype=jnp.float32) - first) / span, 0, 1)
+
+
+_KEPT = {
+    "linear": lambda config, frequency: 0.0,
+    "llama3": _kept_llama3,
+    "yarn": _kept_yarn,
+}
 
 
 def rope_angles(position_BT, config: ModelConfig):

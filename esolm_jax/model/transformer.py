@@ -39,14 +39,17 @@ class Block(nnx.Module):
             spec = ParamSpec(axes, c.dtype, mesh)
             return Linear(d_in, d_out, spec, rngs, init=layers.uniform_fan_in, bias_init=bias_init)
 
-        bias = c.style in ("dit", "gpt2")
+        bias = c.mlp_bias or c.style in ("dit", "gpt2")
         per_group = c.heads // c.groups + 2  # its queries, key and value
         gates = 2 if c.style == "llama" else 1
         self.attention_norm = layers.Norm(c, rngs)
         heads = c.groups, per_group, c.head_width
         self.qkv = linear("qkv", c.width, *heads, bias=c.qkv_bias)
         self.attention_out = linear(
-            "attention_out", c.heads * c.head_width, c.width, bias=c.style == "gpt2"
+            "attention_out",
+            c.heads * c.head_width,
+            c.width,
+            bias=c.out_bias or c.style == "gpt2",
         )
         self.mlp_norm = layers.Norm(c, rngs)
         self.mlp_in = linear("mlp_in", c.width, gates, c.inner, bias=bias)
@@ -74,6 +77,8 @@ class Block(nnx.Module):
         k, v = k[:, :, 0], v[:, :, 0]
         if self.q_norm is not None:
             q, k = self.q_norm(q).astype(q.dtype), self.k_norm(k).astype(k.dtype)
+        if self.config.rope_attention_factor != 1:
+            q = q * self.config.rope_attention_factor**2
         return rotate(q, angles), rotate(k, angles), v
 
     def combine(self, hs, attended, modulation, keys):

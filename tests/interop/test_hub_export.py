@@ -34,7 +34,10 @@ CODE = pathlib.Path(hub_folder.__file__).parent / "remote_code"
 FAMILIES = {
     "eso_b": {"objective": "eso_b", "alpha_0": 0.5, "sample.seed": 3} | ADALN,
     "gpt2": {"objective": "ar"} | PRETRAINED["gpt2"],
-    "eso_llama": {"objective": "eso_b", "alpha_0": 0.0} | PRETRAINED["llama3"],
+    "eso_llama": {"objective": "eso_b", "alpha_0": 0.0}
+    | PRETRAINED["llama3"]
+    | {f"model.{name}": True for name in ("qkv_bias", "out_bias", "mlp_bias")}
+    | {"model.rope_scaling": "yarn", "model.rope_high": 32.0, "model.rope_attention_factor": 1.2},
 }
 ONE = "--config.mesh.devices=1"
 

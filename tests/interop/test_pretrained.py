@@ -246,18 +246,18 @@ def test_tensors_that_do_not_fit_are_listed(refused, tmp_path):
     ("family", "change", "parts"),
     [
         ("llama", {"model_type": "mamba"}, ["model_type='mamba'", "gpt2, llama, qwen2, qwen3"]),
-        ("llama", {"attention_bias": True}, ["attention_bias=True (allowed: False)"]),
+        ("llama", {"attention_bias": True}, ["missing tensors", "self_attn.q_proj.bias"]),
         ("qwen2", {"use_sliding_window": True}, ["use_sliding_window=True"]),
         ("gpt2", {"activation_function": "relu"}, ["activation_function='relu'", "gelu_new"]),
         (
             "llama",
-            {"hidden_act": "gelu", "mlp_bias": True},
-            ["hidden_act='gelu' (allowed: silu, swish); mlp_bias=True (allowed: False)"],
+            {"hidden_act": "gelu", "mlp_bias": 3},
+            ["hidden_act='gelu' (allowed: silu, swish); mlp_bias=3 (allowed: False, True)"],
         ),
         (
             "llama",
-            {"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 4.0}},
-            ["rope scaling", "'yarn'", "allowed: none, or llama3"],
+            {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 4.0}},
+            ["rope scaling", "'dynamic'", "allowed: default, linear, llama3, yarn"],
         ),
         ("qwen3", {"layer_types": ["sliding_attention"] * 2}, ["layer_types"]),
         ("llama", {"quantization_config": {"bits": 4}}, ["quantization_config"]),

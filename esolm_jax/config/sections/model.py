@@ -17,6 +17,7 @@ from esolm_jax.config.field import Field
 
 STYLES = ("dit", "gpt2", "llama")
 DTYPES = ("float32", "bfloat16")
+ROPE_SCALINGS = ("llama3", "linear", "yarn")  # see model/rope.py
 REMAT = ("none", "matmuls", "attention", "full")  # see model/model_config.py
 
 _SIZE = {"fixes_weights": True}
@@ -38,14 +39,24 @@ MODEL = {
     "attention_width": Field(0, "Heads x width of a head; 0 = width.", width(0), **_SIZE),
     "norm_eps": Field(1e-5, "Epsilon of the norms.", EPSILON, **_SIZE),
     "qkv_bias": Field(False, "Biases of queries, keys and values.", **_SIZE),
+    "out_bias": Field(False, "Style llama: a bias after attention.", before=False, **_SIZE),
+    "mlp_bias": Field(False, "Style llama: biases in the MLP.", before=False, **_SIZE),
     "qk_norm": Field(False, "An RMSNorm of each query and key.", **_SIZE),
     "max_positions": Field(0, "Number of learned positions; 0 = RoPE.", size(0),
                            formerly=("positions",), **_SIZE),
     "rope_base": Field(10_000.0, "Base of the RoPE frequencies.", above(1), **_SIZE),
-    "rope_factor": Field(1.0, "Slows down waves longer than rope_original_length (Llama 3.1).",
+    "rope_factor": Field(1.0, "Divides RoPE frequencies, as rope_scaling says; 1 = none.",
                          at_least(1), **_SIZE),
-    "rope_original_length": Field(8192, "Text length before RoPE scaling (Llama 3.1).", count(1),
+    "rope_original_length": Field(8192, "Text length before RoPE scaling.", count(1),
                                   formerly=("rope_length",), **_SIZE),
+    "rope_scaling": Field("llama3", "Which frequencies: linear = all; llama3, yarn = the low ones.",
+                          OneOf(ROPE_SCALINGS), before="llama3", **_SIZE),
+    "rope_low": Field(1.0, "Waves per rope_original_length up to which frequencies are divided.",
+                      above(0), before=1.0, **_SIZE),
+    "rope_high": Field(4.0, "Waves per rope_original_length from which they are kept.",
+                       above(0), before=4.0, **_SIZE),
+    "rope_attention_factor": Field(1.0, "Factor of rotated queries and of keys (yarn).",
+                                   above(0), before=1.0, **_SIZE),
     "attention": Field("auto", "Implementation: auto = flash on a GPU, splash on a TPU if L > 128, "
                        "else chunked.", OneOf(("auto", *kinds.KINDS)),
                        former_values={"lean": {"model.attention": "chunked"}}, **_FREE),

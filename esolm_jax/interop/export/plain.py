@@ -31,7 +31,8 @@ _STYLES = {
 # Fields that the exported functions implement, or that do not change their results.
 _FIELDS = {"vocab_size", "width", "blocks", "heads", "cond_width", "style", "kv_heads", "mlp_width"}
 _FIELDS |= {"attention_width", "norm_eps", "qkv_bias", "qk_norm", "max_positions"}
-_FIELDS |= {"rope_base", "rope_factor", "rope_original_length"}
+_FIELDS |= {"rope_base", "rope_factor", "rope_original_length", "rope_scaling", "rope_low"}
+_FIELDS |= {"rope_high", "rope_attention_factor", "out_bias", "mlp_bias"}
 _FIELDS |= {"dropout", "dtype", "unroll", "attention", "remat"}
 
 

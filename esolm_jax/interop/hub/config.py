@@ -1,4 +1,4 @@
-"""config.json of a GPT-2, Llama or Qwen of the Hugging Face hub, as a config file:
+"""config.json of a GPT-2, Llama, Mistral or Qwen of the Hugging Face hub, as a config file:
 interop/hub/config.py:FOLDER.
 
 `convert` uses it when --config is left out. The result is an `ar` model.
@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from esolm_jax import config as config_lib
 from esolm_jax.errors import UserError
 from esolm_jax.files import regular_file
+from esolm_jax.interop.hub import rope_scaling
 from esolm_jax.interop.shown import shown
 
 FILE = "config.json"
@@ -37,6 +38,7 @@ _LLAMA = {
     "mlp_width": ("intermediate_size", None),
     "norm_eps": ("rms_norm_eps", 1e-6),
 }
+_MISTRAL = _LLAMA | {"kv_heads": ("num_key_value_heads", 8)}
 _QWEN = _LLAMA | {"kv_heads": ("num_key_value_heads", 32)}
 # Null is not "missing": it means one key/value head per head, and an MLP of 4 x the width.
 _NULL = {"num_key_value_heads": 0, "n_inner": 0}
@@ -46,6 +48,7 @@ _SILU = ("silu", "swish")
 # model_type → (fields, our fixed fields, their field → (supported values, default)).
 # Null is supported if `transformers` treats it as False or as 1.
 _OFF = ((False, None), False)
+_BOTH = ((False, None, True), False)
 _ROPE = {
     "use_sliding_window": _OFF,
     "hidden_act": (_SILU, "silu"),
@@ -65,17 +68,19 @@ _FAMILIES: dict[str, tuple[dict, dict, dict]] = {
     "llama": (
         _LLAMA,
         {"style": "llama"},
-        _ROPE | {"attention_bias": _OFF, "mlp_bias": _OFF},
+        _ROPE | {"attention_bias": _BOTH, "mlp_bias": _BOTH},
     ),
+    "mistral": (_MISTRAL, {"style": "llama"}, _ROPE),
     "qwen2": (_QWEN, {"style": "llama", "qkv_bias": True}, _ROPE),
     "qwen3": (
         _QWEN,
         {"style": "llama", "qk_norm": True},
-        _ROPE | {"attention_bias": _OFF},
+        _ROPE | {"attention_bias": _BOTH},
     ),
 }
 _TIED = {"gpt2": True}  # tie_word_embeddings by default
 _HEAD_WIDTH = {"qwen3": 128}  # head_dim by default; of the others hidden_size / heads
+_WINDOW = {"mistral": 4096}  # sliding_window by default
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -149,7 +154,9 @@ def get_config(path: str) -> ConfigDict:
             model[name] = _number(hub, theirs, default, type(model[name]), where)
         if hub["model_type"] != "gpt2":
             _set_heads(model, hub, where)
-            _set_rope(model, hub, where)
+            model.update(rope_scaling.fields(hub, where))
+            _set_biases(model, hub)
+            _check_window(hub, where)
         config.data.source = "text"
         config.data.tokenizer = "tokenizers"
         longest = _number(hub, "max_position_embeddings", _LENGTH, int, where)
@@ -196,41 +203,21 @@ def _set_heads(model: ConfigDict, hub: dict, where: str) -> None:
     model.kv_heads = 0 if model.kv_heads == model.heads else model.kv_heads
 
 
-def _set_rope(model: ConfigDict, hub: dict, where: str) -> None:
-    """Plain RoPE, or with the scaling of Llama 3.1; in the fields of old or of new versions."""
-    rope = {"rope_theta": hub["rope_theta"]} if hub.get("rope_theta") is not None else {}
-    for name in ("rope_scaling", "rope_parameters"):  # the old and the new field
-        rope |= _rope_fields(hub.get(name), f"{where}: {name}")
-    model.rope_base = _number(rope, "rope_theta", 10_000.0, float, where)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
+def _set_biases(model: ConfigDict, hub: dict) -> None:
+    """Llama and Qwen 3: biases of the attention's four products, and of the MLP."""
+    if hub.get("attention_bias"):
+        model.qkv_bias = model.out_bias = True
+    model.mlp_bias = bool(hub.get("mlp_bias"))
+
+
+def _check_window(hub: dict, where: str) -> None:
+    """UserError if texts may be longer than the window of attention."""
+    if hub["model_type"] not in _WINDOW:
         return
-    fixed = [rope.get(name) for name in ("low_freq_factor", "high_freq_factor")]
-    if kind != "llama3" or fixed != [1, 4] or bool in map(type, fixed):
+    window = hub.get("sliding_window", _WINDOW[hub["model_type"]])
+    longest = _number(hub, "max_position_embeddings", 2**17, int, where)
+    if window is not None and (type(window) is not int or window < longest):
         raise UserError(
-            f"{where}: an unsupported architecture: rope scaling {shown(kind)} with factors "
-            f"{shown(fixed[0])} and {shown(fixed[1])} "
-            "(allowed: none, or llama3 with low_freq_factor 1 and high_freq_factor 4)"
+            f"{where}: an unsupported architecture: sliding_window={shown(window)} (allowed: null, "
+            f"or at least max_position_embeddings={longest})"
         )
-    model.rope_factor = _number(rope, "factor", None, float, where)
-    model.rope_original_length = _number(rope, "original_max_position_embeddings", None, int, where)
-
-
-def _rope_fields(fields: Any, where: str) -> dict:
-    """The content of rope_parameters or rope_scaling. UserError: not an object of scalars (for
-    example one object per type of layer), or partial rotation of heads."""
-    if fields is None:
-        return {}
-    if not isinstance(fields, dict):
-        raise UserError(f"{where}={shown(fields)}: must be an object")
-    for name, value in fields.items():
-        if isinstance(value, dict | list):
-            raise UserError(
-                f"{where}: an unsupported architecture: {shown(name)} is {shown(value)}"
-            )
-    if fields.get("partial_rotary_factor") not in (None, 1):
-        value = shown(fields["partial_rotary_factor"])
-        raise UserError(
-            f"{where}: an unsupported architecture: partial_rotary_factor={value} (allowed: 1)"
-        )
-    return fields

@@ -87,8 +87,8 @@ _GPT2 = {
 
 
 def _llama_block(model: ModelConfig) -> list[HubTensor]:
-    """Tensors of Llama, Qwen 2 (biases) and Qwen 3 (norms). Our queries are stored with the key and
-    the value of their group, [D, G, R + 2, K]."""
+    """Tensors of Llama and Mistral, Qwen 2 (biases) and Qwen 3 (norms). Our queries are stored with
+    the key and the value of their group, [D, G, R + 2, K]."""
     width, inner, one = model.width, model.inner, model.head_width
     groups = model.groups * one
     heads = {
@@ -107,6 +107,13 @@ def _llama_block(model: ModelConfig) -> list[HubTensor]:
         tensors.append(HubTensor("self_attn.k_norm.weight", (one,), "k_norm/scale"))
     out = width, model.heads * one
     gate, up = (lambda ours: ours[:, 0]), (lambda ours: ours[:, 1])
+    first, second = (lambda ours: ours[0]), (lambda ours: ours[1])
+    if model.out_bias:
+        tensors.append(HubTensor("self_attn.o_proj.bias", (width,), "attention_out/bias"))
+    if model.mlp_bias:
+        tensors.append(HubTensor("mlp.gate_proj.bias", (inner,), "mlp_in/bias", view=first))
+        tensors.append(HubTensor("mlp.up_proj.bias", (inner,), "mlp_in/bias", view=second))
+        tensors.append(HubTensor("mlp.down_proj.bias", (width,), "mlp_out/bias"))
     return tensors + [
         HubTensor("self_attn.o_proj.weight", out, "attention_out/kernel", transposed=True),
         HubTensor("post_attention_layernorm.weight", (width,), "mlp_norm/scale"),

@@ -21,17 +21,20 @@ from esolm_jax.data.hub_tokenizer import HubTokenizer
 from esolm_jax.errors import UserError
 from esolm_jax.interop.hub import config as hub_config
 from esolm_jax.interop.hub import names as hub_names
-from esolm_jax.interop.hub import shards, tokenizer_files
+from esolm_jax.interop.hub import rope_scaling, shards, tokenizer_files
 from esolm_jax.interop.hub.names import HubTensor
 from esolm_jax.interop.published import write as published_write
 from esolm_jax.training import checkpoint_steps, restore
 
 GENERATION = "generation_config.json"
-# (qkv_bias, qk_norm) → model_type, architecture
+# (qkv_bias, out_bias, qk_norm) → model_type, architecture
+_LLAMA, _QWEN3 = ("llama", "LlamaForCausalLM"), ("qwen3", "Qwen3ForCausalLM")
 _KINDS = {
-    (False, False): ("llama", "LlamaForCausalLM"),
-    (True, False): ("qwen2", "Qwen2ForCausalLM"),
-    (False, True): ("qwen3", "Qwen3ForCausalLM"),
+    (False, False, False): _LLAMA,
+    (True, True, False): _LLAMA,
+    (True, False, False): ("qwen2", "Qwen2ForCausalLM"),
+    (False, False, True): _QWEN3,
+    (True, True, True): _QWEN3,
 }
 
 
@@ -92,10 +95,12 @@ def check(config) -> None:
                 "`export --to=hub` for other models, or `convert --to=FILE.safetensors` for one "
                 "of style 'dit'"
             )
-    if (model.qkv_bias, model.qk_norm) not in _KINDS:
+    kind = _KINDS.get((model.qkv_bias, model.out_bias, model.qk_norm))
+    if kind is None or (model.mlp_bias and kind != _LLAMA):
         raise UserError(
-            "config.model.qk_norm=True: must be False with model.qkv_bias, because no model of "
-            "the hub has both"
+            f"config.model.qkv_bias={model.qkv_bias}, out_bias={model.out_bias}, "
+            f"mlp_bias={model.mlp_bias}, qk_norm={model.qk_norm}: no model of the hub has these; "
+            "use `export --to=hub --layout=esolm`"
         )
 
 
@@ -184,18 +189,13 @@ def _write_others(draft: pathlib.Path, tokenizer: Any, *, with_mask: bool) -> No
 def _config_json(config, tokenizer: Any, ids: int) -> dict:
     """config.json, with RoPE in the fields of old and of new versions of `transformers`."""
     model = config.model
-    kind = _KINDS[model.qkv_bias, model.qk_norm]
-    rope, length = {"rope_type": "default"}, config.data.seq_len
-    if model.rope_factor != 1:
+    kind = _KINDS[model.qkv_bias, model.out_bias, model.qk_norm]
+    rope, length = rope_scaling.to_hub(model), config.data.seq_len
+    if "original_max_position_embeddings" in rope:
         length = max(length, int(model.rope_factor * model.rope_original_length))
-        rope = {
-            "rope_type": "llama3",
-            "factor": model.rope_factor,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": model.rope_original_length,
-        }
-    return {
+    biases = {"attention_bias": model.out_bias} if kind in (_LLAMA, _QWEN3) else {}
+    biases |= {"mlp_bias": model.mlp_bias} if kind == _LLAMA else {}
+    return biases | {
         "model_type": kind[0],
         "architectures": [kind[1]],
         "vocab_size": ids,
@@ -209,7 +209,7 @@ def _config_json(config, tokenizer: Any, ids: int) -> dict:
         "rms_norm_eps": model.norm_eps,
         "rope_theta": model.rope_base,
         "rope_scaling": None if model.rope_factor == 1 else rope,
-        "rope_parameters": {"rope_theta": model.rope_base, **rope},
+        "rope_parameters": rope,
         "max_position_embeddings": length,
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,

@@ -75,10 +75,13 @@ def check_config(model) -> None:
         "attention_width": (0, model.width),
         "norm_eps": (1e-5,),
         "qkv_bias": (False,),
+        "out_bias": (False,),
+        "mlp_bias": (False,),
         "qk_norm": (False,),
         "max_positions": (0,),
         "rope_base": (10_000.0,),
         "rope_factor": (1.0,),
+        "rope_attention_factor": (1.0,),
     }
     for name, values in allowed.items():
         if model[name] not in values:

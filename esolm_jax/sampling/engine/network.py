@@ -149,7 +149,7 @@ def _fold_block(config, weights: dict, modulation) -> dict:
     folded = {}
     qkv, qkv_bias = _behind_norm(weights["attention_norm"], weights["qkv"], shift, scale)
     queries = qkv.shape[2] - 2
-    score = jnp.where(jnp.arange(queries + 2) < queries, config.head_width**-0.5, 1.0)[:, None]
+    score = jnp.where(jnp.arange(queries + 2) < queries, config.score_scale, 1.0)[:, None]
     if config.qk_norm:  # the norm would undo a scale of the weights
         q, k = (weights[name].pop("scale") for name in ("q_norm", "k_norm"))
         folded["qk_norm_scale"] = jnp.stack([q] * queries + [k]) * score[:-1]

@@ -11,9 +11,11 @@ class EsoLMConfig(PretrainedConfig):
         num_key_value_heads, head_dim, intermediate_size: D, N, H, G, K, F.
       style: "dit", "gpt2" (LayerNorm, GELU) or "llama" (RMSNorm, SwiGLU).
       cond_width: width of the time embedding behind adaLN; 0 = no adaLN.
-      norm_eps, qkv_bias, qk_norm: ε of norms; biases and norms of queries and keys.
+      norm_eps: ε of norms. qkv_bias, qk_norm: biases of queries, keys and values; norms of queries
+        and keys. out_bias, mlp_bias: of style "llama".
       max_positions: number of learned positions; 0 = RoPE.
       rope_frequencies: K/2 numbers; an angle is position · frequency.
+      score_scale: factor of q · k before the softmax; by default 1/√K.
       mask_token_id: stands for a token to be predicted; never predicted itself.
       start_token_id: precedes the text of an autoregressive model.
       sampling: defaults of generate(), and how the family labels tokens (generation_esolm.py).
@@ -35,9 +37,12 @@ class EsoLMConfig(PretrainedConfig):
         cond_width=0,
         norm_eps=1e-5,
         qkv_bias=False,
+        out_bias=False,
+        mlp_bias=False,
         qk_norm=False,
         max_positions=0,
         rope_frequencies=(),
+        score_scale=None,
         mask_token_id=None,
         start_token_id=None,
         sampling=None,
@@ -55,9 +60,12 @@ class EsoLMConfig(PretrainedConfig):
         self.cond_width = cond_width
         self.norm_eps = norm_eps
         self.qkv_bias = qkv_bias
+        self.out_bias = out_bias
+        self.mlp_bias = mlp_bias
         self.qk_norm = qk_norm
         self.max_positions = max_positions
         self.rope_frequencies = list(rope_frequencies)
+        self.score_scale = score_scale or self.head_dim**-0.5
         self.mask_token_id = vocab_size - 1 if mask_token_id is None else mask_token_id
         self.start_token_id = start_token_id
         self.sampling = sampling or {}

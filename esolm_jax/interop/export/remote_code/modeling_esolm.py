@@ -105,10 +105,10 @@ class Block(nn.Module):
         per_group = c.num_attention_heads // groups + 2
         self.heads = groups, per_group, c.head_dim
         self.gates = 2 if c.style == "llama" else 1
-        bias = c.style != "llama"
+        bias, out_bias = c.mlp_bias or c.style != "llama", c.out_bias or c.style == "gpt2"
         self.attention_norm = Norm(c)
         self.qkv = nn.Linear(c.hidden_size, groups * per_group * c.head_dim, bias=c.qkv_bias)
-        self.attention_out = nn.Linear(width, c.hidden_size, bias=c.style == "gpt2")
+        self.attention_out = nn.Linear(width, c.hidden_size, bias=out_bias)
         self.mlp_norm = Norm(c)
         self.mlp_in = nn.Linear(c.hidden_size, self.gates * c.intermediate_size, bias=bias)
         self.mlp_out = nn.Linear(c.intermediate_size, c.hidden_size, bias=bias)
@@ -134,7 +134,9 @@ class Block(nn.Module):
         shared = self.heads[1] - 2
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         k, v = (part.repeat_interleave(shared, dim=1) for part in (k, v))
-        out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
+        out = functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask[:, None], scale=self.config.score_scale
+        )
         return out.transpose(1, 2).flatten(2)
 
     def activate(self, inner):
