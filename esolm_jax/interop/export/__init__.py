@@ -7,5 +7,7 @@ stablehlo.py         StableHLO of score, step and sample; exported_sampler.py: s
 onnx_graph.py        ONNX of score and step
 sampling_plan.py     how a family generates, as data
 parity.py            measures the error of every artefact
+hub_folder.py        a folder for `transformers`, with its model card (hub_card.py)
+remote_code/         the PyTorch code in that folder
 shipped/             scripts that are copied into the folder and import no esolm_jax
 """

@@ -33,7 +33,7 @@ _SIZE = 16 * regular_file.MB
 def is_folder(path: str) -> bool:
     """Whether `path` is such a folder."""
     file = regular_file.expand(path) / hub_config.FILE
-    if not regular_file.is_there(file):
+    if not hub_config.is_folder(path) or not regular_file.is_there(file):
         return False
     hub = regular_file.read_json(file, _SIZE)
     # A folder with the published code may have the same model_type.

@@ -5,6 +5,7 @@ Three kinds: a Lightning checkpoint (.ckpt: state_dict, EMA, hyper-parameters), 
 """
 
 import dataclasses
+import os
 import pathlib
 import re
 from collections.abc import Collection, Mapping
@@ -84,7 +85,7 @@ def in_folder(path: str) -> str:
     other paths are returned unchanged. UserError: the folder has no such file."""
     folder = regular_file.expand(path)
     config = folder / _CONFIG
-    if not folder.is_dir() or not regular_file.is_there(config):
+    if not os.path.isdir(folder) or not regular_file.is_there(config):
         return path
     kind = find(regular_file.read_json(config, _CONFIG_SIZE), "model_type")
     if not isinstance(kind, str) or kind.lower() not in _HUB_TYPES:
