@@ -20,16 +20,20 @@ from random_run import ADALN, LENGTH, PRETRAINED, make_run
 from tiny_run import command
 
 import esolm_jax
+from esolm_jax.data import wordpieces
 from esolm_jax.data.tokenizer import Bytes, train_sentencepiece
+from esolm_jax.family.labels import Tokens
 from esolm_jax.interop.export import hub_folder
-from esolm_jax.interop.hub import shards, tokenizer_files
+from esolm_jax.interop.hub import in_memory, shards, tokenizer_files
 from esolm_jax.interop.published import write as published_write
+from esolm_jax.model import transformer as model_lib
 from esolm_jax.sampling.plan import schedule
 from esolm_jax.sampling.plan.canvas import Canvas, Seed
 from esolm_jax.training import checkpoint_meta
 
 pytestmark = pytest.mark.fast_compile
 HF = pathlib.Path(__file__).parents[1] / "fixtures" / "hf"
+GOLDEN = HF.parent / "golden_eval"
 CODE = pathlib.Path(hub_folder.__file__).parent / "remote_code"
 FAMILIES = {
     "eso_b": {"objective": "eso_b", "alpha_0": 0.5, "sample.seed": 3} | ADALN,
@@ -205,6 +209,26 @@ def test_damaged_folders_are_told(exported, tmp_path, capsys, spoil, part):
     assert part in capsys.readouterr().err
 
 
+# A plain Llama.
+
+
+def test_plain_folder_at_alpha_0_of_0_predicts_at_a_mask_behind_the_text(tmp_path):
+    """As any program computes it that knows Llama only: causal attention, positions 0, 1, …"""
+    fields = {"objective": "eso_b", "alpha_0": 0.0} | PRETRAINED["llama3"]
+    workdir, out = make_run(tmp_path / "run", **fields), tmp_path / "out"
+    plain = f"--to=hub:{out}", "--layout=plain"
+    assert command("export", f"--workdir={workdir}", *plain) == 0
+    llama = in_memory.read(str(out), "cpu")
+    ours = esolm_jax.load(workdir)
+    text = np.random.default_rng(0).integers(0, 256, (2, LENGTH)).astype(np.int32)
+    text[:, 5:] = ours.mask_id
+    index = np.tile(np.arange(6, dtype=np.int32), (2, 1))
+    tokens = Tokens(text[:, :6], index, index, np.ones(index.shape, bool))
+    logits = jax.jit(model_lib.bind(llama.model))(llama.params, tokens)[:, 5]
+    wanted = ours.logits(text)[:, 5]
+    np.testing.assert_allclose(logits[:, : wanted.shape[1]], wanted, rtol=0, atol=2e-5)
+
+
 # Nothing of a folder of the hub is lost.
 
 
@@ -255,6 +279,19 @@ def test_a_folder_of_the_hub_comes_back_as_it_was(long_qwen, tmp_path):
 def sentencepiece_model():
     text = "to be or not to be\nthat is the question, whether 'tis nobler  in the mind\t"
     return train_sentencepiece(iter([text, text[::-1], "é naïve"] * 20), 320)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
+def test_tokenizer_json_of_published_runs_encodes_as_ours(kind):
+    ours = wordpieces.read(GOLDEN / f"tokenizer_{kind}")
+    files = tokenizer_files.files(ours, with_mask=True)
+    theirs = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
+    for text in ("to be, or not to be", "That  is the question\n", "he said"):
+        assert theirs.encode(text).ids == ours.encode(text)
+    assert theirs.encode("to [MASK]").ids[-1] == ours.mask_id
+    settings = json.loads(files["tokenizer_config.json"])
+    ids = {role: theirs.token_to_id(settings[f"{role}_token"]) for role in ("bos", "eos", "pad")}
+    assert ids == {role: getattr(ours, f"{role}_id") for role in ids}
 
 
 @pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])

@@ -104,19 +104,18 @@ def read_tokenizer(
     folder: pathlib.Path, given: str, hub: dict, ids: int
 ) -> tokenizer_lib.Tokenizer:
     """The tokenizer, as large as the embedding: tokenizer.json unchanged, or one of our kinds."""
-    path = regular_file.expand(given) if given else folder
     ours = folder / tokenizer_files.OURS
-    if not given and ours.is_dir():  # our own export: the same tokenizer again
-        return tokenizer_lib.load_tokenizer(ours)
+    is_ours = not given and ours.is_dir()  # our own export: the same tokenizer again
+    path = regular_file.expand(given) if given else ours if is_ours else folder
     file = path / hub_tokenizer.FILE if path.is_dir() else path
-    if file.name == hub_tokenizer.FILE and regular_file.is_there(file):
+    if file.name == hub_tokenizer.FILE and regular_file.is_there(file) and not is_ours:
         special = hub_config.special_ids(hub, str(folder / hub_config.FILE))
         content = regular_file.read_bytes(file, hub_tokenizer.MAX_SIZE)
         companions = hub_tokenizer.read_companions(file.parent)
         companions |= hub_tokenizer.read_companions(folder, hub_tokenizer.OF_MODEL)
         of_model = {"vocab_size": ids, **special}
         return hub_tokenizer.HubTokenizer(content, of_model, str(file), companions)
-    chosen = tokenizer_lib.read_tokenizer(given or folder)
+    chosen = tokenizer_lib.read_tokenizer(given or path)
     if chosen.vocab_size != ids or chosen.mask_id != ids:
         raise UserError(
             f"{path}: the {chosen.kind} tokenizer has {chosen.vocab_size} ids; must have {ids}, as "

@@ -176,7 +176,7 @@ def _write_others(draft: pathlib.Path, tokenizer: Any, *, with_mask: bool) -> No
         found[GENERATION] = tokenizer.companions[GENERATION]
     for name, content in found.items():
         (draft / name).write_bytes(content)
-    if not isinstance(tokenizer, HubTokenizer):
+    if not isinstance(tokenizer, HubTokenizer) and not with_mask:
         folder = draft / tokenizer_files.OURS
         folder.mkdir()
         tokenizer.save(folder)
