@@ -1,4 +1,4 @@
-"""A pretrained GPT-2, Llama or Qwen, annealed into an Eso-LM (B) on your own text.
+"""A pretrained GPT-2, Llama, Qwen, LLaDA, Dream or SDAR, annealed into an Eso-LM (B) on your text.
 
     python -m esolm_jax.convert --from=MODEL --workdir=runs/pretrained
     python -m esolm_jax.prepare --config=configs/pretrained.py:runs/pretrained --workdir=runs/eso \\
@@ -26,6 +26,7 @@ def get_config(workdir: str = ""):
     with config.unlocked():
         config.init_from = workdir
         config.objective, config.alpha_0 = "eso_b", 0.5
+        config.sample.loop, config.sample.temperature = "auto", 1.0  # not those of LLaDA
         config.model.dtype = "bfloat16"
         config.model.remat = "full"
         config.mesh.data = 1

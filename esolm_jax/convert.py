@@ -3,8 +3,8 @@
 python -m esolm_jax.convert --from=FILE --workdir=DIR --tokenizer=FILE_OR_FOLDER
 python -m esolm_jax.convert --workdir=DIR --to=OUT.safetensors [--step=N|best|latest]
 
-FOLDER: a GPT-2, Llama or Qwen as on the Hugging Face hub. The written model must be an "ar" model
-of style "llama".
+FOLDER: a GPT-2, Llama, Qwen, LLaDA, Dream or SDAR as on the Hugging Face hub. The written model
+must be an "ar" model of style "llama".
 
 python -m esolm_jax.convert --from=FOLDER --workdir=DIR
 python -m esolm_jax.convert --workdir=DIR --to=FOLDER/
@@ -134,7 +134,8 @@ def _from_hub(config, source: str, workdir: pathlib.Path) -> None:
     _check_no_weights_flag()
     made = from_hub.convert(config, source, workdir, flags.FLAGS.tokenizer)
     print(
-        f"{source}: {config.model.style}-style, {made.parameters:,} parameters with the mask token"
+        f"{source}: {config.objective}, {config.model.style}-style, {made.parameters:,} parameters "
+        "with the mask token"
     )
     print(f"wrote {workdir}/{checkpoint_steps.FOLDER}/0, {workdir}/tokenizer, and config.json")
     print(cli.next_command("sample", workdir))

@@ -2,6 +2,8 @@
 
 --step=N|best|latest   which checkpoint (default: latest)
 --verify               only check every file of the workdir for damage
+--answers=FILE         only log-likelihoods of answers, by LLaDA's or Dream's protocol, from
+                       --draws draws of masks: see evaluation/answers.py
 
 evaluate.json is the last evaluation; evaluations.jsonl has one line per evaluation.
 """
@@ -21,7 +23,7 @@ from esolm_jax import config as config_lib
 from esolm_jax.data.manifest import Manifest, load_data
 from esolm_jax.data.reader import num_windows
 from esolm_jax.errors import UserError
-from esolm_jax.evaluation import metrics, provenance
+from esolm_jax.evaluation import answers, metrics, provenance
 from esolm_jax.evaluation.batches import eval_batches
 from esolm_jax.evaluation.metric import check_finite
 from esolm_jax.model import build
@@ -118,6 +120,8 @@ def _what_of(figures: dict) -> str:
 
 def define_flags() -> None:
     flags.DEFINE_bool("verify", False, "Only check every file of the workdir: see verify.py.")
+    flags.DEFINE_string("answers", None, "A .jsonl of prompts and answers: only score these.")
+    flags.DEFINE_integer("draws", 128, "With --answers: draws of masks of an answer.", 1, 2**16)
 
 
 def default_config(flag: cli.FlagValue) -> str | None:
@@ -127,9 +131,26 @@ def default_config(flag: cli.FlagValue) -> str | None:
     return verify.__file__ if asked else None
 
 
+def _score_answers(config, workdir: pathlib.Path, file: pathlib.Path) -> None:
+    pairs = answers.read(file)
+    results.check_can_write(workdir / answers.FILE)
+    mesh = sharding.make_mesh(config.mesh)
+    config_lib.validate_evaluation(config, sharding.num_row_shards(mesh))
+    trained = restore.load_trained(config, workdir, config.eval.weights, mesh, cli.step_flag())
+    tokenizer = restore.load_tokenizer(workdir, trained.meta)
+    scored = answers.score(config, trained, tokenizer, pairs, flags.FLAGS["draws"].value)
+    for row in scored:
+        print(f"{row['log_likelihood']:.4f} nats of {row['tokens']} tokens: {row['answer'][:60]!r}")
+    if distributed.is_main():
+        print(f"wrote {answers.write(workdir, scored)}")
+
+
 def main(config, workdir: pathlib.Path) -> None:
     if "verify" in flags.FLAGS and flags.FLAGS["verify"].value:
         multihost.on_main(lambda: verify.main(config, workdir))
+        return
+    if "answers" in flags.FLAGS and flags.FLAGS["answers"].value:
+        _score_answers(config, workdir, pathlib.Path(flags.FLAGS["answers"].value))
         return
     path, history = workdir / FILE, workdir / HISTORY
     results.check_can_write(path, history)

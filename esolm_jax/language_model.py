@@ -24,6 +24,7 @@ from esolm_jax.data.manifest import tokenizer_entry
 from esolm_jax.data.tokenizer import Tokenizer
 from esolm_jax.errors import UserError
 from esolm_jax.evaluation.text_likelihood import LogLikelihood, TextLikelihood
+from esolm_jax.family import registry
 from esolm_jax.family.labels import Tokens
 from esolm_jax.interop.published import names as published_names
 from esolm_jax.interop.published.names import PublishedModel
@@ -74,15 +75,17 @@ class LanguageModel:
           tokens: Tokens of family/labels.py, each with four labels; or their ids, int [B, T], with
             the other three labels as arguments (int, int, bool; [B, T]); or the ids alone, int
             [B, L], `mask_id` where unknown. Ids alone are labelled as in the first step of
-            left-to-right sampling: unknown tokens are masks that come last in the order.
+            left-to-right sampling: unknown tokens are masks that come last in the order. (mdlm,
+            mdlm_shifted and bd3 have no order within a rank.)
 
         Returns:
-          float32 [B, T, V]. For ids alone, [b, i] predicts the token at position i of text b.
+          float32 [B, T, V]. For ids alone, [b, i] predicts the token at position i of text b; of
+          mdlm_shifted, the token at position i + 1.
 
         Raises:
           UserError: B is not a multiple of the devices that rows are split over; of ids alone, one
-            is not in the vocabulary, or a text has no mask (except ar), or its known tokens are not
-            where the family needs them (ar, bd3: at the start).
+            is not in the vocabulary, a text of eso_a or eso_b has no mask, or the known tokens of
+            an ar text are not at the start.
         """
         if isinstance(tokens, Tokens) or position is not None:
             labelled = published_names.as_tokens(tokens, position, rank, in_context)
@@ -107,6 +110,11 @@ class LanguageModel:
         rows = np.where(ids == special.mask, MASK, ids).tolist()
         seeds = [Seed(0, b) for b in range(len(rows))]
         canvas = Canvas.of(rows, seeds, vocab_size=vocab_size, mask_id=special.mask)
+        family = registry.get(self.config.objective)
+        if family.ranks_by_position:
+            place = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+            span = family.rank_span(ids.shape[1], self.config.block_length)
+            return published_names.as_tokens(ids, place, place // span, np.ones_like(ids, bool))
         plan = passes.plan(
             self.config,
             schedule.left_to_right(canvas),

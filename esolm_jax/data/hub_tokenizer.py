@@ -41,7 +41,8 @@ _MAX_COMPANION = 64 * regular_file.MB
 
 
 class HubTokenizer(ByTokenizers):
-    """A tokenizer.json, for a model with `vocab_size` ids; the mask is one past them.
+    """A tokenizer.json, for a model with `vocab_size` ids; the mask is one of them or one past
+    them.
 
     The model may have more ids than the tokenizer has tokens, because its embedding is padded;
     these ids decode to nothing. Text is never encoded to special tokens: their names are spelled.
@@ -56,9 +57,9 @@ class HubTokenizer(ByTokenizers):
         where: str = FILE,
         companions: Mapping[str, bytes] | None = None,
     ):
-        """Args: content: of tokenizer.json. ids: vocab_size, bos, eos, pad. where: names it in
-        errors. companions: other files of the model's folder, by name. Raises UserError: damaged,
-        or it does not fit the ids."""
+        """Args: content: of tokenizer.json. ids: vocab_size, bos, eos, pad and, if the mask is one
+        of the ids, mask. where: names it in errors. companions: other files of the model's folder,
+        by name. Raises UserError: damaged, or it does not fit the ids."""
         try:
             import tokenizers
         except ImportError as error:
@@ -74,9 +75,10 @@ class HubTokenizer(ByTokenizers):
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self.content, self.ids = content, {name: ids[name] for name in _IDS}
+        self.content, self.ids = content, {name: ids[name] for name in _names(ids)}
         self.companions = dict(companions or {})
-        self.vocab_size = self.mask_id = ids["vocab_size"]
+        self.vocab_size = ids["vocab_size"]
+        self.mask_id = ids.get("mask", self.vocab_size)
         self.bos_id, self.eos_id, self.pad_id = ids["bos"], ids["eos"], ids["pad"]
         self._check(where)
         identity = content + json.dumps(self.ids).encode()
@@ -93,7 +95,7 @@ class HubTokenizer(ByTokenizers):
                 f"{where}: its token {ascii(token)[:80]} has id {highest}, but the model has only "
                 f"{size} ids: not the tokenizer of this model"
             )
-        for name in ("bos", "eos", "pad"):
+        for name in _names(self.ids)[1:]:
             if not 0 <= self.ids[name] < size:
                 raise UserError(
                     f"{where}: the {name} token has id {self.ids[name]}; must be below {size}"
@@ -118,6 +120,11 @@ def read_companions(directory: str | Path, names: tuple[str, ...] = COMPANIONS) 
     }
 
 
+def _names(ids: dict) -> tuple[str, ...]:
+    """The ids that a tokenizer has: without `mask` if the mask is one past the vocabulary."""
+    return (*_IDS, "mask") if "mask" in ids else _IDS
+
+
 def is_here(directory: str | Path) -> bool:
     """Whether `directory` holds a tokenizer of save()."""
     return all(regular_file.is_there(Path(directory, name)) for name in (FILE, IDS_FILE))
@@ -131,8 +138,8 @@ def read(directory: str | Path) -> HubTokenizer:
             f"{path}: must hold a tokenizer written by `convert` ({FILE} and {IDS_FILE})"
         )
     ids = regular_file.read_json(path / IDS_FILE, regular_file.MB)
-    if not isinstance(ids, dict) or not all(type(ids.get(name)) is int for name in _IDS):
+    if not isinstance(ids, dict) or not all(type(ids.get(name)) is int for name in _names(ids)):
         raise UserError(f"{path / IDS_FILE}: damaged: must be an object of {', '.join(_IDS)}")
     content = regular_file.read_bytes(path / FILE, MAX_SIZE)
     companions = read_companions(path / COMPANIONS_FOLDER)
-    return HubTokenizer(content, {name: ids[name] for name in _IDS}, str(path / FILE), companions)
+    return HubTokenizer(content, ids, str(path / FILE), companions)

@@ -3,6 +3,9 @@
 batches.py          batches of the windows of a split, on a mesh
 likelihood.py       the NELBO and the importance-weighted bound, with standard errors
 text_likelihood.py  log-likelihoods of single texts, for the Python API
+masked_likelihood.py
+                    log-likelihoods of answers by LLaDA's and Dream's protocols
+answers.py          a file of prompts and answers → their log-likelihoods
 provenance.py       which data, windows and unigram baseline a figure belongs to
 protocol/           published protocols: detokenizers, windows, generative perplexity, entropy
 """

@@ -7,7 +7,7 @@
     streams.py     copies of a text in generation order
     phase.py       a term of a loss: draws masks and an order, and labels the tokens
     family.py      Family: everything that distinguishes one family from another
-    ar.py, mdlm.py, bd3.py, eso_a.py, eso_b.py
+    ar.py, mdlm.py, mdlm_shifted.py, bd3.py, eso_a.py, eso_b.py
                    one family each: its labels, phases and decoding windows
     registry.py    the families by name
     trim.py        drops query copies that reach no loss

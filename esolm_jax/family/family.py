@@ -119,6 +119,8 @@ class Family:
       schedules: supported values of config.sample.schedule; () = all.
       replaced_schedules: schedule → the one that this family uses instead.
       is_shifted: slot j holds text token j − 1 and predicts token j.
+      predicts_next: the row of a token predicts the token after it (the first row also the first
+        token), but slot j holds text token j.
       keeps_cache: known tokens stay in the cache; otherwise each pass recomputes them.
       can_extrapolate: texts may be longer than data.seq_len.
       no_parallel: why a step generates one token only, or "".
@@ -139,6 +141,7 @@ class Family:
     schedules: tuple[str, ...] = ()
     replaced_schedules: dict[str, str] = dataclasses.field(default_factory=dict)
     is_shifted: bool = False
+    predicts_next: bool = False
     keeps_cache: bool = True
     can_extrapolate: bool = True
     no_parallel: str = ""
@@ -151,6 +154,12 @@ class Family:
     def is_blockwise(self) -> bool:
         """Whether the family uses config.block_length, which must then divide data.seq_len."""
         return self.rank_span is one_block
+
+    @property
+    def ranks_by_position(self) -> bool:
+        """Whether the rank of a token follows from its position alone: blocks, or the whole text,
+        of one rank."""
+        return self.rank_span is not one_token
 
     @property
     def has_two_phases(self) -> bool:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from esolm_jax.family.family import Family
 
 _FAMILIES: Registry["Family | None"] = Registry(
-    "family", dict.fromkeys(("ar", "mdlm", "bd3", "eso_a", "eso_b"))
+    "family", dict.fromkeys(("ar", "mdlm", "bd3", "eso_a", "eso_b", "mdlm_shifted"))
 )
 register, unregister = _FAMILIES.register, _FAMILIES.unregister
 NAMES = _FAMILIES.keys()  # the allowed values of config.objective, registered ones included

@@ -2,13 +2,16 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
 
 from esolm_jax.errors import UserError
 from esolm_jax.family import registry
+from esolm_jax.family.family import Family
 from esolm_jax.family.phase import SpecialIds
+from esolm_jax.sampling import published_loops
 from esolm_jax.sampling.engine.choose import TokenSampler
 from esolm_jax.sampling.engine.network import Network
 from esolm_jax.sampling.loops.confidence import Confidence
@@ -30,34 +33,51 @@ def loop_name(config) -> str:
     s = config.sample
     if s.loop != "auto":
         return s.loop
+    if registry.get(config.objective).predicts_next:
+        return "confidence"
     return "speculative" if s.draft_tokens else "plain"
 
 
-def _plain(config, task: Task) -> Loop:
+def _plain(config, task: Task, eos_id: int | None) -> Loop:
     return Plain(task)
 
 
-def _speculative(config, task: Task) -> Loop:
+def _speculative(config, task: Task, eos_id: int | None) -> Loop:
     s = config.sample
     return Speculative(task, s.draft_tokens or DRAFT_TOKENS, s.draft_adaptive, s.draft_style)
 
 
-def _confidence(config, task: Task) -> Loop:
-    cached = registry.get(config.objective).keeps_cache
-    s = config.sample
-    return Confidence(task, cached, s.tokens_per_pass, s.confidence_threshold)
+def _confidence(config, task: Task, eos_id: int | None) -> Loop:
+    family, s = registry.get(config.objective), config.sample
+    return Confidence(
+        task,
+        family.keeps_cache,
+        s.tokens_per_pass,
+        s.confidence_threshold,
+        predicts_next=family.predicts_next,
+    )
 
 
-LOOPS: Mapping[str, Callable[[object, Task], Loop]] = {
+# Name → (config, task, EOS of the tokenizer) → loop.
+LOOPS: Mapping[str, Callable[[Any, Task, int | None], Loop]] = {
     "plain": _plain,
     "speculative": _speculative,
     "confidence": _confidence,
+    "llada": published_loops.make_llada,
+    "dream": published_loops.make_dream,
+    "sdar": published_loops.make_sdar,
 }
+_DECIDES_ORDER = ("confidence", *published_loops.NAMES)
 
 
 def check(config) -> None:
     """UserError unless the family can be sampled as config.sample says."""
-    for rules in (_rules_of_family(config), _rules_of_schedule(config), _rules_of_loop(config)):
+    for rules in (
+        _rules_of_family(config),
+        _rules_of_schedule(config),
+        _rules_of_loop(config),
+        published_loops.rules(config, loop_name(config)),
+    ):
         for field, (is_right, allowed) in rules.items():
             if not is_right:
                 raise UserError(
@@ -87,12 +107,22 @@ def _rules_of_family(config) -> Rules:
             f"0 {named} ({family.no_speculation})",
         ),
         "loop": (
-            not (family.no_speculation and speculates)
-            and (family.has_confidence_order or loop != "confidence"),
-            f"plain {named}"
-            + (f" ({family.no_speculation})" if speculates else " (it has no confidence order)"),
+            _loop_problem(family, loop) == "",
+            f"{'confidence' if family.predicts_next else 'plain'} {named} "
+            f"({_loop_problem(family, loop)})",
         ),
     }
+
+
+def _loop_problem(family: Family, loop: str) -> str:
+    """Why a family cannot be sampled by one of our own loops, or ""."""
+    if loop == "speculative":
+        return family.no_speculation
+    if loop == "confidence" and not family.has_confidence_order:
+        return "it has no confidence order"
+    if loop == "plain" and family.predicts_next:
+        return "a token is predicted by the one before it"
+    return ""
 
 
 def _rules_of_schedule(config) -> Rules:
@@ -107,8 +137,8 @@ def _rules_of_schedule(config) -> Rules:
             f"at most model.max_positions={positions}",
         ),
         "block_length": (
-            s.schedule == "blockwise" or not s.block_length,
-            "0 unless sample.schedule is blockwise",
+            s.schedule == "blockwise" or loop_name(config) == "llada" or not s.block_length,
+            "0 unless sample.schedule is blockwise or sample.loop is llada",
         ),
     }
 
@@ -121,11 +151,11 @@ def _rules_of_loop(config) -> Rules:
     fixed = f"with sample.loop {loop}"
     return {
         "schedule": (
-            not by_confidence or s.schedule == "ancestral",
+            loop not in _DECIDES_ORDER or s.schedule == "ancestral",
             f"ancestral {fixed} (the model chooses the order)",
         ),
         "steps": (
-            is_plain or not s.steps,
+            is_plain or loop in published_loops.NAMES or not s.steps,
             f"0 {fixed}"
             + (" (it draws like one token per step)" if speculates else " (see tokens_per_pass)"),
         ),
@@ -134,8 +164,10 @@ def _rules_of_loop(config) -> Rules:
             "1 unless sample.loop is confidence",
         ),
         "confidence_threshold": (
-            not s.confidence_threshold or (by_confidence and s.tokens_per_pass > 1),
-            "0 unless sample.loop is confidence and sample.tokens_per_pass is above 1",
+            not s.confidence_threshold
+            or loop == "sdar"
+            or (by_confidence and s.tokens_per_pass > 1),
+            "0 unless sample.loop is sdar, or confidence with sample.tokens_per_pass above 1",
         ),
         "stop_at_eos": (not (by_confidence and s.stop_at_eos), f"False {fixed}"),
         "draft_tokens": (
@@ -156,7 +188,7 @@ def make_schedule(config, canvas: Canvas) -> schedule.Schedule:
     family = registry.get(config.objective)
     name = family.replaced_schedules.get(s.schedule, s.schedule)
     too_long = canvas.token.shape[1] > config.data.seq_len
-    if loop_name(config) == "confidence":
+    if loop_name(config) in _DECIDES_ORDER:
         name = "left_to_right"  # replaced by the order that the model chooses
     elif name == "ancestral" and too_long:
         name = "blockwise"
@@ -186,7 +218,7 @@ class Generator:
 
         Args:
           mesh: None = one device.
-          eos_id: EOS of the tokenizer; used if config.sample.stop_at_eos.
+          eos_id: EOS of the tokenizer; used if config.sample.stop_at_eos or config.sample.eos.
         """
         s, drawn = config.sample, make_schedule(config, canvas)
         task = Task(
@@ -198,7 +230,7 @@ class Generator:
             mesh=mesh,
             eos_id=eos_id if s.stop_at_eos else None,
         )
-        return cls(canvas, drawn, LOOPS[loop_name(config)](config, task))
+        return cls(canvas, drawn, LOOPS[loop_name(config)](config, task, eos_id))
 
     @property
     def plan(self) -> passes.DecodePlan:

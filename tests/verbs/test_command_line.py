@@ -128,7 +128,7 @@ def test_no_such_config_file(refused, verb, tmp_path):
         ("--config.model=1", "config.model: unknown field"),
         ("--config.zzz", "config.zzz: unknown field"),
         ("--config.alpha_0=2", "config.alpha_0=2.0: must be in [0, 1]"),
-        ("--config.objective=eso_c", "one of ar, mdlm, bd3, eso_a, eso_b (did you mean 'eso_"),
+        ("--config.objective=eso_c", "one of ar, mdlm, bd3, eso_a, eso_b, mdlm_shifted (did you"),
         ("--config.alpha_0=half", "config.alpha_0"),
         ("--config.train.steps=1.5", "config.train.steps"),
         ("--config.train.steps=many", "config.train.steps"),

@@ -23,7 +23,11 @@ SCHEDULES = [  # made by sampling/plan/schedule.py, which can register more
     "left_to_right",
     "blockwise",
 ]
-LOOPS = ("auto", "plain", "speculative", "confidence")  # sampling/generate.py
+LOOPS = (  # sampling/generate.py
+    "auto", "plain", "speculative", "confidence", "llada", "dream", "sdar",
+)  # fmt: skip
+ORDERS = ("confidence", "random", "margin", "entropy", "left_to_right")
+EOS = ("free", "never", "late")
 DRAFT_STYLES = ("chain", "staircase")
 
 _field = functools.partial(Field, may_change_on_resume=True)
@@ -35,13 +39,16 @@ SAMPLE = {
     "schedule": _field("ancestral", "Order in which positions are generated.", OneOf(SCHEDULES),
                        former_values={"confidence": {"sample.schedule": "ancestral",
                                                      "sample.loop": "confidence"}}),
-    "steps": _field(0, "Steps T; 0 = one token per step.", at_least(0, MAX_STEPS)),
+    "steps": _field(0, "Steps T, with loop sdar of a block; 0 = one token per step.",
+                    at_least(0, MAX_STEPS)),
     "block_length": _field(0, "Schedule blockwise: tokens of a block; 0 = data.seq_len, or bd3's "
-                           "config.block_length.", size(0), formerly=("block",)),
+                           "config.block_length. Loop llada: behind the prompt; 0 = one block.",
+                           size(0), formerly=("block",)),
     "loop": _field("auto", "plain follows the schedule. speculative (eso_b) yields several tokens "
                    "per pass from the distribution of one. confidence (eso_b, mdlm) generates the "
-                   "most confident tokens first. auto = speculative if draft_tokens is set, else "
-                   "plain.", OneOf(LOOPS), before="auto"),
+                   "most confident tokens first. llada, dream, sdar: as the published code of "
+                   "these models. auto = speculative if draft_tokens is set, else plain.",
+                   OneOf(LOOPS), before="auto"),
     "draft_tokens": _field(0, "Loop speculative: tokens that a pass may yield; 0 = 4.",
                            Check(lambda v: v == 0 or 2 <= v <= 64, "0 or in [2, 64]"),
                            formerly=("speculate",)),
@@ -51,8 +58,16 @@ SAMPLE = {
                              formerly=("speculate_adaptive",)),
     "tokens_per_pass": _field(1, "Loop confidence: tokens per pass, at most.", size(1),
                               formerly=("confident",)),
-    "confidence_threshold": _field(0.0, "Loop confidence: least probability of a token; 0 = none.",
-                                   FRACTION, formerly=("threshold",)),
+    "confidence_threshold": _field(0.0, "Loops confidence, sdar: least probability of a token; 0 = "
+                                   "none.", FRACTION, formerly=("threshold",)),
+    "order": _field("confidence", "Loops llada, dream, sdar: the masks that a pass reveals first.",
+                    OneOf(ORDERS), before="confidence"),
+    "order_temperature": _field(0.0, "Loop dream: temperature of the choice of the masks; 0 = the "
+                                "first ones in the order.", at_least(0), before=0.0),
+    "guidance": _field(0.0, "Loop llada: strength of classifier-free guidance, against a pass that "
+                       "does not see the prompt.", at_least(0), before=0.0),
+    "eos": _field("free", "Loop llada: EOS is drawn like other tokens, never, or revealed late (it "
+                  "has no confidence).", OneOf(EOS), before="free"),
     "stop_at_eos": _field(False, "Ends a text at its first generated EOS after all known tokens."),
     "temperature": _field(1.0, "Temperature of the draws; 0 = greedy.", at_least(0)),
     "top_p": _field(1.0, "Probability mass of nucleus sampling; 1 = off.",

@@ -1,7 +1,8 @@
-"""config.json of a GPT-2, Llama, Mistral or Qwen of the Hugging Face hub, as a config file:
-interop/hub/config.py:FOLDER.
+"""config.json of a GPT-2, Llama, Mistral, Qwen, LLaDA, Dream or SDAR of the Hugging Face hub, as a
+config file: interop/hub/config.py:FOLDER.
 
-`convert` uses it when --config is left out. The result is an `ar` model.
+`convert` uses it when --config is left out. The first three are `ar` models, the others diffusion
+models: see _DIFFUSION.
 """
 
 import os
@@ -13,7 +14,7 @@ from ml_collections import ConfigDict
 from esolm_jax import config as config_lib
 from esolm_jax.errors import UserError
 from esolm_jax.files import regular_file
-from esolm_jax.interop.hub import rope_scaling
+from esolm_jax.interop.hub import llada, rope_scaling
 from esolm_jax.interop.shown import shown
 
 FILE = "config.json"
@@ -78,8 +79,19 @@ _FAMILIES: dict[str, tuple[dict, dict, dict]] = {
         _ROPE | {"attention_bias": _BOTH},
     ),
 }
+_FAMILIES |= {  # diffusion models with the blocks of other families
+    llada.MODEL_TYPE: (_LLAMA, {"style": "llama"}, {}),
+    "Dream": _FAMILIES["qwen2"],
+    "sdar": _FAMILIES["qwen3"],
+}
+# model_type → fields of the config, of models that are not autoregressive.
+_DIFFUSION: dict[str, dict[str, Any]] = {
+    llada.MODEL_TYPE: {"objective": "mdlm", "sample.loop": "llada", "sample.temperature": 0.0},
+    "Dream": {"objective": "mdlm_shifted", "sample.loop": "dream", "sample.temperature": 0.0},
+    "sdar": {"objective": "bd3", "sample.loop": "sdar"},
+}
 _TIED = {"gpt2": True}  # tie_word_embeddings by default
-_HEAD_WIDTH = {"qwen3": 128}  # head_dim by default; of the others hidden_size / heads
+_HEAD_WIDTH = {"qwen3": 128, "sdar": 128}  # head_dim by default; of the others hidden_size / heads
 _WINDOW = {"mistral": 4096}  # sliding_window by default
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -90,7 +102,8 @@ def is_folder(path: str) -> bool:
 
 
 def read(folder: pathlib.Path) -> dict[str, Any]:
-    """The content of config.json. UserError: missing, not JSON, or of an unsupported family."""
+    """The content of config.json, of LLaDA in the names of Llama. UserError: missing, not JSON, or
+    of an unsupported family."""
     path = folder / FILE
     if not regular_file.is_there(path):
         raise UserError(
@@ -104,7 +117,7 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
             f"{path}: model_type={shown(kind)}: an unsupported architecture; must be one of "
             f"{', '.join(_FAMILIES)}"
         )
-    return hub
+    return llada.as_llama(hub, str(path)) if kind == llada.MODEL_TYPE else hub
 
 
 def is_tied(hub: dict[str, Any], where: str) -> bool:
@@ -132,8 +145,21 @@ def special_ids(hub: dict[str, Any], where: str) -> dict[str, int]:
     return {name: ids["eos"] if i is None else i for name, i in ids.items()}
 
 
+def mask_id(hub: dict[str, Any], ids: int, where: str) -> int | None:
+    """The mask token's id, or None if config.json has none. UserError: not one of the `ids`."""
+    value = hub.get("mask_token_id")
+    if value is not None and (type(value) is not int or not 0 <= value < ids):
+        raise UserError(f"{where}: mask_token_id={shown(value)}: must be a token id below {ids}")
+    return value
+
+
+def is_diffusion(hub: dict[str, Any]) -> bool:
+    """Whether the model predicts masks rather than the next token."""
+    return hub["model_type"] in _DIFFUSION
+
+
 def get_config(path: str) -> ConfigDict:
-    """ConfigDict of the model in a folder, with objective ar.
+    """ConfigDict of the model in a folder.
 
     Raises:
       UserError: the architecture is unsupported; the message names the parts.
@@ -161,7 +187,18 @@ def get_config(path: str) -> ConfigDict:
         config.data.tokenizer = "tokenizers"
         longest = _number(hub, "max_position_embeddings", _LENGTH, int, where)
         config.data.seq_len = min(_LENGTH, model.max_positions or longest)
+        if hub["model_type"] in _DIFFUSION:
+            _set_diffusion(config, hub, where)
     return config
+
+
+def _set_diffusion(config: ConfigDict, hub: dict, where: str) -> None:
+    config.alpha_0 = 1.0
+    config.update_from_flattened_dict(_DIFFUSION[hub["model_type"]])
+    if "block_size" in hub:
+        block = _number(hub, "block_size", None, int, where)
+        config.block_length = block
+        config.data.seq_len = max(block, config.data.seq_len // block * block)
 
 
 def _number(hub: dict, name: str, default, kind: type, where: str):

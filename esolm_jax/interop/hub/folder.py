@@ -6,14 +6,17 @@ Tensors are opened, not read: np.asarray(tensor) reads one.
 import pathlib
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from esolm_jax.errors import UserError
 from esolm_jax.files import regular_file
 from esolm_jax.interop import fit, safetensors_file
+from esolm_jax.interop.hub import llada
 from esolm_jax.interop.hub import names as hub_names
 from esolm_jax.interop.hub.names import HubTensor
 from esolm_jax.interop.safetensors_file import Tensor
 from esolm_jax.interop.shown import shown
+from esolm_jax.model.model_config import ModelConfig
 
 FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -84,10 +87,21 @@ def prefix_of(names: Iterable[str], style: str) -> str:
     return prefix if any(name.startswith(prefix) for name in names) else ""
 
 
+def parts_of(
+    tensors: Mapping[str, Tensor], model: ModelConfig, hub: dict[str, Any], ids: int, tied: bool
+) -> list[HubTensor]:
+    """The tensors that the model of config.json (`hub`) must have; see hub_names.hub_tensors."""
+    prefix = prefix_of(tensors, model.style)
+    parts = hub_names.hub_tensors(model, ids, tied=tied, prefix=prefix)
+    if hub["model_type"] == llada.MODEL_TYPE:
+        parts = [llada.renamed(part, hub, prefix) for part in parts]
+    return parts
+
+
 def check(tensors: Mapping[str, Tensor], parts: list[HubTensor], where: str) -> None:
     """UserError unless the tensors are those of the model, each of its shape."""
     ignored = {name for name in tensors if hub_names.BUFFERS.match(name)}
     wanted = {part.name: part.shape for part in parts}
-    if "lm_head.weight" not in wanted:
-        ignored.add("lm_head.weight")  # tied: the same as the embedding
+    heads = {"lm_head.weight", "model.transformer.ff_out.weight"}
+    ignored |= heads - wanted.keys()  # tied: the same as the embedding
     fit.check(tensors, wanted, where, ignored)

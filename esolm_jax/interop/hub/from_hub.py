@@ -1,4 +1,5 @@
-"""A pretrained GPT-2, Llama or Qwen → a workdir with an `ar` model.
+"""A pretrained GPT-2, Llama or Qwen → a workdir with an `ar` model; LLaDA, Dream or SDAR → one
+with a diffusion model.
 
 Tensors are copied one by one into memory-mapped files of the size of our parameters, and from
 there in pieces into the checkpoint, so one tensor is in memory at a time, for a model of any size
@@ -21,6 +22,7 @@ from esolm_jax.files import regular_file
 from esolm_jax.interop import weight_types
 from esolm_jax.interop.hub import config as hub_config
 from esolm_jax.interop.hub import folder as hub_folder
+from esolm_jax.interop.hub import masks, qwen_files
 from esolm_jax.interop.hub import names as hub_names
 from esolm_jax.interop.hub import tokenizer_files
 from esolm_jax.interop.published import read as published_read
@@ -38,12 +40,12 @@ _MOST_IDS = 2**31 - 1
 def convert(config, source: str, workdir: pathlib.Path, tokenizer: str) -> Converted:
     """Writes checkpoint, tokenizer and config of the model in a folder: all of it or nothing.
 
-    The vocabulary is that of its embedding plus the mask token as the last id. The mask's row of
-    the embedding is the mean of the others, because RMSNorm would amplify zeros or small noise; its
-    column of the head is 0.
+    The vocabulary is that of its embedding. An autoregressive model has no mask token, so one is
+    added as the last id. Its row of the embedding is the mean of the others, because RMSNorm would
+    amplify zeros or small noise; its column of the head is 0.
 
     Args:
-      config: the config of an "ar" model; config.model must be that of the folder.
+      config: as of hub_config.get_config; objective and config.model must be those of the folder.
       source: the folder.
       tokenizer: a file or folder, or "" for the one in `source`.
 
@@ -59,12 +61,12 @@ def convert(config, source: str, workdir: pathlib.Path, tokenizer: str) -> Conve
     hub_folder.check_blocks(tensors, config.model.blocks, settings)
     ids = num_ids(hub, folder)
     chosen = read_tokenizer(folder, tokenizer, hub, ids)
+    print(masks.describe(chosen, hub))
     with config.unlocked():
         config.data.tokenizer, config.data.vocab_size = chosen.kind, ids
         config.data.tokenizer_path = published_read.saved_tokenizer(chosen, workdir)
     model = build.model_config(config, tokenizer_entry(chosen), "cpu")
-    prefix = hub_folder.prefix_of(tensors, model.style)
-    parts = hub_names.hub_tensors(model, ids, tied=tied, prefix=prefix)
+    parts = hub_folder.parts_of(tensors, model, hub, ids, tied)
     hub_folder.check(tensors, parts, source)
     weight_types.check({part.name: tensors[part.name] for part in parts}, source)
     origin = {"folder": folder.resolve().name, "model_type": hub["model_type"]}
@@ -81,7 +83,7 @@ def convert(config, source: str, workdir: pathlib.Path, tokenizer: str) -> Conve
 
 
 def _check_config(config, source: str) -> None:
-    """UserError unless the config matches the folder's model, which is autoregressive."""
+    """UserError unless the config matches the folder's model."""
     theirs, ours = config_lib.flat(hub_config.get_config(source)), config_lib.flat(config)
     for name in restore.MODEL_FIELDS:
         if ours[name] != theirs[name]:
@@ -109,17 +111,24 @@ def read_tokenizer(
     path = regular_file.expand(given) if given else ours if is_ours else folder
     file = path / hub_tokenizer.FILE if path.is_dir() else path
     if file.name == hub_tokenizer.FILE and regular_file.is_there(file) and not is_ours:
-        special = hub_config.special_ids(hub, str(folder / hub_config.FILE))
-        content = regular_file.read_bytes(file, hub_tokenizer.MAX_SIZE)
-        companions = hub_tokenizer.read_companions(file.parent)
-        companions |= hub_tokenizer.read_companions(folder, hub_tokenizer.OF_MODEL)
-        of_model = {"vocab_size": ids, **special}
-        return hub_tokenizer.HubTokenizer(content, of_model, str(file), companions)
-    chosen = tokenizer_lib.read_tokenizer(given or path)
+        content, where = regular_file.read_bytes(file, hub_tokenizer.MAX_SIZE), file
+    elif hub_config.is_diffusion(hub) and regular_file.is_there(path / qwen_files.VOCAB):
+        content, where = qwen_files.read(path), path / qwen_files.VOCAB
+    else:
+        return _our_tokenizer(given or path, ids)
+    special = masks.special_ids(content, hub, ids, str(folder / hub_config.FILE))
+    companions = hub_tokenizer.read_companions(where.parent)
+    companions |= hub_tokenizer.read_companions(folder, hub_tokenizer.OF_MODEL)
+    return hub_tokenizer.HubTokenizer(content, special, str(where), companions)
+
+
+def _our_tokenizer(path: str | pathlib.Path, ids: int) -> tokenizer_lib.Tokenizer:
+    """One of our kinds. UserError: it has not as many ids as the embedding."""
+    chosen = tokenizer_lib.read_tokenizer(path)
     if chosen.vocab_size != ids or chosen.mask_id != ids:
         raise UserError(
             f"{path}: the {chosen.kind} tokenizer has {chosen.vocab_size} ids; must have {ids}, as "
-            f"the model in {folder}"
+            "the model in its folder"
         )
     return chosen
 
@@ -147,7 +156,7 @@ def parameter(params: dict, path: str):
 
 
 def fill(params: dict, tensors, parts: list[hub_names.HubTensor], ids: int, where: str) -> None:
-    """Writes all tensors into `params` (arrays of zeros), and the mask token's embedding.
+    """Writes all tensors into `params` (arrays of zeros), and the embedding of a new mask token.
     UserError: a value is not finite."""
     bad: list[str] = []
     for part in tqdm.tqdm(parts, "tensors", disable=None, leave=False):
@@ -157,4 +166,5 @@ def fill(params: dict, tensors, parts: list[hub_names.HubTensor], ids: int, wher
             part.put(parameter(params, part.path), tensor)
     finite.refuse(bad, len(parts), where)
     embedding = params["embedding"]["embedding"]
-    embedding[ids] = np.mean(embedding[:ids], axis=0, dtype=np.float64)
+    if len(embedding) > ids:
+        embedding[ids] = np.mean(embedding[:ids], axis=0, dtype=np.float64)

@@ -7,12 +7,12 @@ import numpy as np
 
 from esolm_jax.data.manifest import tokenizer_entry
 from esolm_jax.data.tokenizer import Tokenizer
+from esolm_jax.errors import UserError
 from esolm_jax.files import regular_file
 from esolm_jax.interop import weight_types
 from esolm_jax.interop.hub import config as hub_config
 from esolm_jax.interop.hub import folder as hub_folder
 from esolm_jax.interop.hub import from_hub
-from esolm_jax.interop.hub import names as hub_names
 from esolm_jax.model import build
 from esolm_jax.model import transformer as model_lib
 from esolm_jax.model.model_config import ModelConfig
@@ -43,6 +43,8 @@ def read(source: str, platform: str) -> HubModel:
     """
     folder = regular_file.expand(source)
     hub, settings = hub_config.read(folder), str(folder / hub_config.FILE)
+    if hub_config.is_diffusion(hub):
+        raise UserError(f"{settings}: model_type={hub['model_type']}: must be autoregressive")
     config = hub_config.get_config(source)
     tied = hub_config.is_tied(hub, settings)
     tensors = hub_folder.tensors(folder)
@@ -51,8 +53,7 @@ def read(source: str, platform: str) -> HubModel:
     tokenizer = from_hub.read_tokenizer(folder, "", hub, ids)
     model = build.model_config(config, tokenizer_entry(tokenizer), platform)
     model = dataclasses.replace(model, dtype="float32")
-    prefix = hub_folder.prefix_of(tensors, model.style)
-    parts = hub_names.hub_tensors(model, ids, tied=tied, prefix=prefix)
+    parts = hub_folder.parts_of(tensors, model, hub, ids, tied)
     hub_folder.check(tensors, parts, source)
     weight_types.check({part.name: tensors[part.name] for part in parts}, source)
     shapes = jax.eval_shape(lambda: model_lib.init(model, prng.key(0)))

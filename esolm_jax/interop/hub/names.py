@@ -1,4 +1,5 @@
-"""Parameter names of GPT-2, Llama and Qwen on the Hugging Face hub ↔ paths in our pytree.
+"""Parameter names of GPT-2, Llama and Qwen on the Hugging Face hub ↔ paths in our pytree. Dream
+has Qwen 2's names, SDAR those of Qwen 3; LLaDA's are in llada.py.
 
 One table for both directions: a tensor of the hub is a view of one of our parameters, possibly
 transposed. Our embeddings are untied and also have the mask token; a tied one is used twice.
@@ -27,6 +28,7 @@ class HubTensor:
       block: index along the leading axis of our parameter, or None outside of the blocks.
       transposed: whether the hub's tensor is (out, in).
       view: our parameter (of this block) → the NumPy view that holds this tensor.
+      scale: our parameter is the hub's tensor times this number.
     """
 
     name: str
@@ -35,11 +37,14 @@ class HubTensor:
     block: int | None = None
     transposed: bool = False
     view: Callable[[Any], Any] = lambda ours: ours
+    scale: float = 1.0
 
     def put(self, ours: np.ndarray, tensor: np.ndarray) -> None:
         """Writes the hub's tensor, of any float dtype, into our parameter."""
         ours = self.view(ours if self.block is None else ours[self.block])
         ours[...] = (tensor.T if self.transposed else tensor).reshape(ours.shape)
+        if self.scale != 1:
+            ours *= np.float32(self.scale)
 
     def get(self, ours: np.ndarray) -> np.ndarray:
         """The hub's tensor, from our parameter; the inverse of `put`."""

@@ -1,8 +1,8 @@
 """Confidence order: each pass generates the tokens that the model is most confident of.
 
-For Eso-LM (B), whose known tokens are cached, and MDLM. The model's own predictions decide the
-order, so its distribution is not that of training (uniform, then left to right), and no bound on
-the likelihood of these texts is known. Judge speed and quality from samples.
+For Eso-LM (B), whose known tokens are cached, and MDLM, shifted or not. The model's own predictions
+decide the order, so its distribution is not that of training (uniform, then left to right), and no
+bound on the likelihood of these texts is known. Judge speed and quality from samples.
 """
 
 import dataclasses
@@ -35,18 +35,20 @@ class Confidence(Loop):
     """Generates the unknown tokens of a plan, most confident first.
 
     Attributes:
-      task: see Task; its plan is of eso_b or mdlm, and its sampler a TokenSampler. Of the plan's
-        order, only that of the known tokens matters. An EOS does not end a text.
+      task: see Task; its plan is of eso_b, mdlm or mdlm_shifted, and its sampler a TokenSampler. Of
+        the plan's order, only that of the known tokens matters. An EOS does not end a text.
       cached: True for Eso-LM (B), False for MDLM.
       tokens_per_pass: k, how many tokens a pass generates, or at most with a threshold.
       threshold: if above 0, a pass generates those of the k whose likeliest token is at least so
         probable, and the most confident one in any case.
+      predicts_next: as of Family.
     """
 
     task: Task
     cached: bool
     tokens_per_pass: int = 1
     threshold: float = 0.0
+    predicts_next: bool = False
 
     @property
     def decides_order(self) -> bool:
@@ -78,6 +80,7 @@ class Confidence(Loop):
             cached=self.cached,
             max_tokens_per_pass=most,
             threshold=self.threshold,
+            predicts_next=self.predicts_next,
             unknown=plan.unknown,
         )
         return state, [*programs, Program(_run, settings), Program(_finish, None)]
@@ -92,7 +95,7 @@ class Settings:
       filled: int32 [B], slots of the cache that are filled before the first pass.
       row_keys: [B]. length: int32 [B], tokens of each text.
       unknown: the token that stands for unknown ones.
-      sampler, cached, max_tokens_per_pass, threshold: settings of the loop.
+      sampler, cached, max_tokens_per_pass, threshold, predicts_next: settings of the loop.
     """
 
     order: jax.Array
@@ -104,6 +107,7 @@ class Settings:
     cached: bool = flax.struct.field(pytree_node=False)
     max_tokens_per_pass: int = flax.struct.field(pytree_node=False)
     threshold: float = flax.struct.field(pytree_node=False)
+    predicts_next: bool = flax.struct.field(pytree_node=False)
     unknown: int = flax.struct.field(pytree_node=False)
 
 
@@ -141,7 +145,7 @@ def _window(p: Progress, settings: Settings) -> Window:
             rank=rank,
             in_context=jnp.ones_like(rank, bool),
             filled=p.filled,
-            pick=position,
+            pick=jnp.maximum(position - settings.predicts_next, 0),
         )
     k = p.recent.shape[1]
     is_real = p.recent < length

@@ -1,0 +1,76 @@
+"""evaluate --answers=FILE: log-likelihoods of answers to prompts, by the model's own protocol.
+
+A line of FILE is an object with `prompt` and `answer`. Answers of Dream end with EOS. Lines of
+answers.jsonl are those of FILE, each with its `log_likelihood`.
+"""
+
+import pathlib
+
+from esolm_jax import results
+from esolm_jax.errors import UserError
+from esolm_jax.evaluation.masked_likelihood import MaskedLikelihood
+from esolm_jax.evaluation.protocol.multiple_choice import encode_pair
+from esolm_jax.files import regular_file
+from esolm_jax.training.restore import TrainedModel
+
+FILE = "answers.jsonl"
+_MAX_SIZE = 256 * regular_file.MB
+
+
+def read(path: pathlib.Path) -> list[dict]:
+    """The lines of a file. UserError: one is no object of two texts, or there is none."""
+    where = f"--answers={path}"
+    text = regular_file.read_text(regular_file.expand(path), _MAX_SIZE, where)
+    pairs = [
+        _pair(regular_file.parse_json(line, f"{path}:{n}"), f"{path}:{n}")
+        for n, line in enumerate(text.split("\n"), 1)
+        if line.strip()
+    ]
+    if not pairs:
+        raise UserError(f"{where}: holds no answers")
+    return pairs
+
+
+def _pair(fields, where: str) -> dict:
+    names = ("prompt", "answer")
+    if not isinstance(fields, dict) or not all(isinstance(fields.get(n), str) for n in names):
+        raise UserError(f"{where}: must be an object with the texts `prompt` and `answer`")
+    if not fields["answer"]:
+        raise UserError(f"{where}: answer='': must not be empty")
+    return fields
+
+
+def score(config, trained: TrainedModel, tokenizer, pairs: list[dict], draws: int) -> list[dict]:
+    """The pairs with `log_likelihood`, in nats, and `tokens` of the answer. The draws of a pair
+    depend on config.seed only.
+
+    Raises:
+      UserError: another family, or a pair is longer than data.seq_len.
+    """
+    likelihood = MaskedLikelihood(config.objective, trained.built, config.eval.batch_size)
+    longest, encoded = config.data.seq_len, []
+    for n, pair in enumerate(pairs, 1):
+        prompt, answer = encode_pair(tokenizer.encode, pair["prompt"], pair["answer"])
+        answer = [*answer, tokenizer.eos_id] if likelihood.is_shifted else answer
+        if not answer or len(prompt) + len(answer) > longest:
+            raise UserError(
+                f"--answers: pair {n}: has {len(prompt)} + {len(answer)} tokens: must be at most "
+                f"data.seq_len={longest}, with at least one of the answer"
+            )
+        encoded.append((prompt, answer))
+    found = []
+    for pair, (prompt, answer) in zip(pairs, encoded, strict=True):
+        value = likelihood.log_likelihood(
+            trained.params, prompt, answer, seed=config.seed, draws=draws
+        )
+        found.append(pair | {"log_likelihood": value, "tokens": len(answer)})
+    return found
+
+
+def write(workdir: pathlib.Path, scored: list[dict]) -> pathlib.Path:
+    """Writes answers.jsonl."""
+    path = workdir / FILE
+    results.write_text(
+        path, "".join(results.dumps(row, ensure_ascii=False) + "\n" for row in scored)
+    )
+    return path

@@ -1,0 +1,136 @@
+"""Likelihoods of answers against LLaDA's and Dream's code, with its own masks."""
+
+import json
+
+import numpy as np
+import pytest
+from golden_models import case, model, read_json, workdir
+from tiny_run import command
+
+from esolm_jax.errors import UserError
+from esolm_jax.evaluation import masked_likelihood
+from esolm_jax.evaluation.masked_likelihood import Draws, MaskedLikelihood
+from esolm_jax.evaluation.protocol import multiple_choice
+
+RELATIVE = 1e-5
+
+
+def likelihood(name, rows=4):
+    loaded = model(name)
+    return MaskedLikelihood(loaded.config.objective, loaded._built, rows)
+
+
+def cases(*names):
+    return [(name, key) for name in names for key in read_json(name)["likelihood"]]
+
+
+def logits_of(name):
+    return lambda ids: np.asarray(model(name).logits(ids))
+
+
+@pytest.mark.parametrize(("name", "key"), cases("llada_mha", "llada_gqa_tied"))
+def test_llada(name, key):
+    golden, settings = case(name, "likelihood", key), read_json(name)["likelihood"][key]
+    prompt, answer = (golden[part].tolist() for part in ("prompt", "answer"))
+    length = len(prompt) + len(answer)
+    masked = golden["perturbed"].reshape(-1, length) == model(name).mask_id
+    if settings["cfg_scale"]:  # by the plain function: it takes logits
+        of_answer = masked[:, len(prompt) :]
+        common = {"mask_id": model(name).mask_id, "cfg": settings["cfg_scale"]}
+        found = multiple_choice.llada_score(logits_of(name), prompt, answer, of_answer, **common)
+    else:
+        weight = masked / golden["p_mask"].reshape(-1, 1)
+        draws = Draws(masked, weight.astype(np.float32))
+        nll = likelihood(name).nll(model(name).params, prompt + answer, draws)
+        per_batch = nll.reshape(len(golden["loss_per_batch"]), -1).mean(axis=1)
+        np.testing.assert_allclose(per_batch, golden["loss_per_batch"], rtol=RELATIVE)
+        found = -nll.mean()
+    np.testing.assert_allclose(found, settings["log_likelihood"], rtol=RELATIVE)
+
+
+@pytest.mark.parametrize("name", ["llada_mha", "llada_gqa_tied"])
+def test_greedy_answers_of_llada(name):
+    for one in read_json(name)["suffix_greedy"]:
+        greedy = multiple_choice.llada_greedy_answer(
+            logits_of(name), one["prompt"], len(one["answer"]), mask_id=model(name).mask_id
+        )
+        assert (greedy == one["answer"]) == one["is_greedy"]
+
+
+@pytest.mark.parametrize(("name", "key"), cases("dream", "dream_tied_bf16"))
+def test_dream(name, key):
+    golden, settings = case(name, "likelihood", key), read_json(name)["likelihood"][key]
+    prefix, target = (golden[part].tolist() for part in ("prefix", "target"))
+    masked = golden["perturbed"] == model(name).mask_id
+    if "p_mask" in golden:
+        weight = masked / golden["p_mask"][:, None]
+    else:  # one token of each row is scored, the target's in turn
+        weight = np.arange(masked.shape[1]) == len(prefix) + np.arange(len(target))[:, None]
+    draws = Draws(masked, weight.astype(np.float32))
+    nll = likelihood(name).nll(model(name).params, prefix + target, draws)
+    if "p_mask" in golden:
+        per_batch = nll.reshape(len(golden["loss_per_batch"]), -1).mean(axis=1)
+        np.testing.assert_allclose(per_batch, golden["loss_per_batch"], rtol=RELATIVE)
+        found = nll.mean()
+    else:
+        np.testing.assert_allclose(nll, golden["nll_per_token"], rtol=RELATIVE)
+        found = nll.sum()
+    np.testing.assert_allclose(found, settings["nll"], rtol=RELATIVE)
+
+
+def test_drawn_masks():
+    """Exactly what the protocols say of them."""
+    rng = np.random.default_rng(0)
+    drawn = masked_likelihood.llada_draws(rng, 3, 5, 40, 8)
+    count = drawn.masked.sum(axis=1)
+    assert not drawn.masked[:, :3].any() and set(count) == {1, 2, 3, 4, 5}
+    np.testing.assert_allclose(drawn.weight.sum(axis=1), 5, rtol=1e-6)
+    drawn = masked_likelihood.dream_draws(rng, 3, 6, 4000, 8)
+    assert not drawn.masked[:, [0, 1, 2, 8]].any()
+    # E[1/p · 1(masked)] = 1 for each token; p ≥ ε, so the spread is that of √(1/p) ≤ √(log 1/ε).
+    np.testing.assert_allclose(drawn.weight[:, 3:8].mean(axis=0), 1, atol=0.25)
+
+
+@pytest.mark.parametrize("name", ["llada_mha", "dream"])
+def test_evaluate_answers(name, tmp_path):
+    """The verb's value is that of the plain functions, with the same draws."""
+    pairs = [{"prompt": "The river ran ", "answer": "past the mill", "id": 7}]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    flags = f"--answers={tmp_path}/pairs.jsonl", "--draws=6", "--config.eval.batch_size=2"
+    assert command("evaluate", f"--workdir={workdir(name)}", *flags) == 0
+    (row,) = map(json.loads, (workdir(name) / "answers.jsonl").read_text().splitlines())
+    tokenizer = model(name).tokenizer
+    prompt, answer = multiple_choice.encode_pair(
+        tokenizer.encode, pairs[0]["prompt"], pairs[0]["answer"]
+    )
+    answer = [*answer, tokenizer.eos_id] if name == "dream" else answer
+    make = masked_likelihood.dream_draws if name == "dream" else masked_likelihood.llada_draws
+    drawn = make(np.random.default_rng(0), len(prompt), len(answer), 6, 2)
+    ids = np.where(drawn.masked, model(name).mask_id, np.array([*prompt, *answer]))
+    log_p = multiple_choice.log_softmax(logits_of(name)(ids))
+    if name == "dream":
+        log_p = np.roll(log_p, 1, axis=1)
+    of_text = np.take_along_axis(log_p, np.array([*prompt, *answer])[None, :, None], axis=-1)
+    wanted = (drawn.weight * of_text[..., 0]).sum(axis=1).mean()
+    np.testing.assert_allclose(row["log_likelihood"], wanted, rtol=RELATIVE)
+    assert (row["tokens"], row["id"]) == (len(answer), 7)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("", "holds no answers"),
+        ('{"prompt": "a"}', "must be an object with the texts `prompt` and `answer`"),
+        ('{"prompt": "a", "answer": ""}', "must not be empty"),
+    ],
+)
+def test_bad_answers(line, words, tmp_path, capsys):
+    (tmp_path / "pairs.jsonl").write_text(line + "\n")
+    given = f"--workdir={workdir('llada_mha')}", f"--answers={tmp_path}/pairs.jsonl"
+    assert command("evaluate", *given, "--config.mesh.devices=1") == 2
+    assert words in capsys.readouterr().err
+
+
+def test_other_families_are_refused():
+    with pytest.raises(UserError, match="objective='bd3': must be mdlm or mdlm_shifted"):
+        likelihood("sdar")
