@@ -5,4 +5,5 @@ likelihood.py       the NELBO and the importance-weighted bound, with standard e
 text_likelihood.py  log-likelihoods of single texts, for the Python API
 provenance.py       which data, windows and unigram baseline a figure belongs to
 protocol/           published protocols: detokenizers, windows, generative perplexity, entropy
+quality/            generated texts under a judge: perplexity, diversity, MAUVE
 """

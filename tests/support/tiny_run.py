@@ -29,6 +29,8 @@ LENGTH = 16
 FLAGS = ("workdir", "topology", "num_slices", "program", "out", "sweep")  # of all verbs
 FLAGS += ("from", "to", "tokenizer", "weights", "prompt", "prompts", "trace")
 FLAGS += ("formats", "parts", "tolerance", "step", "verify")
+FLAGS += ("texts", "judge", "variant", "references", "features", "clusters", "metrics")
+FLAGS += ("max_length", "batch_size", "published_batch_size")
 FILE = str(pathlib.Path(__file__).resolve())
 WORDS = "to be or not that is the question whether tis nobler in mind suffer slings".split()
 
