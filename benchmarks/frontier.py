@@ -6,8 +6,8 @@ of a text's tokens: texts that repeat themselves have a low perplexity and a low
 frontier.json, frontier.md and frontier.png to --out.
 """
 
-import dataclasses
 import functools
+import math
 import pathlib
 import statistics
 import time
@@ -19,8 +19,10 @@ from absl import app, flags, logging
 from benchmarks import family, report_writer
 from esolm_jax import prepare
 from esolm_jax.data.manifest import load_manifest
-from esolm_jax.evaluation import likelihood
+from esolm_jax.evaluation import protocol
 from esolm_jax.evaluation.batches import eval_batches
+from esolm_jax.evaluation.protocol import Judge
+from esolm_jax.evaluation.quality.perplexity import text_nll
 from esolm_jax.parallel import sharding
 from esolm_jax.sampling.engine.network import fold
 from esolm_jax.sampling.generate import Generator
@@ -36,35 +38,17 @@ SPECULATED = 4
 REPEATS = 3
 
 
-@dataclasses.dataclass(frozen=True)
-class Judge:
-    """An AR model that computes the exact likelihood of texts."""
-
-    config: object
-    trained: restore.TrainedModel
-
-    @classmethod
-    def of(cls, workdir: pathlib.Path) -> "Judge":
-        config, folder = family.trained("ar", 0.0, workdir, seed=JUDGE_SEED)
-        mesh = sharding.make_mesh(config.mesh)
-        return cls(config, restore.load_trained(config, folder, "ema", mesh))
-
-    def perplexity(self, text_BL: np.ndarray) -> float:
-        """The perplexity per token of whole texts."""
-        estimate = likelihood.make_nelbo(self.config, self.trained.built)
-        batch = {"x": np.asarray(text_BL, np.int32), "valid": np.ones(text_BL.shape, bool)}
-        batch = sharding.put_batch(batch, self.trained.built.mesh, len(text_BL))
-        return estimate(self.trained.params, [batch], num_samples=1, seed=0).perplexity
+def read_judge(workdir: pathlib.Path) -> Judge:
+    """An AR model trained with another seed, which scores whole texts."""
+    config, folder = family.trained("ar", 0.0, workdir, seed=JUDGE_SEED)
+    return Judge(folder, mesh=sharding.make_mesh(config.mesh))
 
 
-def entropy(text_BL: np.ndarray) -> float:
-    """The mean over texts of the entropy of their token frequencies, in nats."""
-
-    def one(text):
-        p = np.unique(text, return_counts=True)[1] / len(text)
-        return -(p * np.log(p)).sum()
-
-    return float(np.mean([one(text) for text in text_BL]))
+def quality(text_BL: np.ndarray, judge: Judge) -> dict[str, float]:
+    """Perplexity per token of whole texts, and the mean entropy of a text's tokens, in nats."""
+    nll, count = text_nll(judge, text_BL.tolist())
+    mean_entropy = float(protocol.entropy(text_BL).mean())
+    return {"perplexity": math.exp(nll.sum() / count.sum()), "entropy": mean_entropy}
 
 
 def point(generator: Generator, network, judge: Judge) -> dict:
@@ -80,8 +64,7 @@ def point(generator: Generator, network, judge: Judge) -> dict:
     return {
         "nfe": generator.nfe(decoded),
         "seconds_per_text": statistics.median(seconds) / len(text),
-        "perplexity": judge.perplexity(text),
-        "entropy": entropy(text),
+        **quality(text, judge),
     }
 
 
@@ -106,14 +89,14 @@ def frontier(objective: str, alpha_0: float, judge: Judge, workdir: pathlib.Path
     return found
 
 
-def held_out(judge: Judge) -> dict:
+def held_out(config, judge: Judge) -> dict:
     """The same figures for the same number of test windows."""
-    manifest = load_manifest(judge.config.data.dir)
-    batches = eval_batches(judge.config, manifest, "test", _TEXTS.value, judge.trained.built.mesh)
+    manifest = load_manifest(config.data.dir)
+    mesh = sharding.make_mesh(config.mesh)
+    batches = eval_batches(config, manifest, "test", _TEXTS.value, mesh)
     rows = [(np.asarray(batch["x"]), np.asarray(batch["valid"])) for batch in batches]
     text, valid = (np.concatenate(part) for part in zip(*rows, strict=True))
-    text = text[valid.all(axis=1)]
-    return {"perplexity": judge.perplexity(text), "entropy": entropy(text)}
+    return quality(text[valid.all(axis=1)], judge)
 
 
 def table(report: dict) -> str:
@@ -189,12 +172,12 @@ def main(argv) -> None:
     workdir, out = pathlib.Path(flags.FLAGS.workdir), pathlib.Path(flags.FLAGS.out)
     config = family.run_config("ar", 0.0, workdir)
     prepare.main(config, workdir)
-    judge = Judge.of(workdir)
+    judge = read_judge(workdir)
     report = {
         "texts": _TEXTS.value,
         "length": config.data.seq_len,
         "device": jax.devices()[0].device_kind,
-        "held_out": held_out(judge),
+        "held_out": held_out(config, judge),
         "models": {},
     }
     for objective, alpha_0 in MODELS:

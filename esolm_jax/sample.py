@@ -3,6 +3,7 @@
 --prompt='once upon [MASK:3] time'   a prompt; may be given several times
 --prompts=FILE                       prompts of a text file or JSONL: see sampling/prompts.py
 --trace                              also a picture and a page that plays the steps
+--judge=FOLDER                       also the quality of the texts: see judge.py
 """
 
 import pathlib
@@ -14,6 +15,11 @@ from absl import flags
 
 from esolm_jax import cli, language_model, results
 from esolm_jax.data.manifest import open_tokenizer
+from esolm_jax.evaluation.protocol import judge_source
+from esolm_jax.evaluation.protocol.judge import Judge
+from esolm_jax.evaluation.quality import metrics as quality
+from esolm_jax.evaluation.quality import text_file
+from esolm_jax.evaluation.quality.judged import QualitySettings
 from esolm_jax.parallel import sharding
 from esolm_jax.process import jax_settings
 from esolm_jax.sampling import texts as texts_lib
@@ -29,6 +35,7 @@ def define_flags() -> None:
     flags.DEFINE_multi_string("prompt", [], "A text to continue, or with [MASK] spans to fill in.")
     flags.DEFINE_string("prompts", None, "A text file, or .jsonl with prompts.")
     flags.DEFINE_bool("trace", False, "Also write a picture and a page that plays the steps.")
+    flags.DEFINE_string("judge", None, "Also judge the texts: a folder, as for the verb judge.")
 
 
 def _flag(name: str, default):
@@ -132,10 +139,23 @@ def _trace(config, generator: Generator, decoded, tokenizer, nfe: int) -> trace.
     )
 
 
+def _judge(config, folder: str, rows: list[dict], path: pathlib.Path) -> None:
+    """Writes and prints the quality of the texts, as `judge` does with its defaults."""
+    texts = text_file.of_samples(str(path.with_name("samples.jsonl")), rows)
+    model = Judge(folder, mesh=sharding.make_mesh(config.mesh))
+    figures = quality.judge(texts, model, QualitySettings())
+    results.write_json(path, {"texts": texts.name, "judge": folder, **figures})
+    for line in quality.table(figures):
+        print(line)
+
+
 def main(config, workdir: pathlib.Path) -> None:
     texts, summary = workdir / "samples.jsonl", workdir / "samples.json"
     page, picture = workdir / "trace.html", workdir / "trace.png"
-    results.check_can_write(texts, summary, page, picture)
+    judge, judged = _flag("judge", None), workdir / "samples.judge.json"
+    results.check_can_write(texts, summary, page, picture, judged)
+    if judge:
+        judge_source.check(judge)
     if not jax.config.jax_compilation_cache_dir:  # compiled programs are kept between runs
         jax.config.update("jax_compilation_cache_dir", str(workdir.resolve() / "compiled"))
     figures, steps = sample(
@@ -163,6 +183,9 @@ def main(config, workdir: pathlib.Path) -> None:
         trace.write_html(steps, page)
         trace.write_png(steps, picture)
         written += [page, picture]
+    if judge:
+        _judge(config, judge, rows, judged)
+        written.append(judged)
     for path in written:
         print(f"wrote {path}")
     another = f"--config.sample.seed={(config.sample.seed + 1) % 2**32}"

@@ -8,4 +8,5 @@ masked_likelihood.py
 answers.py          a file of prompts and answers → their log-likelihoods
 provenance.py       which data, windows and unigram baseline a figure belongs to
 protocol/           published protocols: detokenizers, windows, generative perplexity, entropy
+quality/            generated texts under a judge: perplexity, diversity, MAUVE
 """

@@ -30,6 +30,8 @@ FLAGS = ("workdir", "topology", "num_slices", "program", "out", "sweep")  # of a
 FLAGS += ("from", "to", "tokenizer", "weights", "prompt", "prompts", "trace")
 FLAGS += ("formats", "parts", "tolerance", "step", "verify", "layout", "shard_gb")
 FLAGS += ("answers", "draws")
+FLAGS += ("texts", "judge", "variant", "references", "features", "clusters", "metrics")
+FLAGS += ("max_length", "batch_size", "published_batch_size")
 FILE = str(pathlib.Path(__file__).resolve())
 WORDS = "to be or not that is the question whether tis nobler in mind suffer slings".split()
 

@@ -14,7 +14,17 @@ from esolm_jax import config as config_lib
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-VERBS = ("prepare", "train", "evaluate", "sample", "convert", "export", "verify", "compile")
+VERBS = (
+    "prepare",
+    "train",
+    "evaluate",
+    "sample",
+    "convert",
+    "export",
+    "verify",
+    "compile",
+    "judge",
+)
 COMMON = {"workdir", "config"}
 
 

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from esolm_jax.errors import UserError, nearest
-from esolm_jax.evaluation.protocol.judge import Judge
+from esolm_jax.evaluation.protocol.judge import Judge, pad_rows
 from esolm_jax.evaluation.protocol.unigram_entropy import entropy
 
 VARIANTS = ("pooled", "bd3")
@@ -98,11 +98,7 @@ def _check_positive(**values: int) -> None:
 
 def _tokenized(judge: Judge, texts: Sequence, max_length: int) -> np.ndarray:
     """int32 [n, T]: ids, truncated, and padded with EOS to the longest."""
-    rows = [row[:max_length] for row in judge.encode(list(texts))]
-    ids = np.full((len(rows), max(map(len, rows))), judge.eos_id, np.int32)
-    for padded, row in zip(ids, rows, strict=True):
-        padded[: len(row)] = row
-    return ids
+    return pad_rows([row[:max_length] for row in judge.encode(texts)], judge.eos_id)
 
 
 def _rows(ids: Sequence) -> np.ndarray:

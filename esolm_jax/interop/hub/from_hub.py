@@ -22,9 +22,8 @@ from esolm_jax.files import regular_file
 from esolm_jax.interop import weight_types
 from esolm_jax.interop.hub import config as hub_config
 from esolm_jax.interop.hub import folder as hub_folder
-from esolm_jax.interop.hub import masks, qwen_files
+from esolm_jax.interop.hub import masks, qwen_files, tokenizer_files
 from esolm_jax.interop.hub import names as hub_names
-from esolm_jax.interop.hub import tokenizer_files
 from esolm_jax.interop.published import read as published_read
 from esolm_jax.interop.published.read import Converted
 from esolm_jax.interop.shown import shown

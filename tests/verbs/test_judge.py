@@ -1,0 +1,113 @@
+"""The verb `judge`: its files and table, bad input, and `sample --judge`."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import tiny_run
+from golden_eval import FOLDER
+from tiny_run import command, refused_by
+
+import esolm_jax
+from esolm_jax.errors import UserError
+from esolm_jax.evaluation.protocol import Judge, judge_source
+
+pytestmark = pytest.mark.fast_compile
+JUDGE = FOLDER / "genppl" / "judge"
+refused = refused_by("judge")
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """An AR model of bytes after two steps."""
+    folder = tmp_path_factory.mktemp("judge")
+    fields = {"objective": "ar", "train.steps": 2, "train.eval_windows": 4, "data.packing": "pad"}
+    data = tiny_run.write_data(folder, **{"data.packing": "pad"})
+    tiny_run.train(tiny_run.make_config(data | fields), folder / "run")
+    return folder / "run"
+
+
+def write(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_figures_and_table(tmp_path, capsys):
+    texts = write(tmp_path / "texts.jsonl", {"text": "The lamp"}, "is lit", "")
+    assert command("judge", f"--texts={texts}", f"--judge={JUDGE}", "--config.mesh.devices=2") == 0
+    figures = json.loads((tmp_path / "texts.judge.json").read_text())
+    assert (figures["num_texts"], figures["num_empty"]) == (3, 1)
+    assert figures["devices"] == "2 cpu devices (data=2)"
+    names = ["generative_perplexity", "entropy", "distinct", "repetition"]
+    assert list(figures["metrics"]) == names
+    printed = capsys.readouterr().out
+    for name in names:
+        assert f"{figures['metrics'][name]['summary']}\n" in printed
+    perplexity = figures["metrics"]["generative_perplexity"]
+    assert perplexity["perplexity"] == pytest.approx(
+        math.exp(perplexity["nll"] / perplexity["num_tokens"])
+    )
+
+
+def test_chosen_metrics_references_and_file(tmp_path):
+    texts = write(tmp_path / "texts.jsonl", "The lamp is lit", "Two gulls", "A letter")
+    args = [f"--texts={texts}", f"--judge={JUDGE}", f"--references={texts}", "--clusters=2"]
+    out = tmp_path / "out.json"
+    assert command("judge", *args, "--metrics=mauve,entropy", f"--out={out}") == 0
+    found = json.loads(out.read_text())["metrics"]
+    assert list(found) == ["entropy", "mauve"] and found["mauve"]["mauve"] == pytest.approx(1)
+
+
+def test_a_workdir_scores_every_token_with_its_own_likelihood(workdir):
+    """The perplexity of ids, with EOS, is that of `log_likelihood`."""
+    model, texts = esolm_jax.load(workdir), ["to be or not", "nobler"]
+    ids = [[*model.tokenizer.encode(text), model.tokenizer.eos_id] for text in texts]
+    padded = np.full((2, 16), model.tokenizer.eos_id, np.int32)
+    scored = np.zeros(padded.shape, bool)
+    for i, row in enumerate(ids):
+        padded[i, : len(row)], scored[i, : len(row)] = row, True
+    found = Judge(workdir).score(padded, scored).sum(axis=1)
+    np.testing.assert_allclose(found, -model.log_likelihood(texts).values, rtol=1e-5)
+    assert Judge(workdir).encode(["to[EOS]be"]) == [[*b"to", model.tokenizer.eos_id, *b"be"]]
+
+
+def test_sample_judges_its_texts(workdir, capsys):
+    assert command("sample", f"--workdir={workdir}", f"--judge={workdir}") == 0
+    figures = json.loads((workdir / "samples.judge.json").read_text())
+    assert f"{figures['metrics']['entropy']['summary']}\n" in capsys.readouterr().out
+    texts = workdir / "samples.jsonl"
+    assert command("judge", f"--texts={texts}", f"--judge={workdir}", f"--out={texts}.json") == 0
+    again = json.loads((workdir / "samples.jsonl.json").read_text())
+    assert again["metrics"] == figures["metrics"]
+
+
+@pytest.mark.parametrize(
+    "args, told",
+    [
+        ([], "--texts is missing"),
+        (["--texts=TEXTS"], "--judge is missing"),
+        (["--texts=nowhere.jsonl", f"--judge={JUDGE}"], "--texts=nowhere.jsonl: no such file"),
+        (["--texts=TEXTS", "--judge=nowhere"], "nowhere: no judge: must be a folder"),
+        (["--texts=TEXTS", f"--judge={JUDGE}", "--variant=poled"], "variant='poled'"),
+        (["--texts=TEXTS", f"--judge={JUDGE}", "--metrics=mauve"], "must have references"),
+        (["--texts=TEXTS", f"--judge={JUDGE}", "--references=no"], "--references=no: no such"),
+        (["--texts=TEXTS", f"--judge={JUDGE}", "--batch_size=-1"], "batch_size=-1: must be a"),
+        (["--texts=TEXTS", f"--judge={JUDGE}", "--out=/no/o.json"], "/no is read-only or missing"),
+    ],
+)
+def test_bad_input(refused, tmp_path, args, told):
+    texts = write(tmp_path / "texts.jsonl", "The lamp")
+    refused([arg.replace("TEXTS", str(texts)) for arg in args], told)
+
+
+def test_a_judge_without_a_tokenizer(refused, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((JUDGE / name).read_bytes())
+    texts = write(tmp_path / "texts.jsonl", "The lamp")
+    refused([f"--texts={texts}", f"--judge={tmp_path}"], "holds no tokenizer")
+
+
+def test_a_workdir_of_another_family():
+    with pytest.raises(UserError, match="objective eso_b: a judge must be ar"):
+        judge_source.check(FOLDER.parent / "workdir_947f88e" / "run")
