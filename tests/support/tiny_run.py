@@ -26,12 +26,6 @@ from esolm_jax.parallel import sharding
 from esolm_jax.training import checkpoint, checkpoint_meta, train_state
 
 LENGTH = 16
-FLAGS = ("workdir", "topology", "num_slices", "program", "out", "sweep")  # of all verbs
-FLAGS += ("from", "to", "tokenizer", "weights", "prompt", "prompts", "trace")
-FLAGS += ("formats", "parts", "tolerance", "step", "verify", "layout", "shard_gb")
-FLAGS += ("answers", "draws")
-FLAGS += ("texts", "judge", "variant", "references", "features", "clusters", "metrics")
-FLAGS += ("max_length", "batch_size", "published_batch_size")
 FILE = str(pathlib.Path(__file__).resolve())
 WORDS = "to be or not that is the question whether tis nobler in mind suffer slings".split()
 
@@ -126,7 +120,8 @@ def _forget_flags() -> None:
     """Removes the flags of all verbs, so that a verb can define them again."""
     flags.FLAGS.unparse_flags()
     for name in list(flags.FLAGS):
-        if name in FLAGS or name.split(".")[0] == "config":
+        module = flags.FLAGS.find_module_defining_flag(name) or ""
+        if name.split(".")[0] == "config" or module.split(".")[0] in ("esolm_jax", "benchmarks"):
             delattr(flags.FLAGS, name)
 
 
