@@ -52,6 +52,10 @@ def make_training(config, name: str, num_slices: int = 1) -> Trainer:
     return Trainer(config, build.build_model(config, planned_tokenizer(config), mesh))
 
 
+class OutOfMemory(Exception):
+    """Needs more memory than a chip has; the message is the compiler's."""
+
+
 def compile_step(training: Trainer):
     """The compiled training step.
 
@@ -59,18 +63,9 @@ def compile_step(training: Trainer):
       OutOfMemory: it does not fit in memory.
     """
     arguments = training.abstract_state(), training.abstract_batch()
-    return try_compile(training.step_fn().lower(*arguments))
-
-
-class OutOfMemory(Exception):
-    """Needs more memory than a chip has; the message is the compiler's."""
-
-
-def try_compile(lowered):
-    """Compiles; OutOfMemory if it would not fit."""
     try:
-        with topology.without_cache():
-            return lowered.compile()
+        with topology.compiling_for(training.built.mesh):
+            return training.step_fn().lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

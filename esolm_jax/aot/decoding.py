@@ -44,7 +44,7 @@ def measure(config, training: Trainer, chip: Chip) -> dict:
     whose loop moves most bytes. FLOPs and bytes sent are of one pass and what precedes the loop;
     attention kernels are not counted."""
     generates, network = generator(config, training.built), abstract_network(training)
-    with tempfile.TemporaryDirectory() as dump, topology.without_cache():
+    with tempfile.TemporaryDirectory() as dump, topology.compiling_for(training.built.mesh):
         options = {"xla_dump_to": dump} if chip.platform == "gpu" else {}
         begin = time.perf_counter()
         programs = generates.loop.compiled(network, **options)

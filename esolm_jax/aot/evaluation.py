@@ -33,7 +33,7 @@ def lowered(config, training: Trainer):
 
 def measure(config, training: Trainer, chip: Chip) -> dict:
     """HBM, FLOPs and collectives on one chip."""
-    with topology.without_cache():
+    with topology.compiling_for(training.built.mesh):
         compiled = lowered(config, training).compile()
     chunks = (
         config.eval.batch_size * config.data.seq_len / sharding.num_row_shards(training.built.mesh)

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 
 import jax
+from jax.sharding import Mesh
 
 from esolm_jax.aot.chips import CHIPS, Chip, gpu_target
 from esolm_jax.errors import UserError, nearest
@@ -105,13 +106,21 @@ def _gpus(topology: str) -> list:
 
 
 @contextlib.contextmanager
-def without_cache() -> Iterator[None]:
-    """JAX's cache of compiled programs is off: programs of devices that do not exist cannot be
-    loaded from it."""
+def compiling_for(mesh: Mesh) -> Iterator[None]:
+    """Programs are lowered and compiled for devices that do not exist.
+
+    JAX's cache of compiled programs is off, because they cannot be loaded from it; and Pallas finds
+    the GPU in the context, where jax 0.11 looks for it.
+    """
+    device = mesh.devices.flat[0]
+    found = jax.sharding.AbstractDevice(device.device_kind, None, device.platform)
+    abstract = jax.sharding.AbstractMesh((), (), abstract_device=found)
+    is_gpu = device.platform == "gpu"
     before = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     try:
-        yield
+        with jax.sharding.use_abstract_mesh(abstract) if is_gpu else contextlib.nullcontext():
+            yield
     finally:
         jax.config.update("jax_enable_compilation_cache", before)
 

@@ -141,7 +141,7 @@ def test_kernels_compile(variant, name):
     past = (shape(2, batch, slots, groups * width, of=dtype),) * 2 if slots else None
     platform = topology.parse(name).platform
     run = functools.partial(kernel_cache.NoCache(mesh, platform, False).run, 1)
-    with topology.without_cache():
+    with topology.compiling_for(mesh):
         text = jax.jit(run).lower(heads, visible, past).compile().as_text()
     uses_kernel = "decode_attention" in text
     assert uses_kernel or (platform == "tpu" and variant in ("a prompt", "no cache"))
