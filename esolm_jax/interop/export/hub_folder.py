@@ -71,7 +71,7 @@ def export(config, workdir: pathlib.Path, target: pathlib.Path, wanted: Wanted) 
     is_plain = wanted.layout == "plain"
     is_plain |= wanted.layout == "auto" and to_hub.is_autoregressive(config)
     if is_plain:
-        to_hub.check(config)
+        to_hub.check(config, or_masked=True)
     trained = published_write.load(config, workdir, wanted.weights, wanted.step)
     tokenizer = restore.load_tokenizer(workdir, trained.meta)
     with results.new_folder(target) as draft:

@@ -70,13 +70,13 @@ _FAMILIES: dict[str, tuple[dict, dict, dict]] = {
         {"style": "llama"},
         _ROPE | {"attention_bias": _BOTH, "mlp_bias": _BOTH},
     ),
-    "mistral": (_MISTRAL, {"style": "llama"}, _ROPE),
     "qwen2": (_QWEN, {"style": "llama", "qkv_bias": True}, _ROPE),
     "qwen3": (
         _QWEN,
         {"style": "llama", "qk_norm": True},
         _ROPE | {"attention_bias": _BOTH},
     ),
+    "mistral": (_MISTRAL, {"style": "llama"}, _ROPE),
 }
 _TIED = {"gpt2": True}  # tie_word_embeddings by default
 _HEAD_WIDTH = {"qwen3": 128}  # head_dim by default; of the others hidden_size / heads

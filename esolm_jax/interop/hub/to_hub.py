@@ -75,14 +75,18 @@ def is_autoregressive(config) -> bool:
         check(config)
     except UserError:
         return False
-    return config.objective == "ar"
+    return True
 
 
-def check(config) -> None:
-    """UserError, with the reason, if the hub has no such model."""
-    model, is_eso = config.model, config.objective == "eso_b"
+def check(config, *, or_masked: bool = False) -> None:
+    """UserError, with the reason, if the hub has no such model.
+
+    Args:
+      or_masked: also allow an Eso-LM (B) at alpha_0 = 0, which keeps its mask token.
+    """
+    model, masked = config.model, or_masked and config.objective == "eso_b"
     allowed = {
-        "objective": (config.objective, "eso_b" if is_eso else "ar"),
+        "objective": (config.objective, "eso_b" if masked else "ar"),
         "alpha_0": (config.alpha_0, 0.0),
         "model.style": (model.style, "llama"),
         "model.cond_width": (model.cond_width, 0),
