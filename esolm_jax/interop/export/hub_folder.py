@@ -16,7 +16,14 @@ from esolm_jax import results
 from esolm_jax.config import SCHEDULES
 from esolm_jax.family import registry
 from esolm_jax.interop.export import hub_card, parity, plain
-from esolm_jax.interop.hub import esolm_names, from_esolm, shards, to_hub, tokenizer_files
+from esolm_jax.interop.hub import (
+    esolm_names,
+    from_esolm,
+    from_hub,
+    shards,
+    to_hub,
+    tokenizer_files,
+)
 from esolm_jax.interop.published import write as published_write
 from esolm_jax.model import rope
 from esolm_jax.sampling import generate
@@ -92,9 +99,7 @@ def _write(draft: pathlib.Path, config, trained, tokenizer: Any, wanted: Wanted)
     shapes = {name: part.shape for name, part in parts.items()}
 
     def read(name: str) -> np.ndarray:
-        array = trained.params
-        for key in parts[name].path.split("/"):
-            array = array[key]
+        array = from_hub.parameter(trained.params, parts[name].path)
         return parts[name].get(np.asarray(array))
 
     np.savez(draft / "expected.npz", **_expected(config, trained))

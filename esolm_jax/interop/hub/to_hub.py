@@ -21,7 +21,7 @@ from esolm_jax.data.hub_tokenizer import HubTokenizer
 from esolm_jax.errors import UserError
 from esolm_jax.interop.hub import config as hub_config
 from esolm_jax.interop.hub import names as hub_names
-from esolm_jax.interop.hub import rope_scaling, shards, tokenizer_files
+from esolm_jax.interop.hub import from_hub, rope_scaling, shards, tokenizer_files
 from esolm_jax.interop.hub.names import HubTensor
 from esolm_jax.interop.published import write as published_write
 from esolm_jax.training import checkpoint_steps, restore
@@ -121,7 +121,7 @@ def write(
     if tokenizer.mask_id != tokenizer.vocab_size and not with_mask:
         raise UserError(
             f"--to={draft.name}: cannot be written, because the mask token (id "
-            f"{tokenizer.mask_id}) is not the last id"
+            f"{tokenizer.mask_id}) is not the last id; `export --to=hub --layout=esolm` can"
         )
     ids = trained.built.model.vocab_size - (not with_mask)
     params = jax.tree.map(np.asarray, trained.params)
@@ -165,10 +165,7 @@ def _reader(params: dict, parts: list[HubTensor]) -> Callable[[str], np.ndarray]
     by_name = {part.name: part for part in parts}
 
     def read(name: str) -> np.ndarray:
-        array = params
-        for key in by_name[name].path.split("/"):
-            array = array[key]
-        return by_name[name].get(array)
+        return by_name[name].get(from_hub.parameter(params, by_name[name].path))
 
     return read
 
