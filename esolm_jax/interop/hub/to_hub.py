@@ -20,8 +20,8 @@ from esolm_jax import results
 from esolm_jax.data.hub_tokenizer import HubTokenizer
 from esolm_jax.errors import UserError
 from esolm_jax.interop.hub import config as hub_config
-from esolm_jax.interop.hub import names as hub_names
 from esolm_jax.interop.hub import from_hub, rope_scaling, shards, tokenizer_files
+from esolm_jax.interop.hub import names as hub_names
 from esolm_jax.interop.hub.names import HubTensor
 from esolm_jax.interop.published import write as published_write
 from esolm_jax.training import checkpoint_steps, restore
