@@ -69,7 +69,10 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exported(runs):
-    """Folders by family, the first in shards of 20 kB."""
+    """Folders by family, the first in shards of 20 kB, the second after an evaluation."""
+    found = {"step": 7, "weights": "ema", "windows": 3, "data": {"split": "test"}}
+    found["results"] = [{"summary": "perplexity 5.5"}]
+    (runs["gpt2"] / "evaluate.json").write_text(json.dumps(found))
     for name, workdir in runs.items():
         shard = "--shard_gb=2e-5" if name == "eso_b" else "--shard_gb=5"
         assert command("export", f"--workdir={workdir}", "--to=hub", shard) == 0
@@ -117,6 +120,9 @@ def test_config_names_sizes_ids_and_code(exported):
     assert made["sampling"]["length"] == LENGTH and made["sampling"]["alpha_0"] == 0.5
     card = (exported["eso_b"] / "README.md").read_text()
     assert "alpha_0 = 0.5" in card and "trust_remote_code=True" in card
+    assert "No evaluation of this step" in card
+    card = (exported["gpt2"] / "README.md").read_text()
+    assert "On 3 windows of the test split, ema weights" in card and "perplexity 5.5" in card
 
 
 def test_code_needs_torch_transformers_and_numpy_only(exported):

@@ -16,7 +16,14 @@ from esolm_jax import results
 from esolm_jax.config import SCHEDULES
 from esolm_jax.family import registry
 from esolm_jax.interop.export import hub_card, parity, plain
-from esolm_jax.interop.hub import esolm_names, from_esolm, shards, to_hub, tokenizer_files
+from esolm_jax.interop.hub import (
+    esolm_names,
+    from_esolm,
+    from_hub,
+    shards,
+    to_hub,
+    tokenizer_files,
+)
 from esolm_jax.interop.published import write as published_write
 from esolm_jax.model import rope
 from esolm_jax.sampling import generate
@@ -71,7 +78,7 @@ def export(config, workdir: pathlib.Path, target: pathlib.Path, wanted: Wanted) 
     is_plain = wanted.layout == "plain"
     is_plain |= wanted.layout == "auto" and to_hub.is_autoregressive(config)
     if is_plain:
-        to_hub.check(config)
+        to_hub.check(config, or_masked=True)
     trained = published_write.load(config, workdir, wanted.weights, wanted.step)
     tokenizer = restore.load_tokenizer(workdir, trained.meta)
     with results.new_folder(target) as draft:
@@ -92,9 +99,7 @@ def _write(draft: pathlib.Path, config, trained, tokenizer: Any, wanted: Wanted)
     shapes = {name: part.shape for name, part in parts.items()}
 
     def read(name: str) -> np.ndarray:
-        array = trained.params
-        for key in parts[name].path.split("/"):
-            array = array[key]
+        array = from_hub.parameter(trained.params, parts[name].path)
         return parts[name].get(np.asarray(array))
 
     np.savez(draft / "expected.npz", **_expected(config, trained))

@@ -71,13 +71,13 @@ _FAMILIES: dict[str, tuple[dict, dict, dict]] = {
         {"style": "llama"},
         _ROPE | {"attention_bias": _BOTH, "mlp_bias": _BOTH},
     ),
-    "mistral": (_MISTRAL, {"style": "llama"}, _ROPE),
     "qwen2": (_QWEN, {"style": "llama", "qkv_bias": True}, _ROPE),
     "qwen3": (
         _QWEN,
         {"style": "llama", "qk_norm": True},
         _ROPE | {"attention_bias": _BOTH},
     ),
+    "mistral": (_MISTRAL, {"style": "llama"}, _ROPE),
 }
 _FAMILIES |= {  # diffusion models with the blocks of other families
     llada.MODEL_TYPE: (_LLAMA, {"style": "llama"}, {}),

@@ -20,8 +20,8 @@ from esolm_jax import results
 from esolm_jax.data.hub_tokenizer import HubTokenizer
 from esolm_jax.errors import UserError
 from esolm_jax.interop.hub import config as hub_config
+from esolm_jax.interop.hub import from_hub, rope_scaling, shards, tokenizer_files
 from esolm_jax.interop.hub import names as hub_names
-from esolm_jax.interop.hub import rope_scaling, shards, tokenizer_files
 from esolm_jax.interop.hub.names import HubTensor
 from esolm_jax.interop.published import write as published_write
 from esolm_jax.training import checkpoint_steps, restore
@@ -75,14 +75,18 @@ def is_autoregressive(config) -> bool:
         check(config)
     except UserError:
         return False
-    return config.objective == "ar"
+    return True
 
 
-def check(config) -> None:
-    """UserError, with the reason, if the hub has no such model."""
-    model, is_eso = config.model, config.objective == "eso_b"
+def check(config, *, or_masked: bool = False) -> None:
+    """UserError, with the reason, if the hub has no such model.
+
+    Args:
+      or_masked: also allow an Eso-LM (B) at alpha_0 = 0, which keeps its mask token.
+    """
+    model, masked = config.model, or_masked and config.objective == "eso_b"
     allowed = {
-        "objective": (config.objective, "eso_b" if is_eso else "ar"),
+        "objective": (config.objective, "eso_b" if masked else "ar"),
         "alpha_0": (config.alpha_0, 0.0),
         "model.style": (model.style, "llama"),
         "model.cond_width": (model.cond_width, 0),
@@ -117,7 +121,7 @@ def write(
     if tokenizer.mask_id != tokenizer.vocab_size and not with_mask:
         raise UserError(
             f"--to={draft.name}: cannot be written, because the mask token (id "
-            f"{tokenizer.mask_id}) is not the last id"
+            f"{tokenizer.mask_id}) is not the last id; `export --to=hub --layout=esolm` can"
         )
     ids = trained.built.model.vocab_size - (not with_mask)
     params = jax.tree.map(np.asarray, trained.params)
@@ -161,10 +165,7 @@ def _reader(params: dict, parts: list[HubTensor]) -> Callable[[str], np.ndarray]
     by_name = {part.name: part for part in parts}
 
     def read(name: str) -> np.ndarray:
-        array = params
-        for key in by_name[name].path.split("/"):
-            array = array[key]
-        return by_name[name].get(array)
+        return by_name[name].get(from_hub.parameter(params, by_name[name].path))
 
     return read
 
