@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from golden_models import case, model, read_json, workdir
+from thorough import thorough
 from tiny_run import command
 
 from esolm_jax.errors import UserError
@@ -20,8 +21,12 @@ def likelihood(name, rows=4):
     return MaskedLikelihood(loaded.config.objective, loaded._built, rows)
 
 
-def cases(*names):
-    return [(name, key) for name in names for key in read_json(name)["likelihood"]]
+def cases(first, other):
+    """All cases of the first model, and on demand those of another."""
+    return [
+        *((first, key) for key in read_json(first)["likelihood"]),
+        *(pytest.param(other, key, marks=thorough) for key in read_json(other)["likelihood"]),
+    ]
 
 
 def logits_of(name):
@@ -48,7 +53,7 @@ def test_llada(name, key):
     np.testing.assert_allclose(found, settings["log_likelihood"], rtol=RELATIVE)
 
 
-@pytest.mark.parametrize("name", ["llada_mha", "llada_gqa_tied"])
+@pytest.mark.parametrize("name", ["llada_mha", pytest.param("llada_gqa_tied", marks=thorough)])
 def test_greedy_answers_of_llada(name):
     for one in read_json(name)["suffix_greedy"]:
         greedy = multiple_choice.llada_greedy_answer(
@@ -91,7 +96,7 @@ def test_drawn_masks():
     np.testing.assert_allclose(drawn.weight[:, 3:8].mean(axis=0), 1, atol=0.25)
 
 
-@pytest.mark.parametrize("name", ["llada_mha", "dream"])
+@pytest.mark.parametrize("name", [pytest.param("llada_mha", marks=thorough), "dream"])
 def test_evaluate_answers(name, tmp_path):
     """The verb's value is that of the plain functions, with the same draws."""
     pairs = [{"prompt": "The river ran ", "answer": "past the mill", "id": 7}]
@@ -126,11 +131,11 @@ def test_evaluate_answers(name, tmp_path):
 )
 def test_bad_answers(line, words, tmp_path, capsys):
     (tmp_path / "pairs.jsonl").write_text(line + "\n")
-    given = f"--workdir={workdir('llada_mha')}", f"--answers={tmp_path}/pairs.jsonl"
+    given = f"--workdir={workdir('dream')}", f"--answers={tmp_path}/pairs.jsonl"
     assert command("evaluate", *given, "--config.mesh.devices=1") == 2
     assert words in capsys.readouterr().err
 
 
 def test_other_families_are_refused():
     with pytest.raises(UserError, match="objective='bd3': must be mdlm or mdlm_shifted"):
-        likelihood("sdar")
+        MaskedLikelihood("bd3", None, 4)

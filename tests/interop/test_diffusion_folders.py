@@ -7,14 +7,23 @@ import golden_models
 import numpy as np
 import pytest
 from golden_models import NAMES, case, convert, model, read_json, read_npz
+from thorough import thorough
 
 import esolm_jax
 from esolm_jax.data.manifest import open_tokenizer
 
 LATE = 10**6  # a rank after all real ones
-PLAIN = [(n, k) for n in NAMES for k in ("plain", "masked", "prompt_then_masks", "all_masks")]
-PLAIN = [(n, k) for n, k in PLAIN if n != "sdar"]
-PLAIN += [("sdar", k) for k in ("block_causal_plain", "block_causal_last_block_masked")]
+WHOLE = NAMES[:4]  # the models that read the whole text
+# Every length compiles a program, so the other lengths run only on demand.
+PLAIN = [
+    *((n, k) for n in WHOLE for k in ("plain", "masked")),
+    *(("sdar", k) for k in ("block_causal_plain", "block_causal_last_block_masked")),
+    *(
+        pytest.param(n, k, marks=thorough)
+        for n in WHOLE
+        for k in ("prompt_then_masks", "all_masks")
+    ),
+]
 
 
 def close(logits, wanted):
@@ -38,9 +47,16 @@ def test_logits_of_ids(name, key):
 @pytest.mark.parametrize(
     ("name", "key"),
     [
-        *((n, k) for n in NAMES[:2] for k in ("left_padded", "right_padded_masked")),
-        *((n, k) for n in NAMES[2:4] for k in ("left_padded_mask_2d",)),
-        *((n, "left_padded_mask_2d_positions") for n in NAMES[2:4]),
+        *(("llada_mha", k) for k in ("left_padded", "right_padded_masked")),
+        *(("dream", k) for k in ("left_padded_mask_2d", "left_padded_mask_2d_positions")),
+        *(
+            pytest.param("llada_gqa_tied", k, marks=thorough)
+            for k in ("left_padded", "right_padded_masked")
+        ),
+        *(
+            pytest.param("dream_tied_bf16", k, marks=thorough)
+            for k in ("left_padded_mask_2d", "left_padded_mask_2d_positions")
+        ),
     ],
 )
 def test_padding_has_a_later_rank(name, key):
@@ -53,8 +69,15 @@ def test_padding_has_a_later_rank(name, key):
 @pytest.mark.parametrize(
     ("name", "key", "mask"),
     [
-        *((n, "attention_bias_two_documents", "attention_bias") for n in NAMES[:2]),
-        *((n, "mask_4d_two_documents", "attention_mask") for n in NAMES[2:4]),
+        ("llada_mha", "attention_bias_two_documents", "attention_bias"),
+        *(
+            pytest.param(*case, marks=thorough)
+            for case in (
+                ("llada_gqa_tied", "attention_bias_two_documents", "attention_bias"),
+                ("dream", "mask_4d_two_documents", "attention_mask"),
+                ("dream_tied_bf16", "mask_4d_two_documents", "attention_mask"),
+            )
+        ),
     ],
 )
 def test_two_documents_are_two_ranks_of_query_copies(name, key, mask):
@@ -65,16 +88,27 @@ def test_two_documents_are_two_ranks_of_query_copies(name, key, mask):
     close(labelled(name, golden, rank, False), golden["logits"])
 
 
-def test_training_layout_and_bidirectional_mask_of_sdar():
+@thorough
+def test_bidirectional_mask_of_sdar():
     golden = case("sdar", "logits", "bidirectional")
     close(labelled("sdar", golden, 0, True), golden["logits"])
+
+
+def test_training_layout_of_sdar():
     golden = case("sdar", "logits", "training_layout_noisy_then_clean")
     block = golden["position_ids"] // 4
     in_context = np.arange(block.shape[1]) >= block.shape[1] // 2
     close(labelled("sdar", golden, block, in_context), golden["logits"])
 
 
-@pytest.mark.parametrize("variant", sorted(read_json("llada_mha")["config_variants"]))
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "scale_logits",
+        "input_emb_norm",
+        *(pytest.param(v, marks=thorough) for v in ("rope_theta_10000", "rms_norm_eps_0.1")),
+    ],
+)
 def test_options_of_llada(variant, tmp_path):
     folder = shutil.copytree(golden_models.FOLDER / "llada_mha", tmp_path / "folder")
     edit(folder, read_json("llada_mha")["config_variants"][variant])

@@ -25,13 +25,13 @@ from esolm_jax.sampling.plan.canvas import MASK, Canvas, Seed
 NEVER = passes.NEVER
 
 
-# One case for each part of the rules. Each compiles a program, so the others run only on demand.
+# Each compiles a program, so the others run only on demand; SDAR's runs through the verb below.
 FEW = {
-    "llada_mha": ("cfg_batch_left_padded", "temperature_cfg_random", "confidence_eos_eot_inf"),
-    "llada_gqa_tied": ("masks_in_prompt", "uneven_counts"),
-    "dream": ("batch_left_padded_origin", "temperature_top_p_entropy", "greedy_top_k_top_p"),
-    "dream_tied_bf16": ("alg_temp",),
-    "sdar": ("static_prompt_inside_block", "sequential", "stop_on_eos", "sampled_dynamic"),
+    "llada_mha": ("temperature_cfg_random",),
+    "llada_gqa_tied": ("masks_in_prompt",),
+    "dream": ("batch_left_padded_origin", "temperature_top_p_entropy"),
+    "dream_tied_bf16": (),
+    "sdar": (),
 }
 
 
@@ -237,7 +237,9 @@ def test_sdar(name, key):
     ("name", "key", "settings"),
     [
         ("llada_mha", "two_per_step_blocks", ("steps=8", "block_length=8")),
-        ("llada_gqa_tied", "cfg", ("steps=8", "block_length=8", "guidance=1.5")),
+        pytest.param(
+            "llada_gqa_tied", "cfg", ("steps=8", "block_length=8", "guidance=1.5"), marks=thorough
+        ),
         ("dream", "topk_margin", ("steps=6", "order=margin")),
         ("sdar", "dynamic", ("steps=4", "temperature=0.0", "confidence_threshold=0.4")),
     ],
@@ -257,7 +259,7 @@ def test_sampled_texts_follow_the_distribution():
     """Of one token: the noise of passes is not that of the other loops, but as exact."""
     loaded = model("llada_mha")
     ids = loaded.tokenizer.encode("The")
-    length, rows = len(ids) + 1, 4096
+    length, rows = len(ids) + 1, 512
     batch = [[*ids, loaded.mask_id]] * rows
     decoded = WholeText(task("llada_mha", batch), LLaDA(temperature=1.0)).run(loaded._network)
     counts = np.bincount(np.asarray(decoded.text)[:, -1], minlength=384)
