@@ -38,6 +38,17 @@ class LogLikelihood:
     nll_per_token: float
     standard_error: float
 
+    @classmethod
+    def of(cls, estimate: likelihood.Estimate, bound: str) -> "LogLikelihood":
+        """An estimate whose windows are the texts."""
+        return cls(
+            bound=bound,
+            values=-estimate.window_nll,
+            num_tokens=estimate.window_tokens,
+            nll_per_token=estimate.nll,
+            standard_error=estimate.standard_error,
+        )
+
 
 class TextLikelihood:
     """The estimators of a model's log-likelihoods, compiled on first use."""
@@ -67,13 +78,7 @@ class TextLikelihood:
             estimate = self._nelbo(
                 params, batches, num_samples=config.eval.num_samples, seed=config.seed
             )
-        return LogLikelihood(
-            bound=bound,
-            values=-estimate.window_nll,
-            num_tokens=estimate.window_tokens,
-            nll_per_token=estimate.nll,
-            standard_error=estimate.standard_error,
-        )
+        return LogLikelihood.of(estimate, bound)
 
     @functools.cached_property
     def _nelbo(self) -> Any:
