@@ -10,6 +10,7 @@ EXTRAS = {
         "onnxruntime>=1.31.1,<2",
     ],
     "interop": ["tokenizers>=0.23.3,<0.24"],  # of published runs and pretrained models
+    "lm-eval": ["lm_eval>=0.4.13,<0.5"],  # esolm_jax.harness; brings no PyTorch
     "cuda12": [f"jax[cuda12]{JAX}"],
     "cuda13": [f"jax[cuda13]{JAX}"],  # needs driver 580 or newer
     "tpu": [f"jax[tpu]{JAX}"],  # brings the TPU compiler, which needs no TPU

@@ -23,7 +23,7 @@ from esolm_jax.config import Setting
 from esolm_jax.data.manifest import tokenizer_entry
 from esolm_jax.data.tokenizer import Tokenizer
 from esolm_jax.errors import UserError
-from esolm_jax.evaluation import sampler_likelihood
+from esolm_jax.evaluation import sampler_likelihood, text_likelihood
 from esolm_jax.evaluation.sampler_likelihood import SamplerLikelihood
 from esolm_jax.evaluation.text_likelihood import LogLikelihood, TextLikelihood
 from esolm_jax.family.labels import Tokens
@@ -220,14 +220,8 @@ class LanguageModel:
         fields = {f"sample.{name}": value for name, value in settings.items()}
         config = config_lib.overridden(self.config, fields)
         sampler_likelihood.check(config, num_orders)
-        encode, size = self.tokenizer.encode, config.eval.batch_size
-        given = [texts] if isinstance(texts, str) else texts
-        rows = [encode(text) if isinstance(text, str) else list(text) for text in given]
-        batches = (rows[start : start + size] for start in range(0, len(rows), size))
         scorer = SamplerLikelihood(config, self._built, self.params, self._network)
-        estimate = scorer.estimate(batches, num_orders=num_orders, seed=config.sample.seed)
-        exact = sampler_likelihood.has_one_order(config)
-        return LogLikelihood.of(estimate, "exact" if exact else "importance_weighted")
+        return text_likelihood.of_sampler(scorer, self.tokenizer, texts, num_orders)
 
     @functools.cached_property
     def _likelihood(self) -> TextLikelihood:

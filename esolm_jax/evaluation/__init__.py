@@ -4,6 +4,7 @@ batches.py          batches of the windows of a split, on a mesh
 likelihood.py       the NELBO and the importance-weighted bound, with standard errors
 text_likelihood.py  log-likelihoods of single texts, for the Python API
 sampler_likelihood.py  the likelihood of the sampler that config.sample describes
+answer_likelihood.py  log p(answer | prompt), for lm-evaluation-harness
 sampler_metric.py   that likelihood as a metric
 provenance.py       which data, windows and unigram baseline a figure belongs to
 protocol/           published protocols: detokenizers, windows, generative perplexity, entropy
