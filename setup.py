@@ -14,6 +14,7 @@ EXTRAS = {
         "torch>=2.13,<3",
         "transformers>=5.24,<6",
     ],
+    "lm-eval": ["lm_eval>=0.4.13,<0.5"],  # esolm_jax.harness; brings no PyTorch
     "cuda12": [f"jax[cuda12]{JAX}"],
     "cuda13": [f"jax[cuda13]{JAX}"],  # needs driver 580 or newer
     "tpu": [f"jax[tpu]{JAX}"],  # brings the TPU compiler, which needs no TPU

@@ -23,6 +23,8 @@ from esolm_jax.config import Setting
 from esolm_jax.data.manifest import tokenizer_entry
 from esolm_jax.data.tokenizer import Tokenizer
 from esolm_jax.errors import UserError
+from esolm_jax.evaluation import sampler_likelihood, text_likelihood
+from esolm_jax.evaluation.sampler_likelihood import SamplerLikelihood
 from esolm_jax.evaluation.text_likelihood import LogLikelihood, TextLikelihood
 from esolm_jax.family import registry
 from esolm_jax.family.labels import Tokens
@@ -202,6 +204,32 @@ class LanguageModel:
             changes["seed"] = seed
         rows = [texts] if isinstance(texts, str) else list(texts)
         return self._likelihood.estimate(self.params, rows, changes)
+
+    def sampler_log_likelihood(
+        self,
+        texts: str | Sequence[str] | Sequence[Sequence[int]],
+        *,
+        num_orders: int = 0,
+        **settings: Setting,
+    ) -> LogLikelihood:
+        """Log-probabilities with which `sample` with these settings draws texts, when it is asked
+        for texts of their numbers of tokens.
+
+        Args:
+          texts: strings, without an EOS at the end, or token ids, such as those in samples.jsonl.
+          num_orders: K > 0: orders of the bound, needed if the sampler draws its order
+            (evaluation/sampler_likelihood.py); 0 = exact.
+          settings: fields of config.sample, as of `sample`.
+
+        Raises:
+          UserError: no likelihood exists (the sampler draws its order and num_orders is 0, or
+            stop_at_eos), a setting is wrong, or a text does not fit.
+        """
+        fields = {f"sample.{name}": value for name, value in settings.items()}
+        config = config_lib.overridden(self.config, fields)
+        sampler_likelihood.check(config, num_orders)
+        scorer = SamplerLikelihood(config, self._built, self.params, self._network)
+        return text_likelihood.of_sampler(scorer, self.tokenizer, texts, num_orders)
 
     @functools.cached_property
     def _likelihood(self) -> TextLikelihood:

@@ -6,6 +6,9 @@ text_likelihood.py  log-likelihoods of single texts, for the Python API
 masked_likelihood.py
                     log-likelihoods of answers by LLaDA's and Dream's protocols
 answers.py          a file of prompts and answers → their log-likelihoods
+sampler_likelihood.py  the likelihood of the sampler that config.sample describes
+answer_likelihood.py  log p(answer | prompt), for lm-evaluation-harness
+sampler_metric.py   that likelihood as a metric
 provenance.py       which data, windows and unigram baseline a figure belongs to
 protocol/           published protocols: detokenizers, windows, generative perplexity, entropy
 quality/            generated texts under a judge: perplexity, diversity, MAUVE

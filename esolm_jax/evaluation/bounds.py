@@ -38,10 +38,10 @@ def _figures(bound: str, estimate: Estimate, split: dict, **settings) -> dict:
 
 def _error_note(bound: str, estimate: Estimate) -> str:
     """The meaning of `standard_error`, or why it is missing."""
-    if bound == "exact":
+    if bound in ("exact", "sampler"):
         return "an exact likelihood"
     if math.isnan(estimate.standard_error):
-        field = "eval.num_samples" if bound == "nelbo" else "eval.num_orders"
+        field = "eval.num_orders" if bound == "importance_weighted" else "eval.num_samples"
         return f"unknown from one draw of each window; set config.{field} to 2 or more"
     return "Monte Carlo: of other draws of noise for the same windows, in nats per token"
 
@@ -60,7 +60,8 @@ def _line(result: dict) -> str:
     return text + f", {about}{result['bits_per_byte']:.3f} bits per byte"
 
 
-def _result(bound: str, estimate: Estimate, split: dict, **settings) -> Result:
+def result(bound: str, estimate: Estimate, split: dict, **settings) -> Result:
+    """The figures of an estimate, with `settings` in them. `split`: the manifest's entry."""
     if not math.isfinite(estimate.nll):
         return Result(estimate.nll, {}, f"{bound}: is {estimate.nll}")
     figures = _figures(bound, estimate, split, **settings)
@@ -77,7 +78,7 @@ def _make_nelbo(config, model, draws: int | None):
         drawn = estimate(
             params, batches, num_samples=draws, seed=seed, progress=progress, total=total
         )
-        return _result(bound, drawn, split, num_samples=draws)
+        return result(bound, drawn, split, num_samples=draws)
 
     return run
 
@@ -90,7 +91,7 @@ def _make_importance_weighted(config, model, draws: int | None):
         drawn = estimate(
             params, batches, num_orders=num_orders, seed=seed, progress=progress, total=total
         )
-        return _result("importance_weighted", drawn, split, num_orders=num_orders)
+        return result("importance_weighted", drawn, split, num_orders=num_orders)
 
     return run
 

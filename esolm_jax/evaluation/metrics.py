@@ -7,10 +7,13 @@ not import this module; or one call of `register`.
 from esolm_jax.config import METRICS
 from esolm_jax.evaluation.bounds import IMPORTANCE_WEIGHTED, NELBO
 from esolm_jax.evaluation.metric import Metric
+from esolm_jax.evaluation.sampler_metric import SAMPLER
 from esolm_jax.registry import Registry
 
 _METRICS: Registry[Metric] = Registry(
-    "metric", {metric.name: metric for metric in (NELBO, IMPORTANCE_WEIGHTED)}, names=METRICS
+    "metric",
+    {metric.name: metric for metric in (NELBO, IMPORTANCE_WEIGHTED, SAMPLER)},
+    names=METRICS,
 )
 register, unregister = _METRICS.register, _METRICS.unregister  # names of config.*.metrics
 

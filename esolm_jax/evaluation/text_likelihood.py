@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,8 @@ from esolm_jax import config as config_lib
 from esolm_jax.data import windows
 from esolm_jax.data.tokenizer import Tokenizer
 from esolm_jax.errors import UserError
-from esolm_jax.evaluation import likelihood
+from esolm_jax.evaluation import likelihood, sampler_likelihood
+from esolm_jax.evaluation.sampler_likelihood import SamplerLikelihood
 from esolm_jax.family.phase import is_exact
 from esolm_jax.model import build
 from esolm_jax.parallel import sharding
@@ -37,6 +38,17 @@ class LogLikelihood:
     num_tokens: np.ndarray
     nll_per_token: float
     standard_error: float
+
+    @classmethod
+    def of(cls, estimate: likelihood.Estimate, bound: str) -> "LogLikelihood":
+        """An estimate whose windows are the texts."""
+        return cls(
+            bound=bound,
+            values=-estimate.window_nll,
+            num_tokens=estimate.window_tokens,
+            nll_per_token=estimate.nll,
+            standard_error=estimate.standard_error,
+        )
 
 
 class TextLikelihood:
@@ -67,13 +79,7 @@ class TextLikelihood:
             estimate = self._nelbo(
                 params, batches, num_samples=config.eval.num_samples, seed=config.seed
             )
-        return LogLikelihood(
-            bound=bound,
-            values=-estimate.window_nll,
-            num_tokens=estimate.window_tokens,
-            nll_per_token=estimate.nll,
-            standard_error=estimate.standard_error,
-        )
+        return LogLikelihood.of(estimate, bound)
 
     @functools.cached_property
     def _nelbo(self) -> Any:
@@ -106,3 +112,20 @@ class TextLikelihood:
                 x[b, : len(ids)], valid[b, : len(ids)] = ids, True
             batch = {"x": x, "valid": valid}
             yield sharding.put_batch(batch, self._built.mesh, size)
+
+
+def of_sampler(
+    scorer: SamplerLikelihood,
+    tokenizer: Tokenizer,
+    texts: str | Sequence[str] | Sequence[Sequence[int]],
+    num_orders: int,
+) -> LogLikelihood:
+    """Log-likelihoods of texts or token ids under a sampler, in batches of eval.batch_size; see
+    sampler_likelihood.py."""
+    config = scorer.config
+    given, size = [texts] if isinstance(texts, str) else texts, config.eval.batch_size
+    rows = [tokenizer.encode(text) if isinstance(text, str) else list(text) for text in given]
+    batches = (rows[start : start + size] for start in range(0, len(rows), size))
+    estimate = scorer.estimate(batches, num_orders=num_orders, seed=config.sample.seed)
+    exact = sampler_likelihood.has_one_order(config)
+    return LogLikelihood.of(estimate, "exact" if exact else "importance_weighted")

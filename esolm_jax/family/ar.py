@@ -7,7 +7,7 @@ import numpy as np
 
 from esolm_jax.family.family import Export, Family, Windows, Work, refuse
 from esolm_jax.family.labels import LabelledBatch
-from esolm_jax.family.phase import Phase, PhaseSettings
+from esolm_jax.family.phase import Phase, PhaseSettings, SpecialIds
 from esolm_jax.family.streams import index, labelled, stream
 
 
@@ -17,6 +17,11 @@ def label(x, valid, *, start: int) -> LabelledBatch:
     order_BL = index(x)
     tokens = stream(shifted, order_BL, order_BL, in_context=True, block=1)
     return labelled(tokens, x, valid, order_BL, valid)
+
+
+def label_in_order(x, valid, masked, order_BL, special: SpecialIds) -> LabelledBatch:
+    """All masked tokens, each predicted from those before it in the text."""
+    return label(x, valid, start=special.start).replace(weight=masked.astype(jnp.float32))
 
 
 def _without_noise(label, key, x, valid) -> LabelledBatch:
@@ -56,5 +61,6 @@ FAMILY = Family(
     no_parallel="one token per step",
     no_speculation="no mask to draft with",
     has_any_order_likelihood=True,  # of its single order
+    label_in_order=label_in_order,
     export=Export(cached=True),
 )

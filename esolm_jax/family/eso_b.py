@@ -36,12 +36,17 @@ def label_sequential(x, valid, masked, order_BL, weight, *, mask: int) -> Labell
     return labelled(tokens, x, valid, order_BL, weight)
 
 
+def label_in_order(x, valid, masked, order_BL, special: SpecialIds) -> LabelledBatch:
+    """All masked tokens, each predicted from those before it in the order."""
+    return label_sequential(x, valid, masked, order_BL, masked, mask=special.mask)
+
+
 def any_order(key, x, valid, *, alpha_0: float, special: SpecialIds) -> LabelledBatch:
     """A random order σ, every token predicted from the tokens before it in σ: −log p_σ(x)."""
     key_mask, key_order = jax.random.split(key)
     late = noise.draw_masks(key_mask, alpha_0, valid)
     order_BL = orders.clean_first_then_left_to_right(key_order, late, valid)
-    return label_sequential(x, valid, valid, order_BL, valid, mask=special.mask)
+    return label_in_order(x, valid, valid, order_BL, special)
 
 
 def phases(s: PhaseSettings) -> tuple[Phase, ...]:
@@ -73,5 +78,6 @@ FAMILY = Family(
     work=work,
     has_confidence_order=True,
     has_any_order_likelihood=True,
+    label_in_order=label_in_order,
     export=Export(cached=True),
 )

@@ -7,6 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from esolm_jax.errors import UserError
+from esolm_jax.family.labels import LabelledBatch
 from esolm_jax.family.phase import Phase, PhaseSettings
 
 
@@ -128,6 +129,8 @@ class Family:
       has_confidence_order: whether the model's confidence may choose the generation order.
       has_any_order_likelihood: whether config.eval.num_orders may ask for the importance-weighted
         bound.
+      label_in_order: (x, valid, masked, order, special) → LabelledBatch of all masked tokens, each
+        predicted from those before it in the order, by one pass; None: they take a pass each.
       export: how exported artefacts decode.
     """
 
@@ -148,6 +151,7 @@ class Family:
     no_speculation: str = ""
     has_confidence_order: bool = False
     has_any_order_likelihood: bool = False
+    label_in_order: Callable[..., LabelledBatch] | None = None
     export: Export = Export()
 
     @property

@@ -245,6 +245,18 @@ class Generator:
         """`run`, compiled ahead of time."""
         return self.loop.compile(network)
 
+    def log_p(self, network: Network, text: np.ndarray) -> np.ndarray:
+        """Teacher forcing: float32 [B, L], the log-probability with which the sampler draws each
+        token of `text` (int32 [B, L]), given those drawn before it; 0 at known tokens.
+
+        Of the schedule's order, or of the order that the model's confidence chooses. Speculation
+        draws from the distribution of the plain loop. No text ends early.
+        """
+        task = dataclasses.replace(self.loop.task, text=np.asarray(text, np.int32), eos_id=None)
+        decides = self.loop.decides_order
+        loop = dataclasses.replace(self.loop, task=task) if decides else Plain(task)
+        return np.asarray(loop.run(network).log_p)
+
     def order(self, decoded: Decoded) -> np.ndarray:
         """int32 [B, L]: positions as they were generated, the known ones first."""
         return self.loop.order(decoded)

@@ -1,6 +1,7 @@
 """A toy model with random weights, whose texts of length 4 can all be listed, and what one step of
 each family reads, written from the definitions (no labelling, mask or cache of the library)."""
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -56,6 +57,15 @@ BUILT = BuiltModel(
     head=Head.of(CONFIG, MASK, chunk=16),
     special=SPECIAL,
 )
+
+
+def built_on(mesh: Mesh) -> BuiltModel:
+    """BUILT on another mesh."""
+    return dataclasses.replace(
+        BUILT, mesh=mesh, apply=model.bind(CONFIG, mesh), head=Head.of(CONFIG, MASK, mesh, chunk=16)
+    )
+
+
 logits_of = jax.jit(lambda tokens: apply(PARAMS, tokens))
 
 

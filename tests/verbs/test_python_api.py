@@ -156,6 +156,28 @@ def test_log_likelihood_is_that_of_evaluate(workdir, data, model, orders):
     assert again.nll_per_token != found.nll_per_token
 
 
+@pytest.mark.parametrize(
+    "settings", [{"schedule": "strided"}, {"loop": "confidence"}, {"schedule": "ancestral"}]
+)
+def test_likelihood_of_the_sampler_is_that_of_evaluate(workdir, data, model, settings):
+    """Of the windows of the test split: documents with EOS."""
+    flags = [f"--config.sample.{name}={value}" for name, value in settings.items()]
+    flags += ["--config.eval.metrics=sampler", "--config.eval.max_windows=0"]
+    assert command("evaluate", f"--workdir={workdir}", *flags, "--config.eval.num_samples=3") == 0
+    (result,) = json.loads((workdir / "evaluate.json").read_text())["results"]
+    lines = pathlib.Path(data["data.test"]).read_text().splitlines()
+    encode, eos = model.tokenizer.encode, model.tokenizer.eos_id
+    rows = [[*encode(json.loads(line)["text"]), eos][:LENGTH] for line in lines]
+    drawn = "ancestral" in settings.values()
+    found = model.sampler_log_likelihood(rows, num_orders=3 * drawn, **settings)
+    assert result["bound"] == ("sampler_importance_weighted" if drawn else "sampler")
+    assert found.bound == ("importance_weighted" if drawn else "exact")
+    assert result["sample"]["schedule"] == settings.get("schedule", "ancestral")
+    assert found.nll_per_token == pytest.approx(result["nll_per_token"], rel=1e-5)
+    assert found.standard_error == pytest.approx(result["standard_error"] or 0, rel=1e-3)
+    assert (found.standard_error > 0) == drawn
+
+
 def test_log_likelihood_of_ar_is_exact():
     model = untrained("ar")
     found = model.log_likelihood("to be")
@@ -203,6 +225,7 @@ def test_published_weights():
         (lambda m, w: m.log_likelihood([]), "texts: must have at least one"),
         (lambda m, w: m.log_likelihood(["a", "x" * 99]), r"texts\[1\]: has 99 tokens"),
         (lambda m, w: m.log_likelihood("a", num_samples=0), "config.eval.num_samples=0"),
+        (lambda m, w: m.sampler_log_likelihood("a"), "num_orders=0: must be positive"),
         (lambda m, w: m.logits([[1, 2]]), "text 0: must have a mask"),
         (lambda m, w: m.logits([1, 2]), r"must be integers \[B, L\]"),
         (lambda m, w: m.logits([[1, 999]]), "token 999"),

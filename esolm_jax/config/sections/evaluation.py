@@ -7,7 +7,8 @@ from esolm_jax.config.field import Field
 from esolm_jax.data.sources import SPLITS
 
 WEIGHTS = ("ema", "raw")
-METRICS = ["nelbo", "importance_weighted"]  # in evaluation/metrics.py, which can register more
+# In evaluation/metrics.py, which can register more.
+METRICS = ["nelbo", "importance_weighted", "sampler"]
 
 _field = functools.partial(Field, may_change_on_resume=True)
 

@@ -36,6 +36,8 @@ class Decoded:
       eos_position: int32 [B], the position of the first EOS, or NEVER.
       passes: int32, number of passes, those of the prompt included.
       logits: float32 [B, L, V] by rank, or None.
+      log_p: float32 [B, L], the log-probability with which the sampler draws each token, 0 at known
+        ones; None unless Task.text is given.
       drafts: figures of speculation by name, each int32 [B, k − 1]; {} in other loops.
     """
 
@@ -44,6 +46,7 @@ class Decoded:
     eos_position: jax.Array
     passes: jax.Array
     logits: jax.Array | None = None
+    log_p: jax.Array | None = None
     drafts: dict[str, jax.Array] = flax.struct.field(default_factory=dict)
 
 
@@ -58,6 +61,8 @@ class Task:
       mesh: None = one device. B must be a multiple of its row shards.
       eos_id: if not None, a text ends at its first generated EOS after all known tokens, once all
         tokens before it are known; the loop ends with the last text.
+      text: int32 [B, L] in text order: teacher forcing. The loop takes these tokens instead of
+        drawing, and computes their log-probabilities. None = draw.
     """
 
     plan: DecodePlan
@@ -65,6 +70,7 @@ class Task:
     row_keys: jax.Array
     mesh: Mesh | None = None
     eos_id: int | None = None
+    text: np.ndarray | None = None
 
 
 class Jitted:
@@ -174,6 +180,16 @@ def row_keys(seeds) -> jax.Array:
 @jax.vmap
 def _row_keys(batch, row):
     return jax.random.fold_in(prng.key(batch), row)
+
+
+def draw(sampler: Sampler, text_BL, logits_BPV, position_BP, noise: Callable):
+    """(tokens [B, P] at these positions, their log-probabilities): drawn with noise(), and None; or
+    those of a text, if it is not None."""
+    if text_BL is None:
+        return sampler(logits_BPV, position_BP, noise()), None
+    token_BP = jnp.take_along_axis(text_BL, position_BP, axis=1)
+    log_p = sampler.log_probs(logits_BPV)
+    return token_BP, jnp.take_along_axis(log_p, token_BP[..., None], axis=-1)[..., 0]
 
 
 def over_rows(mesh: Mesh | None, by_row):

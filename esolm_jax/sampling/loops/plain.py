@@ -48,7 +48,10 @@ class Places:
 def in_text_order(network: Network, state: State, places: Places) -> Decoded:
     """The last program of a chain."""
     del network
-    text, revealed_at = unpermute(places.order, state.known[:, places.shift :], state.revealed_at)
+    by_rank = [state.known[:, places.shift :], state.revealed_at]
+    if state.log_p is not None:
+        by_rank.append(state.log_p)
+    text, revealed_at, *log_p = unpermute(places.order, *by_rank)
     length = places.order.shape[1]
     return Decoded(
         text=text,
@@ -56,4 +59,5 @@ def in_text_order(network: Network, state: State, places: Places) -> Decoded:
         eos_position=state.eos_position,
         passes=state.pass_index,
         logits=None if state.logits is None else state.logits[:, :length],
+        log_p=log_p[0] if log_p else None,
     )

@@ -20,6 +20,7 @@ from esolm_jax.sampling.loops.loop import (
     Program,
     Sampler,
     Task,
+    draw,
     first_eos,
     over_rows,
     pad_columns,
@@ -42,6 +43,7 @@ class State:
       eos_position: int32 [B], the position of the first EOS that was generated so far.
       pass_index: int32, the next pass.
       logits: float32 [B, S, V] at each rank when it was generated, or None.
+      log_p: float32 [B, S], log-probability of each generated token, or None.
     """
 
     known: jax.Array
@@ -50,6 +52,7 @@ class State:
     eos_position: jax.Array
     pass_index: jax.Array
     logits: jax.Array | None
+    log_p: jax.Array | None
 
 
 @flax.struct.dataclass
@@ -60,6 +63,7 @@ class Segment:
       tables: the padded plan. row_keys: [B].
       shape_index: [rows of the tables], which of the `shapes` each pass runs in.
       stop: int32, the first pass after the segment.
+      text: int32 [B, L], or None; see Task.
       shapes: (tokens of the window, tokens with logits), ascending.
       sampler, eos_id: as of Task.
     """
@@ -68,6 +72,7 @@ class Segment:
     row_keys: jax.Array
     shape_index: np.ndarray
     stop: np.ndarray
+    text: jax.Array | None
     shapes: tuple[tuple[int, int], ...] = flax.struct.field(pytree_node=False)
     sampler: Sampler | None = flax.struct.field(pytree_node=False)
     eos_id: int | None = flax.struct.field(pytree_node=False)
@@ -98,18 +103,20 @@ def _window(tables: DecodePlan, state: State, shape: tuple[int, int]) -> Window:
 
 
 def _run_shape(network, state: State, segment: Segment, noise, shape: tuple[int, int]):
-    """(tokens [B, P], logits, entries of the cache) of the next pass, run in one shape and padded
-    to the widest. `noise`: slots [B, P] → noise, from choose.precomputed_gumbel."""
+    """(tokens [B, P], their log_p, logits, entries of the cache) of the next pass, run in one shape
+    and padded to the widest. `noise`: slots [B, P] → noise, from choose.precomputed_gumbel."""
     width, picked = segment.widest
     window = _window(segment.tables, state, shape)
     logits, entries = network_lib.forward(network, window, state.cache)
-    chosen = None
+    chosen = log_p = None
     if shape[1]:
         position = jnp.take_along_axis(window.position, window.pick, axis=1)
         slot = window.filled[:, None] + window.pick
-        chosen = pad_columns(segment.sampler(logits, position, noise(slot)), picked)
-        logits = pad_columns(logits, picked)
-    return chosen, None if state.logits is None else logits, entries.padded(width)
+        drawn = draw(segment.sampler, segment.text, logits, position, lambda: noise(slot))
+        chosen, log_p, logits = (
+            None if array is None else pad_columns(array, picked) for array in (*drawn, logits)
+        )
+    return chosen, log_p, None if state.logits is None else logits, entries.padded(width)
 
 
 @Jitted
@@ -128,10 +135,10 @@ def run_passes(network: Network, state: State, segment: Segment) -> State:
             lambda state, shape=shape: _run_shape(network, state, segment, noise, shape)
             for shape in shapes
         ]
-        chosen, logits, entries = jax.lax.switch(segment.shape_index[i], branches, state)
+        chosen, log_p, logits, entries = jax.lax.switch(segment.shape_index[i], branches, state)
         cache = state.cache.write(entries, tables.start[i])
         if chosen is not None:
-            state = _reveal(state, segment, chosen, logits)
+            state = _reveal(state, segment, chosen, log_p, logits)
         return state.replace(cache=cache, pass_index=i + 1)
 
     def cond_fn(state: State):
@@ -142,7 +149,7 @@ def run_passes(network: Network, state: State, segment: Segment) -> State:
     return jax.lax.while_loop(cond_fn, body_fn, state)
 
 
-def _reveal(state: State, segment: Segment, chosen_BP, logits_BPV) -> State:
+def _reveal(state: State, segment: Segment, chosen_BP, log_p_BP, logits_BPV) -> State:
     """Puts the tokens of the pass in their slots."""
     tables, i = segment.tables, state.pass_index
     column = jnp.arange(chosen_BP.shape[1])[None]
@@ -154,6 +161,8 @@ def _reveal(state: State, segment: Segment, chosen_BP, logits_BPV) -> State:
         eos_position = jnp.minimum(eos_position, first_eos(tables, is_eos, position))
     if state.logits is not None:
         state = state.replace(logits=scatter_columns(state.logits, logits_BPV, slot, keep))
+    if log_p_BP is not None:
+        state = state.replace(log_p=scatter_columns(state.log_p, log_p_BP, slot, keep))
     revealed_at = jnp.broadcast_to(i, slot.shape)
     return state.replace(
         known=scatter_columns(state.known, chosen_BP, slot + tables.shift, keep),
@@ -188,6 +197,7 @@ def start_state(
         "revealed_at": np.where(is_known, -1, NEVER).astype(np.int32),
         "eos_position": np.full(batch, NEVER, np.int32),
         "logits": jnp.zeros((batch, slots, config.vocab_size)) if with_logits else None,
+        "log_p": None if task.text is None else np.zeros((batch, slots), np.float32),
     }
     cache = caches.no_cache(task.mesh)
     if cached:
@@ -213,7 +223,7 @@ def segments_of(
     margin = caches.round_up(slots) - length  # equal for similar plans
     tables = plan.padded(margin)
     tables = tables.replace(**over_rows(task.mesh, {"order": tables.order, "known": tables.known}))
-    row_keys = over_rows(task.mesh, task.row_keys)
+    row_keys, text = over_rows(task.mesh, (task.row_keys, task.text))
 
     def program(stop: int, index, shapes) -> Program:
         draws = any(picked for _, picked in shapes)  # else one program serves all samplers
@@ -222,6 +232,7 @@ def segments_of(
             row_keys=row_keys,
             shape_index=index,
             stop=np.int32(stop),
+            text=text,
             shapes=shapes,
             sampler=task.sampler if draws else None,
             eos_id=task.eos_id if draws else None,

@@ -265,6 +265,15 @@ _MAKERS: Registry[Maker] = Registry(
 register, unregister = _MAKERS.register, _MAKERS.unregister  # values of config.sample.schedule
 
 
+_FIXED = ("strided", "left_to_right")  # their orders and steps are drawn from no seed
+
+
+def is_random(name: str, alpha_0: float) -> bool:
+    """Whether the orders or step sizes of the schedule depend on the seed. Without a diffusion
+    phase, all of them go from left to right."""
+    return alpha_0 > 0 and name not in _FIXED
+
+
 def make(name: str, canvas: Canvas, settings: ScheduleSettings) -> Schedule:
     """The schedule of this name. UserError: the settings are out of range."""
     return _MAKERS[name](canvas, settings)

@@ -1,0 +1,181 @@
+"""lm-evaluation-harness with a tiny model: against brute force, and independent of the batch.
+
+Needs the package lm_eval (pip install -e '.[lm-eval]')."""
+
+import json
+import types
+
+import numpy as np
+import pytest
+import tiny_run
+
+import esolm_jax
+from esolm_jax.errors import UserError
+from esolm_jax.evaluation.protocol import multiple_choice as mc
+
+lm_eval = pytest.importorskip("lm_eval")
+from esolm_jax.harness import protocols  # noqa: E402
+from esolm_jax.harness.adapter import EsolmLM  # noqa: E402
+
+pytestmark = pytest.mark.fast_compile
+ITEMS = [
+    ("to be", [" or not", " is", " question"], 0),
+    ("nobler", [" in", " mind suff"], 1),
+    ("the ", ["slings", "q"], 0),
+]
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("eso_b"), "eso_b")
+
+
+def train(folder, objective):
+    data = tiny_run.write_data(folder, **{"data.packing": "pad", "objective": objective})
+    fields = data | {"train.steps": 2, "train.eval_windows": 4}
+    tiny_run.train(tiny_run.make_config(fields), folder / "run")
+    return folder / "run"
+
+
+def requests(*args):
+    return [types.SimpleNamespace(args=arg) for arg in args]
+
+
+def pairs():
+    return requests(*((context, choice) for context, choices, _ in ITEMS for choice in choices))
+
+
+def brute(model, context: str, answer: str) -> tuple[float, bool]:
+    """One pass per token: the known text, then masks to the end of the answer."""
+    prompt, ids = mc.encode_pair(model.tokenizer.encode, context, answer)
+    total, greedy = 0.0, True
+    for at, target in enumerate(ids):
+        row = np.array([[*prompt, *ids[:at], *[model.mask_id] * (len(ids) - at)]])
+        log_p = np.array(model.logits(row), np.float64)[0, len(prompt) + at]
+        log_p[model.mask_id] = -np.inf
+        log_p -= np.log(np.exp(log_p).sum())
+        total += log_p[target]
+        greedy &= int(log_p.argmax()) == target
+    return total, greedy
+
+
+def test_scores_equal_brute_force_and_do_not_depend_on_the_batch(workdir):
+    model = esolm_jax.load(workdir)
+    found = EsolmLM(workdir, batch_size=3).loglikelihood(pairs())
+    for request, (value, greedy) in zip(pairs(), found, strict=True):
+        want, is_greedy = brute(model, *request.args)
+        assert value == pytest.approx(want, abs=2e-5) and greedy == is_greedy
+    for size in (1, 64):
+        again = EsolmLM(workdir, batch_size=size).loglikelihood(pairs()[::-1])[::-1]
+        np.testing.assert_allclose(again, found, rtol=0, atol=1e-5)
+
+
+def test_simple_evaluate_on_a_local_task(workdir, tmp_path):
+    """Accuracy is that of the brute-force scores."""
+    file = tmp_path / "items.jsonl"
+    rows = [{"q": q, "choices": choices, "gold": gold} for q, choices, gold in ITEMS]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "local_choice",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(file)}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{q}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{gold}}",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}],
+    }
+    lm = EsolmLM(workdir)
+    results = lm_eval.simple_evaluate(model=lm, tasks=[task], bootstrap_iters=0)["results"]
+    model = esolm_jax.load(workdir)
+    best = [
+        int(np.argmax([brute(model, q, choice)[0] for choice in choices]))
+        for q, choices, _ in ITEMS
+    ]
+    want = np.mean([b == gold for b, (_, _, gold) in zip(best, ITEMS, strict=True)])
+    assert results["local_choice"]["acc,none"] == pytest.approx(want)
+
+
+def test_empty_contexts_and_rolling(workdir):
+    """A text of one window is scored as an answer without a prompt; longer ones in windows."""
+    lm = EsolmLM(workdir, batch_size=2)
+    short, long = "to be", "to be or not that is the question"
+    ((alone, _),) = lm.loglikelihood(requests(("", short)))
+    rolling = lm.loglikelihood_rolling(requests((short,), (long,), ("",)))
+    assert rolling[0] == pytest.approx(alone, abs=1e-5) and rolling[2] == 0
+    ids = lm.model.tokenizer.encode(long)
+    first, second, last = (
+        lm.loglikelihood(requests((long[:start], long[start:end])))[0][0]
+        for start, end in ((0, 16), (15, 16), (0, 0))
+    )
+    assert len(ids) == 33 and last == 0 and rolling[1] < first + min(second, 0)
+
+
+def test_long_prompts_lose_their_beginning(workdir):
+    lm = EsolmLM(workdir)
+    long, short = lm.loglikelihood(requests(("x" * 40 + "to be or", " not"), ("to be or", " not")))
+    assert long != short
+    cut = lm.loglikelihood(requests(("x" * 4 + "to be or", " not")))[0]
+    assert long[0] == pytest.approx(cut[0], abs=1e-5)
+    with pytest.raises(UserError, match="an answer has 40 tokens; must have at most 16"):
+        lm.loglikelihood(requests(("a", "x" * 40)))
+
+
+def test_generate_until(workdir):
+    """Greedy text is that of `sample`, up to a stop string."""
+    lm = EsolmLM(workdir)
+    settings = {"until": [], "max_gen_toks": 8}
+    (text,) = lm.generate_until(requests(("to be", settings)))
+    model = esolm_jax.load(workdir)
+    (want,) = model.sample(
+        "to be", num_texts=1, length=13, schedule="left_to_right", temperature=0.0
+    )
+    assert want.split("[EOS]")[0] == "to be" + text
+    if text:
+        (cut,) = lm.generate_until(requests(("to be", settings | {"until": [text[-1]]})))
+        assert cut == text[: text.index(text[-1])]
+    drawn = settings | {"do_sample": True, "temperature": 5.0}
+    first, again = (lm.generate_until(requests(("to be", drawn))) for _ in "12")
+    assert first == again
+
+
+@pytest.mark.parametrize("protocol", ["llada", "duo_full"])
+def test_monte_carlo_protocols(workdir, protocol):
+    """The published sums over the same masks; independent of the batch."""
+    found = EsolmLM(workdir, protocol=protocol, draws=64, batch_size=5).loglikelihood(pairs())
+    other = EsolmLM(workdir, protocol=protocol, draws=64, batch_size=64).loglikelihood(
+        pairs()[::-1]
+    )
+    np.testing.assert_allclose(found, other[::-1], rtol=1e-5)
+    assert all(value < 0 for value, _ in found)
+
+
+def test_llada_is_the_published_sum(workdir):
+    lm = EsolmLM(workdir, protocol="llada", draws=64)
+    run, pair = lm._monte_carlo, lm._pair("to be", " or")
+    masks = mc.draw_masks(run.rng(pair), 3, 64, protocols.STRATIFIED)
+    want = mc.llada_score(run.logits_of, pair.prompt, pair.answer, masks, mask_id=run.model.mask_id)
+    assert lm.loglikelihood(requests(("to be", " or")))[0][0] == pytest.approx(want, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings, told",
+    [
+        ({"protocol": "lada"}, "protocol=lada: must be one of exact, llada.*did you mean 'llada'"),
+        ({"batch_size": "auto"}, "batch_size=auto: must be a number"),
+        ({"num_orders": -1}, "num_orders=-1"),
+        ({"draw": 1}, "draw: unknown argument .did you mean 'draws'"),
+        ({"num_orders": 2, "protocol": "llada"}, "num_orders=2: must be 0 with protocol=llada"),
+        ({"step": 99}, "99"),
+    ],
+)
+def test_bad_arguments(workdir, settings, told):
+    with pytest.raises(UserError, match=told):
+        EsolmLM(workdir, **settings)
+
+
+def test_max_gen_toks_that_do_not_fit(workdir):
+    with pytest.raises(UserError, match="max_gen_toks=16: must be in"):
+        EsolmLM(workdir).generate_until(requests(("a", {"until": [], "max_gen_toks": 16})))
