@@ -53,6 +53,7 @@ setup(
         "numpy>=2.4,<3",
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12.8,<0.13",
+        "pyarrow>=26.0.1,<27",  # tensorflow-datasets brings it, without bounds
         "safetensors>=0.8,<0.9",
         "sentencepiece>=0.2.3,<0.3",
         "tensorboardX>=2.6.5,<3",
