@@ -36,7 +36,11 @@ setup(
     version="0.1.0",
     description="Esoteric Language Models (Eso-LMs) in JAX: diffusion and autoregression in one",
     packages=find_packages(include=["esolm_jax", "esolm_jax.*"]),
-    package_data={"esolm_jax": ["py.typed"], "esolm_jax.sampling": ["trace.html"]},
+    package_data={
+        "esolm_jax": ["py.typed"],
+        "esolm_jax.sampling": ["trace.html"],
+        "esolm_jax.evaluation.suite": ["*.toml"],
+    },
     license="Apache-2.0",
     python_requires=">=3.11",
     # Lower bounds are what the tests ran on; upper bounds end before what may break.

@@ -28,7 +28,7 @@ from esolm_jax.training import checkpoint, checkpoint_meta, train_state
 LENGTH = 16
 FLAGS = ("workdir", "topology", "num_slices", "program", "out", "sweep")  # of all verbs
 FLAGS += ("from", "to", "tokenizer", "weights", "prompt", "prompts", "trace")
-FLAGS += ("formats", "parts", "tolerance", "step", "verify")
+FLAGS += ("formats", "parts", "tolerance", "step", "verify", "suite", "data_root", "protocol")
 FILE = str(pathlib.Path(__file__).resolve())
 WORDS = "to be or not that is the question whether tis nobler in mind suffer slings".split()
 
