@@ -41,7 +41,11 @@ setup(
     version="0.1.0",
     description="Esoteric Language Models (Eso-LMs) in JAX: diffusion and autoregression in one",
     packages=find_packages(include=["esolm_jax", "esolm_jax.*"]),
-    package_data={"esolm_jax": ["py.typed"], "esolm_jax.sampling": ["trace.html"]},
+    package_data={
+        "esolm_jax": ["py.typed"],
+        "esolm_jax.sampling": ["trace.html"],
+        "esolm_jax.evaluation.suite": ["*.toml"],
+    },
     license="Apache-2.0",
     python_requires=">=3.11",
     # Lower bounds are what the tests ran on; upper bounds end before what may break.
@@ -58,6 +62,7 @@ setup(
         "numpy>=2.4,<3",
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12.8,<0.13",
+        "pyarrow>=26.0.1,<27",  # tensorflow-datasets brings it, without bounds
         "safetensors>=0.8,<0.9",
         "sentencepiece>=0.2.3,<0.3",
         "tensorboardX>=2.6.5,<3",

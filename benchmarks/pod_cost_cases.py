@@ -49,7 +49,7 @@ NODES = ("h100:8", "h100:8x8")
 SECTIONS = {
     # Each config on the pod of its docstring.
     "configs": [
-        case("lm1b", "0.5", "v5e:4x4"),
+        case("lm1b_wrap", "0.5", "v5e:4x4"),
         case("owt", "0.5", "v5e:4x4"),
         case("owt", "0.5", "v5e:4x4", data__seq_len=10240, train__batch_size=64),
         case("medium", "0.5", "v5e:8x8"),

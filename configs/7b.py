@@ -2,9 +2,11 @@
 attention, no adaLN) at L = 8192.
 
     python -m esolm_jax.prepare --config=configs/7b.py:0.5 --workdir=/mnt/bucket/7b \\
-        --config.data.train='/mnt/bucket/text/*.jsonl'
+        --config.data.files='/mnt/bucket/text/*.jsonl'
     python -m esolm_jax.train --config=configs/7b.py:0.5 --workdir=/mnt/bucket/7b \\
-        --config.data.train='/mnt/bucket/text/*.jsonl'
+        --config.data.files='/mnt/bucket/text/*.jsonl'
+
+The last 100,000 documents are held out. A SentencePiece tokenizer is trained.
 
 Hardware: 512 chips of v5p; as compiled for v5p:8x8x8, 18.5 of 95 GiB a chip, a step of 2.8 s
 or more (MFU 78 % at most); at L = 10240 23.3 GiB and 3.5 s. Expected: not trained here.
@@ -17,6 +19,8 @@ def get_config(family: str = "0.5"):
     config = owt.get_config(family)
     with config.unlocked():
         config.data.seq_len = 8192
+        config.data.tokenizer = "sentencepiece"
+        config.data.tokenizer_ids = 0
         config.data.vocab_size = 32000
         config.model.style = "llama"
         config.model.cond_width = 0

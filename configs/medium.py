@@ -1,9 +1,11 @@
 """A medium model (1024 x 24) at L = 1024, with the data and recipe of owt.py.
 
     python -m esolm_jax.prepare --config=configs/medium.py:0.5 --workdir=/mnt/bucket/medium \\
-        --config.data.train='/mnt/bucket/text/*.jsonl'
+        --config.data.files='/mnt/bucket/text/*.jsonl' --config.data.tokenizer_path=GPT2
     python -m esolm_jax.train --config=configs/medium.py:0.5 --workdir=/mnt/bucket/medium \\
-        --config.data.train='/mnt/bucket/text/*.jsonl'
+        --config.data.files='/mnt/bucket/text/*.jsonl' --config.data.tokenizer_path=GPT2
+
+GPT2 and the split of the files are as in owt.py.
 
 Hardware: 64 chips of v5e; as compiled for v5e:8x8, 5.1 of 16 GiB a chip, a step of 0.16 s or more
 (MFU 71 % at most). Expected: below owt.py's perplexities; no published figure, none measured here.

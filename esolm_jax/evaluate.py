@@ -4,10 +4,14 @@
 --verify               only check every file of the workdir for damage
 --answers=FILE         only log-likelihoods of answers, by LLaDA's or Dream's protocol, from
                        --draws draws of masks: see evaluation/answers.py
+--suite=zeroshot|FILE  all data sets of a suite (evaluation/suite), from files below --data_root=DIR
+--protocol=published   with --suite: the bound and the windows of the published code
 
-evaluate.json is the last evaluation; evaluations.jsonl has one line per evaluation.
+evaluate.json is the last evaluation; evaluations.jsonl has one line per evaluation. A suite's
+results are in WORKDIR/suites; data sets that are done are not evaluated again.
 """
 
+import dataclasses
 import datetime
 import math
 import pathlib
@@ -22,10 +26,11 @@ from esolm_jax import cli, memory_limit, results, verify
 from esolm_jax import config as config_lib
 from esolm_jax.data.manifest import Manifest, load_data
 from esolm_jax.data.reader import num_windows
-from esolm_jax.errors import UserError
+from esolm_jax.errors import UserError, nearest
 from esolm_jax.evaluation import answers, metrics, provenance
 from esolm_jax.evaluation.batches import eval_batches
 from esolm_jax.evaluation.metric import check_finite
+from esolm_jax.evaluation.suite import suite_data, suite_file, suite_report, suite_run
 from esolm_jax.model import build
 from esolm_jax.parallel import distributed, multihost, sharding
 from esolm_jax.process import jax_settings
@@ -70,6 +75,31 @@ def evaluate(config, workdir: pathlib.Path) -> dict:
         "esolm_jax": esolm_jax.__version__,
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def evaluate_suite(config, workdir: pathlib.Path, request: suite_run.Request) -> dict:
+    """The report of a suite, as a JSON-able dict; see evaluation/suite.
+
+    Raises:
+      UserError: bad data of the suite, or a bound that the family lacks.
+    """
+    mesh = sharding.make_mesh(config.mesh)
+    shards = sharding.num_row_shards(mesh)
+    if request.protocol == "all":  # figures do not depend on the batch size: make it divisible
+        size = -(-config.eval.batch_size // shards) * shards
+        config = config_lib.overridden(config, {"eval.batch_size": size})
+    config_lib.validate_evaluation(config, shards)
+    meta = checkpoint_meta.read_meta(workdir, cli.step_flag())
+    model = build.model_config(config, meta["tokenizer"], sharding.platform(mesh))
+    memory_limit.check_evaluation(config, model, mesh)
+    trained = restore.load_trained(config, workdir, config.eval.weights, mesh, cli.step_flag())
+    checkpoint = {
+        "step": trained.step,
+        "checkpoint_sha256": _digest(workdir, trained.step),
+        "weights": config.eval.weights,
+    }
+    request = dataclasses.replace(request, checkpoint=checkpoint)
+    return suite_run.evaluate(config, workdir, request, trained)
 
 
 def _results(
@@ -122,6 +152,45 @@ def define_flags() -> None:
     flags.DEFINE_bool("verify", False, "Only check every file of the workdir: see verify.py.")
     flags.DEFINE_string("answers", None, "A .jsonl of prompts and answers: only score these.")
     flags.DEFINE_integer("draws", 128, "With --answers: draws of masks of an answer.", 1, 2**16)
+    flags.DEFINE_string("suite", "", "A suite of data sets: zeroshot, or a TOML file.")
+    flags.DEFINE_string("data_root", "", "Folder with the files of the suite's data sets.")
+    flags.DEFINE_string("protocol", "all", "all or published: see evaluation/suite.")
+
+
+def _flag(name: str) -> str:
+    return flags.FLAGS[name].value if name in flags.FLAGS else ""
+
+
+def suite_request() -> suite_run.Request | None:
+    """The suite that the flags ask for, or None.
+
+    Raises:
+      UserError: a flag is missing or wrong, or no data set has files.
+    """
+    suite, root, protocol = _flag("suite"), _flag("data_root"), _flag("protocol")
+    if not suite:
+        if root or protocol not in ("", "all"):
+            raise UserError("--suite is missing: --data_root and --protocol belong to a suite")
+        return None
+    if protocol not in suite_run.PROTOCOLS:
+        names = list(suite_run.PROTOCOLS)
+        raise UserError(
+            f"--protocol={protocol}: must be {' or '.join(names)}{nearest(protocol, names)}"
+        )
+    read = suite_file.read(suite)
+    if not root:
+        raise UserError(f"--data_root is missing: the folder with the files of --suite={suite}")
+    path = pathlib.Path(root).expanduser().absolute()
+    return suite_run.Request(read, path, suite_data.find(read.data_sets, path), protocol, {})
+
+
+def _main_suite(config, workdir: pathlib.Path, request: suite_run.Request) -> None:
+    for note in request.missing:
+        print(f"missing: {note}")
+    report = evaluate_suite(config, workdir, request)
+    print("\n".join(suite_report.table(report)))
+    folder = request.folder(workdir)
+    print(f"wrote {folder}: report.json, report.md, report.png")
 
 
 def default_config(flag: cli.FlagValue) -> str | None:
@@ -149,8 +218,11 @@ def main(config, workdir: pathlib.Path) -> None:
     if "verify" in flags.FLAGS and flags.FLAGS["verify"].value:
         multihost.on_main(lambda: verify.main(config, workdir))
         return
-    if "answers" in flags.FLAGS and flags.FLAGS["answers"].value:
-        _score_answers(config, workdir, pathlib.Path(flags.FLAGS["answers"].value))
+    if file := _flag("answers"):
+        _score_answers(config, workdir, pathlib.Path(file))
+        return
+    if request := suite_request():
+        _main_suite(config, workdir, request)
         return
     path, history = workdir / FILE, workdir / HISTORY
     results.check_can_write(path, history)

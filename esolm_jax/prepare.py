@@ -12,12 +12,16 @@ def main(config, workdir: pathlib.Path) -> None:
     directory = data_dir(config, workdir)
     manifest = build.prepare(config, directory)
     for name, split in manifest.splits.items():
-        print(
+        line = (
             f"{name:>10}: {split['documents']:,} documents, {split['tokens']:,} tokens "
             f"({split['bytes'] / max(1, split['tokens']):.2f} bytes each), "
-            f"{split['windows']:,} windows of {manifest.seq_len}, "
-            f"unigram perplexity {unigram_perplexity(manifest, name):.1f}"
+            f"{split['windows']:,} windows of {manifest.seq_len}"
         )
+        if "train" in manifest.splits:
+            line += f", unigram perplexity {unigram_perplexity(manifest, name):.1f}"
+        print(line)
+    for note in manifest.notes():
+        print(f"note: {note}")
     print(f"wrote {directory}: windows, tokenizer and manifest.json")
     print(cli.next_command("train", workdir, keep=cli.CONFIG))
 

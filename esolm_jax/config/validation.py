@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 
 from esolm_jax.config import checks
 from esolm_jax.config.schema import fields, flat
+from esolm_jax.data import pack
 from esolm_jax.errors import UserError, nearest
 from esolm_jax.family import registry
 
@@ -18,6 +19,7 @@ def validate(config: ConfigDict) -> None:
     for name, field in fields().items():
         wrong = field.check and checks.problem(field.check, values[name])
         _fail_unless(not wrong, name, values[name], wrong)
+    pack.check(config)
     _check_objective(config)
     _check_model(config)
 

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from tqdm import tqdm
 
-from esolm_jax.data import document_parts, sources, windows
+from esolm_jax.data import pack, sources, windows
 from esolm_jax.data.manifest import (
     MANIFEST_FILE,
     UNIGRAM_FILE,
@@ -23,8 +23,9 @@ from esolm_jax.data.manifest import (
     tokenizer_entry,
     write_manifest,
 )
+from esolm_jax.data.pack import Packer, Tally, check_not_empty
 from esolm_jax.data.render import num_ids
-from esolm_jax.data.tokenizer import KINDS, Tokenizer, from_config
+from esolm_jax.data.tokenizer import KINDS, Tokenizer, from_config, trains
 from esolm_jax.errors import UserError, nearest
 from esolm_jax.files import workdir_lock
 
@@ -38,6 +39,11 @@ def prepare(config: Any, directory: str | Path, *, progress: bool = True) -> Man
     for bad config or input, and if `directory` holds anything else.
     """
     check_config(config)
+    if trains(config) and "train" not in sources.splits(config):
+        raise UserError(
+            "config.data.train='': must name text, because a SentencePiece tokenizer is trained on "
+            "it; or name a trained one in config.data.tokenizer_path"
+        )
     directory = Path(os.path.abspath(os.path.expanduser(directory)))
     if (directory / MANIFEST_FILE).exists():
         return _already_prepared(config, directory)
@@ -55,7 +61,7 @@ def prepare(config: Any, directory: str | Path, *, progress: bool = True) -> Man
         tokenizer.save(partial)
         splits = {
             split: _write_split(config, split, tokenizer, partial, progress)
-            for split in sources.SPLITS
+            for split in sources.splits(config)
         }
         for path, state in sources.file_states(config).items():
             if states.get(path) != state:
@@ -89,6 +95,7 @@ def check_config(config: Any) -> None:
         raise UserError(f"config.data.seq_len={data.seq_len}: must be at least 1")
     if sources.get(config).given and not 0 < data.holdout < 0.5:
         raise UserError(f"config.data.holdout={data.holdout}: must be in (0, 0.5)")
+    pack.check(config)
 
 
 def _already_prepared(config: Any, directory: Path) -> Manifest:
@@ -102,7 +109,7 @@ def _already_prepared(config: Any, directory: Path) -> Manifest:
             f"{config.data.source!r} (hash {manifest.source_hash[:12]}, now {source_hash[:12]}); "
             f"{advice}"
         )
-    if config.data.tokenizer != "bytes" and config.data.tokenizer_path:
+    if config.data.tokenizer_path and not trains(config):
         now = from_config(config, lambda: ()).fingerprint
         if manifest.tokenizer["fingerprint"] != now:
             raise UserError(
@@ -131,73 +138,51 @@ def _partial(directory: Path) -> Iterator[Path]:
             raise
 
 
-def _windows(
-    config: Any, split: str, tokenizer: Tokenizer, done: Callable[[int], None]
-) -> Iterator[list[int]]:
-    """The windows of a split; `done` gets the bytes of each document that was read."""
-    texts, length = sources.documents(config, split), config.data.seq_len
-    if config.data.packing == "wrap":
-        return windows.cut(_whole_documents(texts, tokenizer, done), length)
-    return windows.pad(_first_tokens(texts, tokenizer, length, done), length, tokenizer.eos_id)
-
-
-def _whole_documents(
-    texts: Iterable[str], tokenizer: Tokenizer, done: Callable[[int], None]
-) -> Iterator[list[int]]:
-    """The tokens of all documents, in parts."""
-    for text in texts:
-        yield from document_parts.encode(tokenizer, text)
-        done(document_parts.num_bytes(text))
-        yield [tokenizer.eos_id]
-
-
-def _first_tokens(
-    texts: Iterable[str], tokenizer: Tokenizer, length: int, done: Callable[[int], None]
-) -> Iterator[list[int]]:
-    """The first tokens of each document, more than a window if it has them."""
-    for text in texts:
-        tokens: list[int] = []
-        for part in document_parts.encode(tokenizer, text):
-            tokens += part
-            if len(tokens) > length:
-                text = tokenizer.decode(tokens[:length])  # the text in the window
-                break
-        done(document_parts.num_bytes(text))
-        yield tokens
-
-
 def _write_split(
     config: Any, split: str, tokenizer: Tokenizer, directory: Path, progress: bool
 ) -> dict[str, Any]:
     """Writes the shards of one split (for train also the unigram counts); its manifest entry."""
-    entry = {"documents": 0, "bytes": 0, "tokens": 0, "windows": 0}
-    digest = hashlib.sha256()
+    tally, digest = Tally(), hashlib.sha256()
     counts = np.zeros(tokenizer.vocab_size, np.int64)
     dtype = windows.record_dtype(num_ids(tokenizer))
     bar = tqdm(desc=split, unit=" documents", disable=not progress)
+    num_windows = num_tokens = num_specials = 0
 
-    def done(num_bytes: int) -> None:
-        entry["documents"] += 1
-        entry["bytes"] += num_bytes
-        bar.set_postfix_str(f"{entry['bytes'] / 1e6:.1f} MB", refresh=False)
+    def done() -> None:
+        bar.set_postfix_str(f"{tally.num_bytes / 1e6:.1f} MB", refresh=False)
         bar.update()
 
+    packer = Packer.of(config, tokenizer, tally, done)
+
     def records() -> Iterator[bytes]:
-        for window in _windows(config, split, tokenizer, done):
+        nonlocal num_windows, num_tokens, num_specials
+        for window in packer.windows(split):
             record = windows.to_record(window, dtype)
-            entry["windows"] += 1
-            entry["tokens"] += len(window)
+            num_windows += 1
+            num_tokens += len(window)
+            num_specials += 2 if packer.specials else 0
             digest.update(record)
             if split == "train":
                 np.add.at(counts, window, 1)
             yield record
 
     with bar:
-        entry["shards"] = _write_shards(records(), directory, split)
+        shards = _write_shards(records(), directory, split)
+    check_not_empty(config, split, tally, num_windows)
     if split == "train":
         np.save(directory / UNIGRAM_FILE, counts)
-    entry["sha256"] = digest.hexdigest()
-    return entry
+    kept = num_tokens - num_specials
+    return {
+        "documents": tally.documents,
+        # Of the text in the windows: what is dropped is taken to have as many bytes per token.
+        "bytes": round(tally.num_bytes * kept / tally.tokens),
+        "tokens": num_tokens,
+        "windows": num_windows,
+        "dropped_tokens": tally.tokens - kept,
+        "decoded": {"checked": tally.checked, "altered": tally.altered},
+        "shards": shards,
+        "sha256": digest.hexdigest(),
+    }
 
 
 def _write_shards(records: Iterator[bytes], directory: Path, split: str) -> list[dict[str, Any]]:

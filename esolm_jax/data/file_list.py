@@ -6,9 +6,15 @@ import itertools
 import os
 from pathlib import Path
 
+from esolm_jax.data import compressed, table_files
 from esolm_jax.errors import UserError
 
-SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
+_TEXT = (".txt", ".jsonl")
+SUFFIXES = (
+    *_TEXT,
+    *(kind + packed for packed in compressed.SUFFIXES for kind in _TEXT),
+    *table_files.SUFFIXES,
+)
 MAX_MATCHES = 1_000_000  # of a glob
 
 
@@ -32,8 +38,16 @@ class FileList:
 
 
 def is_text(path: str | Path) -> bool:
-    """Whether the suffix is that of a text file, in lower or upper case."""
+    """Whether the suffix is one of SUFFIXES, in lower or upper case."""
     return str(path).lower().endswith(SUFFIXES)
+
+
+def is_json_lines(path: str | Path) -> bool:
+    """Whether the suffix, without that of a compression, is .jsonl."""
+    name = str(path).lower()
+    for packed in compressed.SUFFIXES:
+        name = name.removesuffix(packed)
+    return name.endswith(".jsonl")
 
 
 def find(split: str, spec: str) -> FileList:

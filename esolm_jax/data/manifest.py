@@ -11,6 +11,8 @@ import numpy as np
 
 from esolm_jax import results
 from esolm_jax.data import integrity, sources
+from esolm_jax.data.later_fields import BEFORE, OF_WINDOWS
+from esolm_jax.data.text8_tokenizer import Text8
 from esolm_jax.data.tokenizer import Bytes, Tokenizer, load_tokenizer
 from esolm_jax.errors import UserError, nearest
 
@@ -26,7 +28,10 @@ class Manifest:
     data: the fields of config.data that determine the content (see content_fields).
     tokenizer: kind, fingerprint, vocab_size, mask_id, bos_id, eos_id, pad_id.
     splits: name -> {documents, bytes (UTF-8, of the text in the windows), tokens (valid, in the
-        windows), windows, sha256 (of all records, joined), shards: [{file, windows, size_bytes}]}.
+        windows), windows, sha256 (of all records, joined), shards: [{file, windows, size_bytes}]};
+        later also dropped_tokens (of the documents, in no window) and
+        decoded: {checked, altered} (documents that decode to another text, of those checked). Only
+        the splits that were given, if train was not.
     files: name -> {size_bytes, sha256}, of the tokenizer and the unigram counts; empty in data
         that were prepared without digests.
     """
@@ -59,8 +64,8 @@ class Manifest:
         """The entry of one split. Raises UserError if there is no such split."""
         if name not in self.splits:
             raise UserError(
-                f"split {name!r}: must be one of "
-                f"{', '.join(self.splits)}{nearest(name, self.splits)}"
+                f"split {name!r}: must be one of {', '.join(self.splits)}, the splits that "
+                f"{self.directory} holds{nearest(name, self.splits)}"
             )
         return self.splits[name]
 
@@ -71,6 +76,20 @@ class Manifest:
         """The count of each token in the train split: int64 [vocab_size]."""
         tokens = self.split("train")["tokens"]
         return integrity.read_counts(self.directory / UNIGRAM_FILE, self.vocab_size, tokens)
+
+    def notes(self) -> list[str]:
+        """Lines on tokens in no window, and on documents that their tokens do not spell."""
+        lines = []
+        for name, split in self.splits.items():
+            if dropped := split.get("dropped_tokens"):
+                lines.append(f"{name}: {dropped:,} tokens are in no window: window_mode=published")
+            decoded = split.get("decoded", {"altered": 0})
+            if decoded["altered"]:
+                lines.append(
+                    f"{name}: {decoded['altered']:,} of the first {decoded['checked']:,} documents "
+                    f"differ after encoding and decoding by the {self.tokenizer['kind']} tokenizer"
+                )
+        return lines
 
     def load_tokenizer(self) -> Tokenizer:
         """The tokenizer in `directory`. Raises UserError if it is not the one of the manifest."""
@@ -114,13 +133,13 @@ def tokenizer_entry(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def content_fields(config: Any) -> dict[str, Any]:
     """The fields of config.data that determine the prepared data, for this source and tokenizer."""
-    names = ["source", "seq_len", "packing", "tokenizer"]
+    names = ["source", "seq_len", "packing", "tokenizer", *OF_WINDOWS]
     if config.data.tokenizer == "sentencepiece":
         names.append("tokenizer_path")
         if not config.data.tokenizer_path:  # a given model fixes the vocabulary
             names.append("vocab_size")
     if sources.get(config).given:
-        names += ["train", "validation", "test", "holdout", "text_field"]
+        names += ["train", "validation", "test", "holdout", "text_field", "files"]
     return {name: config.data[name] for name in names}
 
 
@@ -192,13 +211,14 @@ def check(manifest: Manifest, config: Any) -> None:
     """Raises UserError if the prepared data do not match config.data."""
     wanted = content_fields(config)
     names = ("source", "seq_len", "packing", "tokenizer", "tokenizer_path", "vocab_size")
+    names += OF_WINDOWS
     compare(manifest, {name: wanted[name] for name in names if name in wanted})
 
 
 def compare(manifest: Manifest, wanted: dict[str, Any]) -> None:
     """Raises UserError naming the first field of `wanted` that was prepared with another value."""
     for name, value in wanted.items():
-        prepared = manifest.data.get(name)
+        prepared = manifest.data.get(name, BEFORE.get(name))
         if prepared != value:
             raise UserError(
                 f"config.data.{name}={value!r}: must be {prepared!r}, because {manifest.directory} "
@@ -221,7 +241,8 @@ def load_data(config, workdir: Path) -> Manifest:
 def planned_tokenizer(config) -> dict:
     """The manifest's entry of the tokenizer of config.data before `prepare`, as far as a model
     needs it. A SentencePiece model is assumed to have data.vocab_size tokens."""
-    published = {"bert": (30522, 103, 101), "gpt2": (50257, 50257, 50256)}
+    text8 = Text8.vocab_size, Text8.mask_id, Text8.bos_id
+    published = {"bert": (30522, 103, 101), "gpt2": (50257, 50257, 50256), Text8.kind: text8}
     size = Bytes.vocab_size if config.data.tokenizer == "bytes" else config.data.vocab_size
     entry = published.get(config.data.tokenizer, (size, size, 0))
     return dict(zip(("vocab_size", "mask_id", "bos_id"), entry, strict=True))

@@ -26,6 +26,8 @@ class Source:
       argument: such as "<name>", for messages.
       files: config → the files that hold the text, in order.
       identity: config → bytes that change with the text; default: hashes of `files`.
+      selects_ranges: whether `documents` reads ranges in specs (train[:-100]) itself; else it gets
+        specs without them, and the range is applied to what it yields.
       notes: config → lines for the user, such as on files that are left out.
     """
 
@@ -35,6 +37,7 @@ class Source:
     argument: str = ""
     files: Callable[[Any], list[Path]] = _none
     identity: Callable[[Any], bytes] | None = None
+    selects_ranges: bool = False
     notes: Callable[[Any], list[str]] = _none
 
     @property

@@ -5,12 +5,14 @@ unspecified validation or test split is held out of train by a hash of each docu
 choice is stable, needs no memory, and puts equal documents in the same split.
 """
 
+import functools
 import hashlib
 from collections.abc import Iterator
 from typing import Any
 
+from esolm_jax.data import document_range, shakespeare, text8, text_files, tfds_source
 from esolm_jax.data import holdout as holdout_lib
-from esolm_jax.data import shakespeare, text_files, tfds_source
+from esolm_jax.data.detokenizers import detokenizer
 from esolm_jax.data.source import SPLITS, Source
 from esolm_jax.errors import UserError, nearest
 from esolm_jax.files.regular_file import open_regular
@@ -24,12 +26,13 @@ __all__ = [
     "notes",
     "register",
     "source_hash",
+    "splits",
     "unregister",
 ]
 
 _SOURCES: Registry[Source] = Registry(
     "source",
-    {module.SOURCE.name: module.SOURCE for module in (shakespeare, text_files, tfds_source)},
+    {module.SOURCE.name: module.SOURCE for module in (shakespeare, text_files, text8, tfds_source)},
 )
 register, unregister = _SOURCES.register, _SOURCES.unregister  # names of config.data.source
 
@@ -69,19 +72,30 @@ def get(config: Any) -> Source:
     return _SOURCES[value.partition(":")[0]]
 
 
-def documents(config: Any, split: str) -> Iterator[str]:
-    """Yields the non-blank documents of `split` ('train', 'validation' or 'test') in order.
-
-    Raises UserError (while iterating) for unreadable input, and for a split without documents.
-    """
+def splits(config: Any) -> tuple[str, ...]:
+    """The splits that can be prepared: all; or those that are given, if train is not."""
     source = get(config)
     given = source.given(config) if source.given else {}
-    count = 0
+    if not given or given["train"]:
+        return SPLITS
+    return tuple(split for split in SPLITS if given[split])
+
+
+def documents(config: Any, split: str) -> Iterator[str]:
+    """Yields the documents of `split` ('train', 'validation' or 'test') in order, detokenized.
+
+    Blank ones are left out unless config.data.keep_blank. Raises UserError (while iterating) for
+    unreadable input, and for a split without other documents.
+    """
+    source, clean = get(config), detokenizer(config.data.detokenizer)
+    given = source.given(config) if source.given else {}
+    has_text = False
     for text in _split_documents(config, source, given, split):
-        if text.strip():
-            count += 1
-            yield text
-    if count:
+        is_blank = not text.strip()
+        has_text |= not is_blank
+        if config.data.keep_blank or not is_blank:
+            yield clean(text)
+    if has_text:
         return
     name = split if given.get(split) else "train"
     held_out = " left after the hold-out" if name == "train" and not all(given.values()) else ""
@@ -123,14 +137,26 @@ def _split_documents(
         yield from source.documents(config, split, "")
         return
     if given[split] and split != "train":
-        yield from source.documents(config, split, given[split])
+        yield from _selected(config, source, split, given[split])
+        return
+    held = tuple(name for name in ("validation", "test") if not given[name])
+    if not held:
+        yield from _selected(config, source, "train", given["train"])
         return
 
     def train() -> Iterator[str]:
-        read = source.documents(config, "train", given["train"])
-        return (text for text in read if text.strip())
+        read = _selected(config, source, "train", given["train"])
+        return (text for text in read if config.data.keep_blank or text.strip())
 
-    held = tuple(name for name in ("validation", "test") if not given[name])
     field = f"config.data.train={given['train']!r}"
     how = holdout_lib.find(held, config.data.holdout, train, field)
     yield from (text for text in how.documents(train) if how.split_of(text) == split)
+
+
+def _selected(config: Any, source: Source, split: str, spec: str) -> Iterator[str]:
+    """The documents of a spec, which may end in a range."""
+    base, chosen = document_range.split_spec(spec)
+    if chosen is None or source.selects_ranges:
+        return source.documents(config, split, spec)
+    read = functools.partial(source.documents, config, split, base)
+    return document_range.select(read, chosen, f"config.data.{split}={spec}")

@@ -56,4 +56,11 @@ def _identity(config: Any) -> bytes:
     return builder_of(config).info.full_name.encode()
 
 
-SOURCE = Source("tfds", documents, given=_given, argument="<name>", identity=_identity)
+SOURCE = Source(
+    "tfds",
+    documents,
+    given=_given,
+    argument="<name>",
+    identity=_identity,
+    selects_ranges=True,
+)

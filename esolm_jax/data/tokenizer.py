@@ -1,5 +1,5 @@
-"""Text <-> token ids: SentencePiece, plain UTF-8 bytes, the tokenizers of the published runs, or
-that of a pretrained model.
+"""Text <-> token ids: SentencePiece, plain UTF-8 bytes, the tokenizers of the published runs
+(GPT-2's, BERT's, text8's characters), or that of a pretrained model.
 
 All tokenizers have the same attributes: kind, vocab_size (how many ids they have, specials
 included), mask_id (one of these, or one past them: == vocab_size), bos_id, eos_id, pad_id, and
@@ -17,15 +17,16 @@ from typing import Any
 
 import sentencepiece
 
-from esolm_jax.data import hub_tokenizer, surfaces, wordpieces
+from esolm_jax.data import hub_tokenizer, surfaces, text8_tokenizer, wordpieces
 from esolm_jax.data.hub_tokenizer import HubTokenizer
 from esolm_jax.data.render import Decodes
 from esolm_jax.data.surfaces import Surfaces
+from esolm_jax.data.text8_tokenizer import Text8
 from esolm_jax.data.wordpieces import WordPieces
 from esolm_jax.errors import UserError, brief, nearest
 from esolm_jax.files import regular_file
 
-KINDS = ("sentencepiece", "bytes", *wordpieces.KINDS, hub_tokenizer.KIND)
+KINDS = ("sentencepiece", "bytes", *wordpieces.KINDS, hub_tokenizer.KIND, text8_tokenizer.KIND)
 MODEL_FILE = "tokenizer.model"
 BYTES_FILE = "tokenizer.bytes"
 _MAX_MODEL = 256 * regular_file.MB
@@ -97,7 +98,13 @@ class SentencePiece(Decodes):
         Path(directory, MODEL_FILE).write_bytes(self.proto)
 
 
-Tokenizer = Bytes | SentencePiece | WordPieces | HubTokenizer
+Tokenizer = Bytes | SentencePiece | WordPieces | HubTokenizer | Text8
+_WITHOUT_FILES = {kind.kind: kind for kind in (Bytes, Text8)}
+_PUBLISHED = {  # where the files of the published runs' tokenizers are
+    "gpt2": "tokenizer.json, or vocab.json and merges.txt, of huggingface.co/openai-community/gpt2",
+    "bert": "tokenizer.json, or vocab.txt, of huggingface.co/google-bert/bert-base-uncased",
+    hub_tokenizer.KIND: "the folder that `convert` wrote",
+}
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
@@ -107,6 +114,8 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         return SentencePiece(regular_file.read_bytes(model, _MAX_MODEL), str(model))
     if Path(directory, BYTES_FILE).is_file():
         return Bytes()
+    if Path(directory, text8_tokenizer.FILE).is_file():
+        return Text8()
     if hub_tokenizer.is_here(directory):
         return hub_tokenizer.read(directory)
     if Path(directory, wordpieces.FILE).is_file():
@@ -117,11 +126,12 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
 
 def read_tokenizer(given: str | Path) -> Tokenizer:
     """The tokenizer in a file or folder of any kind: the files of save(), a SentencePiece .model,
-    or the files of wordpieces.read; "bytes" is the tokenizer of bytes. Raises UserError."""
+    or the files of wordpieces.read; "bytes" and "text8" need no files. Raises UserError."""
     path = regular_file.expand(given)
-    if given == Bytes.kind:
-        return Bytes()
-    saved = (path / MODEL_FILE).is_file() or (path / BYTES_FILE).is_file()
+    if given in _WITHOUT_FILES:
+        return _WITHOUT_FILES[str(given)]()
+    names = (MODEL_FILE, BYTES_FILE, text8_tokenizer.FILE)
+    saved = any((path / name).is_file() for name in names)
     if saved or hub_tokenizer.is_here(path):
         return load_tokenizer(path)
     if path.suffix == ".model" and regular_file.is_there(path) and not path.is_dir():
@@ -137,8 +147,8 @@ def from_config(config: Any, train_documents: Callable[[], Iterable[str]]) -> To
     Raises UserError.
     """
     data = config.data
-    if data.tokenizer == "bytes":
-        return Bytes()
+    if data.tokenizer in _WITHOUT_FILES:
+        return _WITHOUT_FILES[data.tokenizer]()
     if data.tokenizer in (*wordpieces.KINDS, hub_tokenizer.KIND):
         return _published(data)
     if data.tokenizer != "sentencepiece":
@@ -153,15 +163,28 @@ def from_config(config: Any, train_documents: Callable[[], Iterable[str]]) -> To
     return SentencePiece(regular_file.read_bytes(path, _MAX_MODEL, where), where)
 
 
+def trains(config: Any) -> bool:
+    """Whether a tokenizer is trained on the train split."""
+    return config.data.tokenizer == "sentencepiece" and not config.data.tokenizer_path
+
+
 def _published(data: Any) -> WordPieces | HubTokenizer:
-    where = f"config.data.tokenizer_path={data.tokenizer_path!r}"
+    where, files = f"config.data.tokenizer_path={data.tokenizer_path!r}", _PUBLISHED[data.tokenizer]
     if not data.tokenizer_path:
-        raise UserError(f"{where}: must name the files of the {data.tokenizer} tokenizer")
+        raise UserError(f"{where}: must name the files of the {data.tokenizer} tokenizer: {files}")
     if data.tokenizer == hub_tokenizer.KIND:
         return hub_tokenizer.read(data.tokenizer_path)
-    tokenizer = wordpieces.read(data.tokenizer_path)
+    try:
+        tokenizer = wordpieces.read(data.tokenizer_path)
+    except UserError as error:
+        raise UserError(f"{where}: {error}; get {files}") from error
     if tokenizer.kind != data.tokenizer:
         raise UserError(f"{where}: must hold a {data.tokenizer} tokenizer, not {tokenizer.kind}")
+    if data.tokenizer_ids not in (0, tokenizer.vocab_size):
+        raise UserError(
+            f"{where}: must have config.data.tokenizer_ids={data.tokenizer_ids} ids, not "
+            f"{tokenizer.vocab_size}: get {files}"
+        )
     return tokenizer
 
 

@@ -46,18 +46,18 @@ def _error_note(bound: str, estimate: Estimate) -> str:
     return "Monte Carlo: of other draws of noise for the same windows, in nats per token"
 
 
-def _line(result: dict) -> str:
+def _line(figures: dict) -> str:
     """A bound in one line; an error without a note is Monte Carlo noise."""
-    text = f"{result['bound']}: perplexity {result['perplexity']:.2f}, "
-    text += f"{result['nll_per_token']:.4f} nats per token"
-    if result["standard_error"]:
-        few = result["standard_error_differences"]
+    text = f"{figures['bound']}: perplexity {figures['perplexity']:.2f}, "
+    text += f"{figures['nll_per_token']:.4f} nats per token"
+    if figures["standard_error"]:
+        few = figures["standard_error_differences"]
         roughly = f", from {few} difference{'s' * (few > 1)}" if few < 10 else ""
-        text += f" ± {result['standard_error']:.4f} (Monte Carlo{roughly})"
-    if result["standard_error_of_split"]:
-        text += f" ± {result['standard_error_of_split']:.4f} (as a figure of the whole split)"
-    about = "about " if result["bits_per_byte_note"] else ""
-    return text + f", {about}{result['bits_per_byte']:.3f} bits per byte"
+        text += f" ± {figures['standard_error']:.4f} (Monte Carlo{roughly})"
+    if figures["standard_error_of_split"]:
+        text += f" ± {figures['standard_error_of_split']:.4f} (as a figure of the whole split)"
+    about = "about " if figures["bits_per_byte_note"] else ""
+    return text + f", {about}{figures['bits_per_byte']:.3f} bits per byte"
 
 
 def result(bound: str, estimate: Estimate, split: dict, **settings) -> Result:

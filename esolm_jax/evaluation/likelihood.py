@@ -132,7 +132,7 @@ def _count(mesh):
     return multihost.together(jax.jit(in_each_row, out_shardings=sharding.replicated(mesh)))
 
 
-def _batches(batches: Iterable[dict], mesh, progress: str | None, total: int | None):
+def counted_batches(batches: Iterable[dict], mesh, progress: str | None, total: int | None):
     """Global batches with their number and the real tokens of each row, over all processes."""
     count = _count(mesh)
     shown = tqdm(
@@ -188,7 +188,7 @@ def make_nelbo(config, built: BuiltModel):
         draws = 1 if exact else num_samples
         nll = variance = 0.0
         rows, tokens = [], []
-        for i, count, batch in _batches(batches, built.mesh, progress, total):
+        for i, count, batch in counted_batches(batches, built.mesh, progress, total):
             keys = jax.random.split(jax.random.fold_in(prng.key(seed), i), draws)
             drawn = np.array(
                 [
@@ -218,7 +218,7 @@ def make_importance_weighted(config, built: BuiltModel):
     def estimate(params, batches, *, num_orders: int, seed: int, progress=None, total=None):
         nll = variance = 0.0
         rows, tokens = [], []
-        for i, count, batch in _batches(batches, built.mesh, progress, total):
+        for i, count, batch in counted_batches(batches, built.mesh, progress, total):
             keys = jax.random.split(jax.random.fold_in(prng.key(seed), i), num_orders)
             log_p = np.asarray(draw(params, keys, batch["x"], batch["valid"]), np.float64)
             log_mean, spread = log_mean_exp(log_p)

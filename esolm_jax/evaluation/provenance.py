@@ -4,6 +4,7 @@ import os
 import pathlib
 
 from esolm_jax import results
+from esolm_jax.data.later_fields import BEFORE, OF_WINDOWS
 from esolm_jax.data.manifest import Manifest
 from esolm_jax.data.reader import unigram_perplexity
 
@@ -22,7 +23,7 @@ def evaluated_data(manifest: Manifest, split: str, windows: int) -> dict:
     the evaluated part of the split. A source's hash covers its files' content, a split's hash its
     windows."""
     entry = manifest.split(split)
-    names = ("train", "validation", "test", "holdout", "text_field")
+    names = ("files", "train", "validation", "test", "holdout", "text_field")
     return {
         "source": manifest.source,
         "files": {name: manifest.data[name] for name in names if name in manifest.data},
@@ -36,6 +37,8 @@ def evaluated_data(manifest: Manifest, split: str, windows: int) -> dict:
         "whole_split": windows == entry["windows"],
         "seq_len": manifest.seq_len,
         "packing": manifest.packing,
+        **{name: manifest.data.get(name, BEFORE[name]) for name in OF_WINDOWS},
+        "dropped_tokens": entry.get("dropped_tokens", 0),
         "tokenizer": manifest.tokenizer["fingerprint"],
     }
 

@@ -21,17 +21,20 @@ def elbo_weight(t, alpha_0: float):
     return -dalpha(alpha_0) / (1.0 - alpha(t, alpha_0))
 
 
-def stratified_times(key, shape: tuple[int, ...]):
+def stratified_times(key, shape: tuple[int, ...], u=None):
     """Times t = (u + i)/n for i < n = prod(shape), one u for all, mapped to [ε, 1]; float32.
 
     Drawn over the *global* batch, so that every batch covers all noise levels evenly; in random
     order, so that each row's time is uniform, also if rows come in a fixed order.
+
+    Args:
+      u: a number in [0, 1); None: drawn uniformly.
     """
     key_u, key_deal = jax.random.split(key)
     n = 1
     for size in shape:
         n *= size
-    u = jax.random.uniform(key_u, ())
+    u = jax.random.uniform(key_u, ()) if u is None else u
     t = (u + jnp.arange(n, dtype=jnp.float32)) / n
     t = jax.random.permutation(key_deal, t)
     return (EPS + (1.0 - EPS) * t).reshape(shape)

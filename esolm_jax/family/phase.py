@@ -55,6 +55,7 @@ class PhaseSettings:
       kappa: κ, the share of the batch that feeds the diffusion phase at 0 < α₀ < 1.
       seq_len: L. block_length: tokens of a block.
       low_variance: whether the ELBO weight of the diffusion phase is dropped (training only).
+      time_offset: u of noise.stratified_times, a traced scalar; None: drawn.
     """
 
     special: SpecialIds
@@ -64,6 +65,7 @@ class PhaseSettings:
     seq_len: int
     block_length: int
     low_variance: bool
+    time_offset: Any = None
 
     @property
     def mean_masked(self) -> float:
@@ -76,7 +78,7 @@ def _noise(s: PhaseSettings, key, valid, times_per_row: int):
     each block of a row its own time (BD3-LM)."""
     key_time, key_mask = jax.random.split(key)
     batch, length = valid.shape
-    t = noise.stratified_times(key_time, (batch, times_per_row))
+    t = noise.stratified_times(key_time, (batch, times_per_row), s.time_offset)
     t_BL = jnp.repeat(t, length // times_per_row, axis=1)
     masked = noise.draw_masks(key_mask, noise.alpha(t_BL, s.noise_alpha_0), valid)
     weight = jnp.ones_like(t_BL) if s.low_variance else noise.elbo_weight(t_BL, s.noise_alpha_0)
@@ -137,7 +139,7 @@ def two_phases(
 
 
 def make_phases(
-    config, special: SpecialIds, *, low_variance: bool, alpha_0=None
+    config, special: SpecialIds, *, low_variance: bool, alpha_0=None, time_offset=None
 ) -> tuple[Phase, ...]:
     """The phases of `config.objective`, without phases that have no share of the batch.
 
@@ -146,6 +148,8 @@ def make_phases(
 
     `alpha_0`, a traced scalar, replaces the config's α₀ while that is annealed; shapes and shares
     of the batch stay those of the config's α₀. At 0 the diffusion loss has weight 0.
+
+    `time_offset`, a traced scalar in [0, 1), replaces the random offset of the stratified times.
     """
     settings = PhaseSettings(
         special=special,
@@ -155,6 +159,7 @@ def make_phases(
         seq_len=config.data.seq_len,
         block_length=config.block_length,
         low_variance=low_variance,
+        time_offset=time_offset,
     )
     return registry.get(config.objective).phases(settings)
 

@@ -111,7 +111,7 @@ def test_sizes_of_the_model():
     }
 
 
-MAY_CHANGE = """data.train data.validation data.test data.dir data.workers
+MAY_CHANGE = """data.files data.train data.validation data.test data.dir data.workers
     model.attention model.remat model.loss_chunk model.unroll
     train.steps train.log_every train.eval_every train.eval_windows train.metrics
     train.checkpoint_every

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from esolm_jax.data import build, sources
+from esolm_jax.data.later_fields import BEFORE
 from esolm_jax.data.manifest import check, load_manifest
 from esolm_jax.data.tokenizer import train_sentencepiece
 from esolm_jax.errors import UserError
@@ -26,6 +27,7 @@ def make_config(train, **data):
         holdout=0.2,
         text_field="text",
         tfds_dir="",
+        **BEFORE,
         seq_len=16,
         packing="wrap",
         tokenizer="bytes",

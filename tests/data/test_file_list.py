@@ -7,7 +7,7 @@ import os
 import pytest
 from text_config import config
 
-from esolm_jax.data import build, file_list, sources, text_files
+from esolm_jax.data import build, compressed, file_list, sources, text_documents
 from esolm_jax.errors import UserError
 
 
@@ -169,7 +169,7 @@ def test_gzip_bomb_is_refused_early(tmp_path, name):
 
 
 def test_text_that_shrinks_well_is_no_bomb(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_files, "BOMB_BYTES", 10_000)
+    monkeypatch.setattr(compressed, "BOMB_BYTES", 10_000)
     text = "".join(f"line {i}\n" for i in range(20_000))
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(text.encode()))
     assert "".join(read(train=str(tmp_path))) == text
@@ -178,7 +178,7 @@ def test_text_that_shrinks_well_is_no_bomb(tmp_path, monkeypatch):
 @pytest.mark.parametrize("end", ["\n", ""])
 def test_a_line_beyond_the_limit_is_told(tmp_path, monkeypatch, end):
     limit = 1000
-    monkeypatch.setattr(text_files, "MAX_LINE", limit)
+    monkeypatch.setattr(text_documents, "MAX_READ", limit)
     fits, path = json.dumps({"text": "x" * (limit - 12 - len(end))}), tmp_path / "a.jsonl"
     path.write_text(f"{fits}{end}")
     assert path.stat().st_size == limit and read(train=str(path))

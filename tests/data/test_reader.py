@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from esolm_jax.data.build import prepare
+from esolm_jax.data.later_fields import BEFORE
 from esolm_jax.data.reader import TrainReader, eval_batches, num_windows, unigram_perplexity
 from esolm_jax.errors import UserError
 
@@ -34,6 +35,7 @@ def manifest(tmp_path_factory):
         holdout=0.1,
         text_field="text",
         tfds_dir="",
+        **BEFORE,
         seq_len=12,
         packing="pad",
         tokenizer="bytes",

@@ -9,6 +9,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from esolm_jax.data import shakespeare, sources, text_files
+from esolm_jax.data.later_fields import BEFORE
 from esolm_jax.errors import UserError
 
 
@@ -21,6 +22,7 @@ def config(**data):
         holdout=0.2,
         text_field="text",
         tfds_dir="",
+        **BEFORE,
     )
     return ml_collections.ConfigDict({"seed": 0, "data": defaults | data})
 

@@ -7,6 +7,7 @@ import published_toy
 import pytest
 
 from esolm_jax.data import build, manifest, tokenizer, wordpieces
+from esolm_jax.data.later_fields import BEFORE
 from esolm_jax.data.manifest import planned_tokenizer
 from esolm_jax.errors import UserError
 from esolm_jax.model.build import num_ids
@@ -88,7 +89,7 @@ def test_prepare(request, kind, tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(lines))
     data = dict(
         source="text", train=text, validation=text, test=text, holdout=0.4,
-        text_field="text", tfds_dir="", seq_len=8, packing="wrap", tokenizer=kind,
+        text_field="text", tfds_dir="", **BEFORE, seq_len=8, packing="wrap", tokenizer=kind,
         tokenizer_path=str(folder), vocab_size=64,
     )  # fmt: skip
     config = ml_collections.ConfigDict({"data": data})
@@ -134,7 +135,9 @@ def test_gpt2_without_all_bytes(gpt2):
 
 
 def test_config_names_the_files(gpt2, bert):
-    data = ml_collections.ConfigDict(dict(tokenizer="bert", tokenizer_path=str(bert)))
+    data = ml_collections.ConfigDict(
+        dict(tokenizer="bert", tokenizer_path=str(bert), tokenizer_ids=0)
+    )
     config = ml_collections.ConfigDict({"data": data})
     assert tokenizer.from_config(config, lambda: ()).kind == "bert"
     config.data.tokenizer_path = str(gpt2)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from golden_eval import FOLDER, read_json
 
+from esolm_jax.data import published_tokenizers
 from esolm_jax.errors import UserError
 from esolm_jax.evaluation import protocol
-from esolm_jax.evaluation.protocol import published_tokenizers
 
 NAMES = {"wt": "wikitext"}  # in the vectors → in the published code
 DETOKENIZERS = ("wt", "ptb", "lm1b", "lambada", "scientific_papers")

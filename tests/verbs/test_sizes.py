@@ -132,7 +132,7 @@ def test_sampling_that_cannot_fit_is_refused(monkeypatch, family, rows, length, 
         memory_limit.check_sampling(config, model_of(config), mesh_of(config), rows, length, False)
 
 
-@pytest.mark.parametrize("path", ["2b", "7b", "owt", "medium", "lm1b", "shakespeare"])
+@pytest.mark.parametrize("path", ["2b", "7b", "owt", "medium", "lm1b_wrap", "text8", "shakespeare"])
 def test_a_config_for_a_pod_fits_its_pod(monkeypatch, path):
     """16 GB a chip (7b.py: 95), as they were compiled for; on the laptop they do not fit."""
     from config_files import ROOT, load

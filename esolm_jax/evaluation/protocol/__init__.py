@@ -1,7 +1,6 @@
 """The published evaluation protocols, reproduced with their surprises: plain functions.
 
-detokenizers.py          detokenize(name, text)
-published_tokenizers.py  GPT-2's, BERT's and text8's tokenizers, as the published code uses them
+(data/detokenizers.py)   detokenize(name, text)
 published_windows.py     windows(documents, tokenizer, …), windows_with_mask
 judge.py                 Judge(folder): a pretrained model that scores tokens
 published_perplexity.py  generative_perplexity(judge, texts, …): "pooled" and "bd3"
@@ -14,7 +13,7 @@ they drop no text, and their figures do not depend on the batch size. docs/evalu
 has examples.
 """
 
-from esolm_jax.evaluation.protocol.detokenizers import detokenize
+from esolm_jax.data.detokenizers import detokenize
 from esolm_jax.evaluation.protocol.judge import Judge
 from esolm_jax.evaluation.protocol.multiple_choice import (
     draw_masks,

@@ -1,8 +1,8 @@
 """Windows of token ids as the published evaluation cuts them, bit for bit.
 
-`prepare` cuts its own windows, from which nothing is dropped. These drop text, and how much depends
-on the number of processes, so a published perplexity can only be compared on windows made with the
-same `num_proc`.
+`prepare` makes them with config.data.window_mode=published; by default it drops nothing. How much
+text these drop depends on the number of processes, so a published perplexity can only be compared
+on windows made with the same `num_proc`.
 
 Wrapped windows: documents are detokenized and tokenized, with EOS behind each if `insert_eos`; an
 empty document is one, too. They are shared among `num_proc` processes in contiguous shards, the
@@ -24,18 +24,16 @@ and a later one does; here, the result is the windows of the later groups.
 """
 
 import dataclasses
-import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
+from esolm_jax.data import published_tokenizers
+from esolm_jax.data import windows as windows_lib
+from esolm_jax.data.detokenizers import detokenizer
+from esolm_jax.data.published_tokenizers import PublishedTokenizer
 from esolm_jax.errors import UserError
-from esolm_jax.evaluation.protocol import published_tokenizers
-from esolm_jax.evaluation.protocol.detokenizers import detokenizer
-from esolm_jax.evaluation.protocol.published_tokenizers import PublishedTokenizer
-
-GROUP = 1000  # documents that are concatenated, and whose rest is dropped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +113,7 @@ def windows_with_mask(
     texts = [clean(text) for text in documents]
     if not settings.wrap:
         return _padded(texts, read, settings.block_size)
-    shards = [_wrapped(shard, read, settings) for shard in _shards(texts, settings.num_proc)]
-    ids = np.concatenate(shards)
+    ids = _wrapped(texts, read, settings)
     return ids, np.ones_like(ids)
 
 
@@ -134,32 +131,17 @@ def _text8_documents(
     return [characters[start : start + length] for start in starts], settings
 
 
-def _shards(texts: list[str], num_proc: int) -> Iterator[list[str]]:
-    """Contiguous shards, the first ones one text longer."""
-    num_shards = max(min(num_proc, len(texts)), 1)
-    size, longer = divmod(len(texts), num_shards)
-    rest = iter(texts)
-    for i in range(num_shards):
-        yield list(itertools.islice(rest, size + (i < longer)))
-
-
 def _wrapped(
     texts: list[str], tokenizer: PublishedTokenizer, settings: WindowSettings
 ) -> np.ndarray:
-    """Windows of one shard."""
-    has_specials, block_size = settings.insert_special_tokens, settings.block_size
+    """Wrapped windows."""
+    specials = (tokenizer.bos_id, tokenizer.eos_id) if settings.insert_special_tokens else None
     end = [tokenizer.eos_id] if settings.insert_eos else []
-    length = block_size - 2 if has_specials else block_size
-    found = [np.zeros((0, block_size), np.int32)]
-    for start in range(0, len(texts), GROUP):
-        documents = tokenizer.encode_batch(texts[start : start + GROUP])
-        ids = np.array([i for document in documents for i in document + end], np.int32)
-        ids = ids[: len(ids) - len(ids) % length].reshape(-1, length)
-        if has_specials:
-            edges = ((0, 0), (1, 1))
-            ids = np.pad(ids, edges, constant_values=(tokenizer.bos_id, tokenizer.eos_id))
-        found.append(ids)
-    return np.concatenate(found)
+    length = settings.block_size - (2 if specials else 0)
+    sizes = windows_lib.group_sizes(len(texts), windows_lib.GROUP, settings.num_proc)
+    documents = (document + end for document in tokenizer.encode_batch(texts))
+    cut = windows_lib.surround(windows_lib.cut_groups(documents, length, sizes), specials)
+    return np.array(list(cut), np.int32).reshape(-1, settings.block_size)
 
 
 def _padded(
@@ -171,7 +153,8 @@ def _padded(
         raise UserError("wrap=False: must be True with the text8 tokenizer (no published run pads)")
     ids = np.full((len(texts), block_size), padding.pad_id, np.int32)
     mask = np.zeros_like(ids)
-    for row, document in enumerate(tokenizer.encode_batch(texts)):
-        document = [padding.first_id, *document[: block_size - 2], padding.last_id]
-        ids[row, : len(document)], mask[row, : len(document)] = document, 1
+    documents = windows_lib.pad(tokenizer.encode_batch(texts), block_size - 2, None)
+    edges = padding.first_id, padding.last_id
+    for row, window in enumerate(windows_lib.surround(documents, edges)):
+        ids[row, : len(window)], mask[row, : len(window)] = window, 1
     return ids, mask

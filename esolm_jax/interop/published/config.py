@@ -228,8 +228,14 @@ def _set_data(config: ConfigDict, hyper: Any, where: str) -> None:
     config.data.packing = "pad" if find(hyper, "data.wrap") is False else "wrap"
     config.data.source = "text"
     train = find(hyper, "data.train")
-    if isinstance(train, str) and train.startswith("lm1b"):
+    is_lm1b = isinstance(train, str) and train.startswith("lm1b")
+    if is_lm1b:
         config.data.source, config.data.train, config.data.test = "tfds:lm1b", "train", "test"
+        config.data.detokenizer = "lm1b"
+    if config.data.packing == "pad":
+        config.data.document_end, config.data.window_specials = "none", "bos_eos"
+    elif is_lm1b and config.data.tokenizer == "bert":
+        config.data.document_end, config.data.window_specials = "bos", "bos_bos"
 
 
 def check(config: ConfigDict, published: published_file.Published) -> None:

@@ -58,7 +58,7 @@ def convert(config, source: str, workdir: pathlib.Path, tokenizer: str, weights:
     _check_vocabulary(published, chosen)
     _check_sizes(config, published)
     with config.unlocked():
-        config.data.tokenizer = chosen.kind
+        config.data.tokenizer, config.data.tokenizer_ids = chosen.kind, 0
         config.data.tokenizer_path = saved_tokenizer(chosen, workdir)
     model = build.model_config(config, tokenizer_entry(chosen), "cpu")
     raw, ema, words = _sets(published, model, weights)

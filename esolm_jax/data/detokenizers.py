@@ -99,6 +99,9 @@ _BY_PREFIX: dict[str, Callable[[str], str]] = {  # wikitext2, scientific_papers_
 }
 
 
+NAMES = ("none", "wikitext", "ptb", "lm1b", "lambada", "scientific_papers")
+
+
 def detokenizer(name: str) -> Callable[[str], str]:
     """The detokenizer of a data set, by the data set's name in the published code.
 

@@ -1,0 +1,118 @@
+"""The NELBO by the published protocol: Eso-LM's batches are split by κ (--protocol=published).
+
+The first ⌊κ · rows⌋ rows of each evaluation batch feed the diffusion term, the others the
+sequential term; `protocol/published_nelbo.py` has the sums. Times are stratified over the diffusion
+rows. Other families, and α₀ = 0 or 1, have one term of all rows. One draw per window. Figures
+depend on the batch size, and on which windows share a batch: the published code shuffles windows by
+a PyTorch generator, these batches are in order.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from esolm_jax.errors import UserError
+from esolm_jax.evaluation.likelihood import counted_batches
+from esolm_jax.evaluation.metric import Result
+from esolm_jax.evaluation.protocol.published_nelbo import (
+    BatchNelbo,
+    diffusion_rows,
+    nelbo_figures,
+)
+from esolm_jax.evaluation.window_noise import compiled, phase_nll
+from esolm_jax.family import registry
+from esolm_jax.family.phase import is_exact
+from esolm_jax.model.build import BuiltModel
+from esolm_jax.process import prng
+
+
+def kappa_of(config) -> float:
+    """The share of a batch that feeds the diffusion term."""
+    if not registry.get(config.objective).has_two_phases:
+        return 0.0 if is_exact(config) else 1.0
+    return {0.0: 0.0, 1.0: 1.0}.get(config.alpha_0, config.kappa)
+
+
+def check_batches(config, num_windows: int) -> None:
+    """UserError if no row of the last batch would feed the diffusion term, on which the published
+    code fails, too."""
+    rest = num_windows % config.eval.batch_size or min(num_windows, config.eval.batch_size)
+    try:
+        diffusion_rows(rest, kappa_of(config))
+    except UserError as error:
+        raise UserError(
+            f"config.eval.batch_size={config.eval.batch_size}: leaves a last batch of {rest} of "
+            f"{num_windows:,} windows, with no row for the diffusion term at config.kappa="
+            f"{config.kappa} (the published code fails there); choose another batch size"
+        ) from error
+
+
+def make(config, built: BuiltModel) -> Callable[..., Result]:
+    """Returns estimate(params, batches, *, split, seed, progress, total) → Result, as a metric."""
+    kappa = kappa_of(config)
+
+    def draw(params, key, num_diffusion, x, valid):
+        key_time, key_rows = jax.random.split(key)
+        row_B = jnp.arange(x.shape[0])
+        shift = jax.random.uniform(key_time)
+        offset_B = (shift + row_B) / jnp.maximum(num_diffusion, 1) % 1.0
+        return phase_nll(config, built, params, key_rows, offset_B, row_B, x, valid)
+
+    run = compiled(draw, built)
+
+    def estimate(params, batches, *, split: dict, seed: int, progress=None, total=None) -> Result:
+        del split
+        sums, windows = [], 0
+        for i, count, batch in counted_batches(batches, built.mesh, progress, total):
+            rows = int((count > 0).sum())
+            first = diffusion_rows(rows, kappa)
+            key = jax.random.fold_in(prng.key(seed), i)
+            drawn = run(params, key, np.int32(first or rows), batch["x"], batch["valid"])
+            sums.append(_sums(np.asarray(drawn, np.float64), count, first))
+            windows += rows
+        return _result(sums, windows, kappa, is_exact(config))
+
+    return estimate
+
+
+def _sums(nll_PB: np.ndarray, count_B: np.ndarray, first: int) -> BatchNelbo:
+    """The sums of a batch: `first` rows feed the first phase, the others the last."""
+    diffusion, sequential = nll_PB[0][:first], nll_PB[-1][first:]
+    counts = int(count_B[:first].sum()), int(count_B[first:].sum())
+    sequential = sequential[count_B[first:] > 0]
+    return BatchNelbo(float(diffusion.sum()), counts[0], float(sequential.sum()), counts[1])
+
+
+def _result(batches: list[BatchNelbo], windows: int, kappa: float, exact: bool) -> Result:
+    values = nelbo_figures(batches)
+    error = 0.0 if exact else _error(batches, values["nll"])
+    figures = {
+        "bound": "exact" if exact else "published_nelbo",
+        "num_samples": 1,
+        "kappa": kappa,
+        "nll_per_token": values["nll"],
+        "standard_error": None if math.isnan(error) else error,
+        "standard_error_note": "an exact likelihood"
+        if exact
+        else "of batches: of other windows and other noise, in nats per token",
+        "perplexity": values["perplexity"],
+        "bits_per_token": values["bits_per_token"],
+        "num_tokens": sum(b.diffusion_tokens + b.sequential_tokens for b in batches),
+        "windows": windows,
+    }
+    text = "unknown from one batch" if math.isnan(error) else f"{error:.4f}"
+    line = f"{figures['bound']}: perplexity {values['perplexity']:.2f}, {values['nll']:.4f} "
+    return Result(values["nll"], figures, line + f"nats per token ± {text} (over batches)")
+
+
+def _error(batches: list[BatchNelbo], nll: float) -> float:
+    """Standard error of the weighted mean over batches; NaN for one batch."""
+    if len(batches) < 2:
+        return math.nan
+    weight = np.array([batch.num_tokens for batch in batches], np.float64)
+    residual = weight * np.array([batch.loss - nll for batch in batches])
+    scale = len(batches) / (len(batches) - 1)
+    return math.sqrt(scale * (residual**2).sum()) / weight.sum()
