@@ -1,5 +1,6 @@
 """The samples of the public code of LLaDA, Dream and SDAR, token for token, from its own noise."""
 
+import dataclasses
 import json
 import re
 
@@ -13,7 +14,10 @@ from thorough import thorough
 from tiny_run import command
 
 from esolm_jax.errors import UserError
+from esolm_jax.evaluation.protocol.multiple_choice import log_softmax
 from esolm_jax.family import registry
+from esolm_jax.sampling.engine.choose import TokenSampler
+from esolm_jax.sampling.loops.confidence import Confidence
 from esolm_jax.sampling.loops.dream import Dream
 from esolm_jax.sampling.loops.llada import LLaDA
 from esolm_jax.sampling.loops.loop import Task, row_keys
@@ -253,6 +257,25 @@ def test_sample(name, key, settings):
     assert command("sample", f"--workdir={workdir(name)}", f"--prompt={text}", *flags, *one) == 0
     row = json.loads((workdir(name) / "samples.jsonl").read_text())
     assert row["token_ids"] == wanted[0].tolist()
+
+
+@thorough
+def test_our_confidence_order_of_dream():
+    """By hand: the most confident mask first, predicted by the row before; no mask token."""
+    loaded = model("dream")
+    prompt = loaded.tokenizer.encode("The river")
+    ids = np.array([*prompt, *[loaded.mask_id] * 4])
+    of_task = dataclasses.replace(task("dream", [ids]), sampler=TokenSampler(loaded.mask_id, 0.0))
+    decoded = Confidence(of_task, cached=False, predicts_next=True).run(loaded._network)
+    for _ in range(4):
+        logits = np.array(loaded.logits(ids[None]), np.float64)[
+            0, np.maximum(np.arange(len(ids)) - 1, 0)
+        ]
+        logits[:, loaded.mask_id] = -np.inf
+        confidence = log_softmax(logits).max(axis=1)
+        position = np.argmax(np.where(ids == loaded.mask_id, confidence, -np.inf))
+        ids[position] = logits[position].argmax()
+    np.testing.assert_array_equal(np.asarray(decoded.text)[0], ids)
 
 
 def test_sampled_texts_follow_the_distribution():
