@@ -23,7 +23,11 @@ def main(config, workdir: pathlib.Path) -> None:
     for note in manifest.notes():
         print(f"note: {note}")
     print(f"wrote {directory}: windows, tokenizer and manifest.json")
-    print(cli.next_command("train", workdir, keep=cli.CONFIG))
+    if "train" in manifest.splits:
+        print(cli.next_command("train", workdir, keep=cli.CONFIG))
+    else:
+        model, data = pathlib.Path("MODEL"), f"--config.data.dir={directory}"
+        print(cli.next_command("evaluate", model, data, keep=r"config\.data\..+"))
 
 
 CLI = cli.Verb(one_process=True, others_wait=True)

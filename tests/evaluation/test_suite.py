@@ -161,6 +161,21 @@ def test_published_protocol(first, trained):
     assert ptb["num_tokens"] == entry["tokens"] and ptb["standard_error"] > 0
 
 
+def test_evaluate_needs_a_test_set_alone(trained, tmp_path, capsys):
+    """The command that `prepare` prints evaluates a model on text that has no train split."""
+    (tmp_path / "a.txt").write_text("one line\n\nthe last line\n")
+    given = [f"--config.data.test={tmp_path}/a.txt", "--config.data.document=line"]
+    assert command("prepare", f"--config={FILE}", f"--workdir={tmp_path}/own", *given) == 0
+    printed = capsys.readouterr().out.splitlines()[-1]
+    assert printed.startswith("next: python -m esolm_jax.evaluate --workdir=MODEL ")
+    args = printed.replace("MODEL", str(trained[0])).split()[4:]
+    assert command("evaluate", *args) == 0
+    found = json.loads((trained[0] / "evaluate.json").read_text())
+    assert (found["data"]["split_documents"], found["data"]["document"]) == (2, "line")
+    assert found["num_tokens"] == len("one line") + len("the last line") + 2
+    assert "there is none" in found["unigram_note"]
+
+
 @pytest.mark.parametrize(
     "args, message",
     [

@@ -75,9 +75,9 @@ def _plot(report: dict[str, Any], suite: Suite, path: pathlib.Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
-    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(10, 4), layout="constrained")
     names = [entry["name"] for entry in report["data_sets"]]
     bounds = {result["bound"] for entry in report["data_sets"] for result in entry["results"]}
     for bound in sorted(bounds):
@@ -94,6 +94,8 @@ def _plot(report: dict[str, Any], suite: Suite, path: pathlib.Path) -> None:
             axes.plot(*zip(*points, strict=True), marker, label=label, fillstyle="none")
     axes.set_xticks(range(len(names)), [entry["title"] for entry in report["data_sets"]])
     axes.set(yscale="log", ylabel="perplexity", title=report["title"])
-    axes.legend(fontsize="small")
+    for axis_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis_formatter(ticker.FormatStrFormatter("%g"))
+    figure.legend(fontsize="small", loc="outside right")
     figure.savefig(path, dpi=120, format="png")
     pyplot.close(figure)
