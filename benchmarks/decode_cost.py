@@ -33,6 +33,7 @@ class Case:
 
     Attributes:
       steps: config.sample.steps; 0 = one token per pass.
+      dtype: of the weights and the KV cache; auto = the model's.
     """
 
     file: str
@@ -41,18 +42,21 @@ class Case:
     length: int
     texts: int
     steps: int = 0
+    dtype: str = "auto"
 
     @property
     def name(self) -> str:
         steps = f", T = {self.steps}" if self.steps else ""
+        dtype = f", {self.dtype}" if self.dtype != "auto" else ""
         kind = self.topology.split(":")[0]
-        return f"{self.file}:{self.objective} {kind}, {self.texts} x {self.length}{steps}"
+        return f"{self.file}:{self.objective} {kind}, {self.texts} x {self.length}{steps}{dtype}"
 
     def config(self):
         config = importlib.import_module(f"configs.{self.file}").get_config(self.objective)
         config.data.seq_len = self.length
         config.mesh.update({"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1, "devices": 1})
         config.sample.num_texts, config.sample.steps = self.texts, self.steps
+        config.sample.weight_dtype = config.sample.cache_dtype = self.dtype
         config.train.batch_size = config.eval.batch_size = 8
         config_lib.validate(config)
         return config
@@ -69,6 +73,9 @@ CASES = [
     Case("owt", "ar", "h100:1", 1024, 1),
     Case("owt", "mdlm", "h100:1", 1024, 1, steps=256),
     Case("2b", "0.5", "h100:1", 1024, 1),
+    Case("owt", "0.5", "h100:1", 1024, 1, dtype="int8"),
+    Case("owt", "0.5", "h100:1", 1024, 32, dtype="int8"),
+    Case("owt", "0.5", "v5e:2x2", 1024, 32, dtype="int8"),
 ]
 
 

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict, config_flags
 
 from esolm_jax import config as config_lib
 from esolm_jax.errors import UserError
-from esolm_jax.parallel import distributed, launcher, multihost
+from esolm_jax.parallel import distributed, launcher, multihost, program_cache
 from esolm_jax.parallel.guard import guard
 from esolm_jax.process import failures, interrupts, jax_settings, standard_streams, startup
 from esolm_jax.training import checkpoint_meta, checkpoint_steps
@@ -173,6 +173,7 @@ class Verb:
       one_process: main runs in process 0 only.
       others_wait: with `one_process`, further processes wait; else they are an error.
       stoppable: main uses stop_signal.StopSignal.
+      leaves_at_once: main closes all files, and leaves no thread behind: startup.leave.
       needs_workdir: False: --workdir is optional and may be None.
       define_flags: defines the flags of this verb.
       default_config: from the values of flags to another default for --config, or None.
@@ -182,6 +183,7 @@ class Verb:
     one_process: bool = False
     others_wait: bool = False
     stoppable: bool = False
+    leaves_at_once: bool = False
     needs_workdir: bool = True
     define_flags: Callable[[], None] = lambda: None
     default_config: Callable[[FlagValue], str | None] = lambda _: None
@@ -232,6 +234,7 @@ def _run_main(main: Callable[[ConfigDict, pathlib.Path], None], verb: Verb) -> N
     with guard():
         if several or not verb.one_process:
             _join(config, stoppable=verb.stoppable, uses_devices=not verb.one_process)
+        program_cache.keep_compiled_programs()
         with _only_process_0_prints():
             workdir = flags.FLAGS.workdir
             workdir = workdir and pathlib.Path(workdir).expanduser()
@@ -260,6 +263,8 @@ def run(main: Callable[[ConfigDict, pathlib.Path], None], verb: Verb) -> None:
         written = ((name, _flag_value(sys.argv, name)) for name in ("to", "workdir"))
         code = failures.report(error, next((f"--{n}={v}" for n, v in written if v), None))
     interrupts.finish()
+    if verb.leaves_at_once:
+        startup.leave(code)
     sys.exit(code)
 
 

@@ -20,7 +20,6 @@ from ml_collections import ConfigDict
 from esolm_jax import config as config_lib
 from esolm_jax import memory_limit
 from esolm_jax.config import Setting
-from esolm_jax.data.manifest import tokenizer_entry
 from esolm_jax.data.tokenizer import Tokenizer
 from esolm_jax.errors import UserError
 from esolm_jax.evaluation import sampler_likelihood, text_likelihood
@@ -30,7 +29,6 @@ from esolm_jax.family import registry
 from esolm_jax.family.labels import Tokens
 from esolm_jax.interop.published import names as published_names
 from esolm_jax.interop.published.names import PublishedModel
-from esolm_jax.model import build
 from esolm_jax.parallel import sharding
 from esolm_jax.sampling import texts as texts_lib
 from esolm_jax.sampling.engine import network
@@ -58,6 +56,7 @@ class LanguageModel:
         self.params = trained.params
         self._built = trained.built
         self._apply = jax.jit(trained.built.apply)
+        self._networks: dict[str, network.Network] = {}
 
     @property
     def mask_id(self) -> int:
@@ -163,18 +162,20 @@ class LanguageModel:
             for i, text in enumerate(given)
         )
         mesh, special = self._built.mesh, self._built.special
-        check_sampling_fits(config, self.tokenizer, parsed, mesh)
+        memory_limit.check_sampling_fits(config, self.tokenizer, parsed, mesh)
         canvas = texts_lib.make_canvas(config, parsed, special, self._built.model.vocab_size)
         generator = Generator.of(config, canvas, special, mesh=mesh, eos_id=self.tokenizer.eos_id)
-        decoded = generator.run(self._network)
+        decoded = generator.run(self._network(config.sample.weight_dtype))
         rows = texts_lib.sample_rows(
             config, generator, jax.device_get(decoded), self.tokenizer, prompted=bool(parsed)
         )
         return [row["text"] for row in rows]
 
-    @functools.cached_property
-    def _network(self) -> network.Network:
-        return network.fold(self._built.model, self.params, self._built.mesh)
+    def _network(self, dtype: str) -> network.Network:
+        if dtype not in self._networks:
+            folded = network.fold(self._built.model, self.params, self._built.mesh, dtype=dtype)
+            self._networks = {dtype: folded}  # one at a time
+        return self._networks[dtype]
 
     def log_likelihood(
         self,
@@ -234,30 +235,6 @@ class LanguageModel:
     @functools.cached_property
     def _likelihood(self) -> TextLikelihood:
         return TextLikelihood(self.config, self._built, self.tokenizer)
-
-
-def check_sampling_fits(
-    config: ConfigDict, tokenizer: Tokenizer, prompts: Sequence[prompts_lib.Prompt], mesh: Any
-) -> None:
-    """UserError unless the texts of config.sample fit the devices and their memory."""
-    if jax.process_count() > 1:
-        raise UserError(f"sampling must run in one process, not in {jax.process_count()}")
-    rows, shards = config.sample.num_texts * max(1, len(prompts)), sharding.num_row_shards(mesh)
-    if rows % shards:
-        raise UserError(
-            f"config.sample.num_texts={config.sample.num_texts}: {rows} texts in total: must be a "
-            f"multiple of mesh.data x mesh.fsdp = {shards}"
-        )
-    if mesh.shape["sequence"] > 1:
-        raise UserError(
-            f"config.mesh.sequence={mesh.shape['sequence']}: must be 1 for sampling; put those "
-            "devices on another axis"
-        )
-    model = build.model_config(config, tokenizer_entry(tokenizer), sharding.platform(mesh))
-    length = texts_lib.length_of(config)
-    lengths = [len(prompt.tokens) if prompt.is_whole else length for prompt in prompts]
-    longest = max(lengths, default=length)
-    memory_limit.check_sampling(config, model, mesh, rows, longest, prompted=bool(prompts))
 
 
 def load(

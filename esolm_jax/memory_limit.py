@@ -10,14 +10,19 @@ import pathlib
 import resource
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 
-from esolm_jax.data.reader import PREFETCH
+from esolm_jax.data.manifest import tokenizer_entry
+from esolm_jax.data.tokenizer import Tokenizer
 from esolm_jax.errors import UserError
 from esolm_jax.family import registry
+from esolm_jax.model import build
 from esolm_jax.model.model_config import TIME_FREQUENCIES, ModelConfig
 from esolm_jax.parallel import sharding
 from esolm_jax.sampling import generate
+from esolm_jax.sampling import texts as texts_lib
+from esolm_jax.sampling.plan.prompts import Prompt
 
 GB = 1e9
 FLOAT = 4
@@ -93,6 +98,8 @@ def _forward(config, model: ModelConfig, mesh, field: str, rows: float, kept: in
 
 def check_training(config, model: ModelConfig, mesh) -> None:
     """UserError unless the state, a micro-batch and the reader's batches may fit."""
+    from esolm_jax.data.reader import PREFETCH  # imports Grain, which sampling does not need
+
     t, workers = config.train, config.data.workers
     cores = os.cpu_count() or 1
     if workers > WORKERS_PER_CORE * cores:
@@ -138,7 +145,8 @@ def check_evaluation(config, model: ModelConfig, mesh) -> None:
 
 def check_sampling(config, model: ModelConfig, mesh, rows: int, length: int, prompted: bool):
     """UserError unless the weights, `rows` texts of `length` tokens and their cache may fit."""
-    s, itemsize = config.sample, jnp.dtype(model.dtype).itemsize
+    s = config.sample
+    itemsize = jnp.dtype(model.dtype if s.cache_dtype == "auto" else s.cache_dtype).itemsize
     fields = ("sample.num_texts", "sample.length")
     if length > rows:
         fields = fields[::-1]
@@ -157,6 +165,39 @@ def check_sampling(config, model: ModelConfig, mesh, rows: int, length: int, pro
         Need("tables of passes", fields, tables, on_device=False),
     ]
     _check(config, mesh, needs)
+
+
+def check_cache_dtype(dtype: str, device) -> None:
+    """UserError if a GPU has no arithmetic for the KV cache's dtype."""
+    capability = getattr(device, "compute_capability", None)
+    if dtype.startswith("float8") and capability and float(capability) < 8.9:
+        raise UserError(
+            f"config.sample.cache_dtype={dtype!r}: must be auto or int8, because GPUs of compute "
+            f"capability {capability} have no {dtype}"
+        )
+
+
+def check_sampling_fits(config, tokenizer: Tokenizer, prompts: Sequence[Prompt], mesh) -> None:
+    """UserError unless the texts of config.sample fit the devices and their memory."""
+    check_cache_dtype(config.sample.cache_dtype, mesh.devices.flat[0])
+    if jax.process_count() > 1:
+        raise UserError(f"sampling must run in one process, not in {jax.process_count()}")
+    rows, shards = config.sample.num_texts * max(1, len(prompts)), sharding.num_row_shards(mesh)
+    if rows % shards:
+        raise UserError(
+            f"config.sample.num_texts={config.sample.num_texts}: {rows} texts in total: must be a "
+            f"multiple of mesh.data x mesh.fsdp = {shards}"
+        )
+    if mesh.shape["sequence"] > 1:
+        raise UserError(
+            f"config.mesh.sequence={mesh.shape['sequence']}: must be 1 for sampling; put those "
+            "devices on another axis"
+        )
+    model = build.model_config(config, tokenizer_entry(tokenizer), sharding.platform(mesh))
+    length = texts_lib.length_of(config)
+    lengths = [len(prompt.tokens) if prompt.is_whole else length for prompt in prompts]
+    longest = max(lengths, default=length)
+    check_sampling(config, model, mesh, rows, longest, prompted=bool(prompts))
 
 
 def _check(config, mesh, needs: Sequence[Need]) -> None:

@@ -13,18 +13,15 @@ import jax
 import numpy as np
 from absl import flags
 
-from esolm_jax import cli, language_model, results
-from esolm_jax.data.manifest import open_tokenizer
-from esolm_jax.evaluation.protocol import judge_source
-from esolm_jax.evaluation.protocol.judge import Judge
-from esolm_jax.evaluation.quality import metrics as quality
-from esolm_jax.evaluation.quality import text_file
-from esolm_jax.evaluation.quality.judged import QualitySettings
+from esolm_jax import cli, memory_limit, results
+from esolm_jax.data.manifest import open_tokenizer, tokenizer_entry
+from esolm_jax.model import build
 from esolm_jax.parallel import sharding
 from esolm_jax.process import jax_settings
+from esolm_jax.process.background import Background
 from esolm_jax.sampling import texts as texts_lib
 from esolm_jax.sampling import trace
-from esolm_jax.sampling.engine.network import fold
+from esolm_jax.sampling.engine import network as network_lib
 from esolm_jax.sampling.generate import Generator, check, draft_figures
 from esolm_jax.sampling.plan import prompts as prompts_lib
 from esolm_jax.sampling.plan.passes import NEVER
@@ -72,17 +69,18 @@ def sample(
     mesh = sharding.make_mesh(config.mesh)
     tokenizer = open_tokenizer(workdir / "tokenizer")
     found = _prompts(prompt, prompts, tokenizer, texts_lib.length_of(config))
-    language_model.check_sampling_fits(config, tokenizer, found, mesh)
+    memory_limit.check_sampling_fits(config, tokenizer, found, mesh)
+    built = build.build_model(config, tokenizer_entry(tokenizer), mesh)
+    canvas = texts_lib.make_canvas(config, found, built.special, built.model.vocab_size)
+    generator = Generator.of(config, canvas, built.special, mesh=mesh, eos_id=tokenizer.eos_id)
+    programs = Background(lambda: _programs(config, built, generator))
     trained = restore.load_trained(config, workdir, config.sample.weights, mesh, cli.step_flag())
     restore.check_tokenizer(tokenizer, workdir, trained.meta)
-    special, model = trained.built.special, trained.built.model
-    canvas = texts_lib.make_canvas(config, found, special, model.vocab_size)
-    generator = Generator.of(config, canvas, special, mesh=mesh, eos_id=tokenizer.eos_id)
-    network = fold(model, trained.params, mesh)
     loaded = time.perf_counter()
     total = int(generator.schedule.sizes.sum())
     print(f"compiling, then {total:,} tokens for {len(canvas.token)} texts …", flush=True)
-    run = generator.compile(network)
+    fold, run = programs.result()
+    network = fold(trained.params)
     compiled = time.perf_counter()
     decoded = jax.device_get(run(network))
     end = time.perf_counter()
@@ -101,6 +99,14 @@ def sample(
     }
     steps = _trace(config, generator, decoded, tokenizer, nfe) if with_trace else None
     return figures, steps
+
+
+def _programs(config, built: build.BuiltModel, generator: Generator):
+    """(fold: parameters → network, run: network → texts), compiled. Needs no weights."""
+    params = build.abstract_params(built.model, built.mesh)
+    dtype = config.sample.weight_dtype
+    fold = network_lib.compiled_fold(built.model, params, built.mesh, dtype=dtype)
+    return fold, generator.compile(fold.out_info)
 
 
 def _settings(config, step: int) -> dict:
@@ -139,25 +145,15 @@ def _trace(config, generator: Generator, decoded, tokenizer, nfe: int) -> trace.
     )
 
 
-def _judge(config, folder: str, rows: list[dict], path: pathlib.Path) -> None:
-    """Writes and prints the quality of the texts, as `judge` does with its defaults."""
-    texts = text_file.of_samples(str(path.with_name("samples.jsonl")), rows)
-    model = Judge(folder, mesh=sharding.make_mesh(config.mesh))
-    figures = quality.judge(texts, model, QualitySettings())
-    results.write_json(path, {"texts": texts.name, "judge": folder, **figures})
-    for line in quality.table(figures):
-        print(line)
-
-
 def main(config, workdir: pathlib.Path) -> None:
     texts, summary = workdir / "samples.jsonl", workdir / "samples.json"
     page, picture = workdir / "trace.html", workdir / "trace.png"
     judge, judged = _flag("judge", None), workdir / "samples.judge.json"
     results.check_can_write(texts, summary, page, picture, judged)
-    if judge:
-        judge_source.check(judge)
-    if not jax.config.jax_compilation_cache_dir:  # compiled programs are kept between runs
-        jax.config.update("jax_compilation_cache_dir", str(workdir.resolve() / "compiled"))
+    if judge:  # imported on use, because it takes time
+        from esolm_jax.evaluation.quality import of_samples
+
+        of_samples.check(judge)
     figures, steps = sample(
         config,
         workdir,
@@ -184,7 +180,7 @@ def main(config, workdir: pathlib.Path) -> None:
         trace.write_png(steps, picture)
         written += [page, picture]
     if judge:
-        _judge(config, judge, rows, judged)
+        of_samples.judge(config, judge, rows, judged)
         written.append(judged)
     for path in written:
         print(f"wrote {path}")
@@ -192,7 +188,7 @@ def main(config, workdir: pathlib.Path) -> None:
     print(cli.next_command("sample", workdir, another, keep=".*"))
 
 
-CLI = cli.Verb(reads_checkpoint=True, define_flags=define_flags)
+CLI = cli.Verb(reads_checkpoint=True, leaves_at_once=True, define_flags=define_flags)
 
 if __name__ == "__main__":
     cli.run(main, CLI)

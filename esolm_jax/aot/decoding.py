@@ -25,10 +25,11 @@ from esolm_jax.sampling.plan.canvas import Canvas
 from esolm_jax.training.train_step import Trainer
 
 
-def abstract_network(training: Trainer) -> Network:
-    """The decoding network of the trainer's model, as shapes on its mesh."""
-    built = training.built
-    make = functools.partial(network_lib.fold, built.model, training.abstract_state().params)
+def abstract_network(training: Trainer, dtype: str) -> Network:
+    """The decoding network of the trainer's model, as shapes on its mesh. `dtype`: of
+    config.sample.weight_dtype."""
+    built, params = training.built, training.abstract_state().params
+    make = functools.partial(network_lib.fold, built.model, params, dtype=dtype)
     return sharding.abstract(make, network_lib.shardings(jax.eval_shape(make), built.mesh))
 
 
@@ -43,7 +44,8 @@ def measure(config, training: Trainer, chip: Chip) -> dict:
     """Compiles the programs of the loop. Figures of one chip; those of a pass are of the program
     whose loop moves most bytes. FLOPs and bytes sent are of one pass and what precedes the loop;
     attention kernels are not counted."""
-    generates, network = generator(config, training.built), abstract_network(training)
+    generates = generator(config, training.built)
+    network = abstract_network(training, config.sample.weight_dtype)
     with tempfile.TemporaryDirectory() as dump, topology.compiling_for(training.built.mesh):
         options = {"xla_dump_to": dump} if chip.platform == "gpu" else {}
         begin = time.perf_counter()
@@ -110,31 +112,36 @@ def necessary_bytes(network: Network, generates: Generator) -> float:
     weights = sum(
         map(local, jax.tree.leaves((network.blocks, network.logits, network.logits_bias)))
     )
-    model, mesh, plan = network.config, network.logits.sharding.mesh, generates.plan
+    model, mesh, plan = network.config, network.embedding.sharding.mesh, generates.plan
     rows = plan.order.shape[0] / sharding.num_row_shards(mesh)
     itemsize = jax.numpy.dtype(model.dtype).itemsize
     widths = float(np.mean(plan.widths[plan.prompt_passes :]))
     embedded = rows * widths * model.width * itemsize
-    entry = 2 * model.blocks * model.groups * model.head_width / mesh.shape["tensor"] * itemsize
+    head = model.head_width * itemsize
+    if (cached := generates.loop.task.cache_dtype) != "auto":
+        head = model.head_width * jax.numpy.dtype(cached).itemsize + 4  # and its scale
+    entry = 2 * model.blocks * model.groups / mesh.shape["tensor"] * head
     return weights + embedded + rows * mean_filled(generates) * entry
 
 
 def _attention_bytes(filled: float, dtype: str, operands: tuple[Shape, ...]) -> float:
-    """Of decode_attention, from the shapes of its operands: of the caches [N, B, S, G·K], the
-    filled slots."""
+    """Of decode_attention, from the shapes of its operands: of the caches [N, B, S, G·K] and their
+    scales [N, B, G, S], the filled slots."""
     from esolm_jax.sampling.engine import decode_gpu, decode_tpu
 
     itemsize = jax.numpy.dtype(dtype).itemsize
-    caches = [shape.sizes for shape in operands if len(shape.sizes) == 4]
+    caches = [shape for shape in operands if len(shape.sizes) == 4]
+    slots = caches[0].sizes[2] if caches else 0
+    slot_bytes = sum(shape.bytes / math.prod(shape.sizes[:2]) / slots for shape in caches)
     products = [shape.sizes for shape in operands if len(shape.sizes) == 5]
     if products:
         batch, window, groups, heads, width = products[0]
-        slots = caches[0][2] if caches else 0
         sizes = decode_gpu.Sizes(batch, groups, heads - 2, window, width, slots)
-        return decode_gpu.attention_bytes(sizes, itemsize, filled)
-    _, batch, slots, lanes = caches[0]
+        return decode_gpu.attention_bytes(sizes, itemsize, slot_bytes, filled)
     rest = sum(shape.stored_bytes for shape in operands if len(shape.sizes) != 4)
-    return rest + decode_tpu.attention_bytes(batch, slots, lanes, itemsize, filled)
+    row_bytes = int(caches[0].bytes / math.prod(caches[0].sizes[:3]))
+    batch = caches[0].sizes[1]
+    return rest + decode_tpu.attention_bytes(batch, slots, row_bytes, slot_bytes, filled)
 
 
 def _graphs(dump: pathlib.Path) -> dict:

@@ -1,6 +1,7 @@
 """The model of a config: its sizes, special ids and head, sharded over a mesh."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -78,8 +79,15 @@ def build_model(config, tokenizer: dict, mesh) -> BuiltModel:
 
 def abstract_params(config: ModelConfig, mesh):
     """ShapeDtypeStructs of the parameters, sharded over the mesh."""
+    shapes = _shapes(config)
+    return jax.tree.map(
+        lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where),
+        shapes,
+        sharding.parameters(mesh, shapes),
+    )
 
-    def make():
-        return model_lib.init(config, prng.key(0))
 
-    return sharding.abstract(make, sharding.parameters(mesh, jax.eval_shape(make)))
+@functools.lru_cache(maxsize=16)
+def _shapes(config: ModelConfig) -> dict:
+    """Shapes of the parameters; to trace the initialisation takes 0.1 s."""
+    return jax.eval_shape(lambda: model_lib.init(config, prng.key(0)))

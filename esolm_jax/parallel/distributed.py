@@ -76,6 +76,8 @@ def start(
         heartbeat_timeout_seconds=int(heartbeat_timeout) + _JAX_IS_SLOWER,
         shutdown_timeout_seconds=int(barrier_timeout),
     )
+    import orbax.checkpoint  # noqa: F401  # defines the flag
+
     if _ORBAX_BARRIER in flags.FLAGS:  # the alternative compiles and runs a program
         flags.FLAGS[_ORBAX_BARRIER].value = True
     watching = peers.Watch(client(), process_index(), process_count(), heartbeat_timeout, relay)

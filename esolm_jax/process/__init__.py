@@ -5,5 +5,7 @@ failures.py          one line on stderr and an exit code for each kind of failur
 interrupts.py        SIGINT and SIGTERM
 standard_streams.py  standard output that survives a closed pipe
 jax_settings.py      settings of JAX from the environment: fixed or recorded
+background.py        a call in a thread of its own
+compilation_cache.py the user's folder of compiled programs
 prng.py              random keys, with a fixed generator
 """

@@ -102,6 +102,7 @@ def _rules_of_family(config) -> Rules:
             not family.is_blockwise or s.block_length in (0, config.block_length),
             f"0 or block_length={config.block_length} {named}",
         ),
+        "cache_dtype": (family.keeps_cache or s.cache_dtype == "auto", f"auto {named} (no cache)"),
         "draft_tokens": (
             not (family.no_speculation and speculates and s.draft_tokens),
             f"0 {named} ({family.no_speculation})",
@@ -229,6 +230,7 @@ class Generator:
             row_keys=row_keys(canvas.seeds),
             mesh=mesh,
             eos_id=eos_id if s.stop_at_eos else None,
+            cache_dtype=s.cache_dtype,
         )
         return cls(canvas, drawn, LOOPS[loop_name(config)](config, task, eos_id))
 

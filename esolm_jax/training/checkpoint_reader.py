@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import jax
-import orbax.checkpoint as ocp
 
 from esolm_jax.errors import UserError
 from esolm_jax.training import checkpoint_digests, checkpoint_selection
@@ -20,6 +19,8 @@ def restore_item(step: Step, item: str, like, gigabytes: float = 96):
       Damaged: it cannot be read, and no digest shows that it is intact.
       UserError: the shapes of the weights differ from those of `like`.
     """
+    import orbax.checkpoint as ocp  # takes 0.2 s, in which `sample` loads its programs
+
     folder = step.folder / item
     handler = ocp.StandardCheckpointHandler(restore_concurrent_gb=gigabytes)
     try:

@@ -15,8 +15,9 @@ from esolm_jax import config as config_lib
 from esolm_jax.aot import decoding, topology
 from esolm_jax.model.model_config import ModelConfig
 from esolm_jax.parallel import sharding
-from esolm_jax.sampling.engine import kernel_cache
+from esolm_jax.sampling.engine import kernel_cache, quantize
 from esolm_jax.sampling.engine.cache import Heads, Visible
+from esolm_jax.sampling.engine.quantize import Quantized
 
 BLOCKS = 2
 DEVICES = {"h100:2": "jax_cuda12_plugin", "v5e:2x2": "libtpu"}
@@ -74,6 +75,18 @@ def test_a_pass_on_a_gpu(objective, fields):
         assert 0.9 < found["bytes_ratio"] < 1.3
 
 
+@pytest.mark.parametrize("name", DEVICES)
+def test_weights_and_cache_of_8_bits(name):
+    """They halve what a pass must move, and add neither branches nor, on a GPU, kernels outside of
+    its graph."""
+    fields = {"sample__weight_dtype": "int8", "sample__cache_dtype": "int8"}
+    whole, found = measure(name), measure(name, **fields)
+    assert found["conditionals_in_loop"] == 0 == found.get("kernels_outside_graphs", 0)
+    assert found["necessary_bytes_per_pass"] < 0.55 * whole["necessary_bytes_per_pass"]
+    # A model as small as this has activations that weigh, on a TPU more than on a GPU.
+    assert found["bytes_per_pass"] < (0.8 if name[0] == "v" else 0.65) * whole["bytes_per_pass"]
+
+
 def test_a_pass_on_a_tpu():
     found = measure("v5e:2x2")
     assert found["conditionals_in_loop"] == found["host_transfers_in_loop"] == 0
@@ -113,6 +126,7 @@ VARIANTS = {  # batch, window, groups, heads of a group, head width, slots, dtyp
     "no rotation": (3, 5, 4, 1, 80, 192, "float32", False, False),
     "a prompt": (2, 256, 8, 4, 64, 512, "bfloat16", False, True),
     "no cache": (2, 128, 12, 1, 64, 0, "bfloat16", False, True),
+    "8 bits": (3, 2, 12, 1, 64, 256, "bfloat16", False, True),
 }
 
 
@@ -139,6 +153,9 @@ def test_kernels_compile(variant, name):
     tokens = shape(batch, window, of="int32")
     visible = Visible(tokens, shape(batch, window, of="bool"), shape(batch, of="int32"))
     past = (shape(2, batch, slots, groups * width, of=dtype),) * 2 if slots else None
+    if variant == "8 bits":
+        codes = [shape(2, batch, slots, groups * width, of=code) for code in quantize.LARGEST]
+        past = tuple(Quantized(code, shape(2, batch, groups, slots)) for code in codes)
     platform = topology.parse(name).platform
     run = functools.partial(kernel_cache.NoCache(mesh, platform, False).run, 1)
     with topology.compiling_for(mesh):

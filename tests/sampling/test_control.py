@@ -104,7 +104,7 @@ def test_a_prompt_is_not_cut_inside_a_block_of_bd3(monkeypatch):
     canvas = canvas_of([[(0, 2, 3)[b % 3] for b in range(10)] + [MASK] * 2])
     drawn = schedule.left_to_right(canvas)
     whole = run("bd3", drawn, canvas.seeds, GREEDY, with_logits=True)
-    monkeypatch.setattr(passes, "PREFILL_CHUNK", 2 * toy.BLOCK + 1)
+    monkeypatch.setattr(passes, "PROMPT_WINDOWS", ((12, 2 * toy.BLOCK + 1),))
     cut = run("bd3", drawn, canvas.seeds, GREEDY, with_logits=True)
     assert int(cut.passes) > int(whole.passes)
     np.testing.assert_allclose(cut.logits[:, 10:], whole.logits[:, 10:], atol=1e-5)

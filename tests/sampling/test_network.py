@@ -102,8 +102,8 @@ def check_passes(name):
     want = np.asarray(wanted(config))
     assert np.ptp(want, axis=(0, 1)).min() > 0.1  # they depend on what is read
     assert_near(run(net, caches.no_cache(None), 0, LENGTH)[0], want)
-    sizes = len(want), caches.round_up(LENGTH + 5), None, True, caches.KERNELS.get("cpu")
-    cache = caches._zeros.__wrapped__(config, *sizes)
+    sizes = len(want), caches.round_up(LENGTH + 5), None, True
+    cache = caches._zeros.__wrapped__(config, *sizes, caches.KERNELS.get("cpu"), config.dtype)
     # Pieces of unlike sizes for some models; for the others of one size, to compile once.
     unlike = name in ("dit", "llama, all parts")
     for low, width in ((0, 5), (5, 5), (10, 2)) if unlike else ((0, 4), (4, 4), (8, 4)):

@@ -29,6 +29,8 @@ LOOPS = (  # sampling/generate.py
 ORDERS = ("confidence", "random", "margin", "entropy", "left_to_right")
 EOS = ("free", "never", "late")
 DRAFT_STYLES = ("chain", "staircase")
+WEIGHT_DTYPES = ("auto", "int8")  # 8-bit ones are those of sampling/engine/quantize.py
+CACHE_DTYPES = ("auto", "int8", "float8_e4m3fn")
 
 _field = functools.partial(Field, may_change_on_resume=True)
 
@@ -74,5 +76,9 @@ SAMPLE = {
                    Check(lambda v: 0 < v <= 1, "in (0, 1]")),
     "top_k": _field(0, "Number of most probable tokens to draw from; 0 = all.", count(0)),
     "seed": _field(0, "Seed of the draws.", SEED),
+    "weight_dtype": _field("auto", "Type of the weights; auto = model.dtype. int8 has a scale for "
+                           "each output channel.", OneOf(WEIGHT_DTYPES), before="auto"),
+    "cache_dtype": _field("auto", "Type of the KV cache; auto = model.dtype. 8 bits have a scale "
+                          "for each token and head.", OneOf(CACHE_DTYPES), before="auto"),
     "weights": _field("ema", "Which weights to sample from.", OneOf(WEIGHTS)),
 }  # fmt: skip

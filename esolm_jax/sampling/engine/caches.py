@@ -3,7 +3,7 @@
 import functools
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from esolm_jax.model.model_config import ModelConfig
 from esolm_jax.parallel import sharding
@@ -29,27 +29,39 @@ def no_cache(mesh: Mesh | None) -> KVCache:
 
 
 def empty_cache(
-    config: ModelConfig, batch: int, slots: int, mesh: Mesh | None = None, aligned: bool = False
+    config: ModelConfig,
+    batch: int,
+    slots: int,
+    mesh: Mesh | None = None,
+    *,
+    aligned: bool = False,
+    dtype: str = "auto",
 ) -> KVCache:
     """A cache for B = `batch` rows of at least `slots`, a window's margin included; rows are
     sharded over the mesh as their tokens are.
 
     Args:
       aligned: all rows write to the same slots, which is faster.
+      dtype: of config.sample.cache_dtype.
       mesh: None = one device. Of described devices (aot/topology.py): shapes alone.
     """
     kernels = KERNELS.get(sharding.platform(mesh))
-    sizes = config, batch, round_up(slots), mesh, aligned, kernels
+    dtype = config.dtype if dtype == "auto" else dtype
+    sizes = config, batch, round_up(slots), mesh, aligned, kernels, dtype
     if not sharding.is_compile_only(mesh):
         return _zeros(*sizes)
-    axes = kernel_cache.AXES if kernels else prefix_cache.AXES
     make = functools.partial(_zeros, *sizes)
-    where = jax.tree.map(lambda _: sharding.named_sharding(mesh, *axes), jax.eval_shape(make))
-    return sharding.abstract(make, where)
-
-
-@functools.partial(jax.jit, static_argnums=range(6))
-def _zeros(config, batch, slots, mesh, aligned, kernels):
+    where = jax.eval_shape(make)
     if kernels:
-        return kernel_cache.empty(config, batch, slots, mesh, aligned, kernels)
-    return prefix_cache.empty(config, batch, slots, mesh, aligned)
+        parts = {name: kernel_cache.specs(getattr(where, name)) for name in ("keys", "values")}
+        where = where.replace(**parts)
+    else:
+        where = jax.tree.map(lambda _: sharding.spec(*prefix_cache.AXES), where)
+    return sharding.abstract(make, jax.tree.map(functools.partial(NamedSharding, mesh), where))
+
+
+@functools.partial(jax.jit, static_argnums=range(7))
+def _zeros(config, batch, slots, mesh, aligned, kernels, dtype):
+    if kernels:
+        return kernel_cache.empty(config, batch, slots, mesh, aligned, kernels, dtype)
+    return prefix_cache.empty(config, batch, slots, mesh, aligned, dtype)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from esolm_jax.parallel import sharding
+from esolm_jax.sampling.engine.quantize import Quantized, split
 
 # Loops are faster up to these sizes; above them, matrix products.
 FEW_QUERIES = 32  # of a group of heads
@@ -51,12 +52,14 @@ def _of_queries(loops, whole, a, b, n: int):
 def _scores(q, keys_BGJKI, n: int):
     batch, groups, _, width, together = keys_BGJKI.shape
     keys = keys_BGJKI[:, :, :n].swapaxes(2, 3).reshape(batch, groups, width, n * together)
+    keys = keys.astype(q.dtype)
     score = jnp.matmul(q, keys, preferred_element_type=jnp.float32)
     return score.reshape(*score.shape[:3], n, together)
 
 
 def _weighted(p, values, n: int):
-    return jnp.matmul(p, values[:, :, :n], preferred_element_type=jnp.float32)
+    values = values[:, :, :n].astype(p.dtype)
+    return jnp.matmul(p, values, preferred_element_type=jnp.float32)
 
 
 def _multiply_add(q, keys_BGJKI, n: int):
@@ -82,10 +85,21 @@ def _weighted_sum(p, values_BGSK, n: int):
     return out[:, :, :, 0]
 
 
-def matmul(h_BWD, kernel, dtype=None):
+def matmul(h_BWD, kernel: jax.Array | Quantized, dtype=None):
     """The product of h and the kernel over D: [B, W, …] in `dtype` (default: that of h)."""
     dtype = h_BWD.dtype if dtype is None else dtype
-    whole = functools.partial(jnp.tensordot, axes=1, preferred_element_type=dtype)
+    codes, scale = split(kernel)
+    if scale is None:
+        return _product(h_BWD, codes, dtype)
+    return (_product(h_BWD, codes, jnp.float32) * scale[None, None]).astype(dtype)
+
+
+def _product(h_BWD, kernel, dtype):
+    """`matmul` with an array."""
+
+    def whole(h, kernel):
+        return jnp.tensordot(h, kernel.astype(h.dtype), 1, preferred_element_type=dtype)
+
     rows = math.prod(h_BWD.shape[:2])
     few = rows <= (FEW_ROWS if rows * kernel.size <= TERMS else FEWER_ROWS)
     if not few or len(kernel) % FOLD or kernel.size < LARGE:
@@ -95,7 +109,7 @@ def matmul(h_BWD, kernel, dtype=None):
 
 
 def _rows_times(h_BWD, kernel, dtype):
-    """matmul on a CPU: one loop for all rows adds parts of the D terms; a product with ones adds
+    """_product on a CPU: one loop for all rows adds parts of the D terms; a product with ones adds
     the rest. Threads divide the first axis of a loop, so the rows are not the first axis: each
     thread would read the whole kernel."""
     rows, width = math.prod(h_BWD.shape[:2]), kernel.size // len(kernel)

@@ -17,6 +17,7 @@ from jax.experimental.pallas import triton
 
 from esolm_jax.sampling.engine.cache import Heads, KeyValue, Visible
 from esolm_jax.sampling.engine.decode_gpu_kernels import Sizes, attention_kernel, merge_kernel
+from esolm_jax.sampling.engine.quantize import split
 
 
 def attend(
@@ -25,15 +26,16 @@ def attend(
     """See KVCache.attend.
 
     Args:
-      past: (keys, values) [N, B, S, G·K] of all blocks, or None = no slots.
+      past: (keys, values) [N, B, S, G·K] of all blocks, which may be quantized, or None = no
+        slots.
       block: index in N.
       interpret: run the kernels in Python, on any device.
     """
     sizes = Sizes.of(heads, past)
     dtype = heads.products.dtype
-    split = sizes.batch, sizes.window, sizes.groups
-    out = jax.ShapeDtypeStruct((*split, sizes.heads, sizes.width), dtype)
-    pair = [jax.ShapeDtypeStruct((*split, sizes.width), dtype)] * 2
+    per_group = sizes.batch, sizes.window, sizes.groups
+    out = jax.ShapeDtypeStruct((*per_group, sizes.heads, sizes.width), dtype)
+    pair = [jax.ShapeDtypeStruct((*per_group, sizes.width), dtype)] * 2
     pair_specs = [
         pl.BlockSpec((None, sizes.window, None, sizes.width), lambda i, g, b: (b, 0, g, 0))
     ] * 2
@@ -68,7 +70,8 @@ def _operands(sizes: Sizes, heads: Heads, visible: Visible, past, block: int):
     of_row = pl.BlockSpec((None, window), lambda i, g, b: (b, 0))
     of_angle = pl.BlockSpec((None, window, width), lambda i, g, b: (b, 0, 0))
     of_cache = pl.BlockSpec((None, None, sizes.slots, width), lambda i, g, b: (block, b, 0, g))
-    keys, values = past or (None, None)
+    of_scale = pl.BlockSpec((None, None, None, sizes.slots), lambda i, g, b: (block, b, g, 0))
+    (keys, key_scale), (values, value_scale) = map(split, past or (None, None))
     all_named = {
         "filled": (visible.filled, pl.BlockSpec((1,), lambda i, g, b: (b,))),
         "rank": (visible.rank, of_row),
@@ -83,6 +86,8 @@ def _operands(sizes: Sizes, heads: Heads, visible: Visible, past, block: int):
         "sin": (heads.sin, of_angle),
         "keys": (keys, of_cache),
         "values": (values, of_cache),
+        "key_scale": (key_scale, of_scale),
+        "value_scale": (value_scale, of_scale),
     }
     given = {name: pair for name, pair in all_named.items() if pair[0] is not None}
     return {name: a for name, (a, _) in given.items()}, [spec for _, spec in given.values()]
@@ -121,13 +126,17 @@ def _merge(sizes: Sizes, interpret: bool, parts, out: jax.ShapeDtypeStruct):
     )(*parts)
 
 
-def attention_bytes(sizes: Sizes, itemsize: int, filled: float) -> float:
+def attention_bytes(sizes: Sizes, itemsize: int, slot_bytes: float, filled: float) -> float:
     """Bytes that one execution of the first kernel reads and writes at this mean number of filled
-    slots of each row. What several tiles of queries read counts once each."""
-    per_slot = sizes.batch * sizes.groups * sizes.width * itemsize
+    slots of each row. What several tiles of queries read counts once each.
+
+    Args:
+      itemsize: bytes of a number of the window. slot_bytes: of the keys and values of a slot.
+    """
     window = (2 * sizes.heads + 4) * sizes.window  # queries, outputs; keys and values in and out
-    slots = 2 * math.ceil(filled) * sizes.tiles if sizes.slots else 0
-    return (slots + window) * per_slot + _partial_bytes(sizes)
+    window_bytes = window * sizes.batch * sizes.groups * sizes.width * itemsize
+    slots = math.ceil(filled) * sizes.tiles * sizes.batch if sizes.slots else 0
+    return slots * slot_bytes + window_bytes + _partial_bytes(sizes)
 
 
 def _partial_bytes(sizes: Sizes) -> float:

@@ -1,7 +1,8 @@
 """The GPU kernels of decode_gpu.py: what one program computes.
 
 Operands come by name, because a model may lack some: `filled`, `rank`, `in_context`, `products`,
-`bias`, `scale`, `cos`, `sin`, `keys`, `values`; see Heads, Visible and KernelCache.
+`bias`, `scale`, `cos`, `sin`, `keys`, `values`, `key_scale`, `value_scale`; see Heads, Visible and
+KernelCache.
 """
 
 import dataclasses
@@ -133,26 +134,38 @@ def _over_cache(sizes: Sizes, named, q, part, carry):
         column = jnp.arange(sizes.half)
         exists = there[:, None] & (column < sizes.width // 2)[None]
         k = [
-            triton.load(named["keys"].at[at[:, None], first + column[None]], mask=exists, other=0)
+            triton.load(named["keys"].at[at[:, None], first + column[None]], mask=exists, other=0.0)
             for first in (0, sizes.width // 2)
         ]
         column, exists = _columns(sizes)
         exists = there[:, None] & exists[None]
-        v_SK = triton.load(named["values"].at[at[:, None], column[None]], mask=exists, other=0)
-        return _softmax_step(carry, q, k, v_SK, there[None])
+        v_SK = triton.load(named["values"].at[at[:, None], column[None]], mask=exists, other=0.0)
+        k, v_SK = [half.astype(q[0].dtype) for half in k], v_SK.astype(q[0].dtype)
+        scales = [
+            triton.load(named[name].at[at], mask=there, other=0)[None]
+            for name in ("key_scale", "value_scale")
+            if name in named
+        ]
+        return _softmax_step(carry, q, k, v_SK, there[None], scales)
 
     return jax.lax.fori_loop(0, jax.lax.div(high - low + TILE - 1, TILE), step, carry)
 
 
-def _softmax_step(carry, q, k, v_SK, mask):
-    """Each tile of keys rescales the running sums."""
+def _softmax_step(carry, q, k, v_SK, mask, scales=()):
+    """Each tile of keys rescales the running sums.
+
+    Args:
+      scales: of quantized keys and values, [1, S] each.
+    """
     out_TK, total, top_before = carry
     scores = dot(q[0], k[0], 1, 1) + dot(q[1], k[1], 1, 1)
+    scores = scores * scales[0] if scales else scores
     scores = jnp.where(mask, scores, MASKED)
     top = jnp.maximum(top_before, scores.max(axis=1))
     probs, keep = jnp.exp(scores - top[:, None]), jnp.exp(top_before - top)
     probs = jnp.where(mask, probs, 0.0)
-    out_TK = out_TK * keep[:, None] + dot(probs.astype(v_SK.dtype), v_SK, 1, 0)
+    weights = probs * scales[1] if scales else probs
+    out_TK = out_TK * keep[:, None] + dot(weights.astype(v_SK.dtype), v_SK, 1, 0)
     return out_TK, total * keep + probs.sum(axis=1), top
 
 

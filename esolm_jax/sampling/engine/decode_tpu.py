@@ -18,6 +18,7 @@ from esolm_jax.attention.dense import MASKED
 from esolm_jax.attention.kernel_products import dot
 from esolm_jax.attention.recompute import pad_to_multiple
 from esolm_jax.family.rule import visible as rule
+from esolm_jax.sampling.engine import quantize
 from esolm_jax.sampling.engine.cache import Heads, KeyValue, Visible
 
 TILE_BYTES = 2**19  # of keys in a tile of slots
@@ -49,7 +50,7 @@ def attend(
     """See KVCache.attend.
 
     Args:
-      past: (keys, values) [N, B, S, G·K] of all blocks.
+      past: (keys, values) [N, B, S, G·K] of all blocks, which may be quantized.
       block: index in N.
       interpret: run the kernel in Python, on any device.
     """
@@ -62,8 +63,10 @@ def attend(
         pad_to_multiple(a.reshape(batch, -1, lanes), 1, SUBLANES) for a in (q_BTD, k, v)
     )
     labels = _labels(visible, per_group, groups, k_BWD.shape[1], q_BTD.shape[1])
-    slots = past[0].shape[2]
-    tile = tile_of(slots, lanes * past[0].dtype.itemsize)
+    (keys, key_scale), (values, value_scale) = map(quantize.split, past)
+    scales = () if key_scale is None else (key_scale, value_scale)
+    slots = keys.shape[2]
+    tile = tile_of(slots, lanes * keys.dtype.itemsize)
     kernel = functools.partial(
         _kernel, groups=groups, width=width, window=window, tile=tile, dtype=v.dtype
     )
@@ -76,17 +79,22 @@ def attend(
         last = jnp.maximum(filled[b] + tile - 1, tile) // tile - 1
         return block, b, jnp.minimum(j, last), 0
 
+    def scales_at(*indices):
+        of_block, row, j, _ = tile_at(*indices)
+        return of_block, row, 0, j
+
     operands = q_BTD, k_BWD, v_BWD, *labels
     of_cache = pl.BlockSpec((None, None, tile, lanes), tile_at)
+    of_scale = pl.BlockSpec((None, None, groups, tile), scales_at)
     out_BTD = pl.pallas_call(
         kernel,
         grid_spec=tpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(batch, slots // tile),
-            in_specs=[*map(of_row, operands), of_cache, of_cache],
+            in_specs=[*map(of_row, operands), of_cache, of_cache, *[of_scale] * len(scales)],
             out_specs=of_row(q_BTD),
             scratch_shapes=[
-                tpu.VMEM((rows, lanes), past[0].dtype),
+                tpu.VMEM((rows, lanes), v.dtype),
                 tpu.VMEM((rows, lanes), jnp.float32),
                 tpu.VMEM((rows, LANES), jnp.float32),
                 tpu.VMEM((rows, LANES), jnp.float32),
@@ -96,7 +104,7 @@ def attend(
         compiler_params=tpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         interpret=interpret,
         name="decode_attention",
-    )(visible.filled, *operands, *past)
+    )(visible.filled, *operands, keys, values, *scales)
     out = out_BTD[:, :queries].reshape(batch, window, per_group, groups, width)
     return jnp.moveaxis(out, 2, 3), (k, v)
 
@@ -114,8 +122,8 @@ def _labels(visible: Visible, per_group: int, groups: int, keys: int, queries: i
 def _kernel(filled, *refs, groups: int, width: int, window: int, tile: int, dtype):
     """One tile of slots of one row. The first also prepares the queries and attends to the
     window."""
-    q, k, v, q_rank, k_rank, q_in_context, k_in_context, keys, values, out, *state = refs
-    wide, acc, total, top = state
+    q, k, v, q_rank, k_rank, q_in_context, k_in_context, keys, values, *scales = refs
+    *scales, out, wide, acc, total, top = scales
     row, j = pl.program_id(0), pl.program_id(1)
     count = filled[row]
     precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
@@ -136,7 +144,9 @@ def _kernel(filled, *refs, groups: int, width: int, window: int, tile: int, dtyp
     def _tile():
         shape = wide.shape[0], tile
         there = jax.lax.broadcasted_iota(jnp.int32, shape, 1) + j * tile < count
-        _step(product, wide, acc, total, top, keys[...], values[...], there)
+        k_SD, v_SD = keys[...].astype(wide.dtype), values[...].astype(wide.dtype)
+        by_row = [_of_rows(scale[...], wide.shape[0]) for scale in scales]
+        _step(product, wide, acc, total, top, k_SD, v_SD, there, by_row)
 
     @pl.when(j == pl.num_programs(1) - 1)
     def _finish():
@@ -147,13 +157,24 @@ def _kernel(filled, *refs, groups: int, width: int, window: int, tile: int, dtyp
         out[...] = merged.astype(out.dtype)
 
 
-def _step(product, wide, acc, total, top, k_SD, v_SD, mask) -> None:
-    """Each tile of keys rescales the running sums."""
-    scores = jnp.where(mask, product(wide[...], k_SD, 1, 1), MASKED)
+def _of_rows(scale_GS, rows: int):
+    """[rows, S]: the scales of the group of each row, by a product: row r is of group r % G."""
+    groups = len(scale_GS)
+    row, group = (jax.lax.broadcasted_iota(jnp.int32, (rows, groups), axis) for axis in (0, 1))
+    own = (jax.lax.rem(row, groups) == group).astype(jnp.float32)
+    return dot(own, scale_GS, 1, 0, precision=jax.lax.Precision.HIGHEST)
+
+
+def _step(product, wide, acc, total, top, k_SD, v_SD, mask, scales=()) -> None:
+    """Each tile of keys rescales the running sums. `scales` [rows, S]: of quantized keys and
+    values."""
+    scores = product(wide[...], k_SD, 1, 1)
+    scores = jnp.where(mask, scores * scales[0] if scales else scores, MASKED)
     before = top[:, :1]
     now = jnp.maximum(before, scores.max(axis=1, keepdims=True))
     probs, keep = jnp.where(mask, jnp.exp(scores - now), 0.0), jnp.exp(before - now)
-    acc[...] = acc[...] * keep + product(probs.astype(v_SD.dtype), v_SD, 1, 0)
+    weights = probs * scales[1] if scales else probs
+    acc[...] = acc[...] * keep + product(weights.astype(v_SD.dtype), v_SD, 1, 0)
     total[...] = total[...] * keep + probs.sum(axis=1, keepdims=True)
     top[...] = jnp.broadcast_to(now, top.shape)
 
@@ -171,9 +192,15 @@ def _own(shape: tuple[int, int], groups: int, width: int):
     return jax.lax.rem(row, groups) == lane // width
 
 
-def attention_bytes(batch: int, slots: int, lanes: int, itemsize: int, filled: float) -> float:
+def attention_bytes(
+    batch: int, slots: int, row_bytes: int, slot_bytes: float, filled: float
+) -> float:
     """Bytes of the cache that one execution of the kernel reads at this mean number of filled
-    slots: whole tiles."""
-    tile = tile_of(slots, lanes * itemsize)
+    slots: whole tiles.
+
+    Args:
+      row_bytes: of the keys of a slot, without scales. slot_bytes: of its keys and values.
+    """
+    tile = tile_of(slots, row_bytes)
     tiles = min(slots // tile, filled / tile + 0.5)  # the last one is half filled on average
-    return 2.0 * batch * max(1.0, tiles) * tile * lanes * itemsize
+    return batch * max(1.0, tiles) * tile * slot_bytes

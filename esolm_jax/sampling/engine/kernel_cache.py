@@ -3,16 +3,16 @@ at once. No instruction but the write in place produces an array of the cache's 
 """
 
 import functools
-from typing import Self
+from typing import Any, Self
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from esolm_jax.model.model_config import ModelConfig
 from esolm_jax.parallel import sharding
-from esolm_jax.sampling.engine import prefix_cache
+from esolm_jax.sampling.engine import prefix_cache, quantize
 from esolm_jax.sampling.engine.cache import (
     Entries,
     Heads,
@@ -21,8 +21,17 @@ from esolm_jax.sampling.engine.cache import (
     Visible,
     entries_of,
 )
+from esolm_jax.sampling.engine.quantize import Quantized, Slots
 
-AXES = (None, "rows", None, "heads")  # logical axes of all arrays of a cache
+QUANTIZED_SLOTS = 128  # their number is a multiple: a TPU reads tiles of so many scales
+
+
+def specs(slots: Slots) -> Any:
+    """The PartitionSpec of each part of the keys or values of a cache."""
+    whole = sharding.spec(None, "rows", None, "heads")
+    if not isinstance(slots, Quantized):
+        return whole
+    return Quantized(whole, sharding.spec(None, "rows", "heads"))
 
 
 def _attend_with(platform: str, heads: Heads, visible: Visible, past, block: int, interpret: bool):
@@ -34,7 +43,7 @@ def _attend_with(platform: str, heads: Heads, visible: Visible, past, block: int
     from esolm_jax.sampling.engine import decode_tpu
 
     if past is None or not decode_tpu.fits(heads):  # wide windows: matrix products
-        slots = None if past is None else tuple(of[block] for of in past)
+        slots = jax.tree.map(lambda of: of[block], past)
         out, pair = prefix_cache.attend_all(heads, visible, slots)
         return out, tuple(jnp.moveaxis(a, 1, 2) for a in pair)
     return decode_tpu.attend(heads, visible, past, block=block, interpret=interpret)
@@ -67,7 +76,7 @@ class _Kernels:
         return jax.shard_map(
             run,
             mesh=self.mesh,
-            in_specs=(of_heads, rows, sharding.spec(*AXES)),
+            in_specs=(of_heads, rows, past and tuple(map(specs, past))),
             out_specs=(split, (split, split)),
             check_vma=False,  # kernels do not declare over which axes their results vary
         )(heads, visible, past)
@@ -87,12 +96,12 @@ class KernelCache(_Kernels):
 
     Attributes:
       keys, values: [N, B, S, G·K]: the heads of a slot are adjacent, so that narrow heads waste
-        nothing of a TPU's tiles.
+        nothing of a TPU's tiles. The scales of quantized ones are [N, B, G, S].
       aligned: all rows write to the same slots.
     """
 
-    keys: jax.Array | None = None
-    values: jax.Array | None = None
+    keys: Slots | None = None
+    values: Slots | None = None
     aligned: bool = flax.struct.field(pytree_node=False, default=False)
 
     def attend(self, block: int, heads: Heads, visible: Visible):
@@ -104,15 +113,23 @@ class KernelCache(_Kernels):
     def write(self, entries: Entries, start_B) -> Self:
         start_B = start_B + entries.reads_done
 
-        def put(old_NBSD, news):
-            new_NBWD = jnp.stack([new.reshape(*new.shape[:2], -1) for new in news])
+        def put(old, new, axis: int):
             if self.aligned:
-                return jax.lax.dynamic_update_slice_in_dim(old_NBSD, new_NBWD, start_B[0], 2)
-            one = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
-            return jax.vmap(one, in_axes=(1, 1, 0), out_axes=1)(old_NBSD, new_NBWD, start_B)
+                return jax.lax.dynamic_update_slice_in_dim(old, new, start_B[0], axis)
+            one = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=axis - 1)
+            return jax.vmap(one, in_axes=(1, 1, 0), out_axes=1)(old, new, start_B)
+
+        def put_slots(old_NBSD, new_NBWGK):
+            return put(old_NBSD, new_NBWGK.reshape(*new_NBWGK.shape[:3], -1), 2)
+
+        def put_scale(old_NBGS, new_NBWG):
+            return put(old_NBGS, jnp.swapaxes(new_NBWG, 2, 3), 3)
+
+        def update(old, news):
+            return quantize.update(old, jnp.stack(news), put_slots, put_scale)
 
         return self.replace(
-            keys=put(self.keys, entries.keys), values=put(self.values, entries.values)
+            keys=update(self.keys, entries.keys), values=update(self.values, entries.values)
         )
 
 
@@ -123,8 +140,14 @@ def empty(
     mesh: Mesh | None,
     aligned: bool,
     kernels: tuple[str, bool],
+    dtype: str,
 ) -> KernelCache:
     """Empty slots; `kernels`: platform and interpret."""
-    shape = config.blocks, batch, slots, config.groups * config.head_width
-    zero = sharding.constrain(mesh, jnp.zeros(shape, config.dtype), *AXES)
+    if dtype in quantize.LARGEST:
+        slots = QUANTIZED_SLOTS * -(-slots // QUANTIZED_SLOTS)
+    rows, groups = (config.blocks, batch), config.groups
+    zero = quantize.zeros((*rows, slots, groups * config.head_width), (*rows, groups, slots), dtype)
+    if mesh is not None:
+        where = jax.tree.map(functools.partial(NamedSharding, mesh), specs(zero))
+        zero = jax.lax.with_sharding_constraint(zero, where)
     return KernelCache(mesh, *kernels, keys=zero, values=zero, aligned=aligned)

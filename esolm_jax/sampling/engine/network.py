@@ -17,9 +17,10 @@ from jax.sharding import Mesh
 from esolm_jax.model import layers, rope
 from esolm_jax.model import transformer as model_lib
 from esolm_jax.model.model_config import ModelConfig
-from esolm_jax.parallel import sharding
+from esolm_jax.parallel import sharding, stored_programs
 from esolm_jax.sampling.engine import cpu_kernels
 from esolm_jax.sampling.engine.cache import Entries, Heads, KVCache, Visible
+from esolm_jax.sampling.engine.quantize import Quantized, quantize
 
 
 @flax.struct.dataclass
@@ -34,13 +35,14 @@ class Network:
         `mlp_out` [F, D], their biases `…_bias`, and, if queries and keys are normed,
         `qk_norm_scale` [R + 1, K]: of the queries, by 1/√K too, and the key.
       logits, logits_bias: [D, V], [V].
+        Matrices may be quantized.
       config: sizes of the trained model.
     """
 
     embedding: jax.Array
     positions: jax.Array | None
     blocks: tuple[dict, ...]
-    logits: jax.Array
+    logits: jax.Array | Quantized
     logits_bias: jax.Array | None
     config: ModelConfig = flax.struct.field(pytree_node=False)
 
@@ -66,32 +68,50 @@ def shardings(network: Network, mesh: Mesh) -> Network:
     """The sharding of each array: heads, the MLP and the vocabulary are split over `tensor`."""
 
     def place(path, array):
-        key = path[-1]
-        name = key.name if isinstance(key, jax.tree_util.GetAttrKey) else key.key
-        return sharding.named_sharding(mesh, *_LOGICAL_AXES[name])
+        names = [getattr(key, "name", getattr(key, "key", None)) for key in path]
+        is_scale, is_codes = (names[-1] == part for part in ("scale", "codes"))
+        axes = _LOGICAL_AXES[names[-2] if is_scale or is_codes else names[-1]]
+        return sharding.named_sharding(mesh, *(axes[1:] if is_scale else axes))
 
     return jax.tree.map_with_path(place, network)
 
 
-def fold(config: ModelConfig, params: dict, mesh: Mesh | None = None) -> Network:
+def fold(
+    config: ModelConfig, params: dict, mesh: Mesh | None = None, *, dtype: str = "auto"
+) -> Network:
     """Folds the norms' scales and biases, adaLN at σ = 0 and the scale of the scores into the
     weights.
 
     Args:
       params: as of model.init, on the mesh as sharding.parameters says.
       mesh: None = one device; else see shardings().
+      dtype: of the matrices but the embedding: of config.sample.weight_dtype.
 
     Raises:
       AssertionError: the model has parameters that this network does not know; it names them.
     """
-    make = functools.partial(_fold, config)
+    make = functools.partial(_fold, config, dtype)
     if mesh is None:
         return jax.jit(make)(params)
     where = shardings(jax.eval_shape(make, params), mesh)
     return jax.jit(make, out_shardings=where)(params)
 
 
-def _fold(config: ModelConfig, params: dict) -> Network:
+def compiled_fold(
+    config: ModelConfig, params: dict, mesh: Mesh, *, dtype: str = "auto"
+) -> jax.stages.Compiled:
+    """`fold` as a function of parameters like `params` (ShapeDtypeStructs, on the mesh), compiled
+    or from the user's folder."""
+
+    def lower(params: dict) -> jax.stages.Lowered:
+        make = functools.partial(_fold, config, dtype)
+        where = shardings(jax.eval_shape(make, params), mesh)
+        return jax.jit(make, out_shardings=where).lower(params)
+
+    return stored_programs.compile_or_load(f"fold {config} {dtype}", lower, (params,))
+
+
+def _fold(config: ModelConfig, dtype: str, params: dict) -> Network:
     of_blocks, of_head = model_lib.modulations(config, params)
     left = jax.tree.map(lambda leaf: leaf, params)  # a copy; folded parameters are removed from it
     stacked = left.pop("blocks")
@@ -99,7 +119,11 @@ def _fold(config: ModelConfig, params: dict) -> Network:
         left.pop(name, None)
 
     def put(name, array):
-        return array.astype(jnp.float32 if name.endswith(("bias", "scale")) else config.dtype)
+        if name.endswith(("bias", "scale")):
+            return array.astype(jnp.float32)
+        if dtype == "auto" or name in ("embedding", "positions"):  # of which few rows are read
+            return array.astype(config.dtype)
+        return quantize(array, 0, dtype)
 
     blocks = []
     for i in range(config.blocks):
@@ -201,10 +225,9 @@ def forward(network: Network, window: Window, cache: KVCache) -> tuple[jax.Array
     visible = Visible(window.rank, window.in_context, window.filled)
     pairs = []
     for i, block in enumerate(network.blocks):
-        heads = _heads(config, block, _norm(config, h), angles)
+        heads = _heads(config, block, h, angles)
         a_BWGRK, pair = cache.attend(i, heads, visible)
-        h = h + _linear(block, "attention_out", a_BWGRK.reshape(*h.shape[:2], -1).astype(h.dtype))
-        h = h + _mlp(config, block, _norm(config, h))
+        h = _behind_attention(config, block, h, a_BWGRK)
         pairs.append(pair)
     if window.pick.shape[1] == 0:  # the attention of the last block is not computed
         return None, cache.pending(pairs, pairs[-1][0][:, 0, 0])
@@ -234,14 +257,20 @@ def _linear(block, name, h_BWD):
     return y if bias is None else y + bias.astype(y.dtype).reshape(1, 1, *bias.shape)
 
 
-def _heads(config, block, normed, angles) -> Heads:
+# Blocks have one shape, so JAX traces these once; the programs are the same.
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _heads(config, block, h_BWD, angles) -> Heads:
     cos, sin = (None, None) if angles is None else (part[:, 0] for part in angles)
-    products = cpu_kernels.matmul(normed, block["qkv"])
+    products = cpu_kernels.matmul(_norm(config, h_BWD), block["qkv"])
     return Heads(
         products, block.get("qkv_bias"), block.get("qk_norm_scale"), cos, sin, config=config
     )
 
 
-def _mlp(config, block, normed):
-    inner = _linear(block, "mlp_in", normed)
-    return _linear(block, "mlp_out", layers.activate(config, inner))
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _behind_attention(config, block, h_BWD, a_BWGRK):
+    """The rest of a block, from its attention on."""
+    attended = a_BWGRK.reshape(*h_BWD.shape[:2], -1).astype(h_BWD.dtype)
+    h = h_BWD + _linear(block, "attention_out", attended)
+    inner = _linear(block, "mlp_in", _norm(config, h))
+    return h + _linear(block, "mlp_out", layers.activate(config, inner))

@@ -15,7 +15,7 @@ from esolm_jax.attention.dense import MASKED
 from esolm_jax.attention.recompute import pad_to_multiple
 from esolm_jax.model.model_config import ModelConfig
 from esolm_jax.parallel import sharding
-from esolm_jax.sampling.engine import cpu_kernels
+from esolm_jax.sampling.engine import cpu_kernels, quantize
 from esolm_jax.sampling.engine.cache import (
     Entries,
     Heads,
@@ -24,6 +24,7 @@ from esolm_jax.sampling.engine.cache import (
     Visible,
     entries_of,
 )
+from esolm_jax.sampling.engine.quantize import Quantized, Slots
 
 AXES = ("rows", "heads")  # logical axes of all arrays of a cache
 SLOTS = 64  # a prefix is a multiple, so that all parts have one size
@@ -46,12 +47,12 @@ class PrefixCache:
 
     Attributes:
       keys: [block], [B, G, J, K, I]: J groups of I interleaved slots, see cpu_kernels.key_slots.
-      values: [block], [B, G, S, K].
+      values: [block], [B, G, S, K]. The scales of quantized ones are [B, G, S].
       aligned: all rows write to the same slots.
     """
 
-    keys: tuple[jax.Array, ...]
-    values: tuple[jax.Array, ...]
+    keys: tuple[Slots, ...]
+    values: tuple[Slots, ...]
     aligned: bool = flax.struct.field(pytree_node=False, default=False)
 
     @property
@@ -63,14 +64,8 @@ class PrefixCache:
         return [*range(unit, slots, unit), slots]
 
     def attend(self, block: int, heads: Heads, visible: Visible):
-        past, prefixes = (self.keys[block], self.values[block]), self.prefixes
-        index = jnp.sum(visible.filled.max() > jnp.array(prefixes[:-1], jnp.int32))
-
-        def attention(*qkv):
-            run = functools.partial(_attend_prefix, *qkv, visible)
-            return jax.lax.switch(index, [functools.partial(run, n) for n in prefixes], past)
-
-        return _attend(heads, attention)
+        past = self.keys[block], self.values[block]
+        return _attend_switch(tuple(self.prefixes), heads, visible, past)
 
     def pending(self, pairs: list[KeyValue], output) -> Entries:
         return entries_of(pairs, output, token_axis=2)
@@ -80,8 +75,12 @@ class PrefixCache:
 
         def put_all(one, olds, news):
             start, axis = (start_B[0], None) if self.aligned else (start_B, 0)
-            put = jax.vmap(one, in_axes=(0, 0, axis))
-            return tuple(put(old, new, start) for old, new in zip(olds, news, strict=True))
+
+            def rows(put):
+                return lambda old, new: jax.vmap(put, in_axes=(0, 0, axis))(old, new, start)
+
+            pairs = zip(olds, news, strict=True)
+            return tuple(quantize.update(old, new, rows(one), rows(_put)) for old, new in pairs)
 
         return self.replace(
             keys=put_all(_put_keys, self.keys, entries.keys),
@@ -90,13 +89,15 @@ class PrefixCache:
 
 
 def empty(
-    config: ModelConfig, batch: int, slots: int, mesh: Mesh | None, aligned: bool
+    config: ModelConfig, batch: int, slots: int, mesh: Mesh | None, aligned: bool, dtype: str
 ) -> PrefixCache:
     interleaved, width = cpu_kernels.key_slots(mesh), config.head_width
 
     def zeros(*shape):
-        zero = jnp.zeros((batch, config.groups, *shape), config.dtype)
-        return tuple(sharding.constrain(mesh, zero, *AXES) for _ in range(config.blocks))
+        rows = batch, config.groups
+        zero = quantize.zeros((*rows, *shape), (*rows, slots), dtype)
+        constrain = functools.partial(jax.tree.map, lambda a: sharding.constrain(mesh, a, *AXES))
+        return tuple(constrain(zero) for _ in range(config.blocks))
 
     keys = zeros(slots // interleaved, width, interleaved)
     return PrefixCache(keys=keys, values=zeros(slots, width), aligned=aligned)
@@ -107,13 +108,34 @@ def attend_all(heads: Heads, visible: Visible, past):
     Free of branches, for windows so wide that their products are dear."""
     if past is None:
         return NoCache().attend(0, heads, visible)
-    keys, values = (
-        jnp.moveaxis(a.reshape(*a.shape[:2], *heads.products.shape[2::2]), 1, 2) for a in past
-    )
+    split = heads.products.shape[2::2]
+    keys, values = (jnp.moveaxis(_whole(a, split, heads.products.dtype), 1, 2) for a in past)
     slots = keys[..., None], values
 
     def attention(*qkv):
         return _attend_prefix(*qkv, visible, values.shape[2], slots)
+
+    return _attend(heads, attention)
+
+
+def _whole(slots: Slots, split: tuple[int, int], dtype):
+    """[B, S, G, K] in a dtype, from [B, S, G·K] and scales [B, G, S]."""
+    codes, scale = quantize.split(slots)
+    codes_BSGK = codes.reshape(*codes.shape[:2], *split)
+    if scale is None:
+        return codes_BSGK
+    return quantize.dequantize(Quantized(codes_BSGK, jnp.swapaxes(scale, 1, 2)), -1).astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)  # traced once for all blocks
+def _attend_switch(prefixes: tuple[int, ...], heads: Heads, visible: Visible, past):
+    """See KVCache.attend; `past`: (keys, values) of a block, of which one of the prefixes is
+    read."""
+    index = jnp.sum(visible.filled.max() > jnp.array(prefixes[:-1], jnp.int32))
+
+    def attention(*qkv):
+        run = functools.partial(_attend_prefix, *qkv, visible)
+        return jax.lax.switch(index, [functools.partial(run, n) for n in prefixes], past)
 
     return _attend(heads, attention)
 
@@ -152,22 +174,31 @@ def _attend_chunk(q_BGRWK, mask_BWW, *, window, filled_B, prefix: int, past):
     here = cpu_kernels.attention_scores(q, k_BGWK[..., None], width)
     here = here.reshape(q_BGRWK.shape[:4] + (width,))
     here = jnp.where(mask_BWW[:, None, None], here, MASKED).reshape(*q.shape[:3], width)
-    parts = [(here, lambda p: cpu_kernels.weighted_values(p, v_BGWK, width))]
+    weigh = functools.partial(_weighted_values, dtype=v_BGWK.dtype)
+    parts = [(here, functools.partial(weigh, values=v_BGWK, n=width))]
     if prefix:
         keys, values = past
         scores = _scores_of_cache(q, keys, prefix, filled_B)
-        parts.append((scores, lambda p: cpu_kernels.weighted_values(p, values, prefix)))
+        parts.append((scores, functools.partial(weigh, values=values, n=prefix)))
     top = functools.reduce(jnp.maximum, [scores.max(-1, keepdims=True) for scores, _ in parts])
     total, out = 0.0, 0.0
     for scores, weigh in parts:
         p = jnp.exp(scores - top)
-        total, out = total + p.sum(-1, keepdims=True), out + weigh(p.astype(v_BGWK.dtype))
+        total, out = total + p.sum(-1, keepdims=True), out + weigh(p)
     return (out / total).reshape(q_BGRWK.shape)
 
 
-def _scores_of_cache(q_BGTK, keys_BGJKI, prefix: int, filled_B):
+def _weighted_values(p_BGTS, values: Slots, n: int, dtype):
+    """See cpu_kernels.weighted_values; p is float32, and multiplies in `dtype`."""
+    codes, scale = quantize.split(values)
+    p = p_BGTS if scale is None else p_BGTS * scale[:, :, None, :n]
+    return cpu_kernels.weighted_values(p.astype(dtype), codes, n)
+
+
+def _scores_of_cache(q_BGTK, keys: Slots, prefix: int, filled_B):
     """[B, G, T, prefix]. The slots become one axis at the end only: XLA does not vectorise a loop
     over both."""
+    keys_BGJKI, scale = quantize.split(keys)
     interleaved = keys_BGJKI.shape[4]
     parts = prefix // interleaved
     slot = jnp.arange(prefix).reshape(1, parts, interleaved)
@@ -175,6 +206,9 @@ def _scores_of_cache(q_BGTK, keys_BGJKI, prefix: int, filled_B):
     def some():
         seen = slot < filled_B[:, None, None]
         scores = cpu_kernels.attention_scores(q_BGTK, keys_BGJKI, parts)
+        if scale is not None:
+            scale_BGS = scale[:, :, :prefix]
+            scores = scores * scale_BGS.reshape(*scale.shape[:2], 1, parts, interleaved)
         return jnp.where(seen[:, None, None], scores, MASKED)
 
     none = functools.partial(jnp.full, (*q_BGTK.shape[:3], parts, interleaved), MASKED, jnp.float32)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from esolm_jax.parallel import sharding
+from esolm_jax.parallel import sharding, stored_programs
 from esolm_jax.process import prng
 from esolm_jax.sampling.engine.cache import pad_to
 from esolm_jax.sampling.engine.network import Network
@@ -59,6 +59,7 @@ class Task:
       sampler: draws tokens from logits; hashable.
       row_keys: one key per row, from row_keys().
       mesh: None = one device. B must be a multiple of its row shards.
+      cache_dtype: of config.sample.cache_dtype.
       eos_id: if not None, a text ends at its first generated EOS after all known tokens, once all
         tokens before it are known; the loop ends with the last text.
       text: int32 [B, L] in text order: teacher forcing. The loop takes these tokens instead of
@@ -71,6 +72,7 @@ class Task:
     mesh: Mesh | None = None
     eos_id: int | None = None
     text: np.ndarray | None = None
+    cache_dtype: str = "auto"
 
 
 class Jitted:
@@ -92,7 +94,7 @@ class Jitted:
         }
 
     def _function(self, network: Network):
-        device = next(iter(network.logits.sharding.device_set))
+        device = next(iter(network.embedding.sharding.device_set))
         return self._by_platform.get(device.platform, self._default)
 
     def __call__(self, network: Network, state, args):
@@ -115,14 +117,10 @@ class Program:
     def compile(self, network: Network, state, **options) -> tuple["Program", Any]:
         """(the compiled program, the shapes and shardings of the state that it returns). `options`
         are the compiler's."""
-        lowered = self.function.lower(network, state, self.args)
-        compiled = lowered.compile(options)
-        returned = jax.tree.map(
-            lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
-            lowered.out_info,
-            compiled.output_shardings,
-        )
-        return Program(compiled, self.args), returned
+        function, arguments = self.function, (network, state, self.args)
+        name = f"{function.__module__}.{function.__qualname__}"
+        compiled = stored_programs.compile_or_load(name, function.lower, arguments, options)
+        return Program(compiled, self.args), compiled.out_info
 
 
 class Loop(abc.ABC):

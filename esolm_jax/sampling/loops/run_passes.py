@@ -201,7 +201,9 @@ def start_state(
     }
     cache = caches.no_cache(task.mesh)
     if cached:
-        cache = caches.empty_cache(config, batch, slots, task.mesh, aligned=aligned)
+        cache = caches.empty_cache(
+            config, batch, slots, task.mesh, aligned=aligned, dtype=task.cache_dtype
+        )
     return State(cache=cache, pass_index=np.int32(0), **over_rows(task.mesh, by_row))
 
 

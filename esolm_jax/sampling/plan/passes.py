@@ -14,9 +14,9 @@ these tables only:
     eso_a, diffusion  everything up to this pass's masks        0 if known, else j
     eso_a, sequential as eso_b, after one pass over the prefix  0 in the diffusion prefix, else j
 
-A prompt comes first in the order. Passes that generate nothing put it in the cache, PREFILL_CHUNK
-slots at a time. Where tokens of one rank read each other (mdlm, eso_a), the prompt is in every
-window.
+A prompt comes first in the order. Passes that generate nothing put it in the cache, in windows of a
+few sizes (PROMPT_WINDOWS), so that another prompt's length runs the same programs. Where tokens of
+one rank read each other (mdlm, eso_a), the prompt is in every window.
 """
 
 from typing import Self
@@ -28,7 +28,9 @@ from esolm_jax.family import registry
 from esolm_jax.family.family import Family, Windows
 from esolm_jax.sampling.plan.schedule import Schedule
 
-PREFILL_CHUNK = 256
+# (tokens of a prompt, up to; slots of a window): a CPU's time grows with the slots from few on, and
+# on GPUs and TPUs 256 take as long as one.
+PROMPT_WINDOWS = (16, 16), (512, 64), (np.iinfo(np.int32).max, 256)
 MANY = 16  # number of narrow passes that justify a separate program
 NEVER = np.iinfo(np.int32).max  # a position, rank or pass that does not exist
 
@@ -96,8 +98,9 @@ class DecodePlan:
 
     @property
     def rows_of_tables(self) -> int:
-        """The number of steps, rounded up to a power of two: programs depend on it."""
-        return _power(len(self.size))
+        """At least the number of steps: programs depend on it, so it does not depend on the prompt
+        or on the draws."""
+        return _power(max(len(self.size), self.order.shape[1]))
 
     def padded(self, margin: int) -> Self:
         """The plan for a loop: `margin` more slots, so that every window fits, and tables of
@@ -137,8 +140,8 @@ class DecodePlan:
         index = np.zeros(self.rows_of_tables, np.int32)
         widths, most = self.widths[low:high], int(self.size[low:high].max())
         rounded = [_round_up(width) for width in widths.tolist()]
-        if most == 0:  # passes of a prompt have one size, except the last
-            return index, ((max(rounded), 0),)
+        if most == 0:  # of a prompt
+            return index, ((_prompt_width(int(widths.max()), self.order.shape[1]), 0),)
         rounded = np.maximum(rounded, min(2, max(rounded)))
         if few_tokens and len(self.order) == 1:
             rounded = np.maximum(rounded, 2)
@@ -170,6 +173,12 @@ def _round_up(n: int) -> int:
     return between if power >= 8 and n <= between else power
 
 
+def _prompt_width(widest: int, length: int) -> int:
+    """Slots of the windows of a prompt whose widest has this many."""
+    fits = (width for _, width in PROMPT_WINDOWS if width >= widest)
+    return min(next(fits, _round_up(widest)), _round_up(length))
+
+
 def leftmost(order: np.ndarray, length: np.ndarray) -> np.ndarray:
     """int32 [B, L + 1]: the leftmost position among the ranks from this one on, or NEVER. Positions
     beyond `length` [B] do not count."""
@@ -181,13 +190,16 @@ def leftmost(order: np.ndarray, length: np.ndarray) -> np.ndarray:
 def _tables(schedule: Schedule, windows: Windows, mask_id: int) -> DecodePlan:
     """The passes that fill the cache, then those of the windows. Slots of one rank stay in one
     pass."""
-    prefill, rank = windows.prefill, windows.rank
+    prefill, rank, length = windows.prefill, windows.rank, schedule.order.shape[1]
     together = int(np.bincount(rank).max(initial=1)) if prefill.any() else 1
     most = int(prefill.max(initial=0))
-    parts = -(-most // (max(1, PREFILL_CHUNK // together) * together)) or 1
-    size = -(-most // (parts * together)) * together  # equal chunks
-    chunk = size * np.arange(parts if most else 0)[:, None]
-    low, high = (np.minimum(c, prefill[None]) for c in (chunk, chunk + size))
+    size = next(width for tokens, width in PROMPT_WINDOWS if most <= tokens)
+    size = max(1, size // together) * together
+    chunk = size * np.arange(-(-most // size))[:, None]
+    # The last window begins earlier if it would end behind the text: it runs some slots again.
+    behind_text = max(0, length - _prompt_width(size, length))
+    low = np.minimum(np.minimum(chunk, behind_text), prefill[None])
+    high = np.minimum(chunk + size, prefill[None])
     first, done = schedule.first, schedule.sizes == 0
     behind = leftmost(schedule.order, schedule.length)
     limits = windows.start, windows.end, windows.bidirectional_below
