@@ -31,12 +31,20 @@ def model_config(config, tokenizer: dict, platform: str) -> ModelConfig:
     return ModelConfig(
         vocab_size=num_ids(tokenizer),
         dropout=m.dropout,
+        dropout_bits=dropout_bits(m.dropout_bits, platform),
         dtype=m.dtype,
-        unroll=m.unroll,
+        unroll=m.unroll or (m.blocks if platform == "gpu" else 1),
         attention=attention.resolve(m.attention, platform, config.data.seq_len),
         remat=m.remat,
         **{name: m[name] for name in SIZES},
     )
+
+
+def dropout_bits(name: str, platform: str) -> str:
+    """The generator that "auto" stands for on a platform; other names unchanged."""
+    if name != "auto":
+        return name
+    return prng.IMPL if platform == "cpu" else "mix32"
 
 
 def num_ids(tokenizer: dict) -> int:

@@ -114,7 +114,10 @@ class Trainer:
     def _undo_if_not_finite(self, new: TrainState, old: TrainState, metrics: dict) -> TrainState:
         """`new`, but with weights, EMA and optimizer state of `old` if the step is not finite, or
         follows a step that ends the run."""
-        counts = is_finite = health_lib.is_finite(metrics, new.params)
+        # Weights that cannot overflow need no check, and are then read and written once.
+        can_overflow = optimizer_lib.largest_growth(self.config) > health_lib.LIMIT / 2
+        checked = new.params if can_overflow else {}
+        counts = is_finite = health_lib.is_finite(metrics, checked)
         if self.config.train.on_non_finite == "stop":
             counts = is_finite & (old.health.first_bad == 0)
         params, ema, opt_state = health_lib.keep(

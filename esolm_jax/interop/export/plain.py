@@ -32,7 +32,7 @@ _STYLES = {
 _FIELDS = {"vocab_size", "width", "blocks", "heads", "cond_width", "style", "kv_heads", "mlp_width"}
 _FIELDS |= {"attention_width", "norm_eps", "qkv_bias", "qk_norm", "max_positions"}
 _FIELDS |= {"rope_base", "rope_factor", "rope_original_length"}
-_FIELDS |= {"dropout", "dtype", "unroll", "attention", "remat"}
+_FIELDS |= {"dropout", "dropout_bits", "dtype", "unroll", "attention", "remat"}
 
 
 def in_float32(config: ModelConfig) -> ModelConfig:
