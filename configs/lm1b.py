@@ -22,5 +22,6 @@ def get_config(family: str = "0.5"):
         config.data.seq_len = 128
         config.data.vocab_size = 30522  # as bert-base-uncased's
         config.model.remat = "none"
+        config.train.grad_accumulation = 1
         config.train.steps = 1_000_000
     return config

@@ -13,7 +13,7 @@ from esolm_jax.family.phase import is_exact
 from esolm_jax.parallel import sharding
 from esolm_jax.training.train_step import Trainer
 
-KINDS = {"head|predicted_chunks|logits": "head", "splash|attend": "attention", "while": "blocks"}
+KINDS = {"head|predicted_chunks|logits": "head", "splash|attend": "attention", "blocks|while": "blocks"}
 
 
 def local_bytes(tree) -> float:
@@ -44,7 +44,8 @@ def _padded(training: Trainer) -> float:
 
 def _activations(text: str, blocks: int, params: list[tuple[int, ...]]) -> float:
     """Bytes that the forward scan over blocks keeps for the backward pass: arrays in the carry of a
-    loop with one entry per block that are not parameters; the maximum over loops."""
+    loop with one entry per block that are not parameters; the maximum over loops. 0 if blocks are
+    unrolled: the activations are temporaries like others then."""
     most = 0.0
     for match in re.finditer(r"= \((.*?)\) while\(", text):
         total = 0.0

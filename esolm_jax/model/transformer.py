@@ -198,7 +198,8 @@ class Transformer(nnx.Module):
             all_unrolled = config.unroll >= config.blocks
             block_step = jax.checkpoint(block_step, policy=keep, prevent_cse=all_unrolled)
         hs = self._embed(batches)
-        hs, _ = jax.lax.scan(block_step, hs, (stacked, seeds), unroll=config.unroll)
+        with jax.named_scope("blocks"):  # aot/report.py finds their products by this name
+            hs, _ = jax.lax.scan(block_step, hs, (stacked, seeds), unroll=config.unroll)
         return hs
 
     def _embed(self, batches):
