@@ -63,7 +63,7 @@ class Case:
         rows = min(self.rows, 4) if dry_run else self.rows
         config.mesh.update({"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1, "devices": 1})
         config.sample.num_texts = config.train.batch_size = config.eval.batch_size = rows
-        config.model.remat = "none"
+        config.model.remat = "matmuls"
         if dry_run:
             config.update_from_flattened_dict(TINY)
         config_lib.validate(config)

@@ -41,6 +41,8 @@ def case(file, argument, topology_name, num_slices=1, full_loss=False, **changes
     return Case(file, argument, topology_name, fields, num_slices, full_loss)
 
 
+# Everything recomputed, in one micro-batch: as configs were when these sections were recorded.
+PLAIN = {"model__remat": "full", "train__grad_accumulation": 1}
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
 ROWS = 8  # per chip, in `scaling` and `length`
 CHIPS = 4  # of `length`
@@ -60,26 +62,48 @@ SECTIONS = {
     ],
     # The same batch per chip on more chips.
     "scaling": [
-        case("owt", "0.5", name, train__batch_size=ROWS * topology.num_chips(name))
+        case("owt", "0.5", name, train__batch_size=ROWS * topology.num_chips(name), **PLAIN)
         for name in ("v5p:2x2x4", "v5p:4x4x4", "v5p:4x8x8", "v5p:8x8x16")
     ],
     # All objectives at one batch, without recomputation.
     "work": [
-        case("owt", argument, "v5p:2x2x4", train__batch_size=512, model__remat="none")
+        case(
+            "owt",
+            argument,
+            "v5p:2x2x4",
+            train__batch_size=512,
+            model__remat="none",
+            train__grad_accumulation=1,
+        )
         for argument in ("ar", "mdlm", "bd3", "1", "0.5", "0.125", "0")
     ],
     # Nodes of 8 GPUs: the same batch per GPU on one node and on eight.
     "gpus": [
-        case("owt", "0.5", name, train__batch_size=OWN_ROWS * topology.num_chips(name))
+        case("owt", "0.5", name, train__batch_size=OWN_ROWS * topology.num_chips(name), **PLAIN)
         for name in NODES
     ]
     + [
-        case("2b", "0.5", name, train__batch_size=16 * topology.num_chips(name), mesh__fsdp=8)
+        case(
+            "2b",
+            "0.5",
+            name,
+            train__batch_size=16 * topology.num_chips(name),
+            mesh__fsdp=8,
+            **PLAIN,
+        )
         for name in NODES
     ],
     # One model at increasing length, with our loss and with a loss that holds all logits.
     "length": [
-        case("owt", "0.5", "v5p:2x2x1", full_loss=f, data__seq_len=n, train__batch_size=CHIPS * r)
+        case(
+            "owt",
+            "0.5",
+            "v5p:2x2x1",
+            full_loss=f,
+            data__seq_len=n,
+            train__batch_size=CHIPS * r,
+            **PLAIN,
+        )
         for f in (False, True)
         for n, r in [(n, ROWS) for n in LENGTHS[: 3 if f else None]] + [(LENGTHS[0], OWN_ROWS)]
     ],

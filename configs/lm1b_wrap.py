@@ -43,5 +43,6 @@ def get_config(family: str = "0.5"):
         config.data.tokenizer = "bert"
         config.data.tokenizer_ids = 30522
         config.model.remat = "none"
+        config.train.grad_accumulation = 1
         config.train.steps = 1_000_000
     return config

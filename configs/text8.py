@@ -33,5 +33,6 @@ def get_config(family: str = "0.5"):
         config.data.tokenizer = "text8"
         config.data.tokenizer_ids = 0
         config.model.remat = "none"
+        config.train.grad_accumulation = 1
         config.train.steps = 1_000_000
     return config

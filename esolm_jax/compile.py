@@ -147,6 +147,11 @@ def show(figures: dict) -> None:
         f"network {1e3 * line['network_seconds']:.1f}), MFU at most {line['mfu']:.0%}, "
         f"{figures['tokens_per_step'] / line['step_seconds']:,.0f} tokens/s"
     )
+    moved = figures["traffic"]
+    print(
+        f"{moved['kernels']:,.0f} kernels read and write {moved['bytes'] / 1e9:.1f} GB, "
+        f"{1e3 * moved['seconds']:.1f} ms of the memory's bandwidth"
+    )
 
 
 def sweep(config, name: str, num_slices: int) -> list[dict]:

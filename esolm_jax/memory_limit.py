@@ -18,6 +18,7 @@ from esolm_jax.data.tokenizer import Tokenizer
 from esolm_jax.errors import UserError
 from esolm_jax.family import registry
 from esolm_jax.model import build
+from esolm_jax.model.lm_head import SMALLEST_CHUNK
 from esolm_jax.model.model_config import TIME_FREQUENCIES, ModelConfig
 from esolm_jax.parallel import sharding
 from esolm_jax.sampling import generate
@@ -87,7 +88,7 @@ def _forward(config, model: ModelConfig, mesh, field: str, rows: float, kept: in
     fields = ("data.seq_len", field) if length > rows else (field, "data.seq_len")
     itemsize = jnp.dtype(model.dtype).itemsize
     hidden = tokens / mesh.shape["sequence"] * model.width * itemsize * kept
-    chunk = min(config.model.loss_chunk, tokens / mesh.shape["sequence"])
+    chunk = min(config.model.loss_chunk or SMALLEST_CHUNK, tokens / mesh.shape["sequence"])
     logits = chunk * model.vocab_size / mesh.shape["tensor"] * FLOAT
     return [
         Need("batch", fields, tokens / mesh.shape["sequence"] * BATCH_BYTES),

@@ -35,12 +35,12 @@ def measure(config, training: Trainer, chip: Chip) -> dict:
     """HBM, FLOPs and collectives on one chip."""
     with topology.compiling_for(training.built.mesh):
         compiled = lowered(config, training).compile()
-    chunks = (
-        config.eval.batch_size * config.data.seq_len / sharding.num_row_shards(training.built.mesh)
-    )
+    mesh, model = training.built.mesh, training.built.model
+    tokens = config.eval.batch_size * config.data.seq_len // sharding.num_row_shards(mesh)
+    head = training.built.head.sized(tokens, model.vocab_size // mesh.shape["tensor"])
     cost = hlo.analyse(
         compiled.as_text(),
-        trip_counts={"predicted_chunks": chunks / config.model.loss_chunk},
+        trip_counts={"predicted_chunks": tokens / head.chunk},
         kernel_flops=kernel_flops(training, compiled.as_text()),
     )
     return {

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from esolm_jax.aot.hlo_collectives import Collective, bytes_by_kind, collectives, started_channels
 from esolm_jax.aot.hlo_loops import Frame, trip_count
-from esolm_jax.aot.hlo_parse import Computation, Instruction, Shape, parse
+from esolm_jax.aot.hlo_parse import Computation, Instruction, Module, Shape, parse
 from esolm_jax.aot.hlo_products import product_flops
 
 KERNEL_TARGETS = ("tpu_custom_call", "__gpu$xla.gpu.triton")  # of custom calls: Pallas kernels
@@ -142,7 +142,8 @@ def _kind(op_name: str, kinds: Mapping[str, str]) -> str:
     return next((kind for pattern, kind in kinds.items() if re.search(pattern, op_name)), "other")
 
 
-def _first(mapping: Mapping[str, float], *names: str) -> float | None:
+def first_match(mapping: Mapping[str, float], *names: str) -> float | None:
+    """The value of the first key that is a part of a name."""
     return next((v for key, v in mapping.items() if any(key in name for name in names)), None)
 
 
@@ -176,7 +177,7 @@ class _Reader:
     def _loop(self, i: Instruction, frame: Frame) -> list[Event]:
         name = i.op_name or i.name
         count = trip_count(i, frame)
-        count = _first(self.trip_counts, name) if count is None else count
+        count = first_match(self.trip_counts, name) if count is None else count
         unknown = [Loop(name)] if count is None else []
         count = 1 if count is None else count
         body = [
@@ -186,19 +187,23 @@ class _Reader:
         return unknown + (body if count else [])
 
     def _branch(self, i: Instruction, frame: Frame) -> list[Event]:
-        names = i.names("branch_computations")
-        names = names or i.names("false_computation") + i.names("true_computation")
-        names = sorted(names, key=lambda name: _branch_number(i, frame.module.computations[name]))
-        each = [self.events(frame.enter(i, name)) for name in names]
-        usual = _first(self.branches, i.op_name or i.name)
+        each = [self.events(frame.enter(i, name)) for name in branch_names(i, frame.module)]
+        usual = first_match(self.branches, i.op_name or i.name)
         return each[usual] if usual is not None else max(each, key=_weight)
 
     def _kernel(self, i: Instruction, frame: Frame) -> Kernel:
         operands = [s for o in i.operands for s in frame.computation.instructions[o].shapes]
         flops = self.kernel_flops.get(i.name)  # first: kernel.1 is a part of kernel.10
         if flops is None:
-            flops = _first(self.kernel_flops, i.name, i.op_name)
+            flops = first_match(self.kernel_flops, i.name, i.op_name)
         return Kernel(i.name, i.op_name, tuple(operands), i.shapes, flops)
+
+
+def branch_names(i: Instruction, module: Module) -> list[str]:
+    """The computations of a conditional, in JAX's order."""
+    names = i.names("branch_computations")
+    names = names or i.names("false_computation") + i.names("true_computation")
+    return sorted(names, key=lambda name: _branch_number(i, module.computations[name]))
 
 
 def _branch_number(i: Instruction, branch: Computation) -> int:

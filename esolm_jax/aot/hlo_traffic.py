@@ -1,4 +1,4 @@
-"""What one iteration of a loop launches and moves, from optimised HLO text.
+"""What a program, or one iteration of its loop, launches and moves, from optimised HLO text.
 
 Kernels are the instructions that the device launches; bytes are the operands and results of each in
 the device's memory. An operand that is only sliced counts as its slices, and an array that is
@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Self
 
+from esolm_jax.aot.hlo import branch_names, first_match
 from esolm_jax.aot.hlo_loops import Frame, trip_count
 from esolm_jax.aot.hlo_parse import Computation, Instruction, Module, Shape, parse
 
@@ -75,6 +76,14 @@ def largest_loop(text: str, kernel_bytes: Mapping[str, KernelBytes] = {}) -> Tra
     return max(found, key=lambda traffic: traffic.bytes)
 
 
+def program(
+    text: str, *, trip_counts: Mapping[str, float] = {}, branches: Mapping[str, int] = {}
+) -> Traffic:
+    """One run of a program; trip_counts and branches as those of hlo.analyse."""
+    module = parse(text)
+    return _Reader(module, {}, trip_counts, branches).of(Frame(module, module.entry))
+
+
 def _loops(computation: Computation) -> list[Instruction]:
     return [i for i in computation.instructions.values() if i.opcode == "while"]
 
@@ -83,6 +92,8 @@ def _loops(computation: Computation) -> list[Instruction]:
 class _Reader:
     module: Module
     kernel_bytes: Mapping[str, KernelBytes]
+    trip_counts: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    branches: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def of(self, frame: Frame) -> Traffic:
         total = Traffic()
@@ -99,14 +110,15 @@ class _Reader:
             return Traffic()
         if i.opcode == "while":
             count = trip_count(i, frame)
+            if count is None:
+                count = first_match(self.trip_counts, i.op_name or i.name)
             inside = self.of(frame.enter(i, i.attribute("body")))
             return inside.times(1 if count is None else count)
         if i.opcode == "conditional":
-            names = i.names("branch_computations")
-            names = names or i.names("false_computation") + i.names("true_computation")
-            branches = [self.of(frame.enter(i, name)) for name in names]
+            branches = [self.of(frame.enter(i, name)) for name in branch_names(i, self.module)]
+            usual = first_match(self.branches, i.op_name or i.name)
             dearest = max(branches, key=lambda traffic: traffic.bytes)
-            return dearest + Traffic(conditionals=1)
+            return (dearest if usual is None else branches[int(usual)]) + Traffic(conditionals=1)
         if i.opcode in ("call", "async-start"):
             name = (i.names("to_apply") or i.names("called_computation") or i.names("calls"))[0]
             return self.of(frame.enter(i, name))

@@ -55,13 +55,16 @@ def _splash(training: Trainer):
         by_size.setdefault(tiles.num_k, tiles)
 
     def count(kernel: hlo.Kernel, products: int) -> float | None:
-        shapes = [s.sizes for s in kernel.operands if len(s.sizes) == 4]
-        tiles = by_size.get(max((shape[2] for shape in shapes), default=0))
+        """Operands: …, q [B, H, T, K], k [B, G, S, K], …; with one row, [H, T, K] and [G, S, K]."""
+        rank = max(len(s.sizes) for s in kernel.operands)
+        shapes = [s.sizes for s in kernel.operands if len(s.sizes) == rank]
+        tiles = by_size.get(max(shape[-2] for shape in shapes))
         if tiles is None:
             return None
         if tiles.fused and "dkv" in kernel.name:
             products += 1  # and the gradient of q
-        rows, heads = shapes[0][:2]
+        heads = max(shape[-3] for shape in shapes)
+        rows = shapes[0][0] if rank == 4 else 1
         pairs = rows * heads * tiles.blocks * tiles.block_q * tiles.block_k / parts
         return products * 2 * pairs * model.head_width
 
@@ -107,9 +110,9 @@ def _flash(training: Trainer):
             by_size.setdefault(num_k, blocks)
 
     def count(kernel: hlo.Kernel, products: int) -> float | None:
-        """Operands: indices of blocks, their numbers, q [B, G, R, T, K], k [B, G, S, K], …"""
-        rows, groups, heads, _, width = kernel.operands[2].sizes
-        blocks = by_size.get(kernel.operands[3].sizes[2])
+        """Operands: indices of blocks, their numbers, q [B, T, G, R, K], k [B, S, G, K], …"""
+        rows, _, groups, heads, width = kernel.operands[2].sizes
+        blocks = by_size.get(kernel.operands[3].sizes[1])
         if blocks is None:
             return None
         return products * 2 * block**2 * width * rows * groups * heads * blocks / parts

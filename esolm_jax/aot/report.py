@@ -5,7 +5,7 @@ import re
 
 import jax
 
-from esolm_jax.aot import hlo, lower_bound
+from esolm_jax.aot import hlo, hlo_traffic, lower_bound
 from esolm_jax.aot.chips import Chip
 from esolm_jax.aot.kernel_flops import USUAL, kernel_flops
 from esolm_jax.family import registry, trim
@@ -13,7 +13,11 @@ from esolm_jax.family.phase import is_exact
 from esolm_jax.parallel import sharding
 from esolm_jax.training.train_step import Trainer
 
-KINDS = {"head|predicted_chunks|logits": "head", "splash|attend": "attention", "while": "blocks"}
+KINDS = {
+    "head|predicted_chunks|logits": "head",
+    "splash|attend": "attention",
+    "blocks|while": "blocks",
+}
 
 
 def local_bytes(tree) -> float:
@@ -27,17 +31,25 @@ def local_bytes(tree) -> float:
 
 
 def _padded(training: Trainer) -> float:
-    """Chunks of the head that run in a step on one chip, on average: half of the last is empty."""
-    work = lower_bound.step(training.config, training.phases)
-    mesh = training.built.mesh
-    local = work.predicted / (sharding.num_row_shards(mesh) * mesh.shape["sequence"])
-    per_step = local / training.config.train.grad_accumulation
-    return per_step / training.config.model.loss_chunk + 0.5
+    """Chunks of the head that run in a micro-batch on one chip, on average: half of the last is
+    empty."""
+    config, objective = training.config, training.objective
+    mesh, model = training.built.mesh, training.built.model
+    parts = sharding.num_row_shards(mesh) * mesh.shape["sequence"]
+    parts *= config.train.grad_accumulation
+    lengths = (queries or config.data.seq_len for queries in objective.queries)
+    tokens = sum(
+        round(phase.fraction * config.train.batch_size) * length
+        for phase, length in zip(training.phases, lengths, strict=True)
+    )
+    head = training.built.head.sized(tokens // parts, model.vocab_size // mesh.shape["tensor"])
+    return lower_bound.step(config, training.phases).predicted / parts / head.chunk + 0.5
 
 
 def _activations(text: str, blocks: int, params: list[tuple[int, ...]]) -> float:
     """Bytes that the forward scan over blocks keeps for the backward pass: arrays in the carry of a
-    loop with one entry per block that are not parameters; the maximum over loops."""
+    loop with one entry per block that are not parameters; the maximum over loops. 0 if blocks are
+    unrolled: the activations are temporaries like others then."""
     most = 0.0
     for match in re.finditer(r"= \((.*?)\) while\(", text):
         total = 0.0
@@ -97,6 +109,15 @@ def cost(training: Trainer, text: str) -> hlo.Cost:
     )
 
 
+def traffic(training: Trainer, text: str, chip: Chip) -> dict:
+    """What a training step launches on one chip, and reads and writes in its memory: operands and
+    results of every kernel, as if no cache helped."""
+    trips = {"predicted_chunks": _padded(training)}
+    moved = hlo_traffic.program(text, trip_counts=trips, branches=USUAL)
+    seconds = moved.bytes / chip.hbm_bandwidth
+    return {"kernels": moved.kernels, "bytes": moved.bytes, "seconds": seconds}
+
+
 def stray_gathers(training: Trainer, cost_of_step: hlo.Cost) -> list[str]:
     """Collectives outside of loops that gather all blocks of a stacked parameter."""
     blocks = training.built.model.blocks
@@ -141,6 +162,7 @@ def report(training: Trainer, compiled, chip: Chip) -> dict:
             "ratio": sent / best if best else 1.0,
             "stray_gathers": stray_gathers(training, cost_of_step),
         },
+        "traffic": traffic(training, text, chip),
         "roofline": roofline(cost_of_step.flops, flops["lower_bound"], sent, hbm, chip),
         "tokens_per_step": config.train.batch_size * config.data.seq_len,
         "full_branch_probability": _full_branch(training),

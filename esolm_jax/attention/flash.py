@@ -40,27 +40,26 @@ def flash(q_BHTK, k_BGSK, v_BGSK, *labels, layout: Layout | None, interpret: boo
     """
     width = q_BHTK.shape[-1]
     wide = max(MIN_WIDTH, pl.next_power_of_2(width))
-    q_BHTK = q_BHTK * width**-0.5
     q_BHTK, k_BGSK, v_BGSK = (
         recompute.pad_to_multiple(a, 3, wide) for a in (q_BHTK, k_BGSK, v_BGSK)
     )
-    impl = _INTERPRETED if interpret else _COMPILED
+    impl = _impl(width**-0.5, interpret)
     return recompute.attend(impl, layout, q_BHTK, k_BGSK, v_BGSK, labels)[..., :width]
 
 
-def _scores(q_TK, k_SK, q_labels, k_labels):
-    """float32 [T, S], MASKED where invisible; q is scaled."""
+def _scores(scale, q_TK, k_SK, q_labels, k_labels):
+    """float32 [T, S], MASKED where invisible. Scaled here: a scaled copy of q costs a kernel."""
     q_rank, q_in_context = (label[:, None] for label in q_labels)
     k_rank, k_in_context = (label[None] for label in k_labels)
     mask_TS = visible(q_rank, q_in_context != 0, k_rank, k_in_context != 0)
-    return jnp.where(mask_TS, dot(q_TK, k_SK, 1, 1), MASKED)
+    return jnp.where(mask_TS, dot(q_TK, k_SK, 1, 1) * scale, MASKED)
 
 
 def _block(refs, j, size: int):
     return tuple(ref[pl.ds(j * size, size)] for ref in refs)
 
 
-def _forward_kernel(*refs):
+def _forward_kernel(scale, *refs):
     """One block of queries. Online softmax: each block of keys rescales the running sums."""
     blocks, count, q, k, v, q_rank, q_in_context, k_rank, k_in_context, out, lse = refs
     q_TK, q_labels = q[...], (q_rank[...], q_in_context[...])
@@ -69,7 +68,7 @@ def _forward_kernel(*refs):
         out_TK, total, top_before = carry
         j = blocks[n]
         k_SK, v_SK, *k_labels = _block((k, v, k_rank, k_in_context), j, len(q_TK))
-        scores = _scores(q_TK, k_SK, q_labels, k_labels)
+        scores = _scores(scale, q_TK, k_SK, q_labels, k_labels)
         top = jnp.maximum(top_before, scores.max(axis=1))
         probs, keep = jnp.exp(scores - top[:, None]), jnp.exp(top_before - top)
         out_TK = out_TK * keep[:, None] + dot(probs.astype(v_SK.dtype), v_SK, 1, 0)
@@ -82,13 +81,13 @@ def _forward_kernel(*refs):
     lse[...] = top + jnp.log(total)
 
 
-def _scores_gradient(q_TK, k_SK, v_SK, q_labels, k_labels, grad_TK, lse, delta):
-    """(probabilities, gradient of the scores), float32 [T, S]."""
-    probs = jnp.exp(_scores(q_TK, k_SK, q_labels, k_labels) - lse[:, None])
-    return probs, probs * (dot(grad_TK, v_SK, 1, 1) - delta[:, None])
+def _scores_gradient(scale, q_TK, k_SK, v_SK, q_labels, k_labels, grad_TK, lse, delta):
+    """(probabilities, gradient of q · k), float32 [T, S]."""
+    probs = jnp.exp(_scores(scale, q_TK, k_SK, q_labels, k_labels) - lse[:, None])
+    return probs, probs * ((dot(grad_TK, v_SK, 1, 1) - delta[:, None]) * scale)
 
 
-def _queries_kernel(*refs):
+def _queries_kernel(scale, *refs):
     """The gradient of one block of queries."""
     blocks, count, q, k, v, q_rank, q_in_context, k_rank, k_in_context, *rest = refs
     grad, lse, delta, dq = rest
@@ -98,28 +97,28 @@ def _queries_kernel(*refs):
     def step(n, dq_TK):
         j = blocks[n]
         k_SK, v_SK, *k_labels = _block((k, v, k_rank, k_in_context), j, len(q_TK))
-        _, dscores = _scores_gradient(q_TK, k_SK, v_SK, q_labels, k_labels, *of_queries)
+        _, dscores = _scores_gradient(scale, q_TK, k_SK, v_SK, q_labels, k_labels, *of_queries)
         return dq_TK + dot(dscores.astype(k_SK.dtype), k_SK, 1, 0)
 
     start = jnp.zeros(q_TK.shape, jnp.float32)
     dq[...] = jax.lax.fori_loop(0, count[0], step, start).astype(dq.dtype)
 
 
-def _keys_kernel(*refs):
+def _keys_kernel(scale, *refs):
     """The gradients of one block of keys and values, over all query heads that read it."""
     blocks, count, q, k, v, q_rank, q_in_context, k_rank, k_in_context, *rest = refs
     grad, lse, delta, dk, dv = rest
     k_SK, v_SK, k_labels = k[...], v[...], (k_rank[...], k_in_context[...])
-    heads = q.shape[0]
+    heads = q.shape[1]
 
     def step(n, carry):
         dk_SK, dv_SK = carry
         i, head = blocks[jax.lax.div(n, heads)], jax.lax.rem(n, heads)
-        rows = head, pl.ds(i * len(k_SK), len(k_SK))
-        q_TK, *of_queries = (ref[rows] for ref in (q, grad, lse, delta))
+        rows = pl.ds(i * len(k_SK), len(k_SK))
+        q_TK, grad_TK = (ref[rows, head] for ref in (q, grad))
+        of_queries = grad_TK, *(ref[head, rows] for ref in (lse, delta))
         q_labels = _block((q_rank, q_in_context), i, len(k_SK))
-        probs, dscores = _scores_gradient(q_TK, k_SK, v_SK, q_labels, k_labels, *of_queries)
-        grad_TK = of_queries[0]
+        probs, dscores = _scores_gradient(scale, q_TK, k_SK, v_SK, q_labels, k_labels, *of_queries)
         dv_SK += dot(probs.astype(grad_TK.dtype), grad_TK, 0, 0)
         return dk_SK + dot(dscores.astype(q_TK.dtype), q_TK, 0, 0), dv_SK
 
@@ -137,18 +136,26 @@ def _visible_blocks(table):
 
 
 def _padded(layout, q, k, v, labels):
-    """(operands, table, block): q, k, v and labels padded to whole blocks, with flags as integers
-    because kernels cannot load booleans; the mask of visible blocks; the tokens of a block."""
+    """(operands, table, block): q [B, T, G, R, K], k and v [B, S, G, K] and labels, padded to
+    whole blocks, with flags as integers because kernels cannot load booleans; the mask of visible
+    blocks; the tokens of a block."""
     block = BLOCK_BYTES // q.dtype.itemsize
     labels = recompute.pad_labels(labels, block)
     table = recompute.block_mask(layout, labels, block)
     pad_to_multiple = functools.partial(recompute.pad_to_multiple, block=block)
     labels = (label.astype(jnp.int32) for label in labels)
+    q, k, v = tokens_first(q, 3), tokens_first(k, 2), tokens_first(v, 2)
     return (
-        (pad_to_multiple(q, 3, mode="edge"), pad_to_multiple(k, 2), pad_to_multiple(v, 2), *labels),
+        (pad_to_multiple(q, 1, mode="edge"), pad_to_multiple(k, 1), pad_to_multiple(v, 1), *labels),
         table,
         block,
     )
+
+
+def tokens_first(array, axis: int):
+    """The array with its tokens behind its rows, as the matrix products around attention have
+    them: the kernels take any strides, and no array is transposed."""
+    return jnp.moveaxis(array, axis, 1)
 
 
 class _Programs(NamedTuple):
@@ -171,22 +178,22 @@ class _Programs(NamedTuple):
 def _programs(q, k, block: int, of_queries: bool) -> _Programs:
     """Programs over blocks of queries see one block of queries of a query head and all keys;
     programs over blocks of keys see one block of keys and all queries of the heads in its group."""
-    (batch, groups, heads, num_q, width), num_k = q.shape, k.shape[2]
+    (batch, num_q, groups, heads, width), num_k = q.shape, k.shape[1]
     blocks_q, blocks_k = num_q // block, num_k // block
     if of_queries:
         grid, others = (blocks_q, groups * heads, batch), blocks_k
         q_spec = pl.BlockSpec(
-            (None, None, None, block, width), lambda i, h, b: (b, h // heads, h % heads, i, 0)
+            (None, block, None, None, width), lambda i, h, b: (b, i, h // heads, h % heads, 0)
         )
         lse = pl.BlockSpec((None, None, None, block), lambda i, h, b: (b, h // heads, h % heads, i))
-        k_spec = pl.BlockSpec((None, None, num_k, width), lambda i, h, b: (b, h // heads, 0, 0))
+        k_spec = pl.BlockSpec((None, num_k, None, width), lambda i, h, b: (b, 0, h // heads, 0))
         q_label = pl.BlockSpec((None, block), lambda i, h, b: (b, i))
         k_label = pl.BlockSpec((None, num_k), lambda i, h, b: (b, 0))
     else:
         grid, others = (blocks_k, groups, batch), blocks_q
-        q_spec = pl.BlockSpec((None, None, heads, num_q, width), lambda j, g, b: (b, g, 0, 0, 0))
+        q_spec = pl.BlockSpec((None, num_q, None, heads, width), lambda j, g, b: (b, 0, g, 0, 0))
         lse = pl.BlockSpec((None, None, heads, num_q), lambda j, g, b: (b, g, 0, 0))
-        k_spec = pl.BlockSpec((None, None, block, width), lambda j, g, b: (b, g, j, 0))
+        k_spec = pl.BlockSpec((None, block, None, width), lambda j, g, b: (b, j, g, 0))
         q_label = pl.BlockSpec((None, num_q), lambda j, g, b: (b, 0))
         k_label = pl.BlockSpec((None, block), lambda j, g, b: (b, j))
     indices = pl.BlockSpec((None, others), lambda i, h, b: (i, 0))
@@ -195,13 +202,13 @@ def _programs(q, k, block: int, of_queries: bool) -> _Programs:
     return _Programs(grid, [*inputs, q_spec, lse, lse], q_spec, k_spec, lse)
 
 
-def _call(kernel, programs: _Programs, table, operands, outs, interpret: bool):
+def _call(kernel, scale, programs: _Programs, table, operands, outs, interpret: bool):
     """Runs a kernel. `table`: the mask of visible blocks; `outs`: (spec, shape, dtype) of each
     result."""
     warps = 8 if operands[0].shape[-1] > WIDE else 4
     operands = *_visible_blocks(table), *operands
     return pl.pallas_call(
-        kernel,
+        functools.partial(kernel, scale),
         grid=programs.grid,
         in_specs=programs.inputs[: len(operands)],
         out_specs=[spec for spec, *_ in outs],
@@ -212,36 +219,43 @@ def _call(kernel, programs: _Programs, table, operands, outs, interpret: bool):
     )(*operands)
 
 
-def _forward(interpret, layout, q, k, v, labels):
+def _forward(scale, interpret, layout, q, k, v, labels):
     length = q.shape[3]
     operands, table, block = _padded(layout, q, k, v, labels)
     q, k = operands[:2]
     programs = _programs(q, k, block, of_queries=True)
-    outs = [(programs.q, q.shape, v.dtype), (programs.lse, q.shape[:-1], jnp.float32)]
-    out, lse = _call(_forward_kernel, programs, table, operands, outs, interpret)
-    return out[:, :, :, :length], lse[:, :, :, :length]
+    lse = *q.shape[:1], *q.shape[2:4], q.shape[1]
+    outs = [(programs.q, q.shape, v.dtype), (programs.lse, lse, jnp.float32)]
+    out, lse = _call(_forward_kernel, scale, programs, table, operands, outs, interpret)
+    return jnp.moveaxis(out[:, :length], 1, 3), lse[..., :length]
 
 
-def _backward(interpret, layout, q, k, v, labels, grad, lse, delta):
+def _backward(scale, interpret, layout, q, k, v, labels, grad, lse, delta):
     length, num_keys = q.shape[3], k.shape[2]
     operands, table, block = _padded(layout, q, k, v, labels)
     q, k, v = operands[:3]
-    pad_to_multiple = functools.partial(recompute.pad_to_multiple, axis=3, block=block)
-    operands += pad_to_multiple(grad), pad_to_multiple(lse, mode="edge"), pad_to_multiple(delta)
+    pad_to_multiple = functools.partial(recompute.pad_to_multiple, block=block)
+    operands += (
+        pad_to_multiple(tokens_first(grad, 3), 1),
+        pad_to_multiple(lse, 3, mode="edge"),
+        pad_to_multiple(delta, 3),
+    )
 
     programs = _programs(q, k, block, of_queries=True)
     outs = [(programs.q, q.shape, q.dtype)]
-    (dq,) = _call(_queries_kernel, programs, table, operands, outs, interpret)
+    (dq,) = _call(_queries_kernel, scale, programs, table, operands, outs, interpret)
 
     programs = _programs(q, k, block, of_queries=False)
     outs = [(programs.k, a.shape, a.dtype) for a in (k, v)]
-    dk, dv = _call(_keys_kernel, programs, table.T, operands, outs, interpret)
-    return dq[:, :, :, :length], dk[:, :, :num_keys], dv[:, :, :num_keys]
+    dk, dv = _call(_keys_kernel, scale, programs, table.T, operands, outs, interpret)
+    dk, dv = (jnp.moveaxis(a[:, :num_keys], 1, 2) for a in (dk, dv))
+    return jnp.moveaxis(dq[:, :length], 1, 3), dk, dv
 
 
-_COMPILED, _INTERPRETED = (
-    recompute.AttentionImpl(
-        functools.partial(_forward, interpret), functools.partial(_backward, interpret)
+@functools.cache
+def _impl(scale: float, interpret: bool) -> recompute.AttentionImpl:
+    """One object for each scale: it is a static argument of a custom VJP."""
+    return recompute.AttentionImpl(
+        functools.partial(_forward, scale, interpret),
+        functools.partial(_backward, scale, interpret),
     )
-    for interpret in (False, True)
-)

@@ -3,9 +3,11 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from esolm_jax.model.model_config import TIME_FREQUENCIES, ModelConfig
 from esolm_jax.parallel import sharding
+from esolm_jax.process import prng
 
 
 def uniform_fan_in(key, shape, dtype=jnp.float32):
@@ -38,14 +40,15 @@ def rms_norm(size: int, config: ModelConfig, rngs):
 
 def rms_normalize(config: ModelConfig, x):
     """x / √(mean(x²) + ε) over the last axis."""
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + config.norm_eps)
+    mean = jnp.mean(x * x, axis=-1, keepdims=True)
+    return x * checkpoint_name(jax.lax.rsqrt(mean + config.norm_eps), "norm")
 
 
 def normalize(config: ModelConfig, h):
     """LayerNorm or RMSNorm without scale and bias: float32."""
     h = h.astype(jnp.float32)
     if config.style != "llama":
-        h = h - h.mean(axis=-1, keepdims=True)
+        h = h - checkpoint_name(h.mean(axis=-1, keepdims=True), "norm")
     return rms_normalize(config, h)
 
 
@@ -70,14 +73,20 @@ class Norm(nnx.Module):
         return (normalize(self.config, h_BTD) * by + shift).astype(self.config.dtype)
 
 
-def dropout(key, rate: float, h):
+def dropout(config: ModelConfig, key, h):
+    """h [B, T, D] with each value set to 0 at the config's rate, others scaled up to the same mean;
+    h itself without a key."""
+    rate = config.dropout
     if key is None or rate == 0.0:
         return h
-    # Two draws of 16 bits from each 32 bits: random bits are the main cost of dropout.
-    *batch, width = h.shape
-    bits = jax.random.bits(key, (*batch, width // 2), jnp.uint32)
-    draws = jax.lax.bitcast_convert_type(bits, jnp.uint16).reshape(h.shape)
-    kept = draws >= round(rate * 2**16)
+    if config.dropout_bits == "mix32":
+        kept = prng.mix32(key, h.shape) >= round(rate * 2**32)
+    else:
+        # Two draws of 16 bits from each 32 bits: random bits are the main cost of dropout.
+        *batch, width = h.shape
+        bits = jax.random.bits(key, (*batch, width // 2), jnp.uint32)
+        draws = jax.lax.bitcast_convert_type(bits, jnp.uint16).reshape(h.shape)
+        kept = draws >= round(rate * 2**16)
     return h * jnp.where(kept, 1 / (1 - rate), 0).astype(h.dtype)
 
 

@@ -16,6 +16,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
 from esolm_jax.parallel import sharding
@@ -189,17 +190,23 @@ lookup.defvjp(_lookup_forward, _lookup_backward)
 
 class Linear(nnx.Module):
     """Tuple of h [B, T, D_in] → tuple of [B, T, …]: kernel [D_in, …] and, if `bias_init` is given,
-    a bias […]."""
+    a bias […].
+
+    `name`: of the products for model.REMAT, or "". The bias is added again in the backward pass:
+    keeping its sum would write the products twice.
+    """
 
     def __init__(
-        self, d_in: int, d_out: tuple[int, ...], spec: ParamSpec, rngs, *, init, bias_init
+        self, d_in: int, d_out: tuple[int, ...], spec: ParamSpec, rngs, *, init, bias_init, name=""
     ):
-        self.spec = spec
+        self.spec, self.name = spec, name
         self.kernel = nnx.Param(init(rngs.params(), (d_in, *d_out), jnp.float32))
         self.bias = bias_init and nnx.Param(bias_init(rngs.params(), d_out, jnp.float32))
 
     def __call__(self, hs):
         ys = matmul(self.spec, hs, self.kernel[...])
+        if self.name:
+            ys = tuple(checkpoint_name(y, self.name) for y in ys)
         if self.bias is None:
             return ys
         bias = self.bias[...]

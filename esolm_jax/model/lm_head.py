@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from esolm_jax.attention.recompute import pad_to_multiple
 from esolm_jax.model.linear import ParamSpec
 from esolm_jax.parallel import sharding
 
@@ -31,32 +32,49 @@ def token_nll(logits_BPV, target_BP, mask_id: int):
     return jax.nn.logsumexp(logits_BPV, axis=-1) - target_logit
 
 
+SMALLEST_CHUNK = 512  # where all chunks are this small, half of the last one costs little
+CHUNKS = 8  # of all tokens, predicted or not: each reads and writes the gradient of the kernel
+LOGITS_BYTES = {"gpu": 2**30, "tpu": 2**28}  # of a chunk at most
+LANES = 128  # a GPU's matrix products want whole ones
+
+
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """The projection on the vocabulary: mask id, tokens of a chunk, and the spec of the kernel."""
+    """The projection on the vocabulary: mask id, tokens of a chunk (0 = sized to the device and
+    the batch), and the spec of the kernel."""
 
     mask_id: int
     chunk: int
     spec: ParamSpec
 
     @classmethod
-    def of(cls, config, mask_id: int, mesh=None, *, chunk: int = 512):
+    def of(cls, config, mask_id: int, mesh=None, *, chunk: int = 0):
         """The head of a ModelConfig."""
         axes = sharding.PARAMETERS["logits/kernel"]
         return cls(mask_id, chunk, ParamSpec(axes, config.dtype, mesh))
 
-    def at_most(self, tokens: int) -> Self:
-        """The same head with chunks of at most `tokens` tokens."""
-        return dataclasses.replace(self, chunk=min(self.chunk, tokens))
+    def sized(self, tokens: int, vocab: int) -> Self:
+        """The same head with chunks for `tokens` tokens, predicted or not, of a device that holds
+        `vocab` columns of the kernel."""
+        chunk = self.chunk or SMALLEST_CHUNK
+        largest = LOGITS_BYTES.get(sharding.platform(self.spec.mesh), 0) // (4 * vocab)
+        if not self.chunk:
+            share = -(-tokens // CHUNKS)
+            chunk = max(chunk, min(-(-share // LANES), largest // LANES) * LANES)
+        return dataclasses.replace(self, chunk=min(chunk, tokens))
 
     def gather(self, params):
-        """This device's kernel [D, V'] in the compute dtype, bias [V'] and their token ids [V']."""
+        """This device's kernel [D, V'] in the compute dtype, bias [V'] and their token ids [V'].
+        On a GPU, with columns to whole lanes that are never predicted, as if all were the mask."""
         kernel = self.spec.gather(params["kernel"])
         size = kernel.shape[1]
-        ids = jnp.arange(size)
+        ids, bias = jnp.arange(size), params.get("bias", jnp.zeros(size))
         if self.spec.splits("tensor"):
             ids += size * jax.lax.axis_index("tensor")
-        return kernel, params.get("bias", jnp.zeros(size)), ids
+        if sharding.platform(self.spec.mesh) == "gpu":
+            kernel, bias = (pad_to_multiple(a, a.ndim - 1, LANES) for a in (kernel, bias))
+            ids = pad_to_multiple(ids, 0, LANES, constant_values=self.mask_id)
+        return kernel, bias, ids
 
     def normalize(self, h_PD, kernel, bias, ids, target_P):
         """nll [P] and probabilities [P, V'], float32, and is_target, bool [P, V']."""
@@ -66,10 +84,17 @@ class Head:
         if self.spec.splits("tensor"):
             top = jax.lax.pmax(top, "tensor")
         e = jnp.exp(z - top[:, None])
-        total = self.spec.sum_over(["tensor"], jnp.sum(e, axis=1))
         is_target = ids[None] == target_P[:, None]
-        target = self.spec.sum_over(["tensor"], jnp.sum(jnp.where(is_target, z, 0), axis=1))
+        sums = self._row_sums(e, jnp.where(is_target, z, 0))
+        total, target = (self.spec.sum_over(["tensor"], s) for s in sums)
         return jnp.log(total) + top - target, e / total[:, None], is_target
+
+    def _row_sums(self, *arrays):
+        """The sums of the rows of each array; on a GPU in one pass over what they depend on."""
+        if sharding.platform(self.spec.mesh) != "gpu":
+            return tuple(jnp.sum(a, axis=1) for a in arrays)
+        add = lambda a, b: tuple(x + y for x, y in zip(a, b, strict=True))  # noqa: E731
+        return jax.lax.reduce(arrays, (np.float32(0),) * len(arrays), add, (1,))
 
 
 def _predicted_first(head: Head, weight_n):
@@ -104,7 +129,7 @@ def _chunk(head: Head, i, order, tokens: _Tokens):
 
 def _nll(head: Head, params, tokens: _Tokens):
     """−log p(target) of the tokens with a weight, 0 for the others: float32 [n]."""
-    head = head.at_most(len(tokens.h_nD))
+    head = head.sized(len(tokens.h_nD), params["kernel"].shape[1])
     gathered = head.gather(params)
     order, trips = _predicted_first(head, tokens.weight_n)
 
@@ -119,7 +144,7 @@ def _nll(head: Head, params, tokens: _Tokens):
 
 def _loss_and_grads(head: Head, params, tokens: _Tokens, batch_n, num_batches: int):
     """Σ weight · nll of each batch, and the gradients of their sum: float32, dh in h's dtype."""
-    head = head.at_most(len(tokens.h_nD))
+    head = head.sized(len(tokens.h_nD), params["kernel"].shape[1])
     kernel, bias, ids = head.gather(params)
     order, trips = _predicted_first(head, tokens.weight_n)
 
@@ -145,7 +170,11 @@ def _loss_and_grads(head: Head, params, tokens: _Tokens, batch_n, num_batches: i
         losses, dh_nD, dk, db = jax.lax.fori_loop(0, trips, body, carry)
     batch = [*sharding.ROWS, "sequence"]
     losses = head.spec.sum_over(batch, losses)
-    grads = {"kernel": head.spec.scatter(dk), "bias": head.spec.sum_over(batch, db)}
+    size = params["kernel"].shape[1]
+    grads = {
+        "kernel": head.spec.scatter(dk[:, :size]),
+        "bias": head.spec.sum_over(batch, db[:size]),
+    }
     return losses, head.spec.sum_over(["tensor"], dh_nD), {name: grads[name] for name in params}
 
 

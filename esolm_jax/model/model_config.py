@@ -5,7 +5,9 @@ import dataclasses
 TIME_FREQUENCIES = 256  # sinusoids of the time embedding
 REMAT = {  # policy → names of the activations of a block that are kept for the backward pass
     "none": None,  # all of them
-    "matmuls": ("qkv", "attention", "attention_out", "mlp_in"),
+    # All products and the statistics of norms: no product is computed again. That of mlp_out is
+    # needed for the gradient of its gate.
+    "matmuls": ("qkv", "attention", "attention_out", "mlp_in", "mlp_out", "norm"),
     "attention": ("attention",),
     "full": (),
 }
@@ -20,9 +22,10 @@ class ModelConfig:
       width, blocks, heads: D, N, H.
       cond_width: C, width of the time embedding behind adaLN; 0 = no adaLN (AR).
       dropout: rate, applied after attention and MLP, in training only.
+      dropout_bits: the generator of its masks, one of prng.GENERATORS.
       dtype: compute dtype; parameters, norms, softmax and logits are float32.
-      unroll: blocks per iteration of the scan over blocks: more is faster on a CPU and slower to
-        compile.
+      unroll: blocks per iteration of the scan over blocks: more is slower to compile, and faster:
+        a scan copies what it keeps for the backward pass, and a loop of one iteration is no loop.
       style: "dit", "gpt2" or "llama".
       kv_heads: G, heads of keys and values, a divisor of H; 0 = H.
       mlp_width: F; 0 = 4·D.
@@ -46,6 +49,7 @@ class ModelConfig:
     heads: int
     cond_width: int
     dropout: float = 0.0
+    dropout_bits: str = "threefry2x32"
     dtype: str = "float32"
     unroll: int = 1
     style: str = "dit"

@@ -63,8 +63,25 @@ def rope_angles(position_BT, config: ModelConfig):
 
 def rotate(x_BHTK, angles):
     """RoPE, half-split: the pairs are (i, i + K/2)."""
-    if angles is None:
-        return x_BHTK
+    return x_BHTK if angles is None else _rotate(x_BHTK, *angles)
+
+
+@jax.custom_vjp
+def _rotate(x_BHTK, cos, sin):
+    # Rolled in its own dtype: a TPU stores the halves, padded to 128 lanes.
+    rolled = jnp.roll(x_BHTK, x_BHTK.shape[-1] // 2, axis=-1)
+    x = x_BHTK.astype(jnp.float32) * cos + rolled.astype(jnp.float32) * sin
+    return x.astype(x_BHTK.dtype)
+
+
+def _forward(x_BHTK, cos, sin):
+    return _rotate(x_BHTK, cos, sin), (cos, sin)
+
+
+def _backward(angles, g_BHTK):
+    """Rotates back. Angles follow from integers and need no gradient."""
     cos, sin = angles
-    x = x_BHTK.astype(jnp.float32)
-    return (x * cos + jnp.roll(x, x.shape[-1] // 2, axis=-1) * sin).astype(x_BHTK.dtype)
+    return _rotate(g_BHTK, cos, -sin), None, None
+
+
+_rotate.defvjp(_forward, _backward)

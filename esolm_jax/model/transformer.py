@@ -37,7 +37,10 @@ class Block(nnx.Module):
             axes = sharding.PARAMETERS[f"blocks/{name}/kernel"][1:]
             bias_init = layers.uniform_bias(d_in) if bias else None
             spec = ParamSpec(axes, c.dtype, mesh)
-            return Linear(d_in, d_out, spec, rngs, init=layers.uniform_fan_in, bias_init=bias_init)
+            # Queries, keys and values are kept rotated, unless a norm needs them as they were.
+            kept = "" if name == "qkv" and not c.qk_norm else name
+            options = {"init": layers.uniform_fan_in, "bias_init": bias_init, "name": kept}
+            return Linear(d_in, d_out, spec, rngs, **options)
 
         bias = c.mlp_bias or c.style in ("dit", "gpt2")
         per_group = c.heads // c.groups + 2  # its queries, key and value
@@ -64,8 +67,7 @@ class Block(nnx.Module):
         shift, scale, *_ = modulation
         normed = tuple(self.attention_norm(h, shift, scale) for h in hs)
         return [
-            self._heads(checkpoint_name(qkv, "qkv"), angle)
-            for qkv, angle in zip(self.qkv(normed), angles, strict=True)
+            self._heads(qkv, angle) for qkv, angle in zip(self.qkv(normed), angles, strict=True)
         ]
 
     def _heads(self, qkv_BTGRK, angles):
@@ -77,29 +79,33 @@ class Block(nnx.Module):
         k, v = k[:, :, 0], v[:, :, 0]
         if self.q_norm is not None:
             q, k = self.q_norm(q).astype(q.dtype), self.k_norm(k).astype(k.dtype)
+        q, k = rotate(q, angles), rotate(k, angles)
         if self.config.rope_attention_factor != 1:
             q = q * self.config.rope_attention_factor**2
-        return rotate(q, angles), rotate(k, angles), v
+        if self.q_norm is not None:
+            return q, k, v
+        return tuple(checkpoint_name(part, "qkv") for part in (q, k, v))
 
     def combine(self, hs, attended, modulation, keys):
         """Residual of the attention [B, H, T, K], then of the MLP; of each batch."""
         _, _, gate, mlp_shift, mlp_scale, mlp_gate = modulation
         keys = [(None, None) if key is None else jax.random.split(key) for key in keys]
-        rate = self.config.dropout
         flat = [jnp.moveaxis(a, 1, 2) for a in attended]
         flat = [a.reshape(*a.shape[:2], -1) for a in flat]
-        outs = [checkpoint_name(o, "attention_out") for o in self.attention_out(tuple(flat))]
+        outs = self.attention_out(tuple(flat))
         hs = [
-            h + gate * layers.dropout(key, rate, out)
+            h + gate * layers.dropout(self.config, key, out)
             for h, out, (key, _) in zip(hs, outs, keys, strict=True)
         ]
         normed = tuple(self.mlp_norm(h, mlp_shift, mlp_scale) for h in hs)
-        inner = [checkpoint_name(i, "mlp_in") for i in self.mlp_in(normed)]
-        # Only its input is kept: the rest costs more to store than to recompute.
-        active = jax.checkpoint(functools.partial(layers.activate, self.config))
+        inner = self.mlp_in(normed)
+        active = functools.partial(layers.activate, self.config)
+        if self.config.remat == "none":
+            # Only its input is kept: the rest costs more to store than to recompute.
+            active = jax.checkpoint(active)
         outs = self.mlp_out(tuple(active(i) for i in inner))
         return tuple(
-            h + mlp_gate * layers.dropout(key, rate, out)
+            h + mlp_gate * layers.dropout(self.config, key, out)
             for h, out, (_, key) in zip(hs, outs, keys, strict=True)
         )
 
@@ -193,9 +199,12 @@ class Transformer(nnx.Module):
 
         if REMAT[config.remat] is not None:
             keep = jax.checkpoint_policies.save_only_these_names(*REMAT[config.remat])
-            block_step = jax.checkpoint(block_step, policy=keep, prevent_cse=False)
+            # Outside of a loop, the compiler could keep what it should compute again.
+            all_unrolled = config.unroll >= config.blocks
+            block_step = jax.checkpoint(block_step, policy=keep, prevent_cse=all_unrolled)
         hs = self._embed(batches)
-        hs, _ = jax.lax.scan(block_step, hs, (stacked, seeds), unroll=config.unroll)
+        with jax.named_scope("blocks"):  # aot/report.py finds their products by this name
+            hs, _ = jax.lax.scan(block_step, hs, (stacked, seeds), unroll=config.unroll)
         return hs
 
     def _embed(self, batches):

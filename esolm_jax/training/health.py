@@ -41,13 +41,13 @@ class Health:
 
 
 def is_finite(metrics: dict, params) -> jax.Array:
-    """Whether loss, gradients (by their norm) and new parameters of a step are finite.
+    """Whether loss, gradients (by their norm) and these new parameters of a step are finite.
 
     Then the EMA of the parameters and Adam's moments are finite, too, because they are averages.
     """
-    scalars = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-    parts = [jnp.all(jnp.abs(a) < LIMIT) for a in jax.tree.leaves(params)]
-    return scalars & jnp.all(jnp.stack(parts))
+    parts = [jnp.isfinite(metrics["loss"]), jnp.isfinite(metrics["grad_norm"])]
+    parts += [jnp.all(jnp.abs(a) < LIMIT) for a in jax.tree.leaves(params)]
+    return jnp.all(jnp.stack(parts))
 
 
 def keep(counts, new, old):

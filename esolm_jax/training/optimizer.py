@@ -1,5 +1,7 @@
 """AdamW behind a global-norm clip, warm-up, and an exponential moving average of the weights."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -26,6 +28,19 @@ def make(config) -> optax.GradientTransformation:
             learning_rate(config), b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay
         ),
     )
+
+
+def largest_growth(config) -> float:
+    """The most that a weight can grow in all steps: lr · steps · max |m̂| / (√v̂ + ε), or infinity.
+
+    By Cauchy–Schwarz |m̂| <= √v̂ / √((1 − b1² / b2) (1 − b2)); where the squares of gradients are
+    too small for a float, |m̂| < 2⁻⁶³. Weight decay with lr · wd <= 1 only shrinks weights.
+    """
+    o = config.optimizer
+    if o.b1**2 >= o.b2 or o.learning_rate * o.weight_decay > 1:
+        return math.inf
+    ratio = ((1 - o.b1**2 / o.b2) * (1 - o.b2)) ** -0.5 + 2.0**-63 / o.eps
+    return o.learning_rate * config.train.steps * ratio
 
 
 def last_learning_rate(config, opt_state):

@@ -1,6 +1,7 @@
 """The loss of a labelled batch and its gradient: all phases, in micro-batches."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from esolm_jax.family import trim
 from esolm_jax.family.labels import LabelledBatch
 from esolm_jax.family.phase import Phase
+from esolm_jax.model import transformer
 from esolm_jax.model.lm_head import Head, weighted_nll
 from esolm_jax.parallel import sharding
 
@@ -34,6 +36,7 @@ class PhaseLoss:
 
     Attributes:
       apply: the function of model.bind. head: the projection on the vocabulary.
+      rare_apply: the same for batches that do not fit the trimmed pass; None = `apply`.
       queries: for each phase, how many query copies a row keeps (trim.py), or None: all tokens.
       accumulation: micro-batches. mesh: None = one device.
     """
@@ -43,6 +46,7 @@ class PhaseLoss:
     queries: tuple[int | None, ...]
     accumulation: int = 1
     mesh: jax.sharding.Mesh | None = None
+    rare_apply: Callable | None = None
 
     def losses(self, params, labelled, num_tokens, dropout_key=None):
         """Σ weight · (−log p) / num_tokens of each phase: float32 [phases], in nats per token.
@@ -67,11 +71,15 @@ class PhaseLoss:
     def _microbatch_grads(self, params, labelled, num_tokens, dropout_key):
         """(gradient, losses) of one micro-batch; trimmed if every row of it allows that."""
 
-        def loss_fn(params, labelled):
-            losses = self.losses(params, labelled, num_tokens, dropout_key)
+        def loss_fn(objective, params, labelled):
+            losses = objective.losses(params, labelled, num_tokens, dropout_key)
             return jnp.sum(losses), losses
 
-        grad_fn = jax.grad(loss_fn, has_aux=True)
+        rare = dataclasses.replace(self, apply=self.rare_apply or self.apply)
+        grad_fn, rare_grad_fn = (
+            jax.grad(functools.partial(loss_fn, objective), has_aux=True)
+            for objective in (self, rare)
+        )
         pairs = list(zip(labelled, self.queries, strict=True))
         fits = [trim.fits(part, queries) for part, queries in pairs if queries]
         if not fits:
@@ -81,7 +89,7 @@ class PhaseLoss:
             return jax.lax.cond(
                 jnp.all(jnp.stack(fits)),
                 lambda: grad_fn(params, short),
-                lambda: grad_fn(params, labelled),
+                lambda: rare_grad_fn(params, labelled),
             )
 
     def loss_and_grads(self, params, labelled, dropout_key=None):
@@ -125,4 +133,8 @@ def make_objective(config, built, phases: Sequence[Phase]) -> PhaseLoss:
         for phase in phases
     ]
     kept = tuple(n if n < length else None for n in queries)
-    return PhaseLoss(built.apply, built.head, kept, config.train.grad_accumulation, built.mesh)
+    accumulation = config.train.grad_accumulation
+    rare = None
+    if not config.model.unroll and built.model.unroll > 1:  # a scan is quicker to compile
+        rare = transformer.bind(dataclasses.replace(built.model, unroll=1), built.mesh)
+    return PhaseLoss(built.apply, built.head, kept, accumulation, built.mesh, rare)

@@ -9,6 +9,7 @@ import tiny_run
 from esolm_jax import compile as compile_lib
 from esolm_jax import config as config_lib
 from esolm_jax.aot import topology
+from esolm_jax.aot.hlo_parse import parse
 from esolm_jax.errors import UserError
 
 POD = "v5e:4x4"
@@ -55,6 +56,21 @@ def test_collectives_are_the_ideal_ones_of_the_sharding(eso_b):
     assert 0.95 < sent["ratio"] < 1.15
     for kind in ("all-gather", "reduce-scatter"):
         assert 0.95 < sent["sent"][kind] / sent["ideal"][kind] < 1.15
+
+
+def test_a_step_on_a_gpu_has_no_stacks_and_no_passes_over_parameters_but_one():
+    """The only loop is that over chunks of the head, and what is larger than a chunk's logits or
+    an activation is read and written as often as AdamW and EMA need it."""
+    pytest.importorskip("jax_cuda12_plugin")
+    config = make_config(objective="mdlm", alpha_0=1.0, model__remat="matmuls", mesh__fsdp=1)
+    training = compile_lib.make_training(config, "h100:1")
+    module = parse(compile_lib.compile_step(training).as_text())
+    every = [i for c in module.computations.values() for i in c.instructions.values()]
+    assert {"predicted_chunks" in i.op_name for i in every if i.opcode == "while"} == {True}
+    update = [i for i in module.entry.instructions.values() if i.opcode == "fusion"]
+    table = (8192, 512)  # of the embedding
+    written = [i for i in update if [s.sizes for s in i.shapes].count(table) == 4]
+    assert len(written) == 1  # the weights, both moments and the EMA, in one kernel
 
 
 def test_memory_is_that_of_a_part_of_the_state(eso_b):

@@ -90,6 +90,15 @@ def test_tiles_and_on_chip_arrays_of_a_tpu():
     assert found["next"] - before["next"] == 128 * 4 - ROW  # a padded tile
 
 
+def test_a_program_with_its_loop_and_the_usual_branch():
+    one = hlo_traffic.largest_loop(LOOP)
+    assert hlo_traffic.program(LOOP).bytes == one.bytes  # its trip count is unknown
+    found = hlo_traffic.program(LOOP, trip_counts={"loop": 2.5}, branches={"chosen": 1})
+    copies = 2 * 2 * ROW  # of the dearest branch
+    assert found.kernels == 2.5 * (one.kernels - 2)
+    assert found.bytes == 2.5 * (one.bytes - copies)
+
+
 def test_text_without_a_loop():
     with pytest.raises(ValueError, match="must have a loop"):
         hlo_traffic.largest_loop(LOOP.replace(" while(%start)", " custom-call(%start)"))

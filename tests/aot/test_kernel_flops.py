@@ -32,8 +32,8 @@ def flash(kernel, tokens):
     shapes = {
         "blocks": f"s32[{blocks},{blocks}]",
         "count": f"s32[{blocks}]",
-        "q": f"bf16[{ROWS},{HEADS},1,{tokens},{WIDTH}]",
-        "k": f"bf16[{ROWS},{HEADS},{tokens},{WIDTH}]",
+        "q": f"bf16[{ROWS},{tokens},{HEADS},1,{WIDTH}]",
+        "k": f"bf16[{ROWS},{tokens},{HEADS},{WIDTH}]",
     }
     parameters = [f"  %{name} = {s} parameter({n})" for n, (name, s) in enumerate(shapes.items())]
     call = (

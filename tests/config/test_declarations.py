@@ -104,7 +104,7 @@ def test_allowed_values_are_those_of_their_owners():
 
 def test_sizes_of_the_model():
     sizes = ModelConfig.__dataclass_fields__.keys()
-    policies = {"vocab_size", "dropout", "dtype", "unroll", "attention", "remat"}
+    policies = {"vocab_size", "dropout", "dropout_bits", "dtype", "unroll", "attention", "remat"}
     assert set(build.SIZES) == sizes - policies
     assert set(restore.MODEL_FIELDS) == {"objective", "start_token"} | {
         f"model.{name}" for name in build.SIZES
@@ -112,7 +112,7 @@ def test_sizes_of_the_model():
 
 
 MAY_CHANGE = """data.files data.train data.validation data.test data.dir data.workers
-    model.attention model.remat model.loss_chunk model.unroll
+    model.attention model.remat model.loss_chunk model.unroll model.dropout_bits
     train.steps train.log_every train.eval_every train.eval_windows train.metrics
     train.checkpoint_every
     train.keep_last train.keep_best train.on_non_finite

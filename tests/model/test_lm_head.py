@@ -239,5 +239,22 @@ def test_memory_of_a_large_vocabulary():
 
 
 def test_chunk_is_no_longer_than_all_there_is():
-    assert head(512).at_most(40) == dataclasses.replace(head(512), chunk=40)
-    assert head(512).at_most(4000) == head(512)
+    assert head(512).sized(40, VOCAB) == dataclasses.replace(head(512), chunk=40)
+    assert head(512).sized(4000, VOCAB) == head(512)
+
+
+@pytest.mark.parametrize(
+    ("platform", "tokens", "vocab", "chunk"),
+    [
+        ("cpu", 32768, 50258, 512),
+        ("cpu", 40, 50258, 40),
+        ("gpu", 32768, 50258, 4096),  # an eighth of all tokens
+        ("gpu", 2**18, 50258, 2**30 // 4 // 50258 // 128 * 128),  # 1 GiB of logits
+        ("gpu", 2048, 50258, 512),
+        ("tpu", 32768, 50258, 1280),  # 256 MiB of logits
+        ("tpu", 9000, 500, 1152),  # whole lanes
+    ],
+)
+def test_chunk_is_sized_to_the_device_and_the_batch(platform, tokens, vocab, chunk, monkeypatch):
+    monkeypatch.setattr(sharding, "platform", lambda mesh: platform)
+    assert head(0).sized(tokens, vocab).chunk == chunk

@@ -192,16 +192,25 @@ def test_policies_keep_activations_that_have_these_names(kind):
     assert names == {name for policy in REMAT.values() for name in policy or ()}
 
 
+def products_again(config):
+    """Products in a step of one block, by policy, beyond those without rematerialization."""
+    counts = {}
+    for policy in REMAT:
+        one = dataclasses.replace(config, attention="chunked", remat=policy, blocks=1)
+        run, labelled = loss_and_grads(one, (causal(),))
+        text = run.lower(params_of(one), labelled).as_text()
+        counts[policy] = len(re.findall(r"stablehlo\.dot_general", text))
+    return {policy: count - counts["none"] for policy, count in counts.items()}
+
+
+def test_the_gradient_of_a_gate_needs_no_product_again():
+    assert products_again(DIT)["matmuls"] == 0
+
+
 def test_what_is_kept_is_not_computed_again():
     """Products with a kernel, and those of attention, in a block's backward pass beyond the two
     that each needs."""
-    again = {}
-    for policy in REMAT:
-        config = dataclasses.replace(LLAMA, attention="chunked", remat=policy, blocks=1)
-        run, labelled = loss_and_grads(config, (causal(),))
-        text = run.lower(params_of(config), labelled).as_text()
-        again[policy] = len(re.findall(r"stablehlo\.dot_general", text))
-    again = {policy: count - again["none"] for policy, count in again.items()}
+    again = products_again(LLAMA)
     # attention: qk, v; kernels: qkv, out, in (that of mlp_out is not needed)
     assert again == {"none": 0, "matmuls": 0, "attention": 3, "full": 5}
 

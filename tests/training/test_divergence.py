@@ -5,13 +5,21 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny_run
 from tiny_run import FILE, arguments, command, make_config
 
 from esolm_jax import train as train_lib
 from esolm_jax.data.reader import TrainReader
-from esolm_jax.training import checkpoint, checkpoint_steps, health, metrics, phase_loss
+from esolm_jax.training import (
+    checkpoint,
+    checkpoint_steps,
+    health,
+    metrics,
+    optimizer,
+    phase_loss,
+)
 
 pytestmark = pytest.mark.fast_compile
 
@@ -116,6 +124,30 @@ def test_weights_whose_differences_overflow_are_not_finite(worst):
     params = {"a": jnp.ones(3), "b": jnp.array([8e37, -8e37])}
     assert health.is_finite(fine, params)
     assert not health.is_finite(fine, params | {"c": jnp.array([0, worst], jnp.float32)})
+
+
+def test_adam_cannot_grow_a_weight_by_more_than_its_bound():
+    """Adam's worst case: gradients that grow by a factor, so that v̂ stays behind m̂²."""
+    config = make_config({})
+    config.optimizer.update({"learning_rate": 1.0, "warmup_steps": 0, "weight_decay": 0.0})
+    config.train.steps = 60
+    bound = optimizer.largest_growth(config)
+    for factor in (1.0, 1.11, 1.5, 10.0):
+        adam = optax.adam(1.0, b1=config.optimizer.b1, b2=config.optimizer.b2)
+        state, weight = adam.init(jnp.zeros(())), 0.0
+        for step in range(config.train.steps):
+            update, state = adam.update(jnp.float32(1e-15 * factor ** min(step, 30)), state)
+            weight += abs(float(update))
+        assert 0 < weight <= bound
+    config.optimizer.b2 = config.optimizer.b1**2
+    assert optimizer.largest_growth(config) == np.inf
+
+
+def test_a_step_whose_weights_overflow_is_skipped(data):
+    """With a learning rate that can overflow them, new weights are examined."""
+    fields = data | {"train.on_non_finite": "skip", "optimizer.learning_rate": 1e38}
+    states, _ = run_steps(fields | {"optimizer.warmup_steps": 0}, None)
+    assert counts(states[0]) == (1, 1, 1, 1)
 
 
 # Runs.

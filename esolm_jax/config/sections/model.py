@@ -30,6 +30,9 @@ MODEL = {
     "cond_width": Field(128, "Width C of the time embedding for adaLN; 0 = no adaLN.", width(0),
                         **_SIZE),
     "dropout": Field(0.1, "Dropout rate after attention and MLP.", FRACTION),
+    "dropout_bits": Field("auto", "Generator of dropout: auto = threefry2x32 on a CPU, "
+                          "else mix32, a cheap hash.", OneOf(("auto", "threefry2x32", "mix32")),
+                          before="threefry2x32", **_FREE),
     "dtype": Field("float32", "Compute dtype; weights are always float32.", OneOf(DTYPES)),
     "style": Field("dit", "dit: LayerNorm, GELU, biases in the MLP. gpt2: biases also in norms "
                    "and after attention. llama: RMSNorm, SwiGLU, no biases.", OneOf(STYLES),
@@ -61,8 +64,8 @@ MODEL = {
                        "else chunked.", OneOf(("auto", *kinds.KINDS)),
                        former_values={"lean": {"model.attention": "chunked"}}, **_FREE),
     "remat": Field("none", "What the backward pass recomputes.", OneOf(REMAT), **_FREE),
-    "loss_chunk": Field(512, "Tokens that a device projects on the vocabulary at a time.",
-                        count(1), **_FREE),
-    "unroll": Field(1, "Blocks per iteration of the scan over blocks; all of them on a CPU.",
-                    at_least(1, MAX_UNROLL), **_FREE),
+    "loss_chunk": Field(0, "Tokens that a device projects on the vocabulary at a time; 0 = 512 on "
+                        "CPUs, elsewhere an eighth of all, as memory allows.", count(0), **_FREE),
+    "unroll": Field(0, "Blocks per iteration of the scan over blocks; 0 = all on GPUs without fsdp.",
+                    at_least(0, MAX_UNROLL), **_FREE),
 }  # fmt: skip

@@ -33,7 +33,7 @@ _FIELDS = {"vocab_size", "width", "blocks", "heads", "cond_width", "style", "kv_
 _FIELDS |= {"attention_width", "norm_eps", "qkv_bias", "qk_norm", "max_positions"}
 _FIELDS |= {"rope_base", "rope_factor", "rope_original_length", "rope_scaling", "rope_low"}
 _FIELDS |= {"rope_high", "rope_attention_factor", "out_bias", "mlp_bias"}
-_FIELDS |= {"dropout", "dtype", "unroll", "attention", "remat"}
+_FIELDS |= {"dropout", "dropout_bits", "dtype", "unroll", "attention", "remat"}
 
 
 def in_float32(config: ModelConfig) -> ModelConfig:
