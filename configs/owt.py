@@ -11,7 +11,7 @@ The argument after the colon is alpha_0 of Eso-LM (B), or one of ar, mdlm, bd3, 
 Hardware: 16 chips of v5e, with 16 rows of a micro-batch on each: a step of 0.16 s or more (MFU 91 %
 at most). As one micro-batch of 32 rows it needs 17.5 of 16 GiB, as compiled for v5e:4x4; as two,
 about 9. On one H100, 32 rows of mdlm take 10.8 of 79 GiB (docs/training_cost.md): a node of eight
-is fastest with --config.mesh.fsdp=1. With more than 128 chips, set --config.train.grad_accumulation=1.
+is fastest with --config.mesh.fsdp=1. Beyond 128 chips, set --config.train.grad_accumulation=1.
 Expected: the paper's test perplexities (NELBO) are 30.06, 27.94, 21.92 and 17.78 for alpha_0 = 1,
 0.5, 0.125, 0 and 25.19 for mdlm; they were not reproduced here.
 """

@@ -13,7 +13,11 @@ from esolm_jax.family.phase import is_exact
 from esolm_jax.parallel import sharding
 from esolm_jax.training.train_step import Trainer
 
-KINDS = {"head|predicted_chunks|logits": "head", "splash|attend": "attention", "blocks|while": "blocks"}
+KINDS = {
+    "head|predicted_chunks|logits": "head",
+    "splash|attend": "attention",
+    "blocks|while": "blocks",
+}
 
 
 def local_bytes(tree) -> float:

@@ -55,6 +55,6 @@ MODEL = {
     "remat": Field("none", "What the backward pass recomputes.", OneOf(REMAT), **_FREE),
     "loss_chunk": Field(0, "Tokens that a device projects on the vocabulary at a time; 0 = 512 on "
                         "CPUs, elsewhere an eighth of all, as memory allows.", count(0), **_FREE),
-    "unroll": Field(0, "Blocks per iteration of the scan over blocks; 0 = all on GPUs without fsdp.",
+    "unroll": Field(0, "Blocks per iteration of the scan over them; 0 = all on GPUs without fsdp.",
                     at_least(0, MAX_UNROLL), **_FREE),
 }  # fmt: skip
