@@ -23,6 +23,7 @@ from absl import flags
 
 from esolm_jax import cli
 from esolm_jax.errors import UserError
+from esolm_jax.family import registry
 from esolm_jax.interop.export import folder as export_folder
 from esolm_jax.interop.export import hub_folder, parity
 from esolm_jax.interop.export.folder import Wanted
@@ -57,6 +58,11 @@ def main(config, workdir: pathlib.Path) -> None:
     if f.weights not in published_write.WEIGHTS:
         raise UserError(
             f"--weights={f.weights}: must be one of {', '.join(published_write.WEIGHTS)}"
+        )
+    if registry.get(config.objective).predicts_next:
+        raise UserError(
+            f"config.objective={config.objective!r}: cannot be exported, because artefacts predict "
+            "a token from its own row, and this family from the row before"
         )
     if f.to.partition(":")[0] == HUB:
         _to_hub(config, workdir)

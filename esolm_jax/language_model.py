@@ -229,7 +229,8 @@ class LanguageModel:
         fields = {f"sample.{name}": value for name, value in settings.items()}
         config = config_lib.overridden(self.config, fields)
         sampler_likelihood.check(config, num_orders)
-        scorer = SamplerLikelihood(config, self._built, self.params, self._network)
+        folded = self._network(config.sample.weight_dtype)
+        scorer = SamplerLikelihood(config, self._built, self.params, folded)
         return text_likelihood.of_sampler(scorer, self.tokenizer, texts, num_orders)
 
     @functools.cached_property

@@ -37,7 +37,7 @@ from esolm_jax.evaluation.likelihood import Estimate
 from esolm_jax.family import registry
 from esolm_jax.model.build import BuiltModel
 from esolm_jax.parallel import sharding
-from esolm_jax.sampling import generate
+from esolm_jax.sampling import generate, published_loops
 from esolm_jax.sampling.engine import network as network_lib
 from esolm_jax.sampling.engine.network import Network
 from esolm_jax.sampling.generate import Generator
@@ -57,6 +57,12 @@ def has_one_order(config: ConfigDict) -> bool:
 def check(config: ConfigDict, num_orders: int) -> None:
     """UserError unless the likelihood exists, or its bound of `num_orders` orders."""
     generate.check(config)
+    loop = generate.loop_name(config)
+    if loop in published_loops.NAMES:
+        raise UserError(
+            f"config.sample.loop={loop!r}: must be plain, speculative or confidence, because the "
+            "log-probabilities of this loop's draws are not computed"
+        )
     if config.sample.stop_at_eos:
         raise UserError(
             "config.sample.stop_at_eos=True: must be False, because the likelihood is of all "
@@ -93,7 +99,9 @@ class SamplerLikelihood:
                 f"config.mesh.sequence={built.mesh.shape['sequence']}: must be 1 for the sampler's "
                 "likelihood"
             )
-        return cls(config, built, params, network_lib.fold(built.model, params, built.mesh))
+        dtype = config.sample.weight_dtype
+        network = network_lib.fold(built.model, params, built.mesh, dtype=dtype)
+        return cls(config, built, params, network)
 
     def log_p(self, rows: Sequence[Sequence[int]], seeds: Sequence[Seed]) -> np.ndarray:
         """float64 [n]: log p_σ of each row of token ids, under the draw σ of its seed.
@@ -135,8 +143,10 @@ class SamplerLikelihood:
     def _is_one_pass(self, config: ConfigDict, generator: Generator) -> bool:
         s, can = config.sample, registry.get(config.objective).label_in_order is not None
         is_unfiltered = s.temperature == 1 and s.top_p == 1 and not s.top_k
+        is_unquantized = s.weight_dtype == s.cache_dtype == "auto"
         one_a_pass = int(generator.schedule.sizes.max(initial=0)) <= 1
-        return can and is_unfiltered and one_a_pass and not generator.loop.decides_order
+        is_one = can and is_unfiltered and is_unquantized and one_a_pass
+        return is_one and not generator.loop.decides_order
 
     def _one_pass(self, generator: Generator, text: np.ndarray) -> np.ndarray:
         drawn = generator.schedule

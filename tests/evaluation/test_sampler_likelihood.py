@@ -293,6 +293,7 @@ def test_a_row_depends_neither_on_the_batch_nor_on_the_devices():
         ("eso_b", {"loop": "confidence"}, [[0, 1]], "token 1 at position 1 is the mask token"),
         ("eso_b", {"loop": "confidence"}, [[0, 9]], "token 9 at position 1 is not in 0..3"),
         ("ar", {"loop": "confidence"}, TEXTS[:1], "sample.loop='confidence': must be plain"),
+        ("mdlm", {"loop": "llada"}, TEXTS[:1], "sample.loop='llada': must be plain"),
     ],
 )
 def test_bad_input(objective, fields, texts, told):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from golden_models import NAMES, case, convert, model, read_json, read_npz
 from thorough import thorough
+from tiny_run import command
 
 import esolm_jax
 from esolm_jax.data.manifest import open_tokenizer
@@ -190,3 +191,11 @@ def test_without_a_mask_id(mask, id, words, tmp_path, capsys):
 
 def first_case(name):
     return "bidirectional" if name == "sdar" else "plain"
+
+
+@pytest.mark.parametrize("to", ["hub", "folder"])
+def test_dream_is_not_exported(to, tmp_path, capsys):
+    target = to if to == "hub" else tmp_path / to
+    workdir = golden_models.workdir("dream")
+    assert command("export", f"--workdir={workdir}", f"--to={target}") == 2
+    assert "config.objective='mdlm_shifted': cannot be exported" in capsys.readouterr().err

@@ -3,6 +3,8 @@
 import pathlib
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from esolm_jax import results
 from esolm_jax.evaluation.protocol import judge_source
 from esolm_jax.evaluation.protocol.judge import Judge
@@ -16,7 +18,7 @@ def check(folder: str) -> None:
     judge_source.check(folder)
 
 
-def judge(config, folder: str, rows: list[dict[str, Any]], path: pathlib.Path) -> None:
+def judge(config: ConfigDict, folder: str, rows: list[dict[str, Any]], path: pathlib.Path) -> None:
     """Writes the figures of the rows of samples.jsonl to `path`, and prints them."""
     texts = text_file.of_samples(str(path.with_name("samples.jsonl")), rows)
     model = Judge(folder, mesh=sharding.make_mesh(config.mesh))
