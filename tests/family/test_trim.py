@@ -227,7 +227,8 @@ def queries_of(objective, alpha_0, rows=64, length=64, **mesh):
     config = toy.config(objective, alpha_0, length)
     config.train.batch_size = rows
     config.mesh.update({"data": 1, "devices": 1} | mesh)
-    built = types.SimpleNamespace(mesh=sharding.make_mesh(config.mesh), apply=None, head=HEAD)
+    mesh = sharding.make_mesh(config.mesh)
+    built = types.SimpleNamespace(mesh=mesh, model=toy.CONFIG, apply=None, head=HEAD)
     phases = make_phases(config, toy.SPECIAL, low_variance=False)
     return phase_loss.make_objective(config, built, phases).queries
 
