@@ -162,6 +162,8 @@ OUT_OF_RANGE = [
     ("sample.top_p", 1.1, "in (0, 1]"),
     ("sample.top_k", -1, "at least 0"),
     ("sample.weights", "averaged", "one of ema, raw"),
+    ("sample.weight_dtype", "int4", "one of auto, int8"),
+    ("sample.cache_dtype", "int4", "one of auto, int8, float8_e4m3fn"),
 ]
 
 
