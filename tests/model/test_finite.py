@@ -134,7 +134,7 @@ def test_a_perplexity_beyond_all_numbers_is_infinite():
 @pytest.mark.parametrize("nll", [math.nan, math.inf])
 def test_a_bound_that_is_not_finite_is_no_result(nll, bound):
     with pytest.raises(UserError, match=f"^{bound}: is {nll}, although all weights are finite"):
-        check_finite(bounds._result(bound, estimate(nll), {}))
+        check_finite(bounds.result(bound, estimate(nll), {}))
 
 
 @pytest.mark.filterwarnings("error")
