@@ -260,7 +260,9 @@ def test_one_order(objective, alpha_0, fields, expected):
     """One order: the same schedule for every seed, unless the text decides the order."""
     config = config_of(objective, alpha_0, **fields)
     assert has_one_order(config) == expected
-    drawn = generate.make_schedule(config, Canvas.empty(9, L))
+    rows, seeds = [[MASK] * L] * 9, [Seed(seed, 0) for seed in range(9)]
+    canvas = Canvas.of(rows, seeds, vocab_size=4, mask_id=toy.MASK)
+    drawn = generate.make_schedule(config, canvas)
     is_same = (drawn.order == drawn.order[:1]).all()
     assert is_same == expected
 
