@@ -9,14 +9,13 @@ Earlier figures stay in the JSON until they are replaced.
 
 import argparse
 import dataclasses
-import importlib
 import json
 import pathlib
 import sys
 
 import jax
 
-from benchmarks import report_writer
+from benchmarks import config_files, report_writer
 from esolm_jax import compile as compile_lib
 from esolm_jax import config as config_lib
 from esolm_jax import results
@@ -52,12 +51,11 @@ class Case:
         return f"{self.file}:{self.objective} {kind}, {self.texts} x {self.length}{steps}{dtype}"
 
     def config(self):
-        config = importlib.import_module(f"configs.{self.file}").get_config(self.objective)
-        config.data.seq_len = self.length
-        config.mesh.update({"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1, "devices": 1})
-        config.sample.num_texts, config.sample.steps = self.texts, self.steps
+        config = config_files.on_one_device(
+            self.file, self.objective, length=self.length, rows=self.texts
+        )
+        config.sample.steps = self.steps
         config.sample.weight_dtype = config.sample.cache_dtype = self.dtype
-        config.train.batch_size = config.eval.batch_size = 8
         config_lib.validate(config)
         return config
 

@@ -10,7 +10,6 @@ case. The page lists the goals, and whether they are met.
 
 import argparse
 import dataclasses
-import importlib
 import pathlib
 import time
 from collections.abc import Callable
@@ -19,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import report_writer
+from benchmarks import config_files, report_writer
 from benchmarks.sampling_cases import random_params
 from esolm_jax import config as config_lib
 from esolm_jax import results
@@ -58,11 +57,9 @@ class Case:
         return f"{self.what} {self.file}:{self.objective}, {self.rows} x {self.length}"
 
     def config(self, dry_run: bool):
-        config = importlib.import_module(f"configs.{self.file}").get_config(self.objective)
-        config.data.seq_len = min(self.length, 64) if dry_run else self.length
+        length = min(self.length, 64) if dry_run else self.length
         rows = min(self.rows, 4) if dry_run else self.rows
-        config.mesh.update({"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1, "devices": 1})
-        config.sample.num_texts = config.train.batch_size = config.eval.batch_size = rows
+        config = config_files.on_one_device(self.file, self.objective, length=length, rows=rows)
         config.model.remat = "matmuls"
         if dry_run:
             config.update_from_flattened_dict(TINY)

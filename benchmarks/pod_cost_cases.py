@@ -1,12 +1,9 @@
 """The compilations of pod_cost.py, by section of its page."""
 
 import dataclasses
-import importlib.util
-import pathlib
 
+from benchmarks import config_files
 from esolm_jax.aot import topology
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +25,7 @@ class Case:
         return f"{self.file}:{self.argument} {self.topology}{slices} {changes}{loss}".strip()
 
     def config(self):
-        spec = importlib.util.spec_from_file_location("config", ROOT / f"configs/{self.file}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        config = module.get_config(self.argument)
+        config = config_files.read(self.file, self.argument)
         config.update_from_flattened_dict(dict(self.changes))
         return config
 
