@@ -132,7 +132,7 @@ def test_llada(name, key):
     if not settings["masks_left"] and "masks_in_prompt" not in key:
         count = loop.rule.tables(known_by_position(loop.task)[0], loop.task.plan.length)["count"]
         np.testing.assert_array_equal(count.T, golden["transfer_counts"])
-    decoded = loop.run(model(name)._network)
+    decoded = loop.run(model(name)._network("auto"))
     check_states(name, golden, decoded)
     assert (np.asarray(decoded.revealed_at) == NEVER).sum() >= settings["masks_left"]
 
@@ -182,7 +182,7 @@ def test_dream(name, key):
     noise = dream_noise(golden, settings, loaded._built.model.vocab_size, loaded.mask_id)
     rows = unpadded(golden, golden["states"][0])
     loop = WholeText(task(name, rows), dream_rule(settings), predicts_next=True, noise=noise)
-    check_states(name, golden, loop.run(loaded._network))
+    check_states(name, golden, loop.run(loaded._network("auto")))
 
 
 # SDAR.
@@ -222,7 +222,7 @@ def test_sdar(name, key):
     before, noise = of_task.plan.prompt_passes, None
     if c["noise_arrays"]:
         noise = sdar_noise(golden, c, before, loaded._built.model.vocab_size)
-    decoded = SDAR(of_task, sdar_rule(c), noise=noise).run(loaded._network)
+    decoded = SDAR(of_task, sdar_rule(c), noise=noise).run(loaded._network("auto"))
     text, revealed = np.asarray(decoded.text)[0], np.asarray(decoded.revealed_at)[0]
     np.testing.assert_array_equal(text[None], golden["final"])
     assert int(decoded.passes) - before == len(golden["call_block"])
@@ -266,7 +266,7 @@ def test_our_confidence_order_of_dream():
     prompt = loaded.tokenizer.encode("The river")
     ids = np.array([*prompt, *[loaded.mask_id] * 4])
     of_task = dataclasses.replace(task("dream", [ids]), sampler=TokenSampler(loaded.mask_id, 0.0))
-    decoded = Confidence(of_task, cached=False, predicts_next=True).run(loaded._network)
+    decoded = Confidence(of_task, cached=False, predicts_next=True).run(loaded._network("auto"))
     for _ in range(4):
         logits = np.array(loaded.logits(ids[None]), np.float64)[
             0, np.maximum(np.arange(len(ids)) - 1, 0)
@@ -284,7 +284,7 @@ def test_sampled_texts_follow_the_distribution():
     ids = loaded.tokenizer.encode("The")
     length, rows = len(ids) + 1, 512
     batch = [[*ids, loaded.mask_id]] * rows
-    decoded = WholeText(task("llada_mha", batch), LLaDA(temperature=1.0)).run(loaded._network)
+    decoded = WholeText(task("llada_mha", batch), LLaDA(temperature=1.0)).run(loaded._network("auto"))
     counts = np.bincount(np.asarray(decoded.text)[:, -1], minlength=384)
     logits = np.asarray(loaded.logits([[*ids, loaded.mask_id]]), np.float64)[0, length - 1]
     probs = np.exp(logits - logits.max())
