@@ -70,7 +70,7 @@ def test_the_metric_is_evaluated(workdir, capsys):
 @pytest.mark.parametrize(
     "given, told",
     [
-        ("eval.metrics=share_of_vowel", f"of nelbo, importance_weighted, {METRIC}"),
+        ("eval.metrics=share_of_vowel", f"of nelbo, importance_weighted, sampler, {METRIC}"),
         (f"train.metrics={METRIC}", "nelbo among them"),
         ("data.source=multiplication", f"{SOURCE} (did you mean '{SOURCE}'?)"),
     ],
