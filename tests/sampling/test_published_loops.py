@@ -284,7 +284,8 @@ def test_sampled_texts_follow_the_distribution():
     ids = loaded.tokenizer.encode("The")
     length, rows = len(ids) + 1, 512
     batch = [[*ids, loaded.mask_id]] * rows
-    decoded = WholeText(task("llada_mha", batch), LLaDA(temperature=1.0)).run(loaded._network("auto"))
+    loop = WholeText(task("llada_mha", batch), LLaDA(temperature=1.0))
+    decoded = loop.run(loaded._network("auto"))
     counts = np.bincount(np.asarray(decoded.text)[:, -1], minlength=384)
     logits = np.asarray(loaded.logits([[*ids, loaded.mask_id]]), np.float64)[0, length - 1]
     probs = np.exp(logits - logits.max())
