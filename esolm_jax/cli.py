@@ -14,6 +14,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -45,9 +46,14 @@ def define_step_flag() -> None:
     )
 
 
+def flag(name: str, default: Any) -> Any:
+    """The value of a flag; `default` if the verb has no such flag or is called as a function."""
+    return flags.FLAGS[name].value if name in flags.FLAGS else default
+
+
 def step_flag() -> str:
     """The value of --step; "latest" if the verb has no such flag."""
-    return flags.FLAGS["step"].value if "step" in flags.FLAGS else checkpoint_steps.LATEST
+    return flag("step", checkpoint_steps.LATEST)
 
 
 def _flag_value(argv: list[str], name: str) -> str | None:

@@ -157,17 +157,13 @@ def define_flags() -> None:
     flags.DEFINE_string("protocol", "all", "all or published: see evaluation/suite.")
 
 
-def _flag(name: str) -> str:
-    return flags.FLAGS[name].value if name in flags.FLAGS else ""
-
-
 def suite_request() -> suite_run.Request | None:
     """The suite that the flags ask for, or None.
 
     Raises:
       UserError: a flag is missing or wrong, or no data set has files.
     """
-    suite, root, protocol = _flag("suite"), _flag("data_root"), _flag("protocol")
+    suite, root, protocol = (cli.flag(n, "") for n in ("suite", "data_root", "protocol"))
     if not suite:
         if root or protocol not in ("", "all"):
             raise UserError("--suite is missing: --data_root and --protocol belong to a suite")
@@ -215,10 +211,10 @@ def _score_answers(config, workdir: pathlib.Path, file: pathlib.Path) -> None:
 
 
 def main(config, workdir: pathlib.Path) -> None:
-    if "verify" in flags.FLAGS and flags.FLAGS["verify"].value:
+    if cli.flag("verify", False):
         multihost.on_main(lambda: verify.main(config, workdir))
         return
-    if file := _flag("answers"):
+    if file := cli.flag("answers", ""):
         _score_answers(config, workdir, pathlib.Path(file))
         return
     if request := suite_request():

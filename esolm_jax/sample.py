@@ -35,11 +35,6 @@ def define_flags() -> None:
     flags.DEFINE_string("judge", None, "Also judge the texts: a folder, as for the verb judge.")
 
 
-def _flag(name: str, default):
-    """The value of a flag of this verb; `default` if `sample` is called as a function."""
-    return flags.FLAGS[name].value if name in flags.FLAGS else default
-
-
 def _prompts(given: list[str], file: str | None, tokenizer, length: int):
     """The prompts of the command line, then of the file. UserError: see prompts_lib."""
     common = {"tokenizer": tokenizer, "length": length}
@@ -148,7 +143,7 @@ def _trace(config, generator: Generator, decoded, tokenizer, nfe: int) -> trace.
 def main(config, workdir: pathlib.Path) -> None:
     texts, summary = workdir / "samples.jsonl", workdir / "samples.json"
     page, picture = workdir / "trace.html", workdir / "trace.png"
-    judge, judged = _flag("judge", None), workdir / "samples.judge.json"
+    judge, judged = cli.flag("judge", None), workdir / "samples.judge.json"
     results.check_can_write(texts, summary, page, picture, judged)
     if judge:  # imported on use, because it takes time
         from esolm_jax.evaluation.quality import of_samples
@@ -157,9 +152,9 @@ def main(config, workdir: pathlib.Path) -> None:
     figures, steps = sample(
         config,
         workdir,
-        prompt=_flag("prompt", []),
-        prompts=_flag("prompts", None),
-        with_trace=_flag("trace", False),
+        prompt=cli.flag("prompt", []),
+        prompts=cli.flag("prompts", None),
+        with_trace=cli.flag("trace", False),
     )
     rows = figures.pop("samples")
     lines = "".join(results.dumps(row, ensure_ascii=False) + "\n" for row in rows)

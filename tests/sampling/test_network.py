@@ -1,12 +1,12 @@
 """The network that generates is the trained one, whatever the model is made of."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from slot_passes import LENGTH, labels, run, wanted
 from styles import DIT, GPT2, LLAMA, QWEN, params_of
 
 from esolm_jax.config import default_config
@@ -15,9 +15,7 @@ from esolm_jax.model import transformer as model
 from esolm_jax.parallel import sharding
 from esolm_jax.sampling.engine import caches, cpu_kernels, decode_tpu, network, prefix_cache
 from esolm_jax.sampling.engine.cache import entries_of
-from esolm_jax.sampling.engine.network import Window
 
-LENGTH = 12
 change = dataclasses.replace
 MODELS = {
     "dit": DIT,
@@ -36,35 +34,6 @@ MODELS = {
     ),
     "llama with positions": change(QWEN, max_positions=16),
 }
-
-
-def labels(rows=4):
-    """In a random order of positions, each reading those before it."""
-    rng = np.random.default_rng(0)
-    token = jnp.asarray(rng.integers(0, 12, (rows, LENGTH)), jnp.int32)
-    order = np.argsort(rng.random((rows, LENGTH)), axis=1)
-    rank = jnp.tile(jnp.arange(LENGTH, dtype=jnp.int32), (rows, 1))
-    return token, jnp.asarray(order, jnp.int32), rank
-
-
-@functools.cache
-def wanted(config):
-    """Logits of the model [rows, LENGTH, V]."""
-    token, position, rank = labels()
-    return jax.jit(model.bind(config))(
-        params_of(config), Tokens(token, position, rank, jnp.ones_like(token, bool))
-    )
-
-
-@functools.partial(jax.jit, static_argnames="width")
-def run(net, cache, low, width):
-    """A pass over the slots [low, low + width): its logits, and the cache with them."""
-    token, position, rank = (jax.lax.dynamic_slice_in_dim(a, low, width, 1) for a in labels())
-    start = jnp.full(len(token), low, jnp.int32)
-    pick = jnp.tile(jnp.arange(width), (len(token), 1))
-    window = Window(token, position, rank, jnp.ones_like(token, bool), start, pick)
-    logits, entries = network.forward(net, window, cache)
-    return logits, cache.write(entries, start)
 
 
 def assert_near(found, want):

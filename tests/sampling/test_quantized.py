@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import types
 
 import jax
@@ -10,17 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
+from slot_passes import LENGTH, labels, run, wanted
 from styles import DIT, QWEN, params_of
 
 from esolm_jax import memory_limit
 from esolm_jax.config import default_config
 from esolm_jax.errors import UserError
-from esolm_jax.family.labels import Tokens
-from esolm_jax.model import transformer
 from esolm_jax.parallel import sharding
 from esolm_jax.sampling.engine import caches, cpu_kernels, network, quantize
 from esolm_jax.sampling.engine.choose import TokenSampler
-from esolm_jax.sampling.engine.network import Window
 from esolm_jax.sampling.engine.quantize import Quantized
 from esolm_jax.sampling.generate import check
 from esolm_jax.sampling.loops.loop import Task, row_keys
@@ -30,7 +27,6 @@ from esolm_jax.sampling.plan.canvas import MASK, Canvas, Seed
 
 pytestmark = pytest.mark.fast_compile
 
-LENGTH = 12
 MODELS = {
     "dit": dataclasses.replace(DIT, qkv_bias=True, qk_norm=True, norm_eps=0.3, attention_width=24),
     "llama": dataclasses.replace(
@@ -73,33 +69,6 @@ def test_a_product_is_that_of_the_dequantized_kernel(rows):
         np.testing.assert_allclose(found, want, atol=1e-4)
 
 
-def labels(rows=4):
-    """Tokens in a random order of positions, each reading those before it."""
-    rng = np.random.default_rng(0)
-    token = jnp.asarray(rng.integers(0, 12, (rows, LENGTH)), jnp.int32)
-    order = np.argsort(rng.random((rows, LENGTH)), axis=1)
-    rank = jnp.tile(jnp.arange(LENGTH, dtype=jnp.int32), (rows, 1))
-    return token, jnp.asarray(order, jnp.int32), rank
-
-
-@functools.cache
-def wanted(config):
-    """Logits of the model [rows, LENGTH, V]."""
-    token, position, rank = labels()
-    tokens = Tokens(token, position, rank, jnp.ones_like(token, bool))
-    return np.asarray(jax.jit(transformer.bind(config))(params_of(config), tokens))
-
-
-@functools.partial(jax.jit, static_argnames="width")
-def run_pass(net, cache, low, width):
-    token, position, rank = (jax.lax.dynamic_slice_in_dim(a, low, width, 1) for a in labels())
-    start = jnp.full(len(token), low, jnp.int32)
-    pick = jnp.tile(jnp.arange(width), (len(token), 1))
-    window = Window(token, position, rank, jnp.ones_like(token, bool), start, pick)
-    logits, entries = network.forward(net, window, cache)
-    return logits, cache.write(entries, start)
-
-
 def empty(config, kernels, dtype, aligned=True):
     """For the rows of labels()."""
     sizes = len(labels()[0]), caches.round_up(LENGTH + 5), None, aligned, kernels
@@ -122,7 +91,7 @@ def test_logits_of_quantized_weights(name):
         net,
         is_leaf=lambda a: isinstance(a, Quantized),
     )
-    found, want = (run_pass(of, caches.no_cache(None), 0, LENGTH)[0] for of in (net, exact))
+    found, want = (run(of, caches.no_cache(None), 0, LENGTH)[0] for of in (net, exact))
     np.testing.assert_allclose(found, want, atol=2e-5)
     assert 1e-4 < errors(found, wanted(config)) < 0.05
 
@@ -133,9 +102,9 @@ def test_logits_of_a_quantized_cache(name, kernels, dtype):
     """The second pass reads what the codes of the first stand for."""
     config = MODELS[name]
     net = network.fold(config, params_of(config))
-    _, exact = run_pass(net, empty(config, None, config.dtype), 0, 7)
-    _, cache = run_pass(net, empty(config, kernels, dtype, aligned=kernels is None), 0, 7)
-    found, _ = run_pass(net, cache, 7, 5)
+    _, exact = run(net, empty(config, None, config.dtype), 0, 7)
+    _, cache = run(net, empty(config, kernels, dtype, aligned=kernels is None), 0, 7)
+    found, _ = run(net, cache, 7, 5)
 
     def rounded(keys, axis):
         return quantize.dequantize(quantize.quantize(keys, axis, dtype), axis)
@@ -144,7 +113,7 @@ def test_logits_of_a_quantized_cache(name, kernels, dtype):
         keys=tuple(rounded(a, 3) for a in exact.keys),
         values=tuple(rounded(a, 3) for a in exact.values),
     )
-    want, _ = run_pass(net, exact, 7, 5)
+    want, _ = run(net, exact, 7, 5)
     np.testing.assert_allclose(found, want, atol=3e-5)
     assert 1e-4 < errors(found, wanted(config)[:, 7:]) < 0.1
 

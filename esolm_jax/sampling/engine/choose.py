@@ -35,6 +35,12 @@ def keep_top_k(logits_BPV, top_k: int):
     return jnp.where(logits_BPV >= kth, logits_BPV, -jnp.inf)
 
 
+def top_k_then_top_p(logits_BPV, top_k: int, top_p: float):
+    """Both filters; top_k = 0 and top_p = 1 are off."""
+    logits_BPV = keep_top_k(logits_BPV, top_k) if top_k else logits_BPV
+    return top_p_filter(logits_BPV, top_p) if top_p < 1 else logits_BPV
+
+
 def keys_of(row_keys_B, position_BP, purpose: int = TOKEN):
     """[B, P]: one key for each row, text position and purpose, so that a token's draw depends
     neither on its neighbours in the batch nor on the schedule."""
@@ -180,8 +186,4 @@ class TokenSampler:
         if self.temperature == 0:
             return logits_BPV
         logits_BPV = at_temperature(logits_BPV, self.temperature)
-        if self.top_k:
-            logits_BPV = keep_top_k(logits_BPV, self.top_k)
-        if self.top_p < 1:
-            logits_BPV = top_p_filter(logits_BPV, self.top_p)
-        return logits_BPV
+        return top_k_then_top_p(logits_BPV, self.top_k, self.top_p)

@@ -55,10 +55,6 @@ class Confidence(Loop):
     def decides_order(self) -> bool:
         return True
 
-    def order(self, decoded: Decoded) -> np.ndarray:
-        """int32 [B, L]; the tokens of one pass from left to right."""
-        return np.argsort(decoded.revealed_at, axis=1, kind="stable").astype(np.int32)
-
     def start(self, network: Network) -> tuple[State, list[Program]]:
         plan, task = self.task.plan, self.task
         batch, length = plan.order.shape

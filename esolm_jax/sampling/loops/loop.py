@@ -133,9 +133,11 @@ class Loop(abc.ABC):
         """The state before the first pass, and the programs, of which the last returns Decoded."""
 
     def order(self, decoded: Decoded) -> np.ndarray:
-        """int32 [B, L]: positions as they were generated, the known ones first."""
-        del decoded
-        return self.task.plan.order
+        """int32 [B, L]: positions as they were generated, the known ones first. Of a loop that
+        decides the order, the tokens of one pass from left to right."""
+        if not self.decides_order:
+            return self.task.plan.order
+        return np.argsort(decoded.revealed_at, axis=1, kind="stable").astype(np.int32)
 
     @property
     def decides_order(self) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 
 from esolm_jax.sampling.engine import network as network_lib
 from esolm_jax.sampling.engine.cache import KVCache
-from esolm_jax.sampling.engine.choose import at_temperature, keep_top_k, top_p_filter
+from esolm_jax.sampling.engine.choose import at_temperature, top_k_then_top_p
 from esolm_jax.sampling.engine.network import Network, Window
 from esolm_jax.sampling.loops import reveal
 from esolm_jax.sampling.loops.loop import (
@@ -70,8 +70,7 @@ class Rule:
     def choose(self, count_B, logits_BWV, is_masked_BW, noise: PassNoise):
         """(tokens int32 [B, W], bool [B, W]: which of the masks take theirs)."""
         logits = at_temperature(logits_BWV, self.temperature) if self.temperature else logits_BWV
-        logits = keep_top_k(logits, self.top_k) if self.top_k else logits
-        logits = top_p_filter(logits, self.top_p) if self.top_p < 1 else logits
+        logits = top_k_then_top_p(logits, self.top_k, self.top_p)
         token, score, _ = reveal.draw(logits, noise.tokens() if self.temperature else None)
         if self.order == "left_to_right":
             return token, reveal.first(is_masked_BW, count_B)
@@ -100,10 +99,6 @@ class SDAR(Loop):
     @property
     def decides_order(self) -> bool:
         return True
-
-    def order(self, decoded: Decoded) -> np.ndarray:
-        """int32 [B, L]; the tokens of one pass from left to right."""
-        return np.argsort(decoded.revealed_at, axis=1, kind="stable").astype(np.int32)
 
     def start(self, network: Network) -> tuple[State, list[Program]]:
         task, block = self.task, self.rule.block_length

@@ -62,10 +62,6 @@ class WholeText(Loop):
     def decides_order(self) -> bool:
         return True
 
-    def order(self, decoded: Decoded) -> np.ndarray:
-        """int32 [B, L]; the tokens of one pass from left to right."""
-        return np.argsort(decoded.revealed_at, axis=1, kind="stable").astype(np.int32)
-
     def start(self, network: Network) -> tuple["Progress", list[Program]]:
         task = self.task
         known, text = known_by_position(task)
