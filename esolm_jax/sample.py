@@ -68,7 +68,11 @@ def sample(
     built = build.build_model(config, tokenizer_entry(tokenizer), mesh)
     canvas = texts_lib.make_canvas(config, found, built.special, built.model.vocab_size)
     generator = Generator.of(config, canvas, built.special, mesh=mesh, eos_id=tokenizer.eos_id)
-    programs = Background(lambda: _programs(config, built, generator))
+    # JAX's search for leaked tracers takes those of another thread for leaks.
+    programs = Background(
+        lambda: _programs(config, built, generator),
+        in_thread=not jax.config.jax_check_tracer_leaks,
+    )
     trained = restore.load_trained(config, workdir, config.sample.weights, mesh, cli.step_flag())
     restore.check_tokenizer(tokenizer, workdir, trained.meta)
     loaded = time.perf_counter()

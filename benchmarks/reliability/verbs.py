@@ -4,6 +4,7 @@ The parent has imported the package but initialized no JAX device, so a verb sta
 child runs the code of `python -m esolm_jax.VERB`.
 """
 
+import atexit
 import collections
 import dataclasses
 import importlib
@@ -124,6 +125,7 @@ class Child:
 
 def _run(body, files: dict, environment: dict) -> None:
     """In the child: runs `body` and ends the process."""
+    atexit._clear()  # those of the parent, which would delete its folders when a verb ends
     os.setsid()
     for stream, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(files[name], os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600), stream)

@@ -8,13 +8,20 @@ T = TypeVar("T")
 
 
 class Background(Generic[T]):
-    """Begins call() at once. The process may end before the call does."""
+    """Begins call() at once. The process may end before the call does.
 
-    def __init__(self, call: Callable[[], T]):
+    Args:
+      in_thread: False: the call is made here, before anything else.
+    """
+
+    def __init__(self, call: Callable[[], T], *, in_thread: bool = True):
         self._call = call
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
+        if in_thread:
+            self._thread.start()
+        else:
+            self._run()
 
     def _run(self) -> None:
         try:
@@ -24,7 +31,8 @@ class Background(Generic[T]):
 
     def result(self) -> T:
         """Waits for the value of the call, or raises what the call raised."""
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
         if self._error is not None:
             raise self._error
         return self._value
