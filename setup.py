@@ -45,6 +45,7 @@ setup(
         "esolm_jax": ["py.typed"],
         "esolm_jax.sampling": ["trace.html"],
         "esolm_jax.evaluation.suite": ["*.toml"],
+        "esolm_jax.interop.export.shipped": ["*.mjs"],
     },
     license="Apache-2.0",
     python_requires=">=3.11",

@@ -11,6 +11,7 @@ from typing import Any
 from esolm_jax import results
 from esolm_jax.data.hub_tokenizer import OF_MODEL, HubTokenizer
 from esolm_jax.data.surfaces import BYTE_ALPHABET
+from esolm_jax.data.text8_tokenizer import IDS, SPELLED, Text8
 from esolm_jax.data.tokenizer import SPACE, Bytes, SentencePiece, Tokenizer
 from esolm_jax.data.wordpieces import WordPieces
 
@@ -60,6 +61,8 @@ def _content(tokenizer: Tokenizer) -> dict | None:
         return _of_bytes()
     if isinstance(tokenizer, SentencePiece):
         return _of_sentencepiece(tokenizer.proto)
+    if isinstance(tokenizer, Text8):
+        return _of_text8()
     assert isinstance(tokenizer, WordPieces)
     content = json.loads(tokenizer.json())
     names = _names(content)
@@ -136,11 +139,39 @@ def _of_bytes() -> dict:
     return content
 
 
+def _of_text8() -> dict:
+    """Characters, lower-cased. Recognizes the names that Text8.encode_recognizing does."""
+    # The only character whose lower case has two characters: two unknown tokens in place of one.
+    dotted = {"type": "Replace", "pattern": {"String": "İ"}, "content": "?"}
+    normalizer = {"type": "Sequence", "normalizers": [dotted, {"type": "Lowercase"}]}
+    content = _tokenizer_json(
+        {"vocab": dict(IDS), "merges": [], "unk_token": "[UNK]"},
+        normalizer=normalizer,
+        decoder={"type": "Fuse"},
+    )
+    for name in SPELLED:
+        _add_special(content, IDS[name], name)
+    return content
+
+
+def is_plain_bpe(model: Any) -> bool:
+    """Whether a SentencePiece model is a byte-fallback BPE model as our training makes it."""
+    size = model.vocab_size()
+    # Merges of BPE have the scores 0, −1, …; the first pieces behind the bytes are user-defined.
+    scores = [model.get_score(i) for i in range(size)]
+    is_bpe = all(score <= 0 and score == int(score) for score in scores)
+    probe = " Ａ  ﬁ\té "
+    is_plain = model.normalize(probe).replace(SPACE, " ") == probe
+    return is_bpe and is_plain and any(map(model.is_byte, range(size)))
+
+
 def _of_sentencepiece(proto: bytes) -> dict | None:
-    """A byte-fallback BPE model as our training makes it; None for other SentencePiece models."""
+    """None unless it is a model as our training makes it."""
     import sentencepiece
 
     model = sentencepiece.SentencePieceProcessor(model_proto=proto)
+    if not is_plain_bpe(model):
+        return None
     size = model.vocab_size()
     pieces = [model.id_to_piece(i) for i in range(size)]
     scores = [model.get_score(i) for i in range(size)]
@@ -149,12 +180,6 @@ def _of_sentencepiece(proto: bytes) -> dict | None:
         for i in range(size)
         if not (model.is_control(i) or model.is_unknown(i) or model.is_byte(i))
     ]
-    # Merges of BPE have the scores 0, −1, …; the first pieces behind the bytes are user-defined.
-    is_bpe = all(score <= 0 and score == int(score) for score in scores)
-    probe = " Ａ  ﬁ\té "
-    is_plain = model.normalize(probe).replace(SPACE, " ") == probe
-    if not (is_bpe and is_plain and any(map(model.is_byte, range(size)))):
-        return None
     vocab = {piece: i for i, piece in enumerate(pieces)}
     spaces = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "}]
     decoders = [*spaces, {"type": "ByteFallback"}, {"type": "Fuse"}]
