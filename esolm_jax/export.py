@@ -6,26 +6,35 @@ python -m esolm_jax.export --workdir=DIR --to=FOLDER
 --step=N|best|latest                   which checkpoint (default: latest)
 --formats=safetensors,stablehlo,onnx   some of them (default: all)
 --parts=score,step,sample              some functions (default: all that the model has)
---tolerance=1e-4                       largest allowed error of a logit; wide models may need more
+--dtype=float32                        of the weights: float32, bfloat16, float16 or int8
+--tolerance=1e-4                       largest allowed error of a logit; wide models may need more.
+                                       Unchecked by default unless the weights are float32
+--perplexity_tolerance=0.01            largest allowed relative change of the perplexity of other
+                                       weights
+--compile_for=h100:1,v5e:2x2           compiles the StableHLO files for these devices, which need
+                                       not exist
 
 python -m esolm_jax.export --workdir=DIR --to=hub[:FOLDER]
 
 A folder that `transformers` opens, by default DIR/hub: a Llama or Qwen for autoregressive models of
-style "llama", else a model with its own PyTorch code. The flags --weights and --step apply, and
+style "llama", else a model with its own PyTorch code. The flags --weights, --step and --dtype
+(float32, bfloat16, float16; by default that of the folder the model came from) apply, and
 
 --layout=auto|esolm|plain              plain: a Llama or Qwen; esolm: with PyTorch code
 --shard_gb=5                           the largest size of a file with weights
 """
 
+import functools
 import pathlib
 
 from absl import flags
 
 from esolm_jax import cli
+from esolm_jax.aot import artefacts as aot_artefacts
 from esolm_jax.errors import UserError
 from esolm_jax.family import registry
 from esolm_jax.interop.export import folder as export_folder
-from esolm_jax.interop.export import hub_folder, parity
+from esolm_jax.interop.export import hub_folder, parity, rounding, weight_storage
 from esolm_jax.interop.export.folder import Wanted
 from esolm_jax.interop.published import write as published_write
 
@@ -38,7 +47,14 @@ def define_flags() -> None:
     flags.DEFINE_float("shard_gb", 5.0, "With --to=hub: the largest file of weights, in GB.")
     flags.DEFINE_string("weights", "ema", "ema | raw")
     flags.DEFINE_string("formats", "", "Of safetensors, stablehlo, onnx; all by default.")
-    flags.DEFINE_float("tolerance", parity.TOLERANCE, "Largest allowed error of a logit.")
+    flags.DEFINE_float("tolerance", None, "Largest allowed error of a logit.")
+    flags.DEFINE_string("dtype", "", f"Of the weights: {' | '.join(weight_storage.DTYPES)}")
+    flags.DEFINE_float(
+        "perplexity_tolerance",
+        parity.PERPLEXITY_TOLERANCE,
+        "Largest allowed relative change of the perplexity.",
+    )
+    flags.DEFINE_string("compile_for", "", "Devices to compile the StableHLO for: h100:1,v5e:2x2")
     flags.DEFINE_string("parts", "", "Of score, step, sample; by default all that the model has.")
 
 
@@ -67,21 +83,51 @@ def main(config, workdir: pathlib.Path) -> None:
     if f.to.partition(":")[0] == HUB:
         _to_hub(config, workdir)
         return
-    if not f.tolerance > 0:
-        raise UserError(f"--tolerance={f.tolerance}: must be above 0")
-    formats = _listed("formats", export_folder.FORMATS) or export_folder.FORMATS
-    wanted = Wanted(f.weights, formats, _listed("parts", export_folder.PARTS), f.tolerance, f.step)
+    wanted = _wanted()
+    topologies = [name for name in f.compile_for.split(",") if name]
+    aot_artefacts.check(topologies)
     target = pathlib.Path(f.to).expanduser()
-    manifest = export_folder.export(config, workdir, target, wanted)
+    compile_all = functools.partial(aot_artefacts.compile_all, topologies)
+    manifest = export_folder.export(config, workdir, target, wanted, compile_all)
     which = "the EMA, not the raw weights" if f.weights == "ema" else "the RAW weights, not the EMA"
     print(f"exported: {which}, of step {manifest['step']:,}; adaLN is folded in")
-    if config.model.dtype != "float32":
+    if wanted.dtype != "float32":
+        print(f"weights are stored in {wanted.dtype}")
+    elif config.model.dtype != "float32":
         print(f"trained in {config.model.dtype}; the artefacts compute in float32")
     for entry in manifest["artefacts"]:
         print(f"{entry['file']:>22} {entry['function']:>6}: {_measured(entry['parity'])}")
+    for row in manifest["compiled"]:
+        gib = row["hbm"]["total"] / 2**30
+        print(f"{row['file']:>22} compiles for {row['topology']}: {gib:.3f} GiB")
     for part, reason in manifest["not_exported"].items():
         print(f"not exported: {part}: {reason}")
     print(f"wrote {target}, with manifest.json")
+    script = next(name for name in _SCRIPTS if name in manifest["files"])
+    print(f"to sample from it: python {target}/{script} 'PROMPT' --temperature=0.8")
+
+
+_SCRIPTS = ("run_numpy.py", "run_onnx.py", "run_stablehlo.py")
+
+
+def _wanted() -> Wanted:
+    """The flags. UserError: a wrong one."""
+    f = flags.FLAGS
+    dtype = f.dtype or "float32"
+    if dtype not in weight_storage.DTYPES:
+        raise UserError(f"--dtype={f.dtype}: must be one of {', '.join(weight_storage.DTYPES)}")
+    for name in ("tolerance", "perplexity_tolerance"):
+        if f[name].value is not None and not f[name].value > 0:
+            raise UserError(f"--{name}={f[name].value}: must be above 0")
+    return Wanted(
+        weights=f.weights,
+        formats=_listed("formats", export_folder.FORMATS) or export_folder.FORMATS,
+        parts=_listed("parts", export_folder.PARTS),
+        dtype=dtype,
+        tolerance=f.tolerance,
+        perplexity_tolerance=f.perplexity_tolerance,
+        step=f.step,
+    )
 
 
 def _to_hub(config, workdir: pathlib.Path) -> None:
@@ -90,15 +136,21 @@ def _to_hub(config, workdir: pathlib.Path) -> None:
         raise UserError(f"--layout={f.layout}: must be one of {', '.join(hub_folder.LAYOUTS)}")
     if not 0 < f.shard_gb < 1e6:
         raise UserError(f"--shard_gb={f.shard_gb}: must be above 0, in GB")
-    for name in ("formats", "parts"):
+    for name in ("formats", "parts", "compile_for"):
         if f[name].value:
             raise UserError(f"--{name}={f[name].value}: must be left out with --to=hub")
     given = f.to.partition(":")[2]
     target = pathlib.Path(given).expanduser() if given else workdir / HUB
-    wanted = hub_folder.Wanted(f.weights, f.step, f.layout, max(1, int(f.shard_gb * 1e9)))
+    allowed = ("float32", *rounding.DTYPES)
+    if f.dtype and f.dtype not in allowed:
+        raise UserError(f"--dtype={f.dtype}: must be one of {', '.join(allowed)} with --to=hub")
+    shard_bytes = max(1, int(f.shard_gb * 1e9))
+    wanted = hub_folder.Wanted(f.weights, f.step, f.layout, shard_bytes, f.dtype)
     written = hub_folder.export(config, workdir, target, wanted)
     which = "the EMA" if f.weights == "ema" else "the RAW weights"
     print(f"exported: {which} of step {written.step:,}, {written.parameters:,} parameters")
+    if written.rounding:
+        print(f"rounded to {f.dtype}: {_measured(written.rounding)}")
     if written.layout == "plain":
         print("a plain Llama or Qwen: AutoModelForCausalLM, vLLM and llama.cpp load it")
     else:
@@ -111,12 +163,14 @@ def _measured(figures: dict) -> str:
     parts = []
     if "max_logit_error" in figures:
         parts.append(f"logits within {figures['max_logit_error']:.1e} of the trained model's")
-    for name, what in (("greedy_identical", "greedy"), ("sampled_identical", "drawn")):
-        if name in figures:
-            parts.append(
-                f"{what} texts {'identical to' if figures[name] else 'different from'} those of "
-                "`sample`"
-            )
+    if "perplexity_change" in figures:
+        parts.append(f"perplexity {100 * figures['perplexity_change']:+.3g} %")
+    if "greedy_agreement" in figures:
+        parts.append(f"{100 * figures['greedy_agreement']:.3g} % of greedy tokens equal")
+    for name in ("greedy", "drawn", "prompted"):
+        if f"{name}_identical" in figures:
+            equal = "identical to" if figures[f"{name}_identical"] else "different from"
+            parts.append(f"{name} texts {equal} those of `sample`")
     return ", ".join(parts)
 
 

@@ -20,6 +20,7 @@ from esolm_jax.interop.safetensors_header import Entry
 METADATA = "esolm_jax"  # the key of the metadata of our own exports
 ALIGNMENT = 64  # bytes, of the data within the file
 _NUMPY = {"F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32, "F64": np.float64}
+_WRITTEN = {np.dtype(kind).name: name for name, kind in (_NUMPY | {"I8": np.int8}).items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +76,9 @@ def read(path: pathlib.Path) -> tuple[dict[str, Tensor], dict]:
     return {name: Tensor(file, where, name, entry) for name, entry in entries.items()}, about
 
 
-def tensor_offsets(path: pathlib.Path) -> dict[str, tuple[int, tuple[int, ...]]]:
-    """(offset in bytes within the file, shape) of each tensor."""
-    return {name: (t.entry.start, t.shape) for name, t in read(path)[0].items()}
+def entries(path: pathlib.Path) -> dict[str, Entry]:
+    """Types, shapes and offsets in the file by name. Raises UserError as `read`."""
+    return {name: tensor.entry for name, tensor in read(path)[0].items()}
 
 
 def _about(text: str, where: str) -> dict:
@@ -95,37 +96,45 @@ def write(
     shapes: Mapping[str, tuple[int, ...]],
     tensors: Iterable[tuple[str, np.ndarray]],
     about: dict,
-    dtype: str = "float32",
+    dtype: str | Mapping[str, str] = "float32",
 ) -> None:
-    """Writes float32 tensors one at a time to a temporary file, then renames it.
+    """Writes tensors one at a time to a temporary file, then renames it.
 
     The safetensors library would need all of them in memory.
 
     Args:
       shapes: by name.
-      tensors: (name, array) in the same order; each is dropped after it is written.
+      tensors: (name, array) in the same order, float32 or of the type of the file; each is dropped
+        after it is written.
       about: JSON-able, stored in the metadata.
-      dtype: of the file: float32, bfloat16 or float16; tensors are rounded to it.
+      dtype: of all tensors, or by name: float32, bfloat16, float16 or int8; float32 tensors are
+        rounded to it.
     """
-    name_of = {np.dtype(numpy_type).name: name for name, numpy_type in _NUMPY.items()}
-    stored = np.dtype(_NUMPY[name_of[dtype]])
+    dtypes = dict.fromkeys(shapes, dtype) if isinstance(dtype, str) else dtype
+    text = _header(shapes, dtypes, about)
+    with results.draft_of(path) as draft, open(draft, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for (name, array), wanted in zip(tensors, shapes, strict=True):
+            stored = np.dtype(dtypes[wanted])
+            is_right = name == wanted and array.shape == shapes[wanted]
+            if not is_right or array.dtype not in (np.float32, stored):
+                raise ValueError(
+                    f"{name}: must be {wanted}, float32 or {stored} of shape {shapes[wanted]}, "
+                    "because the header lists it next"
+                )
+            file.write(np.ascontiguousarray(array.astype(stored, copy=False)).view(np.uint8).data)
+
+
+def _header(shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str], about: dict) -> bytes:
+    """The JSON at the start of the file, padded so that the data is aligned."""
     header: dict = {"__metadata__": {"format": "pt", METADATA: results.dumps(about)}}
     end = 0
     for name, shape in shapes.items():
-        start, end = end, end + stored.itemsize * math.prod(shape)
+        start, end = end, end + np.dtype(dtypes[name]).itemsize * math.prod(shape)
         header[name] = {
-            "dtype": name_of[dtype],
+            "dtype": _WRITTEN[dtypes[name]],
             "shape": list(shape),
             "data_offsets": [start, end],
         }
     text = json.dumps(header).encode()
-    text += b" " * (-(len(text) + 8) % ALIGNMENT)
-    with results.draft_of(path) as draft, open(draft, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for (name, array), wanted in zip(tensors, shapes, strict=True):
-            if name != wanted or array.shape != shapes[name] or array.dtype != np.float32:
-                raise ValueError(
-                    f"{name}: must be {wanted}, float32 of shape {shapes[wanted]}, because the "
-                    "header lists it next"
-                )
-            file.write(np.ascontiguousarray(array.astype(stored, copy=False)).view(np.uint8).data)
+    return text + b" " * (-(len(text) + 8) % ALIGNMENT)

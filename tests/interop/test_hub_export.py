@@ -4,6 +4,7 @@ PyTorch runs the written code only where torch and transformers are installed (.
 """
 
 import ast
+import dataclasses
 import importlib.util
 import json
 import pathlib
@@ -17,13 +18,15 @@ import pytest
 import safetensors.numpy
 import tokenizers
 from random_run import ADALN, LENGTH, PRETRAINED, make_run
-from tiny_run import command
+from tiny_run import command, refused_by
 
 import esolm_jax
 from esolm_jax.data import wordpieces
+from esolm_jax.data.text8_tokenizer import Text8
 from esolm_jax.data.tokenizer import Bytes, train_sentencepiece
+from esolm_jax.errors import UserError
 from esolm_jax.family.labels import Tokens
-from esolm_jax.interop.export import hub_folder
+from esolm_jax.interop.export import hub_folder, rounding
 from esolm_jax.interop.hub import in_memory, shards, tokenizer_files
 from esolm_jax.interop.published import write as published_write
 from esolm_jax.model import transformer as model_lib
@@ -34,7 +37,7 @@ from esolm_jax.training import checkpoint_meta
 pytestmark = pytest.mark.fast_compile
 HF = pathlib.Path(__file__).parents[1] / "fixtures" / "hf"
 GOLDEN = HF.parent / "golden_eval"
-CODE = pathlib.Path(hub_folder.__file__).parent / "remote_code"
+SHIPPED = pathlib.Path(hub_folder.__file__).parent / "shipped"
 FAMILIES = {
     "eso_b": {"objective": "eso_b", "alpha_0": 0.5, "sample.seed": 3} | ADALN,
     "gpt2": {"objective": "ar"} | PRETRAINED["gpt2"],
@@ -44,6 +47,7 @@ FAMILIES = {
     | {"model.rope_scaling": "yarn", "model.rope_high": 32.0, "model.rope_attention_factor": 1.2},
 }
 ONE = "--config.mesh.devices=1"
+refused = refused_by("export")
 
 
 def load_file(name: str, path: pathlib.Path):
@@ -107,6 +111,44 @@ def test_weights_are_in_shards_of_the_requested_size(exported):
         size <= 20_000 or len(tensors) == 1
         for size, tensors in zip(sizes, held.values(), strict=True)
     )
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "layout"),
+    [("eso_b", "bfloat16", "esolm"), ("eso_llama", "float16", "plain")],
+)
+def test_rounded_weights_are_read_back(runs, tmp_path, capsys, family, dtype, layout):
+    """Each weight is the nearest of its type; the change is printed and on the card."""
+    target = tmp_path / "hub"
+    args = f"--workdir={runs[family]}", f"--to=hub:{target}", f"--layout={layout}"
+    assert command("export", *args, f"--dtype={dtype}") == 0
+    out = capsys.readouterr().out
+    assert f"rounded to {dtype}: logits within" in out and "perplexity" in out
+    assert "Rounded weights: logits within" in (target / "README.md").read_text()
+    assert json.loads((target / "config.json").read_text())["dtype"] == dtype
+    with safetensors.safe_open(target / "model.safetensors", "np") as file:
+        kinds = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    assert kinds == {{"bfloat16": "BF16", "float16": "F16"}[dtype]}
+    assert command("convert", f"--from={target}", f"--workdir={tmp_path / 'back'}", ONE) == 0
+    (_, before), (_, after) = trained(runs[family]), trained(tmp_path / "back")
+
+    def check(near, exact):
+        wanted = np.asarray(exact).astype(np.dtype(dtype)).astype(np.float32)
+        near = np.asarray(near)[tuple(map(slice, wanted.shape))]  # without a new mask token
+        np.testing.assert_array_equal(near, wanted)
+        assert not np.array_equal(near, exact)
+
+    jax.tree.map(check, after.params, before.params)
+
+
+def test_types_that_a_hub_folder_lacks(refused, runs, tmp_path):
+    args = f"--workdir={runs['eso_b']}", f"--to=hub:{tmp_path / 'hub'}"
+    refused([*args, "--dtype=int8"], "--dtype=int8: must be one of float32, bfloat16, float16")
+    huge = trained(runs["eso_b"])[1]
+    embedding = huge.params["embedding"]["embedding"]
+    params = huge.params | {"embedding": {"embedding": np.full(embedding.shape, 1e5, np.float32)}}
+    with pytest.raises(UserError, match="--dtype=float16: must hold all weights, but one of embed"):
+        rounding.rounded(dataclasses.replace(huge, params=params), "float16")
 
 
 def test_config_names_sizes_ids_and_code(exported):
@@ -317,6 +359,21 @@ def test_tokenizer_json_encodes_and_decodes_as_ours(sentencepiece_model, kind):
     assert ids == {role: getattr(ours, f"{role}_id") for role in ids}
 
 
+def test_tokenizer_json_of_text8_encodes_as_published():
+    ours = Text8()
+    files = tokenizer_files.files(ours, with_mask=True)
+    theirs = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
+    rng = random.Random(0)
+    parts = [*"abz  \n\t.1éßİΣK漢🙂", "ToBe", "[MASK]", "[EOS]", "[UNK]", "[RESERVED]", "[mask]"]
+    for _ in range(300):
+        text = "".join(rng.choices(parts, k=rng.randint(0, 30)))
+        assert theirs.encode(text).ids == ours.encode_recognizing(text)
+    assert theirs.decode(ours.encode("to be or 2")) == ours.decode(ours.encode("to be or 2"))
+    settings = json.loads(files["tokenizer_config.json"])
+    for role in ("bos", "eos", "pad", "mask"):
+        assert theirs.token_to_id(settings[f"{role}_token"]) == getattr(ours, f"{role}_id")
+
+
 def test_mask_behind_a_padded_vocabulary_has_its_id(long_qwen):
     from esolm_jax.data.hub_tokenizer import HubTokenizer
 
@@ -346,7 +403,7 @@ def test_mask_behind_a_padded_vocabulary_has_its_id(long_qwen):
     ],
 )
 def test_orders_and_steps_are_those_of_sample(name, alpha_0, steps):
-    theirs = load_file("schedule_esolm", CODE / "schedule_esolm.py")
+    theirs = load_file("schedule_esolm", SHIPPED / "schedule_esolm.py")
     rng, length, batch, seed = np.random.default_rng(0), 17, 4, 11
     token = rng.integers(0, 9, (batch, length))
     known = rng.random((batch, length)) < np.array([0, 0.2, 0.5, 0.9])[:, None]

@@ -35,9 +35,9 @@ def exported(temperature, mask_id, **filters):
         keys = jax.random.split(KEY, len(logits))
         with np.errstate(over="ignore"):
             given = jnp.float32(np.float32(temperature))
-        filters_ = {"top_k": 0, "top_p": 1.0} | filters
-        pick = exported_sampler._pick
-        return pick(logits, position, row_keys=keys, temperature=given, mask_id=mask_id, **filters_)
+        off = jnp.int32(filters.get("top_k", 0)), jnp.float32(filters.get("top_p", 1.0))
+        settings = {"temperature": given, "filters": off, "mask_id": mask_id}
+        return exported_sampler._pick(logits, position, row_keys=keys, **settings)
 
     return choose
 

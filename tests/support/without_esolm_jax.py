@@ -1,17 +1,19 @@
-"""Runs the artefacts of an export where esolm_jax can't be imported, nor what they need not.
+"""Runs the artefacts of an export where esolm_jax cannot be imported, nor what they do not need.
 
 python without_esolm_jax.py FOLDER RUNTIME IN.npz OUT.npz
 
-IN holds labelled tokens, orders and keys for batch sizes 1 and 5; OUT gets logits and greedy texts.
+IN holds labelled tokens and known tokens for batch sizes 1 and 5; OUT gets logits, and greedy texts
+of one token per pass (and of the program `sample`, if the runtime has it).
 """
 
 import functools
+import json
 import pathlib
 import sys
 
 FORBIDDEN = {
-    "numpy": ("esolm_jax", "jax", "onnx", "onnxruntime", "safetensors"),
-    "onnx": ("esolm_jax", "jax", "onnx", "safetensors"),
+    "numpy": ("esolm_jax", "jax", "onnx", "onnxruntime", "safetensors", "ml_dtypes"),
+    "onnx": ("esolm_jax", "jax", "onnx", "safetensors", "ml_dtypes"),
     "stablehlo": ("esolm_jax", "flax", "onnx", "onnxruntime", "safetensors"),
 }
 folder, runtime, given, made = sys.argv[1:]
@@ -24,23 +26,22 @@ sys.path.insert(0, str(folder))
 import decode_loop  # noqa: E402
 import numpy as np  # noqa: E402
 import plain_transformer  # noqa: E402
+import schedule_esolm  # noqa: E402
 
-sample = None
+config = json.loads((folder / "config.json").read_text())
+sampling, sample = config["sampling"], None
 if runtime == "numpy":
-    weights, config = plain_transformer.load(folder)
-    bound = weights, config["network"]
+    bound = plain_transformer.read_safetensors(folder / "weights.safetensors"), config["network"]
     score = functools.partial(plain_transformer.score, *bound)
     step = functools.partial(plain_transformer.step, *bound)
 elif runtime == "onnx":
     import run_onnx
 
-    config = plain_transformer.load(folder)[1]
     run, step = (run_onnx.load(folder / f"{part}.onnx") for part in ("score", "step"))
     score = lambda *labels: run(*labels)[0]  # noqa: E731
 else:
     import run_stablehlo
 
-    config = plain_transformer.load(folder)[1]
     weights = run_stablehlo.load_weights(folder / "weights.safetensors")
     score, step, sample = (
         functools.partial(run_stablehlo.load(folder / f"{part}.stablehlo"), weights)
@@ -48,13 +49,19 @@ else:
     )
 
 found, arrays = {}, np.load(given)
+one = {"temperature": 0.0, "schedule": "ancestral", "steps": 0}
 for batch in (1, 5):
     labels = [arrays[f"{name}_{batch}"] for name in ("token", "position", "rank", "in_context")]
     found[f"logits_{batch}"] = np.asarray(score(*labels))
-    order, plan = arrays[f"order_{batch}"], config["sampling"]
-    found[f"text_{batch}"] = decode_loop.with_cache(step, plan, order, decode_loop.chooser(plan))
-    if sample:
-        order, num_diffusion = decode_loop.draw_orders(plan, 0, batch)
-        text = sample(arrays[f"keys_{batch}"], np.float32(0), order, num_diffusion)
-        found |= {f"sample_{batch}": np.asarray(text), f"sample_order_{batch}": order}
+    rows = arrays[f"rows_{batch}"]
+    keys = decode_loop.row_keys(0, batch)
+    for name, settings in {"text": one, "sample": {"temperature": 0.0}}.items():
+        s = schedule_esolm.checked(sampling, settings, rows.shape[1])
+        passes = schedule_esolm.plan_passes(s, rows >= 0, 0)
+        if name == "text":
+            choose = decode_loop.chooser(s, keys)
+            found[f"text_{batch}"] = decode_loop.run_passes(step, s, passes, rows, choose)
+        elif sample:
+            arguments = run_stablehlo.arguments(s, passes, rows, keys)
+            found[f"sample_{batch}"] = np.asarray(sample(*arguments))
 np.savez(made, **found)

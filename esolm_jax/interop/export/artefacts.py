@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import math
 import pathlib
 from collections.abc import Iterator
 
@@ -21,9 +20,10 @@ from esolm_jax.interop.export import (
     sampling_plan,
     signatures,
     stablehlo,
+    weight_storage,
 )
-from esolm_jax.interop.export.sampling_plan import Plan
-from esolm_jax.interop.export.shipped import plain_transformer, run_stablehlo
+from esolm_jax.interop.export.parity import Limits, Reference
+from esolm_jax.interop.export.shipped import decode_loop, plain_transformer, run_stablehlo
 from esolm_jax.model.model_config import ModelConfig
 
 WEIGHTS = "weights.safetensors"
@@ -34,55 +34,85 @@ class Source:
     """A model to export; its weights are in FOLDER/weights.safetensors.
 
     Attributes:
+      plan: the section `sampling` of config.json.
       parts: some of "score", "step" and "sample".
-      shapes: the shapes of the weights, by plain name.
+      shapes: the shapes of the float32 weights, by plain name.
+      dtype: the type of the stored weights.
       batches, logits: examples, and the trained model's logits of them.
-      tolerance: the largest allowed error of a logit.
     """
 
     config: object
     model: ModelConfig
     special: SpecialIds
-    plan: Plan
+    plan: dict
     folder: pathlib.Path
     parts: tuple[str, ...]
     shapes: dict[str, tuple[int, ...]]
+    dtype: str
     batches: list[Tokens]
     logits: list[np.ndarray]
-    tolerance: float
+    limits: Limits
 
     @property
     def network(self) -> dict:
         return plain.description(self.model)
 
-    def signature(self, part: str) -> signatures.Signature:
+    def stored(self) -> weight_storage.Specs:
+        """Shapes and dtypes of the stored weights by name."""
+        return weight_storage.specs(self.shapes, self.dtype)
+
+    def signature(self, part: str, cache_dtype: str) -> signatures.Signature:
         if part == "sample":
-            return signatures.sample(self.plan.about["length"])
-        return {"score": signatures.score, "step": signatures.step}[part](self.model)
+            return signatures.sample()
+        if part == "step":
+            return signatures.step(self.model, cache_dtype)
+        return signatures.score(self.model)
 
     @contextlib.contextmanager
     def weights(self) -> Iterator[dict]:
-        """The weights of the file, as JAX arrays; callers must not keep them."""
+        """The stored weights, as JAX arrays; callers must not keep them."""
         path, arrays = self.folder / WEIGHTS, {}
-        for name, (offset, shape) in safetensors_file.tensor_offsets(
-            path
-        ).items():  # never in memory twice
-            array = np.fromfile(path, "<f4", math.prod(shape), offset=offset)
-            arrays[name] = jnp.asarray(array.reshape(shape))
+        for name, tensor in safetensors_file.entries(path).items():  # never in memory twice
+            dtype = np.dtype(self.stored_dtype(tensor.dtype))
+            count = (tensor.stop - tensor.start) // dtype.itemsize
+            array = np.fromfile(path, dtype, count, offset=tensor.start)
+            arrays[name] = jnp.asarray(array.reshape(tensor.shape))
         try:
             yield arrays
         finally:
             arrays.clear()
             memory.clear_jit_caches_and_trim()
 
-    def texts(self, weights: dict) -> parity.Texts:
-        network = plain.to_network(self.model, weights)
-        return parity.Texts(self.config, self.plan, self.special, network)
+    @staticmethod
+    def stored_dtype(name: str) -> str:
+        """The type of NumPy or ml_dtypes of a type of safetensors."""
+        return {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "I8": "int8"}[name]
+
+    def reference(self) -> Reference:
+        """Texts and distributions of the model, while the stored weights are float32."""
+        is_rounded = self.dtype != "float32"
+        with self.weights() as weights:
+            network = plain.to_network(self.model, weights)
+            texts = parity.Texts(self.config, self.special, network)
+            reference = parity.make_reference(
+                texts, self.plan, with_sampler="sample" in self.parts, is_rounded=is_rounded
+            )
+            del network, texts
+        if not is_rounded:
+            return reference
+        arrays = plain_transformer.read_safetensors(self.folder / WEIGHTS)
+        score = functools.partial(plain_transformer.score, arrays, self.network)
+        measured = {"max_logit_error": parity.score_error(score, self.batches, self.logits)}
+        parity.require(f"{WEIGHTS} (float32)", measured, Limits(parity.TOLERANCE, 1.0))
+        step = functools.partial(plain_transformer.step, arrays, self.network)
+        return reference.with_log_p(step if self.plan["has_step"] else score)
 
 
-def _entry(source: Source, part: str, file: str, runtime: str, measured: dict, suffix="") -> dict:
-    parity.require(f"{file} ({part})", measured, source.tolerance)
-    signature = source.signature(part)
+def _entry(
+    source: Source, part: str, file: str, runtime: str, measured: dict, cache_dtype: str, suffix=""
+) -> dict:
+    parity.require(f"{file} ({part})", measured, source.limits)
+    signature = source.signature(part, cache_dtype)
     outputs = [array.to_json() for array in signature.outputs]
     inputs = {array.name for array in signature.inputs}
     for array in outputs:
@@ -99,54 +129,78 @@ def _entry(source: Source, part: str, file: str, runtime: str, measured: dict, s
     return entry | ({"note": note} if note else {})
 
 
-def _measure(source: Source, greedy: parity.Greedy, part: str, function) -> dict:
+def _measure(source: Source, reference: Reference, part: str, function, cache_dtype: str) -> dict:
     """The parity of score or step, a function of NumPy arrays."""
-    about, args = source.plan.about, (source.batches, source.logits)
+    s = source.plan | {"cache_dtype": np.dtype(cache_dtype)}
+    args = (source.batches, source.logits)
     if part == "score":
         measured = {"max_logit_error": parity.score_error(function, *args)}
     else:
-        measured = {"max_logit_error": parity.step_error(function, about["cache"], *args)}
-    if about["cached"] == (part == "step"):
-        measured["greedy_identical"] = greedy.is_from(function)
-    return measured
+        measured = {"max_logit_error": parity.step_error(function, s, *args)}
+    if s["has_step"] != (part == "step"):
+        return measured
+    agreement = [case.agreement(parity.generated(function, s, case)) for case in reference.greedy]
+    if reference.log_p is None:
+        return measured | {"greedy_identical": min(agreement) == 1}
+    measured |= parity.perplexity_figures(function, s, reference)
+    return measured | {"greedy_agreement": agreement[-1]}
 
 
-def of_numpy(source: Source, greedy: parity.Greedy) -> list[dict]:
+def of_numpy(source: Source, reference: Reference) -> list[dict]:
     """The weights under plain names, as shipped/plain_transformer.py runs them."""
     weights, entries = plain_transformer.read_safetensors(source.folder / WEIGHTS), []
     for part in source.parts:
         if part == "sample":
             continue
         function = functools.partial(getattr(plain_transformer, part), weights, source.network)
-        measured = _measure(source, greedy, part, function)
-        entries.append(_entry(source, part, WEIGHTS, "numpy", measured))
+        measured = _measure(source, reference, part, function, "float32")
+        entries.append(_entry(source, part, WEIGHTS, "numpy", measured, "float32"))
     return entries
 
 
-def of_stablehlo(source: Source, greedy: parity.Greedy, weights: dict) -> list[dict]:
+def of_stablehlo(source: Source, reference: Reference, weights: dict) -> list[dict]:
     """<part>.stablehlo of every part."""
-    makers, entries, s = stablehlo.functions(source.network), [], source.config.sample
-    makers["sample"] = exported_sampler.make(
-        source.network, source.plan, top_k=s.top_k, top_p=s.top_p
-    )
+    makers, entries = stablehlo.functions(source.network), []
+    makers["sample"] = exported_sampler.make(source.network, source.plan)
+    specs = source.stored()
+    cache_dtype = weight_storage.cache_dtype(source.dtype)
     platforms = "/".join(stablehlo.PLATFORMS)
     runtime = (
         f"jax {jax.__version__} (jax.export) for {platforms}; first input: the weights by name"
     )
     for part in source.parts:
         path = source.folder / f"{part}.stablehlo"
-        path.write_bytes(stablehlo.serialize(makers[part], source.signature(part), source.shapes))
+        signature = source.signature(part, cache_dtype)
+        path.write_bytes(stablehlo.serialize(makers[part], signature, specs))
         run = functools.partial(run_stablehlo.load(path), weights)
         if part == "sample":
-            measured = parity.sampler_agrees(run, source.texts(weights))
+            measured = _measure_sampler(run, reference)
         else:
-            measured = _measure(source, greedy, part, run)
-        entries.append(_entry(source, part, path.name, runtime, measured))
+            measured = _measure(source, reference, part, run, cache_dtype)
+        entries.append(_entry(source, part, path.name, runtime, measured, cache_dtype))
         memory.clear_jit_caches_and_trim()
     return entries
 
 
-def of_onnx(source: Source, greedy: parity.Greedy) -> list[dict]:
+def _measure_sampler(sample, reference: Reference) -> dict:
+    """Whether its texts equal ours, or the fraction of tokens for rounded weights."""
+    measured: dict[str, bool | float] = {}
+    for name, cases in reference.sampled.items():
+        agreement = []
+        for case in cases:
+            settings, passes = case.plan(reference.s)
+            keys = decode_loop.row_keys(case.seed, len(case.rows))
+            arguments = run_stablehlo.arguments(settings, passes, case.rows, keys)
+            agreement.append(case.agreement(sample(*arguments)))
+        memory.clear_jit_caches_and_trim()
+        if reference.drawn is None:
+            measured[f"{name}_identical"] = min(agreement) == 1
+        elif name == "greedy":
+            measured["greedy_agreement"] = agreement[-1]
+    return measured
+
+
+def of_onnx(source: Source, reference: Reference) -> list[dict]:
     """<part>.onnx of score and step."""
     import onnxruntime
 
@@ -156,16 +210,19 @@ def of_onnx(source: Source, greedy: parity.Greedy) -> list[dict]:
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.disable_prepacking", "1")  # no second copy of weights
     entries, runtime = [], f"onnxruntime {onnxruntime.__version__}, opset {onnx_graph.OPSET}"
+    cache_dtype = weight_storage.onnx_cache_dtype(source.dtype)
     for part in source.parts:
         if part == "sample":
             continue
         path = source.folder / f"{part}.onnx"
         weights = source.folder / WEIGHTS
-        onnx_graph.save(onnx_graph.build(weights, source.network, source.signature(part)), path)
+        signature = source.signature(part, cache_dtype)
+        onnx_graph.save(onnx_graph.build(weights, source.network, signature), path)
         run = run_onnx.load(path, options)
         function = run if part == "step" else lambda *labels, run=run: run(*labels)[0]
-        measured = _measure(source, greedy, part, function)
-        entries.append(_entry(source, part, path.name, runtime, measured, suffix="_out"))
+        measured = _measure(source, reference, part, function, cache_dtype)
+        entry = _entry(source, part, path.name, runtime, measured, cache_dtype, suffix="_out")
+        entries.append(entry)
         del run, function
         memory.clear_jit_caches_and_trim()
     return entries

@@ -84,7 +84,7 @@ def text(config, workdir: pathlib.Path, written: Any, weights: str) -> str:
     }
     lines = [f"| {name} | {value} |\n" for name, value in rows.items()]
     card = _HEAD.format(objective=config.objective, title=title) + "".join(lines)
-    card += _figures(workdir, written.step)
+    card += _figures(workdir, written.step) + _rounding(written.rounding)
     if written.layout == "esolm":
         return card + _ESOLM.format(length=config.sample.length or config.data.seq_len)
     kind = "Qwen" if m.qkv_bias or m.qk_norm else "Llama"
@@ -105,3 +105,14 @@ def _figures(workdir: pathlib.Path, step: int) -> str:
     which = f"{found.get('windows', '?')} windows of the {data.get('split', '?')} split"
     lines = [f"- {result['summary']}\n" for result in results if "summary" in result]
     return f"\n## Figures\n\nOn {which}, {found.get('weights', '?')} weights:\n\n{''.join(lines)}"
+
+
+def _rounding(changed: dict[str, float]) -> str:
+    """What rounding changed; "" if nothing was rounded."""
+    if not changed:
+        return ""
+    change, error = (100 * changed[name] for name in ("perplexity_change", "standard_error"))
+    return (
+        f"\nRounded weights: logits within {changed['max_logit_error']:.1e} of those of float32; "
+        f"the perplexity of texts that it draws changes by {change:+.3f} ± {error:.3f} %.\n"
+    )

@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 
 from esolm_jax import results
-from esolm_jax.config import SCHEDULES
 from esolm_jax.family import registry
-from esolm_jax.interop.export import hub_card, parity, plain
+from esolm_jax.interop.export import hub_card, parity, plain, rounding, sampling_plan
 from esolm_jax.interop.hub import (
     esolm_names,
     from_esolm,
@@ -32,10 +31,14 @@ from esolm_jax.sampling.plan.canvas import Canvas
 from esolm_jax.training import checkpoint_steps, restore
 
 LAYOUTS = ("auto", "esolm", "plain")
-ANY_LENGTH = 2**20  # tokens of a text, if the model has no limit
 _CLASS = "modeling_esolm.EsoLMForMaskedLM"
-_CODE = ("configuration_esolm.py", "modeling_esolm.py", "generation_esolm.py")
-_CODE += ("schedule_esolm.py", "check_esolm.py")
+_CODE = {
+    "configuration_esolm.py": "remote_code",
+    "modeling_esolm.py": "remote_code",
+    "generation_esolm.py": "remote_code",
+    "schedule_esolm.py": "shipped",
+    "check_esolm.py": "remote_code",
+}
 _TOKENS = 64  # at most, of a text in expected.npz
 _LOGITS = 2**22  # numbers at most, of the logits in expected.npz
 _SAMPLED = {"greedy": 0.0, "drawn": 1.0}  # arrays of texts in expected.npz → temperature
@@ -50,21 +53,26 @@ class Wanted:
       layout: "plain" = Llama or Qwen; "esolm" = with our PyTorch code; "auto" = plain for
         autoregressive models of style "llama".
       shard_bytes: the largest size of a file with weights.
+      dtype: "bfloat16", "float16" or "float32"; "" = that of the folder that the model came from,
+        if it holds all weights, else float32.
     """
 
     weights: str = "ema"
     step: str = checkpoint_steps.LATEST
     layout: str = "auto"
     shard_bytes: int = shards.SHARD_BYTES
+    dtype: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """What was written: the layout, the checkpoint's step, the number of parameters."""
+    """What was written: the layout, the checkpoint's step, the number of parameters, and what
+    rounding changed (of rounding.figures; {} if nothing)."""
 
     layout: str
     step: int
     parameters: int
+    rounding: dict[str, float]
 
 
 def export(config, workdir: pathlib.Path, target: pathlib.Path, wanted: Wanted) -> Written:
@@ -80,13 +88,19 @@ def export(config, workdir: pathlib.Path, target: pathlib.Path, wanted: Wanted) 
     if is_plain:
         to_hub.check(config, or_masked=True)
     trained = published_write.load(config, workdir, wanted.weights, wanted.step)
-    tokenizer = restore.load_tokenizer(workdir, trained.meta)
+    tokenizer, changed = restore.load_tokenizer(workdir, trained.meta), {}
+    if wanted.dtype in rounding.DTYPES:
+        near = rounding.rounded(trained, wanted.dtype)
+        changed = rounding.figures(_short(config, temperature=1.0), trained, near)
+        trained = near
     with results.new_folder(target) as draft:
         if is_plain:
-            parameters = to_hub.write(draft, config, trained, tokenizer, wanted.shard_bytes)
+            sizes = wanted.shard_bytes, wanted.dtype
+            parameters = to_hub.write(draft, config, trained, tokenizer, *sizes)
         else:
             parameters = _write(draft, config, trained, tokenizer, wanted)
-        written = Written("plain" if is_plain else "esolm", trained.step, parameters)
+        layout = "plain" if is_plain else "esolm"
+        written = Written(layout, trained.step, parameters, changed)
         card = hub_card.text(config, workdir, written, wanted.weights)
         (draft / hub_card.FILE).write_text(card, encoding="utf-8")
     return written
@@ -103,16 +117,17 @@ def _write(draft: pathlib.Path, config, trained, tokenizer: Any, wanted: Wanted)
         return parts[name].get(np.asarray(array))
 
     np.savez(draft / "expected.npz", **_expected(config, trained))
-    shards.write(draft, shapes, read, "float32", wanted.shard_bytes)
+    dtype = wanted.dtype or "float32"
+    shards.write(draft, shapes, read, dtype, wanted.shard_bytes)
     about = published_write.about(trained, wanted.weights)
-    made = _config_json(config, trained, tokenizer) | {"esolm": about}
+    made = _config_json(config, trained, tokenizer) | {"dtype": dtype, "esolm": about}
     results.write_json(draft / "config.json", made)
     for name, content in tokenizer_files.files(tokenizer, with_mask=True).items():
         (draft / name).write_bytes(content)
     (draft / tokenizer_files.OURS).mkdir()
     tokenizer.save(draft / tokenizer_files.OURS)
-    code = importlib.resources.files("esolm_jax.interop.export.remote_code")
-    for name in _CODE:
+    for name, part in _CODE.items():
+        code = importlib.resources.files(f"esolm_jax.interop.export.{part}")
         (draft / name).write_bytes((code / name).read_bytes())
     return sum(int(np.prod(shape)) for shape in shapes.values())
 
@@ -152,36 +167,7 @@ def _config_json(config, trained: restore.TrainedModel, tokenizer: Any) -> dict:
         "eos_token_id": tokenizer.eos_id,
         "pad_token_id": tokenizer.pad_id,
         "tie_word_embeddings": False,
-        "dtype": "float32",
-        "sampling": _sampling(config),
-    }
-
-
-def _sampling(config) -> dict:
-    """The section `sampling` of config.json: how the family labels tokens, and config.sample."""
-    s, family, seq_len = config.sample, registry.get(config.objective), config.data.seq_len
-    own = config.block_length if family.is_blockwise else seq_len
-    longest = config.model.max_positions or ANY_LENGTH
-    return {
-        "objective": config.objective,
-        "cached": family.export.cached,
-        "shift": int(family.is_shifted),
-        "rank_block": family.rank_span(seq_len, config.block_length),
-        "prefix_of_one_rank": family.export.prefix_of_one_rank,
-        "one_token": bool(family.no_parallel),
-        "fixed_alpha_0": family.fixed_alpha_0,
-        "schedules": list(family.schedules or SCHEDULES[:5]),
-        "replaced_schedules": family.replaced_schedules,
-        "trained_length": seq_len,
-        "max_length": longest if family.can_extrapolate else seq_len,
-        "length": s.length or seq_len,
-        "alpha_0": config.alpha_0,
-        "schedule": s.schedule,
-        "steps": s.steps,
-        "block_length": s.block_length or own,
-        "temperature": s.temperature,
-        "top_k": s.top_k,
-        "top_p": s.top_p,
+        "sampling": sampling_plan.of_config(config),
     }
 
 

@@ -1,6 +1,8 @@
 """The plain transformer as an ONNX graph, node by node as in shipped/plain_transformer.py.
 
-Its weights are external data: byte ranges of the safetensors file in the same folder.
+Its weights are external data: byte ranges of the safetensors file in the same folder. float16
+weights are multiplied in float16 and have a float16 cache; bfloat16 weights and int8 codes are
+converted to float32 by nodes of the graph, because runtimes lack their products.
 """
 
 import math
@@ -11,11 +13,22 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from esolm_jax.interop import safetensors_file
-from esolm_jax.interop.export.shipped.plain_transformer import EMPTY_RANK, MASKED, PARTS
+from esolm_jax.interop.export.shipped.plain_transformer import (
+    EMPTY_RANK,
+    MASKED,
+    PARTS,
+    SCALE,
+)
 from esolm_jax.interop.export.signatures import Array, Signature
 
-OPSET = 20
-IR_VERSION = 10  # the newest that the oldest runtime with that opset reads
+OPSET = 20  # onnxruntime 1.17 and newer (Gelu)
+IR_VERSION = 9  # the newest that onnxruntime 1.17 reads
+_TYPES = {
+    "F32": TensorProto.FLOAT,
+    "F16": TensorProto.FLOAT16,
+    "BF16": TensorProto.BFLOAT16,
+    "I8": TensorProto.INT8,
+}
 
 
 class Graph:
@@ -23,7 +36,7 @@ class Graph:
 
     def __init__(self, weights: pathlib.Path):
         self.file = weights.name
-        self.tensors = safetensors_file.tensor_offsets(weights)
+        self.tensors = safetensors_file.entries(weights)
         self.unused = set(self.tensors)
         self.nodes: list = []
         self.initializers: dict = {}
@@ -41,29 +54,59 @@ class Graph:
         self.initializers[name] = numpy_helper.from_array(array, name)
         return name
 
-    def weight(self, name: str) -> str | None:
-        """A kernel [D, …] as a matrix [D, _], a bias as a vector, other weights unchanged; None if
-        the model lacks it."""
+    def stored(self, name: str) -> str | None:
+        """A kernel [D, …] as a matrix [D, _], a bias or scale as a vector, other weights unchanged,
+        as they are stored; None if the model lacks it."""
         if name not in self.tensors:
             return None
-        offset, shape = self.tensors[name]
-        size = math.prod(shape)
-        dims = (
-            (size,) if len(shape) == 1 or name.endswith("_bias") else (shape[0], size // shape[0])
-        )
+        entry = self.tensors[name]
+        size, shape = math.prod(entry.shape), entry.shape
+        is_vector = len(shape) == 1 or name.endswith(("_bias", SCALE)) and "qk_norm" not in name
+        dims = (size,) if is_vector else (shape[0], size // shape[0])
         initializer = f"weights.{name}"
-        tensor = TensorProto(name=initializer, dims=dims, data_type=TensorProto.FLOAT)
+        tensor = TensorProto(name=initializer, dims=dims, data_type=_TYPES[entry.dtype])
         tensor.data_location = TensorProto.EXTERNAL
-        about = {"location": self.file, "offset": offset, "length": 4 * size}
+        about = {
+            "location": self.file,
+            "offset": entry.start,
+            "length": entry.stop - entry.start,
+        }
         for key, value in about.items():
             tensor.external_data.add(key=key, value=str(value))
         self.initializers[initializer] = tensor
         self.unused.discard(name)
         return initializer
 
+    def float32(self, x: str) -> str:
+        return self("Cast", x, to=TensorProto.FLOAT)
+
+    @property
+    def is_half(self) -> bool:
+        """Whether products are of float16."""
+        return self.tensors["logits"].dtype == "F16"
+
+    def matmul(self, a: str, b: str) -> str:
+        """float32 a @ b; float16 operands if weights are."""
+        if not self.is_half:
+            return self("MatMul", a, b)
+        half = TensorProto.FLOAT16
+        return self.float32(self("MatMul", self("Cast", a, to=half), self("Cast", b, to=half)))
+
     def linear(self, name: str, h: str) -> str:
-        y, bias = self("MatMul", h, self.weight(name)), self.weight(f"{name}_bias")
+        kernel, dtype = self.stored(name), self.tensors[name].dtype
+        if dtype == "I8":
+            kernel = self("DequantizeLinear", kernel, self.stored(f"{name}{SCALE}"), axis=1)
+        elif dtype == "BF16":
+            kernel = self.float32(kernel)
+        y, bias = self.matmul(h, kernel), self.stored(f"{name}_bias")
         return self("Add", y, bias) if bias else y
+
+    def rows_of(self, name: str, index: str) -> str:
+        """float32 rows of a table."""
+        rows = self.float32(self("Gather", self.stored(name), index))
+        if scale := self.stored(f"{name}{SCALE}"):
+            rows = self("Mul", rows, self.unsqueeze(self("Gather", scale, index), 2))
+        return rows
 
     def reshape(self, x: str, *shape: int) -> str:
         """Reshapes x; 0 keeps the size of an axis."""
@@ -94,13 +137,13 @@ def build(weights: pathlib.Path, network: dict, signature: Signature) -> onnx.Mo
     g = Graph(weights)
     cached = "filled" in {array.name for array in signature.inputs}
     slots, mask = _slots_and_mask(g, cached)
-    h, all_keys, all_values = g("Gather", g.weight("embedding"), "token"), [], []
+    h, all_keys, all_values = g.rows_of("embedding", "token"), [], []
     angles = None
-    if positions := g.weight("positions"):
-        h = g("Add", h, g("Gather", positions, "position"))
+    if "positions" in g.tensors:
+        h = g("Add", h, g.rows_of("positions", "position"))
     else:
         angle = g("Cast", g.unsqueeze("position", 2, 3, 4), to=TensorProto.FLOAT)
-        angle = g("Mul", angle, g.weight("rope"))
+        angle = g("Mul", angle, g.stored("rope"))
         angles = g("Cos", angle), g("Sin", angle)
     for i in range(network["blocks"]):
         h, keys, values = _block(g, i, network, h, angles, slots, mask)
@@ -179,16 +222,18 @@ def _rotate(g: Graph, x: str, half: int, cos: str, sin: str) -> str:
 def _block(g: Graph, i: int, network, h: str, angles, slots, mask):
     """h after block i, and keys and values [b, s, G, K]."""
     name = {part: f"blocks.{i}.{part}" for part in PARTS}
-    _, (_, groups, of_group, width) = g.tensors[name["qkv"]]
+    _, groups, of_group, width = g.tensors[name["qkv"]].shape
     per_group = of_group - 2
     qkv = g.linear(name["qkv"], _normed(g, network, h))
     qkv = g.reshape(qkv, 0, 0, groups, of_group, width)
     qk, v = g.part(qkv, 3, 0, per_group + 1), g.part(qkv, 3, per_group + 1, of_group)
-    if scale := g.weight(name["qk_norm_scale"]):
+    if scale := g.stored(name["qk_norm_scale"]):
         qk = g("Mul", _rms_normed(g, network, qk), scale)
     qk = _rotate(g, qk, width // 2, *angles) if angles else qk
     q, k = g.part(qk, 3, 0, per_group), g.part(qk, 3, per_group, per_group + 1)
     k, v = (g("Squeeze", x, np.array([3], np.int64)) for x in (k, v))
+    if g.is_half:
+        k, v = (g("Cast", x, to=TensorProto.FLOAT16) for x in (k, v))
     if slots is not None:
         k = g("ScatterND", g("Gather", "keys", np.int64(i)), slots, k)
         v = g("ScatterND", g("Gather", "values", np.int64(i)), slots, v)
@@ -204,14 +249,14 @@ def _attend(g: Graph, q: str, k: str, v: str, mask: str) -> str:
     q = g("Transpose", q, perm=[0, 2, 3, 1, 4])
     k = g.unsqueeze(g("Transpose", k, perm=[0, 2, 3, 1]), 2)
     v = g.unsqueeze(g("Transpose", v, perm=[0, 2, 1, 3]), 2)
-    scores = g("Where", mask, g("MatMul", q, k), np.float32(MASKED))
-    out = g("MatMul", g("Softmax", scores, axis=-1), v)
+    scores = g("Where", mask, g.matmul(q, k), np.float32(MASKED))
+    out = g.matmul(g("Softmax", scores, axis=-1), v)
     return g("Transpose", out, perm=[0, 3, 1, 2, 4])
 
 
 def _activate(g: Graph, network, x: str, kernel: str) -> str:
     if network["activation"] == "swiglu":
-        _, (_, _, inner) = g.tensors[kernel]
+        *_, inner = g.tensors[kernel].shape
         a, b = g.part(x, -1, 0, inner), g.part(x, -1, inner, 2 * inner)
         return g("Mul", g("Mul", a, g("Sigmoid", a)), b)
     return g("Gelu", x, approximate="tanh")

@@ -1,9 +1,12 @@
-"""Measures the error of an exported function against the trained model.
+"""Measures an exported function against the trained model.
 
-Logits are compared with the training forward pass (adaLN included), greedy samples with `sample`.
+Logits are compared with the training forward pass (adaLN included), texts with `sample`, and the
+distributions of the next tokens, for rounded weights, with those of the float32 weights.
 """
 
 import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,20 +16,19 @@ from esolm_jax.family.labels import Tokens
 from esolm_jax.family.phase import SpecialIds
 from esolm_jax.interop import memory
 from esolm_jax.interop.export import plain
-from esolm_jax.interop.export.sampling_plan import Plan
-from esolm_jax.interop.export.shipped import decode_loop
+from esolm_jax.interop.export.shipped import decode_loop, schedule_esolm
 from esolm_jax.model import transformer as model_lib
 from esolm_jax.model.model_config import ModelConfig
-from esolm_jax.process import prng
-from esolm_jax.sampling.engine.choose import TokenSampler
-from esolm_jax.sampling.loops.loop import Task
-from esolm_jax.sampling.loops.plain import Plain
-from esolm_jax.sampling.plan import passes
-from esolm_jax.sampling.plan.schedule import Schedule
+from esolm_jax.sampling import generate
+from esolm_jax.sampling.engine.network import Network
+from esolm_jax.sampling.plan.canvas import Canvas, Seed
 
-TOLERANCE = 1e-4  # default, of a logit
+TOLERANCE = 1e-4  # default, of a logit of float32 artefacts
+PERPLEXITY_TOLERANCE = 0.01  # default, of the relative change of other artefacts
 BATCHES = (1, 5)
 TOKENS = 64  # at most, of a text that score and step are checked on
+
+Function = Callable[..., Any]  # score or step, of NumPy arrays
 
 
 def examples(model: ModelConfig, length: int) -> list[Tokens]:
@@ -63,7 +65,7 @@ def labels(tokens: Tokens, low: int = 0, high: int | None = None) -> tuple[np.nd
     return tuple(np.ascontiguousarray(column[:, low:high]) for column in columns)
 
 
-def score_error(score, batches: list[Tokens], wanted) -> float:
+def score_error(score: Function, batches: list[Tokens], wanted) -> float:
     """The largest difference of a logit."""
     return max(
         _difference(score(*labels(tokens)), want)
@@ -71,13 +73,17 @@ def score_error(score, batches: list[Tokens], wanted) -> float:
     )
 
 
-def step_error(step, cache: list[int], batches: list[Tokens], wanted) -> float:
-    """The largest difference of a logit, with the first half of the tokens in the cache."""
-    worst, (blocks, groups, head_width) = 0.0, cache
+def step_error(step: Function, s: Mapping, batches: list[Tokens], wanted) -> float:
+    """The largest difference of a logit, with the first half of the tokens in the cache.
+
+    Args:
+      s: `cache` [blocks, G, K] and `cache_dtype`.
+    """
+    worst, (blocks, groups, head_width) = 0.0, s["cache"]
     for tokens, want in zip(batches, wanted, strict=True):
         (batch, width), half = tokens.token.shape, tokens.token.shape[1] // 2
         shape = blocks, batch, width + 3, groups, head_width
-        keys = values = np.full(shape, 7, np.float32)  # unfilled slots must not be read
+        keys = values = np.full(shape, 7, s["cache_dtype"])  # unfilled slots must not be read
         for low, high in ((0, half), (half, width)):
             filled = np.full(batch, low, np.int32)
             logits, keys, values = step(*labels(tokens, low, high), keys, values, filled)
@@ -90,94 +96,208 @@ def _difference(got, want) -> float:
     return float(difference) if np.isfinite(difference) else float("inf")
 
 
+# Texts.
+
+
 class Texts:
-    """Our own samples, from the folded network."""
+    """Samples of our own plain loop, from the folded float32 network."""
 
-    def __init__(self, config, plan: Plan, special: SpecialIds, network):
-        self.config, self.plan, self.special, self.network = config, plan, special, network
+    def __init__(self, config, special: SpecialIds, network: Network):
+        self.config, self.special, self.network = config, special, network
 
-    def of(self, order, num_diffusion, keys=None, *, sizes=None, temperature=0.0) -> np.ndarray:
-        """int32 [B, L]; keys: uint32 [B, 2]; sizes: tokens per pass, by default 1."""
-        order = np.asarray(order)
-        sizes = np.ones(order.shape[1], int) if sizes is None else sizes
-        drawn = Schedule(order, np.array(sizes), num_diffusion=np.asarray(num_diffusion))
-        mask, start, s = self.special.mask, self.special.start, self.config.sample
-        table = passes.plan(self.config, drawn, mask_id=mask, start_token=start)
-        sampler = TokenSampler(mask_id=mask, temperature=temperature, top_p=s.top_p, top_k=s.top_k)
-        keys = np.zeros((len(order), 2), np.uint32) if keys is None else keys
-        loop = Plain(Task(table, sampler, prng.wrap(keys)))
-        text = np.asarray(loop.run(self.network).text)
-        memory.clear_jit_caches_and_trim()  # the program of these shapes runs once
+    def of(self, rows: np.ndarray, seed: int, settings: Mapping[str, Any]) -> np.ndarray:
+        """int32 [B, L].
+
+        Args:
+          rows: int32 [B, L], the known tokens, −1 elsewhere.
+          settings: alpha_0 or fields of config.sample, by default those of the config.
+        """
+        config = self.config.copy_and_resolve_references()
+        with config.unlocked():
+            config.alpha_0 = settings.get("alpha_0", config.alpha_0)
+            config.sample.update(_PLAIN | {"length": rows.shape[1]})
+            config.sample.update({k: v for k, v in settings.items() if k != "alpha_0"})
+            if config.sample.schedule != "blockwise":
+                config.sample.block_length = 0
+        seeds = tuple(Seed(seed, row) for row in range(len(rows)))
+        canvas = Canvas(np.maximum(rows, 0), rows >= 0, np.full(len(rows), rows.shape[1]), seeds)
+        generator = generate.Generator.of(config, canvas, self.special)
+        text = np.asarray(generator.run(self.network).text)
+        memory.clear_jit_caches_and_trim()  # the programs of these shapes run once
         return text
 
 
+_PLAIN = {
+    "loop": "plain",
+    "draft_tokens": 0,
+    "draft_adaptive": False,
+    "tokens_per_pass": 1,
+    "confidence_threshold": 0.0,
+    "stop_at_eos": False,
+    "cache_dtype": "auto",
+}
+
+
 @dataclasses.dataclass(frozen=True)
-class Greedy:
-    """Our greedy texts, one token a pass; `plan` is the `sampling` section for their length.
+class Case:
+    """Texts of ours. rows: int32 [B, L], known tokens (−1 elsewhere); seed; settings of
+    config.sample; text: int32 [B, L]."""
 
-    Attributes:
-      cases: (order, num_diffusion, text) for each batch size.
-    """
-
-    plan: dict
-    cases: list[tuple[np.ndarray, np.ndarray, np.ndarray]]
+    rows: np.ndarray
+    seed: int
+    settings: dict
+    text: np.ndarray
 
     @classmethod
-    def of(cls, texts: Texts) -> "Greedy":
-        plan = texts.plan.about
-        short = min(plan["length"], max(TOKENS - TOKENS % plan["order_block"], plan["order_block"]))
-        if plan["order_block"] == plan["length"]:  # the text is one block
-            short = min(plan["length"], TOKENS)
-            same = {"order_block", "rank_block"} & {k for k in plan if plan[k] == plan["length"]}
-            plan = plan | dict.fromkeys(same, short)
-        plan = plan | {"length": short, "order": None, "passes": [[1, short]]}
-        cases = []
-        for batch in BATCHES:
-            order, num_diffusion = decode_loop.draw_orders(plan, 0, batch)
-            cases.append((order, num_diffusion, texts.of(order, num_diffusion)))
-        return cls(plan, cases)
+    def of(cls, texts: Texts, rows: np.ndarray, settings: dict) -> "Case":
+        return cls(rows, 0, settings, texts.of(rows, 0, settings))
 
-    def is_from(self, run) -> bool:
-        """Whether decode_loop.py generates the same texts with a step, or with a score if passes
-        run the whole text."""
-        choose = decode_loop.chooser(self.plan)
+    def plan(self, s: Mapping) -> tuple[dict, schedule_esolm.Passes]:
+        """The settings of the run and its passes, as shipped scripts make them."""
+        run = schedule_esolm.checked(s, self.settings, self.rows.shape[1])
+        passes = schedule_esolm.plan_passes(run, self.rows >= 0, self.seed)
+        schedule_esolm.check_passes(run, passes)
+        return run, passes
 
-        def text(order, num_diffusion):
-            if self.plan["cached"]:
-                return decode_loop.with_cache(run, self.plan, order, choose)
-            return decode_loop.without_cache(run, self.plan, order, num_diffusion, choose)
-
-        return all(np.array_equal(text(order, n), want) for order, n, want in self.cases)
+    def agreement(self, text: np.ndarray) -> float:
+        """The fraction of equal tokens."""
+        return float(np.mean(np.asarray(text) == self.text))
 
 
-def sampler_agrees(sample, texts: Texts) -> dict[str, bool]:
-    """Whether its texts equal ours for the same seed: greedy, and at temperature 1."""
-    temperatures = {"greedy_identical": 0.0, "sampled_identical": 1.0}
-    agrees = dict.fromkeys(temperatures, True)
-    for batch in BATCHES:
-        rows = np.arange(batch, dtype=np.uint32)
-        keys = jax.random.key_data(jax.vmap(jax.random.fold_in, (None, 0))(prng.key(0), rows))
-        order, num_diffusion = decode_loop.draw_orders(texts.plan.about, 0, batch)
-        sampled = {
-            name: sample(keys, np.float32(t), order, num_diffusion)
-            for name, t in temperatures.items()
-        }
-        memory.clear_jit_caches_and_trim()
-        for name, text in sampled.items():
-            temperature, sizes = temperatures[name], texts.plan.sizes
-            ours = texts.of(order, num_diffusion, keys, sizes=sizes, temperature=temperature)
-            agrees[name] &= np.array_equal(text, ours)
-    return agrees
+def _short(s: Mapping) -> int:
+    """The length of texts that step and score are checked on: whole blocks."""
+    block = s["rank_block"] if s["rank_block"] <= TOKENS else 1
+    return min(s["length"], max(TOKENS - TOKENS % block, block))
 
 
-def require(file: str, measured: dict, tolerance: float) -> dict:
-    """Returns `measured`. UserError unless logits agree to the tolerance and greedy texts match."""
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """What the model itself generates.
+
+    Attributes:
+      s: the section `sampling` of config.json.
+      greedy: greedy texts, one token per pass, of each batch size.
+      sampled: cases of the sampler by name: greedy, drawn, and prompted with all options.
+      drawn: a case of one token per pass at temperature 1, or None with float32 weights.
+      log_p: float32 [B, L, V], the log-probabilities that these tokens were drawn from.
+    """
+
+    s: dict
+    greedy: list[Case]
+    sampled: dict[str, list[Case]]
+    drawn: Case | None
+    log_p: np.ndarray | None
+
+    def with_log_p(self, run: Function) -> "Reference":
+        """With the distributions of a function of the float32 weights (a step if the model has
+        one, else a score)."""
+        assert self.drawn is not None
+        s = self.s | {"cache_dtype": "float32"}
+        return dataclasses.replace(self, log_p=log_probs(run, s, self.drawn))
+
+
+def make_reference(texts: Texts, s: dict, *, with_sampler: bool, is_rounded: bool) -> Reference:
+    """Our texts; log_p is None."""
+    one = {"steps": 0, "schedule": _one_token(s)}
+    exact, plain_settings = one | {"temperature": 0.0}, {"top_k": 0, "top_p": 1.0}
+    short, sampled = _short(s), {}
+    greedy = [Case.of(texts, np.full((b, short), -1, np.int32), exact) for b in BATCHES]
+    drawn = None
+    if is_rounded:
+        rows = np.full((max(BATCHES), short), -1, np.int32)
+        drawn = Case.of(texts, rows, one | plain_settings | {"temperature": 1.0})
+    if with_sampler:
+        for name, (settings, num_known) in _sampler_settings(s).items():
+            sampled[name] = []
+            for batch in BATCHES if name == "greedy" else BATCHES[-1:]:
+                rows = np.full((batch, s["length"]), -1, np.int32)
+                prompts = np.random.default_rng(1).integers(0, s["mask_id"], (batch, num_known))
+                rows[:, :num_known] = prompts
+                sampled[name].append(Case.of(texts, rows, settings))
+    return Reference(s, greedy, sampled, drawn, None)
+
+
+def _one_token(s: Mapping) -> str:
+    """A schedule that generates one token per pass."""
+    return "ancestral" if "ancestral" in s["schedules"] else s["schedules"][0]
+
+
+def _sampler_settings(s: Mapping) -> dict[str, tuple[dict, int]]:
+    """(settings, known tokens) by name."""
+    steps = {} if s["one_token"] else {"schedule": _one_token(s), "steps": 3}
+    options = steps | {"temperature": 0.7, "top_k": 9, "top_p": 0.9}
+    return {
+        "greedy": ({"temperature": 0.0}, 0),
+        "drawn": ({"temperature": 1.0}, 0),
+        "prompted": (options, max(1, s["length"] // 4)),
+    }
+
+
+def generated(run: Function, s: Mapping, case: Case, choose: Function | None = None) -> np.ndarray:
+    """int32 [B, L], the texts of a case by the shipped loop."""
+    settings, passes = case.plan(s)
+    step = run if s["has_step"] else decode_loop.without_cache(run)
+    keys = decode_loop.row_keys(case.seed, len(case.rows))
+    choose = choose or decode_loop.chooser(settings, keys)
+    return decode_loop.run_passes(step, settings, passes, case.rows, choose)
+
+
+def log_probs(run: Function, s: Mapping, case: Case) -> np.ndarray:
+    """float32 [B, L, V]: teacher forcing, the log-probabilities of each token of the case's texts,
+    given those before it in the order of generation."""
+    rows = np.arange(len(case.text))[:, None]
+    recorded = np.zeros((*case.text.shape, s["vocab_size"]), np.float32)
+
+    def choose(logits, position):
+        logits = np.array(logits, np.float32)
+        logits[..., s["mask_id"]] = -np.inf
+        logits -= logits.max(axis=-1, keepdims=True)
+        recorded[rows, position] = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+        return case.text[rows, position]
+
+    generated(run, s, case, choose)
+    return recorded
+
+
+def perplexity_figures(run: Function, s: Mapping, reference: Reference) -> dict[str, float]:
+    """perplexity: of the float32 model on texts that it draws; perplexity_change: the relative
+    change with this function, exp(KL) − 1. Both are expectations over each next token."""
+    assert reference.drawn is not None and reference.log_p is not None
+    ours = reference.log_p
+    theirs = log_probs(run, s, reference.drawn)
+    p = np.exp(ours, dtype=np.float64)
+    with np.errstate(invalid="ignore"):
+        entropy = -np.where(p > 0, p * ours, 0).sum(axis=-1).mean()
+        divergence = np.where(p > 0, p * (ours - theirs), 0).sum(axis=-1).mean()
+    change = float(np.expm1(divergence))
+    return {
+        "perplexity": float(np.exp(entropy)),
+        "perplexity_change": change if np.isfinite(change) else float("inf"),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """The largest allowed error of a logit (0 = not checked), and the largest allowed relative
+    change of the perplexity."""
+
+    logit: float
+    perplexity: float
+
+
+def require(file: str, measured: dict, limits: Limits) -> None:
+    """UserError unless logits, perplexity and greedy texts are within the limits."""
     error = measured.get("max_logit_error", 0.0)
-    if not error <= tolerance:
+    if limits.logit and not error <= limits.logit:
         raise UserError(
             f"{file}: the largest error of a logit is {error:.1e}; must be at most "
-            f"{tolerance:g} (--tolerance); nothing was exported"
+            f"{limits.logit:g} (--tolerance); nothing was exported"
+        )
+    change = measured.get("perplexity_change", 0.0)
+    if not change <= limits.perplexity:
+        raise UserError(
+            f"{file}: perplexity changes by {100 * change:.2g} %; must be at most "
+            f"{100 * limits.perplexity:g} % (--perplexity_tolerance); nothing was exported"
         )
     if not measured.get("greedy_identical", True):
         raise UserError(f"{file}: greedy texts differ from those of `sample`; nothing was exported")
-    return measured

@@ -8,8 +8,10 @@ from esolm_jax.model.model_config import ModelConfig
 @dataclasses.dataclass(frozen=True)
 class Array:
     """Attributes:
-    dtype: of NumPy.
-    shape: numbers, and names of dynamic dimensions: b rows, t or w tokens, s slots of the cache.
+    dtype: of NumPy or ml_dtypes.
+    shape: numbers, and names of dynamic dimensions: b rows, t or w tokens, s slots of the cache;
+      of the sampler, see exported_sampler.py (its two tables have the dimensions n, v, p and m, w,
+      q).
     """
 
     name: str
@@ -38,18 +40,37 @@ def score(model: ModelConfig) -> Signature:
     return Signature(_labels("t"), (Array("logits", "float32", ("b", "t", model.vocab_size)),))
 
 
-def step(model: ModelConfig) -> Signature:
+def step(model: ModelConfig, cache_dtype: str) -> Signature:
     """Labelled tokens and the cache → logits, and the cache with the tokens in it."""
     shape = (model.blocks, "b", "s", model.groups, model.head_width)
-    keys, values = (Array(name, "float32", shape) for name in ("keys", "values"))
+    keys, values = (Array(name, cache_dtype, shape) for name in ("keys", "values"))
     logits = Array("logits", "float32", ("b", "w", model.vocab_size))
     filled = Array("filled", "int32", ("b",))
     return Signature((*_labels("w"), keys, values, filled), (logits, keys, values))
 
 
-def sample(length: int) -> Signature:
-    """One key per row, the temperature (0 = greedy), the position generated at each rank, and the
-    number of diffusion ranks (decode_loop.draw_orders) → token ids in text order."""
-    text, order = (Array(name, "int32", ("b", length)) for name in ("text", "order"))
-    keys, temperature = Array("keys", "uint32", ("b", 2)), Array("temperature", "float32", ())
-    return Signature((keys, temperature, order, Array("num_diffusion", "int32", ("b",))), (text,))
+def sample() -> Signature:
+    """One key per row, settings (temperature 0 = greedy, top_k 0 = off, top_p 1 = off), known
+    tokens (−1 elsewhere), the position generated at each rank, and the passes → token ids in text
+    order."""
+    text, order = (Array(name, "int32", ("b", "l")) for name in ("text", "order"))
+    settings = {"temperature": "float32", "top_k": "int32", "top_p": "float32"}
+    return Signature(
+        (
+            Array("keys", "uint32", ("b", 2)),
+            *(Array(name, dtype, ()) for name, dtype in settings.items()),
+            text,
+            order,
+            *_table("wide", "n", "v", "p"),
+            *_table("narrow", "m", "w", "q"),
+        ),
+        (Array("text", "int32", ("b", "l")),),
+    )
+
+
+def _table(name: str, passes: str, window: str, picks: str) -> tuple[Array, ...]:
+    return (
+        Array(f"{name}_passes", "int32", (passes, 5, "b")),
+        Array(f"{name}_window", "int32", (window,)),
+        Array(f"{name}_picks", "int32", (picks,)),
+    )

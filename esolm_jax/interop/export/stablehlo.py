@@ -1,5 +1,7 @@
 """Functions of plain arrays → StableHLO for CPU, CUDA and TPU in one file, through jax.export."""
 
+from collections.abc import Mapping
+
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -23,12 +25,12 @@ def functions(network: dict) -> dict:
     }
 
 
-def serialize(function, signature: Signature, weights: dict[str, tuple[int, ...]]) -> bytes:
+def serialize(function, signature: Signature, weights: Mapping[str, jax.ShapeDtypeStruct]) -> bytes:
     """The bytes of the artefact, for jax.export.deserialize(bytes).call(weights, …). The weights
     are an argument, a dict by name, so that the folder stores them once.
 
     Args:
-      weights: shapes by name.
+      weights: shapes and dtypes by name.
     """
     names = [dim for array in signature.inputs for dim in array.shape if isinstance(dim, str)]
     names = sorted(set(names))
@@ -36,13 +38,11 @@ def serialize(function, signature: Signature, weights: dict[str, tuple[int, ...]
     dims = dict(
         zip(names, jax.export.symbolic_shape(",".join(names), constraints=known), strict=True)
     )
-
-    def struct(shape, dtype):
-        return jax.ShapeDtypeStruct([dims.get(dim, dim) for dim in shape], jnp.dtype(dtype))
-
-    specs = [struct(array.shape, array.dtype) for array in signature.inputs]
-    of_weights = {name: struct(shape, "float32") for name, shape in weights.items()}
+    specs = [
+        jax.ShapeDtypeStruct([dims.get(dim, dim) for dim in array.shape], jnp.dtype(array.dtype))
+        for array in signature.inputs
+    ]
     # Matmuls in float32, also on hardware with a lower default, so that the parity holds there.
     with jax.default_matmul_precision("highest"):
         export = jax.export.export(jax.jit(function), platforms=PLATFORMS)
-        return bytes(export(of_weights, *specs).serialize())
+        return bytes(export(dict(weights), *specs).serialize())

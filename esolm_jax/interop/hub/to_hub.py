@@ -114,9 +114,15 @@ def write(
     trained: restore.TrainedModel,
     tokenizer: Any,
     shard_bytes: int = shards.SHARD_BYTES,
+    dtype: str = "",
 ) -> int:
     """Writes all files to a folder that exists. Returns the number of parameters. UserError: the
-    mask token is not the last id."""
+    mask token is not the last id.
+
+    Args:
+      dtype: of the weights; "" = that of the folder that the model came from. float32 if the type
+        does not hold all weights exactly.
+    """
     with_mask = config.objective != "ar"
     if tokenizer.mask_id != tokenizer.vocab_size and not with_mask:
         raise UserError(
@@ -130,7 +136,7 @@ def write(
     parts = hub_names.hub_tensors(trained.built.model, ids, tied=tied, prefix="model.")
     shapes = {part.name: part.shape for part in parts}
     read = _reader(params, parts)
-    declared = source.get("dtype", source.get("torch_dtype"))
+    declared = dtype or source.get("dtype", source.get("torch_dtype"))
     dtype = shards.exact_dtype(str(declared).removeprefix("torch."), shapes, read)
     shards.write(draft, shapes, read, dtype, shard_bytes)
     made = _config_json(config, tokenizer, ids) | {"tie_word_embeddings": tied, "dtype": dtype}

@@ -60,8 +60,10 @@ def load(
     return trained
 
 
-def write(target: pathlib.Path, trained: restore.TrainedModel, weights: str) -> None:
-    """Writes the file, tensor by tensor."""
+def write(
+    target: pathlib.Path, trained: restore.TrainedModel, weights: str, dtype: str = "float32"
+) -> None:
+    """Writes the file, tensor by tensor, rounded to float32, bfloat16 or float16."""
     inv_freq = published_names.inv_freq(trained.built.model)
     shapes = published_names.published_shapes(trained.params) | {
         published_names.INV_FREQ: inv_freq.shape
@@ -74,6 +76,7 @@ def write(target: pathlib.Path, trained: restore.TrainedModel, weights: str) -> 
         {PREFIX + name: shape for name, shape in shapes.items()},
         ((PREFIX + name, array) for name, array in tensors),
         about(trained, weights),
+        dtype,
     )
 
 

@@ -14,6 +14,9 @@ import pathlib
 
 import numpy as np
 
+NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I8": np.int8}
+SCALE = "_scale"  # NAME_scale holds the scales of the int8 codes NAME
+BY_ROW = ("embedding", "positions")  # one scale per row; other codes: one per output channel
 EMPTY_RANK = np.iinfo(np.int32).max  # of an empty slot of the cache: no token reads it
 MASKED = -1e30  # far below any score
 
@@ -26,7 +29,22 @@ def load(folder):
 
 
 def read_safetensors(path):
-    """Read-only float32 arrays by name, in the memory of the file."""
+    """float32 arrays by name. Those of a float32 file are read-only, in the memory of the file;
+    others are converted."""
+    arrays = {}
+    for name, (dtype, array) in stored_arrays(path).items():
+        if dtype == "BF16":
+            array = (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        arrays[name] = array if dtype == "I8" else array.astype(np.float32, copy=False)
+    for name in [name for name in arrays if f"{name}{SCALE}" in arrays]:
+        scale = arrays.pop(f"{name}{SCALE}")
+        by_row = name in BY_ROW
+        arrays[name] = arrays[name] * (scale[:, None] if by_row else scale[None])
+    return arrays
+
+
+def stored_arrays(path):
+    """(dtype of the file, read-only array) by name; BF16 as uint16."""
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
@@ -34,8 +52,9 @@ def read_safetensors(path):
     data = np.memmap(path, np.uint8, "r", offset=8 + size)
     arrays = {}
     for name, about in header.items():
-        start, end = about["data_offsets"]
-        arrays[name] = np.asarray(data[start:end]).view(np.float32).reshape(about["shape"])
+        (start, end), dtype = about["data_offsets"], NUMPY[about["dtype"]]
+        array = np.asarray(data[start:end]).view(dtype).reshape(about["shape"])
+        arrays[name] = about["dtype"], array
     return arrays
 
 
@@ -50,7 +69,7 @@ def step(weights, network, token, position, rank, in_context, keys, values, fill
 
     Args:
       token, position, rank, in_context: [B, W].
-      keys, values: float32 [blocks, B, S, G, K].
+      keys, values: [blocks, B, S, G, K], float32 or of the type of 16-bit weights.
       filled: int32 [B]. Slots below it hold tokens of lower ranks, which all W tokens see. The W
         tokens are written to the slots [filled, filled + W), so S must be at least filled + W. To
         keep only the first n of them, add n to `filled` for the next step.
@@ -83,36 +102,37 @@ def forward(weights, network, token, position, rank, in_context, *, past=None, p
         k_rank = put(k_rank, slots, rank)
         k_in_context = put(xp.ones(k_rank.shape, bool), slots, in_context)
     mask = visible(rank[:, :, None], in_context[:, :, None], k_rank[:, None], k_in_context[:, None])
-    h, angles, all_keys, all_values = weights["embedding"][token], None, [], []
+    h, angles, all_keys, all_values = rows_of(weights, "embedding", token), None, [], []
     if "positions" in weights:
-        h = h + weights["positions"][position]
+        h = h + rows_of(weights, "positions", position)
     else:
         rope = weights["rope"][None, None, None, None]
         angle = position[:, :, None, None, None].astype(np.float32) * rope
         angles = xp.cos(angle), xp.sin(angle)
     for i in range(network["blocks"]):
         block = {part: weights.get(f"blocks.{i}.{part}") for part in PARTS}
-        qkv = linear(block, "qkv", normed(network, h, xp))
+        qkv = linear(block, "qkv", normed(network, h, xp), xp)
         qk, v = qkv[:, :, :, :-1], qkv[:, :, :, -1]
         if block["qk_norm_scale"] is not None:
             qk = rms_normed(network, qk, xp) * block["qk_norm_scale"][None, None, None]
         qk = qk if angles is None else rotate(qk, *angles, xp)
-        q, k = qk[:, :, :, :-1], qk[:, :, :, -1]
+        q, k, v = (x.astype(cache_dtype(block)) for x in (qk[:, :, :, :-1], qk[:, :, :, -1], v))
         if past is not None:
             k, v = put(past[0][i], slots, k), put(past[1][i], slots, v)
         all_keys.append(k)
         all_values.append(v)
         attended = attend(q, k, v, mask, xp).reshape(*h.shape[:2], -1)
-        h = h + linear(block, "attention_out", attended)
-        inner = linear(block, "mlp_in", normed(network, h, xp))
-        h = h + linear(block, "mlp_out", activate(network, inner, xp))
+        h = h + linear(block, "attention_out", attended, xp)
+        inner = linear(block, "mlp_in", normed(network, h, xp), xp)
+        h = h + linear(block, "mlp_out", activate(network, inner, xp), xp)
     if pick is not None:
         h = xp.take_along_axis(h, pick[:, :, None], axis=1)
-    return linear(weights, "logits", normed(network, h, xp)), all_keys, all_values
+    return linear(weights, "logits", normed(network, h, xp), xp), all_keys, all_values
 
 
 PARTS = ("qkv", "qkv_bias", "qk_norm_scale", "attention_out", "attention_out_bias")
 PARTS += ("mlp_in", "mlp_in_bias", "mlp_out", "mlp_out_bias")
+PARTS += tuple(f"{kernel}{SCALE}" for kernel in ("qkv", "attention_out", "mlp_in", "mlp_out"))
 
 
 def visible(q_rank, q_in_context, k_rank, k_in_context):
@@ -132,11 +152,35 @@ def put(cache, slots, new):
     return cache
 
 
-def linear(weights, name, h):
-    kernel, bias = weights[name], weights.get(f"{name}_bias")
-    y = h @ kernel.reshape(kernel.shape[0], -1)
+def rows_of(weights, name, index):
+    """float32 [B, T, D]: rows of a table."""
+    rows, scale = weights[name][index].astype(np.float32), weights.get(f"{name}{SCALE}")
+    return rows if scale is None else rows * scale[index][..., None]
+
+
+def linear(weights, name, h, xp):
+    """float32 [B, T, …]."""
+    kernel, bias, scale = (weights.get(f"{name}{part}") for part in ("", "_bias", SCALE))
+    y = matmul(h, kernel.reshape(kernel.shape[0], -1), xp)
+    y = y if scale is None else y * scale.reshape(1, 1, -1)
     y = y if bias is None else y + bias.reshape(1, 1, -1)
     return y.reshape(*h.shape[:2], *kernel.shape[1:])
+
+
+def matmul(a, b, xp):
+    """float32 a @ b. If b has 16 bits, a is rounded to its type and sums are float32; int8 codes
+    are multiplied as float32."""
+    if b.dtype == np.float32:
+        return a @ b
+    if b.dtype == np.int8:
+        return a @ b.astype(np.float32)
+    return xp.matmul(a.astype(b.dtype), b, preferred_element_type=np.float32)
+
+
+def cache_dtype(block):
+    """The type of keys and values: that of 16-bit weights, else float32."""
+    dtype = block["qkv"].dtype
+    return np.float32 if dtype == np.int8 else dtype
 
 
 def normed(network, h, xp):
@@ -161,10 +205,11 @@ def attend(q, k, v, mask, xp):
     """q [B, T, G, R, K], k and v [B, S, G, K], mask [B, T, S] → [B, T, G, R, K]; the scale of the
     scores is in the weights."""
     q, k, v = xp.moveaxis(q, 1, 3), xp.moveaxis(k, 1, 2)[:, :, None], xp.moveaxis(v, 1, 2)
-    scores = xp.where(mask[:, None, None], q @ xp.swapaxes(k, 3, 4), np.float32(MASKED))
+    scores = matmul(q, xp.swapaxes(k, 3, 4), xp)
+    scores = xp.where(mask[:, None, None], scores, np.float32(MASKED))
     probs = xp.exp(scores - scores.max(axis=-1, keepdims=True))
     probs = probs / probs.sum(axis=-1, keepdims=True)
-    return xp.moveaxis(probs @ v[:, :, None], 3, 1)
+    return xp.moveaxis(matmul(probs, v[:, :, None], xp), 3, 1)
 
 
 def activate(network, x, xp):

@@ -1,16 +1,12 @@
-"""python run_onnx.py [COUNT] [SEED] [TEMPERATURE]: token ids. Needs numpy and onnxruntime."""
+"""python run_onnx.py [PROMPT …] [--temperature=0.8 …]: prints texts. Needs numpy, onnxruntime."""
 
-import json
 import pathlib
 import sys
 
-import numpy as np
 import onnxruntime
 
-FOLDER = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(FOLDER))
-
-import decode_loop  # noqa: E402
+if not __package__:
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 
 
 def load(path, options=None):
@@ -20,21 +16,17 @@ def load(path, options=None):
     return lambda *args: session.run(None, dict(zip(names, args, strict=True)))
 
 
-def main(count="1", seed="0", temperature=None):
-    config = json.loads((FOLDER / "config.json").read_text(encoding="utf-8"))
-    plan, rng = config["sampling"], np.random.default_rng([int(seed), 2])
-    temperature = plan["temperature"] if temperature is None else temperature
-    order, num_diffusion = decode_loop.draw_orders(plan, int(seed), int(count))
-    choose = decode_loop.chooser(plan, decode_loop.read_temperature(temperature), rng)
-    if plan["cached"]:
-        text = decode_loop.with_cache(load(FOLDER / "step.onnx"), plan, order, choose)
-    else:
-        run = load(FOLDER / "score.onnx")
-        text = decode_loop.without_cache(
-            lambda *labels: run(*labels)[0], plan, order, num_diffusion, choose
-        )
-    print("\n".join(json.dumps(row) for row in text.tolist()))
+def make_generate(folder, config):
+    import command
+    import decode_loop
+
+    if config["sampling"]["has_step"]:
+        return command.with_step(load(folder / "step.onnx"))
+    score = load(folder / "score.onnx")
+    return command.with_step(decode_loop.without_cache(lambda *labels: score(*labels)[0]))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    import command
+
+    command.main(__doc__, make_generate)

@@ -80,13 +80,14 @@ class Passes:
     below: np.ndarray
 
 
-def plan_passes(s, known, seed):
-    """The passes for rows with these known positions, bool [B, L]."""
+def plan_passes(s, known, seed, first_row=0):
+    """The passes for rows with these known positions, bool [B, L]. Row b is text `first_row` + b of
+    the seed."""
     batch, length = known.shape
     order, columns, prefix = np.zeros((batch, length), np.int64), [], []
     for b in range(batch):
         given = np.flatnonzero(known[b])
-        rest, sizes, diffusion = draw_row(s, np.flatnonzero(~known[b]), length, seed, b)
+        rest, sizes, diffusion = draw_row(s, np.flatnonzero(~known[b]), length, seed, first_row + b)
         order[b] = [*given, *rest]
         columns.append(sizes)
         prefix.append(len(given) + (np.flatnonzero(diffusion).max(initial=-1) + 1))
