@@ -160,12 +160,27 @@ def check_sampling(config, model: ModelConfig, mesh, rows: int, length: int, pro
     is_one_a_pass = is_plain and not (s.steps or prompted)
     tables = TABLE_BYTES * rows * length if is_one_a_pass else 0
     needs = [
-        _params(model, mesh, 1, "weights"),
+        *_sampled_weights(s.weight_dtype, model, mesh),
         Need("keys and values", fields, local * length * kv * is_cached),
         Need("canvas", fields, CANVAS_BYTES * rows * length, on_device=False),
         Need("tables of passes", fields, tables, on_device=False),
     ]
     _check(config, mesh, needs)
+
+
+def _sampled_weights(dtype: str, model: ModelConfig, mesh) -> list[Need]:
+    """float32 parameters on the devices; or on the host, which rounds them, and 8-bit matrices and
+    the embedding on the devices."""
+    if dtype == "auto":
+        return [_params(model, mesh, 1, "weights")]
+    embedding, fields = model.vocab_size * model.width, _model_fields(model)
+    codes = (num_params(model) - embedding) / mesh.shape["tensor"]
+    held = codes + embedding * jnp.dtype(model.dtype).itemsize
+    whole = FLOAT * num_params(model)
+    return [
+        Need("8-bit weights", fields, held),
+        Need("weights to round", fields, whole, on_device=False),
+    ]
 
 
 def check_cache_dtype(dtype: str, device) -> None:

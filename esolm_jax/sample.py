@@ -6,12 +6,14 @@
 --judge=FOLDER                       also the quality of the texts: see judge.py
 """
 
+import dataclasses
 import pathlib
 import time
 
 import jax
 import numpy as np
 from absl import flags
+from jax.sharding import Mesh
 
 from esolm_jax import cli, memory_limit, results
 from esolm_jax.data.manifest import open_tokenizer, tokenizer_entry
@@ -21,6 +23,7 @@ from esolm_jax.process import jax_settings
 from esolm_jax.process.background import Background
 from esolm_jax.sampling import texts as texts_lib
 from esolm_jax.sampling import trace
+from esolm_jax.sampling.engine import host_weights
 from esolm_jax.sampling.engine import network as network_lib
 from esolm_jax.sampling.generate import Generator, check, draft_figures
 from esolm_jax.sampling.plan import prompts as prompts_lib
@@ -68,18 +71,20 @@ def sample(
     built = build.build_model(config, tokenizer_entry(tokenizer), mesh)
     canvas = texts_lib.make_canvas(config, found, built.special, built.model.vocab_size)
     generator = Generator.of(config, canvas, built.special, mesh=mesh, eos_id=tokenizer.eos_id)
+    on = host_weights.parameter_mesh(config.sample.weight_dtype, mesh)
     # JAX's search for leaked tracers takes those of another thread for leaks.
     programs = Background(
-        lambda: _programs(config, built, generator),
+        lambda: _programs(config, built, generator, on),
         in_thread=not jax.config.jax_check_tracer_leaks,
     )
-    trained = restore.load_trained(config, workdir, config.sample.weights, mesh, cli.step_flag())
+    trained = restore.load_trained(config, workdir, config.sample.weights, on, cli.step_flag())
     restore.check_tokenizer(tokenizer, workdir, trained.meta)
     loaded = time.perf_counter()
     total = int(generator.schedule.sizes.sum())
     print(f"compiling, then {total:,} tokens for {len(canvas.token)} texts …", flush=True)
     fold, run = programs.result()
-    network = fold(trained.params)
+    network = host_weights.to_devices(fold(trained.params), mesh)
+    trained = dataclasses.replace(trained, params={})  # frees the memory
     compiled = time.perf_counter()
     decoded = jax.device_get(run(network))
     end = time.perf_counter()
@@ -100,12 +105,14 @@ def sample(
     return figures, steps
 
 
-def _programs(config, built: build.BuiltModel, generator: Generator):
-    """(fold: parameters → network, run: network → texts), compiled. Needs no weights."""
-    params = build.abstract_params(built.model, built.mesh)
+def _programs(config, built: build.BuiltModel, generator: Generator, on: Mesh):
+    """(fold: parameters → network, both on the mesh `on`; run: network → texts), compiled. Needs
+    no weights."""
+    params = build.abstract_params(built.model, on)
     dtype = config.sample.weight_dtype
-    fold = network_lib.compiled_fold(built.model, params, built.mesh, dtype=dtype)
-    return fold, generator.compile(fold.out_info)
+    fold = network_lib.compiled_fold(built.model, params, on, dtype=dtype)
+    network = host_weights.abstract(fold.out_info, built.mesh)
+    return fold, generator.compile(network)
 
 
 def _settings(config, step: int) -> dict:

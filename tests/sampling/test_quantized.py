@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import types
 
 import jax
@@ -9,12 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
+from random_run import ADALN, make_run
 from slot_passes import LENGTH, labels, run, wanted
 from styles import DIT, QWEN, params_of
+from tiny_run import command
 
+import esolm_jax
 from esolm_jax import memory_limit
 from esolm_jax.config import default_config
 from esolm_jax.errors import UserError
+from esolm_jax.model.model_config import ModelConfig
 from esolm_jax.parallel import sharding
 from esolm_jax.sampling.engine import caches, cpu_kernels, network, quantize
 from esolm_jax.sampling.engine.choose import TokenSampler
@@ -24,6 +29,7 @@ from esolm_jax.sampling.loops.loop import Task, row_keys
 from esolm_jax.sampling.loops.plain import Plain
 from esolm_jax.sampling.plan import passes, schedule
 from esolm_jax.sampling.plan.canvas import MASK, Canvas, Seed
+from esolm_jax.training import restore
 
 pytestmark = pytest.mark.fast_compile
 
@@ -162,3 +168,38 @@ def test_a_family_without_a_cache_has_none_of_8_bits():
     config.sample.cache_dtype = "int8"
     with pytest.raises(UserError, match="config.sample.cache_dtype='int8': must be auto"):
         check(config)
+
+
+def test_sample_rounds_weights_on_the_host(tmp_path, monkeypatch):
+    """Devices hold the codes only; the texts are those of weights rounded on the devices."""
+    run_of = make_run(tmp_path / "run", objective="eso_b", **ADALN)
+    meshes, load = [], restore.load_trained
+
+    def recorded(config, workdir, weights, mesh, step):
+        meshes.append(mesh)
+        return load(config, workdir, weights, mesh, step)
+
+    monkeypatch.setattr(restore, "load_trained", recorded)
+    axes = {"devices": 4, "data": 2, "fsdp": 1, "tensor": 2, "sequence": 1}
+    args = [f"--config.mesh.{name}={size}" for name, size in axes.items()]
+    args += ["--config.sample.weight_dtype=int8", "--config.sample.num_texts=4"]
+    assert command("sample", f"--workdir={run_of}", *args) == 0
+    assert [mesh.size for mesh in meshes] == [1]
+    lines = (run_of / "samples.jsonl").read_text().splitlines()
+    texts = [json.loads(line)["text"] for line in lines]
+    model = esolm_jax.load(run_of)
+    assert texts == model.sample(num_texts=4, weight_dtype="int8")
+    assert texts != model.sample(num_texts=4, temperature=0.0)
+
+
+def test_memory_of_weights_rounded_on_the_host():
+    """8 B parameters fit a device of 16 GB with 8 bits only."""
+    sizes = {"width": 4096, "blocks": 32, "heads": 32, "kv_heads": 8, "mlp_width": 14336}
+    model = ModelConfig(vocab_size=128256, cond_width=0, style="llama", dtype="bfloat16", **sizes)
+    assert 7.9e9 < memory_limit.num_params(model) < 8.2e9
+    mesh = types.SimpleNamespace(shape={"tensor": 1, "fsdp": 1})
+    needs = memory_limit._sampled_weights("int8", model, mesh)
+    held = {need.on_device: need.bytes for need in needs}
+    assert held[True] < 9e9 and held[False] == 4 * memory_limit.num_params(model)
+    (exact,) = memory_limit._sampled_weights("auto", model, mesh)
+    assert exact.on_device and exact.bytes > 16e9

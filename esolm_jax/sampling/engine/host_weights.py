@@ -1,0 +1,37 @@
+"""Weights that are rounded to 8 bits on the host, so that a device only ever holds the codes."""
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from esolm_jax.sampling.engine import network as network_lib
+from esolm_jax.sampling.engine.network import Network
+
+
+def parameter_mesh(dtype: str, mesh: Mesh) -> Mesh:
+    """The mesh to load the float32 parameters on: `mesh`, or one CPU device if they are rounded.
+
+    Args:
+      dtype: of config.sample.weight_dtype.
+    """
+    if dtype == "auto":
+        return mesh
+    try:
+        devices = jax.local_devices(backend="cpu")[:1]
+    except RuntimeError:  # JAX_PLATFORMS leaves out the CPU
+        return mesh
+    return Mesh(np.array(devices).reshape([1] * len(mesh.axis_names)), mesh.axis_names)
+
+
+def abstract(network, mesh: Mesh) -> Network:
+    """ShapeDtypeStructs of a network of arrays or ShapeDtypeStructs, on `mesh`."""
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        network,
+        network_lib.shardings(network, mesh),
+    )
+
+
+def to_devices(network: Network, mesh: Mesh) -> Network:
+    """The network on `mesh`, array by array."""
+    return jax.tree.map(jax.device_put, network, network_lib.shardings(network, mesh))
