@@ -18,7 +18,8 @@ python -m esolm_jax.export --workdir=DIR --to=hub[:FOLDER]
 
 A folder that `transformers` opens, by default DIR/hub: a Llama or Qwen for autoregressive models of
 style "llama", else a model with its own PyTorch code. The flags --weights, --step and --dtype
-(float32, bfloat16, float16; by default that of the folder the model came from) apply, and
+(float32, bfloat16, float16; by default float32, or that of the folder that a plain model came from)
+apply, and
 
 --layout=auto|esolm|plain              plain: a Llama or Qwen; esolm: with PyTorch code
 --shard_gb=5                           the largest size of a file with weights
@@ -85,6 +86,11 @@ def main(config, workdir: pathlib.Path) -> None:
         return
     wanted = _wanted()
     topologies = [name for name in f.compile_for.split(",") if name]
+    if topologies and "stablehlo" not in wanted.formats:
+        raise UserError(
+            f"--compile_for={f.compile_for}: needs stablehlo in --formats, because only its files "
+            "are compiled"
+        )
     aot_artefacts.check(topologies)
     target = pathlib.Path(f.to).expanduser()
     compile_all = functools.partial(aot_artefacts.compile_all, topologies)
@@ -103,8 +109,8 @@ def main(config, workdir: pathlib.Path) -> None:
     for part, reason in manifest["not_exported"].items():
         print(f"not exported: {part}: {reason}")
     print(f"wrote {target}, with manifest.json")
-    script = next(name for name in _SCRIPTS if name in manifest["files"])
-    print(f"to sample from it: python {target}/{script} 'PROMPT' --temperature=0.8")
+    for script in [name for name in _SCRIPTS if name in manifest["files"]][:1]:
+        print(f"to sample from it: python {target}/{script} 'PROMPT' --temperature=0.8")
 
 
 _SCRIPTS = ("run_numpy.py", "run_onnx.py", "run_stablehlo.py")
@@ -136,8 +142,8 @@ def _to_hub(config, workdir: pathlib.Path) -> None:
         raise UserError(f"--layout={f.layout}: must be one of {', '.join(hub_folder.LAYOUTS)}")
     if not 0 < f.shard_gb < 1e6:
         raise UserError(f"--shard_gb={f.shard_gb}: must be above 0, in GB")
-    for name in ("formats", "parts", "compile_for"):
-        if f[name].value:
+    for name in ("formats", "parts", "compile_for", "tolerance", "perplexity_tolerance"):
+        if f[name].value != f[name].default:
             raise UserError(f"--{name}={f[name].value}: must be left out with --to=hub")
     given = f.to.partition(":")[2]
     target = pathlib.Path(given).expanduser() if given else workdir / HUB

@@ -3,6 +3,7 @@
 chips.py        the specifications of TPUs and GPUs
 topology.py     TPU pods and GPU clusters that the compilers support
 evaluation.py   a batch of evaluation; decoding.py: the loop of `sample`
+artefacts.py    the StableHLO files of an export
 hlo.py          costs from optimised HLO text (hlo_parse, hlo_loops, hlo_products, hlo_collectives)
 hlo_traffic.py  what one pass of a loop launches, reads and writes
 lower_bound.py  lower bounds: FLOPs of the model's shape, bytes of its sharding

@@ -12,28 +12,35 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from esolm_jax.aot import report, topology
 from esolm_jax.errors import UserError
 from esolm_jax.interop.export.artefacts import Source
+from esolm_jax.interop.export.shipped import decode_loop, run_stablehlo, schedule_esolm
 
-ROWS, TOKENS = 8, 64  # of a call; the tokens of a wide pass
+ROWS = 8  # of a call
 
 
 def check(names: Sequence[str]) -> None:
     """UserError: an unknown topology, or one whose compiler is not installed."""
     for name in names:
-        topology.devices(name)
+        try:
+            topology.devices(name)
+        except UserError as error:
+            raise UserError(str(error).replace("--topology", "--compile_for", 1)) from error
 
 
-def dimensions(length: int) -> dict[str, int]:
-    """Sizes of the dynamic dimensions (signatures.py): 8 texts of `length` tokens, half of them in
-    wide passes, and one token per pass."""
-    wide = min(TOKENS, length)
-    return {
-        "b": ROWS,
-        "t": length,
-        "s": length,
-        "l": length,
-        **{"n": max(1, length // wide // 2), "v": 2 * wide, "p": wide},
-        **{"m": max(1, length // 2), "w": 2, "q": 1},
-    }
+def _inputs(source: Source, entry: Mapping) -> list[tuple[tuple[int, ...], str]]:
+    """(shape, dtype) of the inputs of a call for 8 texts, with the passes of config.sample."""
+    s = schedule_esolm.checked(source.plan, {}, None)
+    rows = np.full((ROWS, s["length"]), -1, np.int32)
+    passes = schedule_esolm.plan_passes(s, rows >= 0, 0)
+    keys = decode_loop.row_keys(0, ROWS)
+    arguments = run_stablehlo.arguments(s, passes, rows, keys)
+    if entry["function"] == "sample":
+        return [(np.shape(a), np.asarray(a).dtype.name) for a in arguments]
+    window = len(arguments[-2])  # of the narrow passes
+    sizes = {"b": ROWS, "t": s["length"], "w": window, "s": s["length"] + window}
+    return [
+        (tuple(sizes.get(dim, dim) for dim in array["shape"]), array["dtype"])
+        for array in entry["inputs"]
+    ]
 
 
 def compile_all(names: Sequence[str], source: Source, entries: Sequence[Mapping]) -> list[dict]:
@@ -59,13 +66,10 @@ def compile_all(names: Sequence[str], source: Source, entries: Sequence[Mapping]
 
 
 def _compile(name, mesh, path: pathlib.Path, stored, entry: Mapping, source: Source) -> dict:
-    chip, sizes = topology.parse(name), dimensions(source.plan["length"])
+    chip = topology.parse(name)
     make = functools.partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, PartitionSpec()))
     weights = {key: make(spec.shape, spec.dtype) for key, spec in stored.items()}
-    inputs = [
-        make(tuple(sizes.get(dim, dim) for dim in array["shape"]), np.dtype(array["dtype"]))
-        for array in entry["inputs"]
-    ]
+    inputs = [make(shape, np.dtype(dtype)) for shape, dtype in _inputs(source, entry)]
     exported = jax.export.deserialize(bytearray(path.read_bytes()))
     try:
         with topology.compiling_for(mesh):

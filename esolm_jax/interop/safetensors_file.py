@@ -21,6 +21,7 @@ METADATA = "esolm_jax"  # the key of the metadata of our own exports
 ALIGNMENT = 64  # bytes, of the data within the file
 _NUMPY = {"F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32, "F64": np.float64}
 _WRITTEN = {np.dtype(kind).name: name for name, kind in (_NUMPY | {"I8": np.int8}).items()}
+STORED = {name: np.dtype(kind) for kind, name in _WRITTEN.items()}  # types that `write` knows
 
 
 @dataclasses.dataclass(frozen=True)

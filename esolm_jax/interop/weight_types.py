@@ -7,6 +7,9 @@ model without an error.
 from collections.abc import Mapping
 from typing import Any
 
+import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy)
+import numpy as np
+
 from esolm_jax.errors import UserError
 from esolm_jax.interop.shown import shown
 
@@ -30,3 +33,16 @@ def check(tensors: Mapping[str, Any], where: str) -> None:
             f"{where}: tensor {shown(name, 200)} is of type {kind}{others}; weights must be "
             f"{', '.join(FLOATS)}"
         )
+
+
+def rounded(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
+    """The array in float32, bfloat16 or float16. UserError, which names the tensor: a weight is
+    too large for the type."""
+    with np.errstate(over="ignore"):
+        near = array.astype(np.dtype(dtype))
+    if dtype != "float32" and not np.isfinite(near.astype(np.float32)).all():
+        raise UserError(
+            f"--dtype={dtype}: must hold all weights, but one of {name} is "
+            f"{np.abs(array).max():.3g}; choose bfloat16"
+        )
+    return near

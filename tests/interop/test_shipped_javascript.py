@@ -4,13 +4,11 @@ The session of ONNX Runtime is a fake: see support/shipped.mjs.
 """
 
 import functools
-import importlib.util
 import json
 import pathlib
 import re
 import shutil
 import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +17,7 @@ import pytest
 import tokenizer_kinds
 from tokenizer_kinds import KINDS, LENGTH, tokenizer_of
 
-from esolm_jax.interop.export.shipped import text_codec
+from esolm_jax.interop.export.shipped import schedule_esolm, text_codec
 from esolm_jax.process import prng
 from esolm_jax.sampling.engine import choose
 
@@ -50,20 +48,6 @@ SEED, FIRST_ROW = 11, 2
 NARROW = {"temperature": 0.7, "top_k": 5, "top_p": 0.9}
 
 
-def load_schedule():
-    """schedule_esolm.py, of the shipped files or of remote_code/."""
-    folders = SHIPPED, SHIPPED.with_name("remote_code")
-    (path,) = (f / "schedule_esolm.py" for f in folders if (f / "schedule_esolm.py").is_file())
-    spec = importlib.util.spec_from_file_location("schedule_esolm", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look it up
-    spec.loader.exec_module(module)
-    return module
-
-
-SCHEDULE = load_schedule()
-
-
 def sampling(family: str, schedule=("left_to_right", 0.5, 0), **fields) -> dict:
     """config.sampling of a fake network."""
     name, alpha_0, steps = schedule
@@ -87,7 +71,7 @@ def sampling(family: str, schedule=("left_to_right", 0.5, 0), **fields) -> dict:
         "start_token": START,
         "has_step": family != "mdlm",
         "cache": [1, 1, 1],
-        "cache_dtype": "float32",
+        "onnx_cache_dtype": "float32",
         "vocab_size": VOCAB,
         **fields,
     }
@@ -242,16 +226,16 @@ def test_messages_of_prompts(answers, n, part):
 
 
 def test_schedules_without_draws_are_those_of_python(answers):
-    assert answers["unread"] == SCHEDULE.UNREAD
+    assert answers["unread"] == schedule_esolm.UNREAD
     refused = []
     for asked, found in zip(schedule_questions(), answers["schedules"], strict=True):
-        passes = SCHEDULE.plan_passes(asked["s"], np.array(asked["known"]), asked["seed"])
+        passes = schedule_esolm.plan_passes(asked["s"], np.array(asked["known"]), asked["seed"])
         np.testing.assert_array_equal(found["order"], passes.order)
         for name in ("start", "first", "size", "end", "below"):
             columns = np.array([columns[name] for columns in found["passes"]])
             np.testing.assert_array_equal(columns, getattr(passes, name), err_msg=name)
         try:
-            SCHEDULE.check_passes(asked["s"], passes)
+            schedule_esolm.check_passes(asked["s"], passes)
         except ValueError as error:
             reason = str(error).split(": ")[1]
             assert found["refused"]["error"] == f"the prompt: {reason}"
@@ -301,7 +285,7 @@ def test_filtered_logits_are_those_of_sample(answers):
 def test_settings_are_checked_as_in_python(answers):
     for (defaults, settings, length), found in zip(CHECKED, answers["checked"], strict=True):
         try:
-            wanted = SCHEDULE.checked(defaults, settings, length)
+            wanted = schedule_esolm.checked(defaults, settings, length)
         except ValueError as error:
             name = re.split("[=:]", str(error))[0]
             assert re.split("[=:]", found["error"])[0] == name
@@ -333,9 +317,9 @@ def draw(sampler: choose.TokenSampler, logits, noise):
 
 def expected_texts(asked: dict, noise: np.ndarray) -> list[list[int]]:
     """The loop without a cache: in each pass, all slots are computed again."""
-    s = SCHEDULE.checked(asked["sampling"], asked["settings"], TEXT)
+    s = schedule_esolm.checked(asked["sampling"], asked["settings"], TEXT)
     rows = np.array(asked["rows"])
-    passes = SCHEDULE.plan_passes(s, rows >= 0, SEED)
+    passes = schedule_esolm.plan_passes(s, rows >= 0, SEED)
     sampler = choose.TokenSampler(MASK_ID, s["temperature"], s["top_p"], s["top_k"])
     shift, text = s["shift"], np.where(rows >= 0, rows, MASK_ID)
     for row, order in enumerate(passes.order):

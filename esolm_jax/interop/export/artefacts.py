@@ -73,7 +73,7 @@ class Source:
         """The stored weights, as JAX arrays; callers must not keep them."""
         path, arrays = self.folder / WEIGHTS, {}
         for name, tensor in safetensors_file.entries(path).items():  # never in memory twice
-            dtype = np.dtype(self.stored_dtype(tensor.dtype))
+            dtype = safetensors_file.STORED[tensor.dtype]
             count = (tensor.stop - tensor.start) // dtype.itemsize
             array = np.fromfile(path, dtype, count, offset=tensor.start)
             arrays[name] = jnp.asarray(array.reshape(tensor.shape))
@@ -82,11 +82,6 @@ class Source:
         finally:
             arrays.clear()
             memory.clear_jit_caches_and_trim()
-
-    @staticmethod
-    def stored_dtype(name: str) -> str:
-        """The type of NumPy or ml_dtypes of a type of safetensors."""
-        return {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "I8": "int8"}[name]
 
     def reference(self) -> Reference:
         """Texts and distributions of the model, while the stored weights are float32."""
@@ -103,7 +98,8 @@ class Source:
         arrays = plain_transformer.read_safetensors(self.folder / WEIGHTS)
         score = functools.partial(plain_transformer.score, arrays, self.network)
         measured = {"max_logit_error": parity.score_error(score, self.batches, self.logits)}
-        parity.require(f"{WEIGHTS} (float32)", measured, Limits(parity.TOLERANCE, 1.0))
+        limits = Limits(max(parity.TOLERANCE, self.limits.logit), 1.0)
+        parity.require(f"{WEIGHTS} (float32)", measured, limits)
         step = functools.partial(plain_transformer.step, arrays, self.network)
         return reference.with_log_p(step if self.plan["has_step"] else score)
 
@@ -131,30 +127,32 @@ def _entry(
 
 def _measure(source: Source, reference: Reference, part: str, function, cache_dtype: str) -> dict:
     """The parity of score or step, a function of NumPy arrays."""
-    s = source.plan | {"cache_dtype": np.dtype(cache_dtype)}
-    args = (source.batches, source.logits)
+    s, args = source.plan, (source.batches, source.logits)
     if part == "score":
         measured = {"max_logit_error": parity.score_error(function, *args)}
     else:
-        measured = {"max_logit_error": parity.step_error(function, s, *args)}
+        error = parity.step_error(function, s["cache"], cache_dtype, *args)
+        measured = {"max_logit_error": error}
     if s["has_step"] != (part == "step"):
         return measured
-    agreement = [case.agreement(parity.generated(function, s, case)) for case in reference.greedy]
+    agreement = [
+        case.agreement(parity.generated(function, s, case, cache_dtype))
+        for case in reference.greedy
+    ]
     if reference.log_p is None:
         return measured | {"greedy_identical": min(agreement) == 1}
-    measured |= parity.perplexity_figures(function, s, reference)
+    measured |= parity.perplexity_figures(function, reference, cache_dtype)
     return measured | {"greedy_agreement": agreement[-1]}
 
 
 def of_numpy(source: Source, reference: Reference) -> list[dict]:
     """The weights under plain names, as shipped/plain_transformer.py runs them."""
     weights, entries = plain_transformer.read_safetensors(source.folder / WEIGHTS), []
-    for part in source.parts:
-        if part == "sample":
-            continue
+    for part in ("score", "step") if source.plan["has_step"] else ("score",):
         function = functools.partial(getattr(plain_transformer, part), weights, source.network)
         measured = _measure(source, reference, part, function, "float32")
-        entries.append(_entry(source, part, WEIGHTS, "numpy", measured, "float32"))
+        entry = _entry(source, part, WEIGHTS, "numpy", measured, "float32")
+        entries += [entry] if part in source.parts else []  # the weights are checked in any case
     return entries
 
 

@@ -4,9 +4,9 @@ It runs the passes of shipped/schedule_esolm.py, which are inputs, so that α₀
 length, prompts, temperature, top-k and top-p are all options of one program. It uses the noise of
 sampling/engine/choose.py, so the same seed gives the same texts as `sample`.
 
-Passes come in two tables: the wide ones (the prompt and the diffusion phase), then the narrow ones.
-Dimensions: b rows, l tokens, n passes of a table, v its window, p tokens that a pass generates at
-most.
+Passes come in three tables: those that read the prompt, the wide ones (the diffusion phase), and
+the narrow ones. Dimensions: b rows, l tokens, n passes of a table, v its window, p tokens that a
+pass generates at most.
 """
 
 import functools
@@ -42,8 +42,7 @@ class State(NamedTuple):
 
 def make(network: dict, s: dict):
     """sample(weights, keys uint32 [b, 2], temperature, top_k, top_p, text int32 [b, l] (−1 where
-    unknown), order int32 [b, l], wide passes, window and picks, narrow passes, window and picks)
-    → int32 [b, l].
+    unknown), order int32 [b, l], passes, window and picks of each table) → int32 [b, l].
 
     Args:
       network: the dict of plain.description.
@@ -51,9 +50,9 @@ def make(network: dict, s: dict):
     """
 
     def sample(weights, keys, temperature, top_k, top_p, text, order, *tables):
-        wide, narrow = Table(*tables[:3]), Table(*tables[3:])
+        tables = [Table(*tables[i : i + 3]) for i in range(0, len(tables), 3)]
         (batch, length), shift = order.shape, s["shift"]
-        slots = length + shift + wide.window.shape[0] + narrow.window.shape[0]
+        slots = length + shift + sum(table.window.shape[0] for table in tables)
         rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
         by_rank = jnp.take_along_axis(text, order, axis=1)
         known = jnp.full((batch, slots), s["mask_id"], jnp.int32)
@@ -76,7 +75,7 @@ def make(network: dict, s: dict):
         dtype = plain_transformer.cache_dtype({"qkv": weights["blocks.0.qkv"]})
         empty = [jnp.zeros(shape, dtype) for _ in range(blocks if s["has_step"] else 0)]
         state = State(known, empty, empty)
-        for table in (wide, narrow):
+        for table in tables:
             body = functools.partial(
                 _one_pass, table=table, s=s, order=padded, forward=forward, pick=pick
             )

@@ -29,18 +29,14 @@ from esolm_jax.training import checkpoint_steps, restore
 PARTS = ("score", "step", "sample")
 PUBLISHED = "published.safetensors"
 _NEEDS = {"safetensors": (), "stablehlo": ("flatbuffers",), "onnx": ("onnx", "onnxruntime")}
-_SCRIPTS = {
-    "safetensors": ("run_numpy.py",),
-    "stablehlo": ("run_stablehlo.py",),
-    "onnx": (
-        "run_onnx.py",
-        "run_onnx.mjs",
-        "decode_loop.mjs",
-        "draws.mjs",
-        "schedule_esolm.mjs",
-        "text_codec.mjs",
-    ),
-}
+_OF_ONNX = (
+    "run_onnx.py",
+    "run_onnx.mjs",
+    "decode_loop.mjs",
+    "draws.mjs",
+    "schedule_esolm.mjs",
+    "text_codec.mjs",
+)
 _OF_ALL_SCRIPTS = (
     "plain_transformer.py",
     "decode_loop.py",
@@ -129,7 +125,7 @@ def export(
     with results.new_folder(target) as draft:
         source, about = _write_weights(config, workdir, draft, wanted, left_out)
         entries = _write_artefacts(source, wanted)
-        _write_scripts(draft, wanted)
+        _write_scripts(draft, "step" if source.plan["has_step"] else "score")
         manifest = _manifest(source, about, entries, left_out)
         manifest["compiled"] = compile_all(source, entries)
         results.write_json(draft / "manifest.json", manifest)
@@ -208,10 +204,20 @@ def _write_artefacts(source: Source, wanted: Wanted) -> list[dict]:
     return artefacts.of_numpy(source, reference) + entries
 
 
-def _write_scripts(draft: pathlib.Path, wanted: Wanted) -> None:
+def _write_scripts(draft: pathlib.Path, generates: str) -> None:
+    """Copies the scripts whose artefacts were written.
+
+    Args:
+      generates: the function that generates texts with ONNX: "step" or "score".
+    """
     folder = importlib.resources.files("esolm_jax.interop.export.shipped")
-    names = [name for format_ in wanted.formats for name in _SCRIPTS[format_]]
-    for name in (*_OF_ALL_SCRIPTS, *names):
+    needs = {
+        "run_numpy.py": WEIGHTS,
+        "run_stablehlo.py": "sample.stablehlo",
+        **dict.fromkeys(_OF_ONNX, f"{generates}.onnx"),
+    }
+    scripts = [name for name, file in needs.items() if (draft / file).exists()]
+    for name in (*_OF_ALL_SCRIPTS, *scripts):
         (draft / name).write_bytes((folder / name).read_bytes())
 
 

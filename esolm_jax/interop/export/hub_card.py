@@ -114,5 +114,7 @@ def _rounding(changed: dict[str, float]) -> str:
     change, error = (100 * changed[name] for name in ("perplexity_change", "standard_error"))
     return (
         f"\nRounded weights: logits within {changed['max_logit_error']:.1e} of those of float32; "
-        f"the perplexity of texts that it draws changes by {change:+.3f} ± {error:.3f} %.\n"
+        f"the perplexity of texts that it draws changes by {change:+.3f} ± {error:.3f} %. Both are "
+        "of float32 arithmetic: `from_pretrained(…, dtype=torch.float32)`; without `dtype`, "
+        "`transformers` also computes in 16 bits.\n"
     )

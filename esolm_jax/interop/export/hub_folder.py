@@ -53,8 +53,8 @@ class Wanted:
       layout: "plain" = Llama or Qwen; "esolm" = with our PyTorch code; "auto" = plain for
         autoregressive models of style "llama".
       shard_bytes: the largest size of a file with weights.
-      dtype: "bfloat16", "float16" or "float32"; "" = that of the folder that the model came from,
-        if it holds all weights, else float32.
+      dtype: "bfloat16", "float16" or "float32"; "" = float32, or, with layout plain, that of the
+        folder that the model came from, if it holds all weights.
     """
 
     weights: str = "ema"
@@ -90,9 +90,10 @@ def export(config, workdir: pathlib.Path, target: pathlib.Path, wanted: Wanted) 
     trained = published_write.load(config, workdir, wanted.weights, wanted.step)
     tokenizer, changed = restore.load_tokenizer(workdir, trained.meta), {}
     if wanted.dtype in rounding.DTYPES:
-        near = rounding.rounded(trained, wanted.dtype)
-        changed = rounding.figures(_short(config, temperature=1.0), trained, near)
-        trained = near
+        unfiltered = _short(config, temperature=1.0)
+        with unfiltered.unlocked():
+            unfiltered.sample.update({"top_k": 0, "top_p": 1.0})
+        changed = rounding.rounded(unfiltered, trained, wanted.dtype)
     with results.new_folder(target) as draft:
         if is_plain:
             sizes = wanted.shard_bytes, wanted.dtype
@@ -200,12 +201,7 @@ def _short(config, temperature: float):
             {
                 "length": min(length, max(block, _TOKENS - _TOKENS % block)),
                 "temperature": temperature,
-                "loop": "plain",
-                "draft_tokens": 0,
-                "draft_adaptive": False,
-                "tokens_per_pass": 1,
-                "confidence_threshold": 0.0,
-                "stop_at_eos": False,
+                **parity.PLAIN,
             }
         )
     return short

@@ -5,7 +5,7 @@ distributions of the next tokens, for rounded weights, with those of the float32
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -73,17 +73,16 @@ def score_error(score: Function, batches: list[Tokens], wanted) -> float:
     )
 
 
-def step_error(step: Function, s: Mapping, batches: list[Tokens], wanted) -> float:
-    """The largest difference of a logit, with the first half of the tokens in the cache.
-
-    Args:
-      s: `cache` [blocks, G, K] and `cache_dtype`.
-    """
-    worst, (blocks, groups, head_width) = 0.0, s["cache"]
+def step_error(
+    step: Function, cache: Sequence[int], cache_dtype: str, batches: list[Tokens], wanted
+) -> float:
+    """The largest difference of a logit, with the first half of the tokens in the cache of
+    [blocks, G, K] numbers per token."""
+    worst, (blocks, groups, head_width) = 0.0, cache
     for tokens, want in zip(batches, wanted, strict=True):
         (batch, width), half = tokens.token.shape, tokens.token.shape[1] // 2
         shape = blocks, batch, width + 3, groups, head_width
-        keys = values = np.full(shape, 7, s["cache_dtype"])  # unfilled slots must not be read
+        keys = values = np.full(shape, 7, np.dtype(cache_dtype))  # unfilled slots must not be read
         for low, high in ((0, half), (half, width)):
             filled = np.full(batch, low, np.int32)
             logits, keys, values = step(*labels(tokens, low, high), keys, values, filled)
@@ -115,7 +114,7 @@ class Texts:
         config = self.config.copy_and_resolve_references()
         with config.unlocked():
             config.alpha_0 = settings.get("alpha_0", config.alpha_0)
-            config.sample.update(_PLAIN | {"length": rows.shape[1]})
+            config.sample.update(PLAIN | {"length": rows.shape[1]})
             config.sample.update({k: v for k, v in settings.items() if k != "alpha_0"})
             if config.sample.schedule != "blockwise":
                 config.sample.block_length = 0
@@ -127,13 +126,14 @@ class Texts:
         return text
 
 
-_PLAIN = {
+PLAIN = {  # fields of config.sample for the plain loop
     "loop": "plain",
     "draft_tokens": 0,
     "draft_adaptive": False,
     "tokens_per_pass": 1,
     "confidence_threshold": 0.0,
     "stop_at_eos": False,
+    "weight_dtype": "auto",
     "cache_dtype": "auto",
 }
 
@@ -192,8 +192,7 @@ class Reference:
         """With the distributions of a function of the float32 weights (a step if the model has
         one, else a score)."""
         assert self.drawn is not None
-        s = self.s | {"cache_dtype": "float32"}
-        return dataclasses.replace(self, log_p=log_probs(run, s, self.drawn))
+        return dataclasses.replace(self, log_p=log_probs(run, self.s, self.drawn))
 
 
 def make_reference(texts: Texts, s: dict, *, with_sampler: bool, is_rounded: bool) -> Reference:
@@ -211,8 +210,8 @@ def make_reference(texts: Texts, s: dict, *, with_sampler: bool, is_rounded: boo
             sampled[name] = []
             for batch in BATCHES if name == "greedy" else BATCHES[-1:]:
                 rows = np.full((batch, s["length"]), -1, np.int32)
-                prompts = np.random.default_rng(1).integers(0, s["mask_id"], (batch, num_known))
-                rows[:, :num_known] = prompts
+                ids = np.random.default_rng(1).integers(0, s["vocab_size"] - 1, (batch, num_known))
+                rows[:, :num_known] = ids + (ids >= s["mask_id"])
                 sampled[name].append(Case.of(texts, rows, settings))
     return Reference(s, greedy, sampled, drawn, None)
 
@@ -229,20 +228,28 @@ def _sampler_settings(s: Mapping) -> dict[str, tuple[dict, int]]:
     return {
         "greedy": ({"temperature": 0.0}, 0),
         "drawn": ({"temperature": 1.0}, 0),
-        "prompted": (options, max(1, s["length"] // 4)),
+        "prompted": (options, s["length"] // 4),
     }
 
 
-def generated(run: Function, s: Mapping, case: Case, choose: Function | None = None) -> np.ndarray:
+def generated(
+    run: Function,
+    s: Mapping,
+    case: Case,
+    cache_dtype: str = "float32",
+    choose: Function | None = None,
+) -> np.ndarray:
     """int32 [B, L], the texts of a case by the shipped loop."""
     settings, passes = case.plan(s)
     step = run if s["has_step"] else decode_loop.without_cache(run)
     keys = decode_loop.row_keys(case.seed, len(case.rows))
     choose = choose or decode_loop.chooser(settings, keys)
-    return decode_loop.run_passes(step, settings, passes, case.rows, choose)
+    return decode_loop.run_passes(
+        step, settings, passes, case.rows, choose, cache_dtype=np.dtype(cache_dtype)
+    )
 
 
-def log_probs(run: Function, s: Mapping, case: Case) -> np.ndarray:
+def log_probs(run: Function, s: Mapping, case: Case, cache_dtype: str = "float32") -> np.ndarray:
     """float32 [B, L, V]: teacher forcing, the log-probabilities of each token of the case's texts,
     given those before it in the order of generation."""
     rows = np.arange(len(case.text))[:, None]
@@ -255,16 +262,16 @@ def log_probs(run: Function, s: Mapping, case: Case) -> np.ndarray:
         recorded[rows, position] = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
         return case.text[rows, position]
 
-    generated(run, s, case, choose)
+    generated(run, s, case, cache_dtype, choose)
     return recorded
 
 
-def perplexity_figures(run: Function, s: Mapping, reference: Reference) -> dict[str, float]:
+def perplexity_figures(run: Function, reference: Reference, cache_dtype: str) -> dict[str, float]:
     """perplexity: of the float32 model on texts that it draws; perplexity_change: the relative
     change with this function, exp(KL) − 1. Both are expectations over each next token."""
     assert reference.drawn is not None and reference.log_p is not None
     ours = reference.log_p
-    theirs = log_probs(run, s, reference.drawn)
+    theirs = log_probs(run, reference.s, reference.drawn, cache_dtype)
     p = np.exp(ours, dtype=np.float64)
     with np.errstate(invalid="ignore"):
         entropy = -np.where(p > 0, p * ours, 0).sum(axis=-1).mean()
@@ -288,10 +295,11 @@ class Limits:
 def require(file: str, measured: dict, limits: Limits) -> None:
     """UserError unless logits, perplexity and greedy texts are within the limits."""
     error = measured.get("max_logit_error", 0.0)
-    if limits.logit and not error <= limits.logit:
+    if not error <= (limits.logit or np.finfo(np.float32).max):
+        allowed = f"at most {limits.logit:g} (--tolerance)" if limits.logit else "finite"
         raise UserError(
-            f"{file}: the largest error of a logit is {error:.1e}; must be at most "
-            f"{limits.logit:g} (--tolerance); nothing was exported"
+            f"{file}: the largest error of a logit is {error:.1e}; must be {allowed}; nothing was "
+            "exported"
         )
     change = measured.get("perplexity_change", 0.0)
     if not change <= limits.perplexity:

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from esolm_jax.errors import UserError
+from esolm_jax.interop import weight_types
 from esolm_jax.interop.export import parity, plain
 from esolm_jax.sampling import generate
 from esolm_jax.sampling.engine import network as network_lib
@@ -16,43 +16,63 @@ DTYPES = ("bfloat16", "float16")
 ROWS = 8  # drawn texts, whose perplexity is compared
 
 
-def rounded(trained: restore.TrainedModel, dtype: str) -> restore.TrainedModel:
-    """The model with float32 parameters that `dtype` holds exactly. UserError: one is too large."""
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Of a set of weights: logits of random tokens; texts int32 [B, L], and float32 [B], the mean
+    log-probability of their tokens."""
 
-    def leaf(path, array):
-        with np.errstate(over="ignore"):
-            near = np.asarray(array).astype(np.dtype(dtype)).astype(np.float32)
-        if not np.isfinite(near).all():
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            largest = np.abs(np.asarray(array)).max()
-            raise UserError(
-                f"--dtype={dtype}: must hold all weights, but one of {name} is {largest:.3g}; "
-                "choose bfloat16"
-            )
-        return near
-
-    return dataclasses.replace(trained, params=jax.tree.map_with_path(leaf, trained.params))
+    logits: np.ndarray
+    text: np.ndarray
+    log_p: np.ndarray
 
 
-def figures(config, exact: restore.TrainedModel, near: restore.TrainedModel) -> dict[str, float]:
-    """max_logit_error on random tokens; perplexity_change, the relative change of the perplexity of
-    texts that the exact model draws, and its standard error over texts.
+def round_in_place(params: dict, dtype: str, path: str = "") -> None:
+    """Replaces the float32 arrays of a nested dict by float32 arrays that `dtype` holds exactly.
+    UserError: a weight is too large for it."""
+    for name, value in params.items():
+        if isinstance(value, dict):
+            round_in_place(value, dtype, f"{path}{name}/")
+        else:
+            near = weight_types.rounded(np.asarray(value), dtype, f"{path}{name}")
+            params[name] = near.astype(np.float32)
+
+
+def measure(config, trained: restore.TrainedModel, text: np.ndarray | None = None) -> Measured:
+    """Of these texts, by default of texts that the model draws.
 
     Args:
-      config: its config.sample draws the texts by the plain loop.
+      config: its config.sample draws the texts, by the plain loop without filters.
     """
-    model, special = exact.built.model, exact.built.special
+    model, special = trained.built.model, trained.built.special
     tokens = parity.examples(model, config.data.seq_len)[-1:]
-    logits = [parity.trained_logits(model, which.params, tokens)[0] for which in (exact, near)]
+    (logits,) = parity.trained_logits(model, trained.params, tokens)
     canvas = Canvas.empty(ROWS, config.sample.length, config.sample.seed)
-    generator, log_p, text = generate.Generator.of(config, canvas, special), [], None
-    for which in (exact, near):
-        network = network_lib.fold(plain.in_float32(model), which.params)
-        text = np.asarray(generator.run(network).text) if text is None else text
-        log_p.append(generator.log_p(network, text).mean(axis=1))
-    change = log_p[0] - log_p[1]
+    generator = generate.Generator.of(config, canvas, special)
+    network = network_lib.fold(plain.in_float32(model), trained.params)
+    text = np.asarray(generator.run(network).text) if text is None else text
+    return Measured(logits, text, generator.log_p(network, text).mean(axis=1))
+
+
+def figures(exact: Measured, near: Measured) -> dict[str, float]:
+    """max_logit_error; perplexity_change, the relative change of the perplexity of texts that the
+    exact model draws, and its standard error over texts."""
+    change = exact.log_p - near.log_p
     return {
-        "max_logit_error": float(np.abs(logits[0] - logits[1]).max()),
+        "max_logit_error": float(np.abs(exact.logits - near.logits).max()),
         "perplexity_change": float(np.expm1(change.mean())),
-        "standard_error": float(change.std(ddof=1) / ROWS**0.5),
+        "standard_error": float(change.std(ddof=1) / len(change) ** 0.5),
     }
+
+
+def rounded(config, trained: restore.TrainedModel, dtype: str) -> dict[str, float]:
+    """Rounds the parameters of `trained` in place, one array at a time. Returns figures().
+
+    Args:
+      config: as of measure.
+
+    Raises UserError: a weight is too large for the type.
+    """
+    exact = measure(config, trained)
+    jax.clear_caches()
+    round_in_place(trained.params, dtype)
+    return figures(exact, measure(config, trained, exact.text))

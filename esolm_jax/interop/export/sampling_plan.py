@@ -51,16 +51,16 @@ def of_config(config) -> dict[str, Any]:
     }
 
 
-def of_artefacts(config, model: ModelConfig, special: SpecialIds, cache_dtype: str) -> dict:
+def of_artefacts(config, model: ModelConfig, special: SpecialIds, onnx_cache_dtype: str) -> dict:
     """of_config, and what loops over the artefacts need: mask_id, start_token, vocab_size;
-    cache: [blocks, G, K] and cache_dtype of step; has_step; note: the difference from
+    cache: [blocks, G, K]; onnx_cache_dtype: of step.onnx; has_step; note: the difference from
     config.sample, or ""."""
     return of_config(config) | {
         "mask_id": special.mask,
         "start_token": special.start,
         "vocab_size": model.vocab_size,
         "cache": [model.blocks, model.groups, model.head_width],
-        "cache_dtype": cache_dtype,
+        "onnx_cache_dtype": onnx_cache_dtype,
         "has_step": not no_step(config),
         "note": note(config),
     }

@@ -10,8 +10,7 @@ class Array:
     """Attributes:
     dtype: of NumPy or ml_dtypes.
     shape: numbers, and names of dynamic dimensions: b rows, t or w tokens, s slots of the cache;
-      of the sampler, see exported_sampler.py (its two tables have the dimensions n, v, p and m, w,
-      q).
+      of the sampler, see exported_sampler.py (each table has a name's first letter before n, v, p).
     """
 
     name: str
@@ -61,14 +60,14 @@ def sample() -> Signature:
             *(Array(name, dtype, ()) for name, dtype in settings.items()),
             text,
             order,
-            *_table("wide", "n", "v", "p"),
-            *_table("narrow", "m", "w", "q"),
+            *(array for name in ("prompt", "wide", "narrow") for array in _table(name)),
         ),
         (Array("text", "int32", ("b", "l")),),
     )
 
 
-def _table(name: str, passes: str, window: str, picks: str) -> tuple[Array, ...]:
+def _table(name: str) -> tuple[Array, ...]:
+    passes, window, picks = (f"{name[0]}{dim}" for dim in "nvp")
     return (
         Array(f"{name}_passes", "int32", (passes, 5, "b")),
         Array(f"{name}_window", "int32", (window,)),

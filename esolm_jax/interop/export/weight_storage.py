@@ -9,11 +9,9 @@ import pathlib
 from collections.abc import Iterator, Mapping
 
 import jax
-import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy)
 import numpy as np
 
-from esolm_jax.errors import UserError
-from esolm_jax.interop import safetensors_file
+from esolm_jax.interop import safetensors_file, weight_types
 from esolm_jax.interop.export.shipped.plain_transformer import BY_ROW, SCALE
 
 DTYPES = ("float32", "bfloat16", "float16", "int8")
@@ -78,11 +76,4 @@ def _stored(name: str, array: np.ndarray, dtype: str) -> Iterator[tuple[str, np.
         yield name, np.round(array / scale).astype(np.int8)
         yield f"{name}{SCALE}", scale.squeeze(axis)
         return
-    with np.errstate(over="ignore"):
-        rounded = array.astype(np.dtype(dtype))
-    if not np.isfinite(rounded.astype(np.float32)).all():
-        raise UserError(
-            f"--dtype={dtype}: must hold all weights, but one of {name} is "
-            f"{np.abs(array).max():.3g}; choose bfloat16"
-        )
-    yield name, rounded
+    yield name, weight_types.rounded(array, dtype, name)

@@ -7,7 +7,7 @@ import jax
 from ml_collections import ConfigDict
 
 from esolm_jax.errors import UserError
-from esolm_jax.interop import memory, safetensors_file
+from esolm_jax.interop import memory, safetensors_file, weight_types
 from esolm_jax.interop.published import names as published_names
 from esolm_jax.parallel import sharding
 from esolm_jax.training import checkpoint_steps, restore
@@ -63,7 +63,8 @@ def load(
 def write(
     target: pathlib.Path, trained: restore.TrainedModel, weights: str, dtype: str = "float32"
 ) -> None:
-    """Writes the file, tensor by tensor, rounded to float32, bfloat16 or float16."""
+    """Writes the file, tensor by tensor; matrices are rounded to float32, bfloat16 or float16.
+    UserError: a weight is too large for the type."""
     inv_freq = published_names.inv_freq(trained.built.model)
     shapes = published_names.published_shapes(trained.params) | {
         published_names.INV_FREQ: inv_freq.shape
@@ -71,12 +72,14 @@ def write(
     tensors = itertools.chain(
         published_names.published(trained.params), [(published_names.INV_FREQ, inv_freq)]
     )
+    dtypes = {n: dtype if len(shape) > 1 else "float32" for n, shape in shapes.items()}
+    rounded = ((n, weight_types.rounded(array, dtypes[n], n)) for n, array in tensors)
     safetensors_file.write(
         target,
         {PREFIX + name: shape for name, shape in shapes.items()},
-        ((PREFIX + name, array) for name, array in tensors),
+        ((PREFIX + name, array) for name, array in rounded),
         about(trained, weights),
-        dtype,
+        {PREFIX + name: of_file for name, of_file in dtypes.items()},
     )
 
 

@@ -4,6 +4,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from esolm_jax.errors import UserError
+from esolm_jax.parallel import sharding
 from esolm_jax.sampling.engine import network as network_lib
 from esolm_jax.sampling.engine.network import Network
 
@@ -13,13 +15,18 @@ def parameter_mesh(dtype: str, mesh: Mesh) -> Mesh:
 
     Args:
       dtype: of config.sample.weight_dtype.
+
+    Raises UserError: JAX has no CPU to round on.
     """
     if dtype == "auto":
         return mesh
     try:
         devices = jax.local_devices(backend="cpu")[:1]
-    except RuntimeError:  # JAX_PLATFORMS leaves out the CPU
-        return mesh
+    except RuntimeError as error:
+        raise UserError(
+            f"config.sample.weight_dtype={dtype!r}: needs the CPU to round weights; add it to "
+            f"JAX_PLATFORMS: {sharding.platform(mesh)},cpu"
+        ) from error
     return Mesh(np.array(devices).reshape([1] * len(mesh.axis_names)), mesh.axis_names)
 
 

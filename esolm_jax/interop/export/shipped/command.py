@@ -1,15 +1,19 @@
 """What the scripts share: the command line → settings, prompts and passes → texts."""
 
-import functools
 import json
 import pathlib
 import sys
 
 import numpy as np
-import options
-import schedule_esolm
-import text_codec
-from decode_loop import chooser, row_keys, run_passes
+
+if __package__:
+    from . import options, schedule_esolm, text_codec
+    from .decode_loop import chooser, row_keys, run_passes
+else:
+    import options
+    import schedule_esolm
+    import text_codec
+    from decode_loop import chooser, row_keys, run_passes
 
 
 def main(description, make_generate, arguments=None):
@@ -31,7 +35,6 @@ def main(description, make_generate, arguments=None):
         print(f"note: {config['sampling']['note']}", file=sys.stderr)
     generate, texts, is_known = make_generate(folder, config), [], []
     for s, passes, rows, keys in batches:
-        s = s | {"cache_dtype": config["sampling"]["cache_dtype"]}
         texts += generate(s, passes, rows, keys).tolist()
         is_known += (rows[:, 0] >= 0).tolist()
     print(text_codec.show(codec, texts, is_known, as_ids=given.ids))
@@ -50,10 +53,10 @@ def _batches(sampling, given, codec):
         yield s, passes, rows, row_keys(given.seed, len(rows), first_row)
 
 
-def with_step(step):
+def with_step(step, cache_dtype=np.float32):
     """generate of a step: a function as plain_transformer.step, of NumPy arrays."""
 
-    def by_loop(step, s, passes, rows, keys):
-        return run_passes(step, s, passes, rows, chooser(s, keys))
+    def generate(s, passes, rows, keys):
+        return run_passes(step, s, passes, rows, chooser(s, keys), cache_dtype=cache_dtype)
 
-    return functools.partial(by_loop, step)
+    return generate

@@ -1,11 +1,12 @@
 /* Two-phase generation with the ONNX graphs of the folder, on any session of ONNX Runtime: in Node
-and in browsers. See generation_esolm.py of `export --to=hub`, which is the same in PyTorch.
+and in browsers. The same as decode_loop.py.
 */
 
 import { foldIn, gumbel } from "./draws.mjs";
 import { checked, checkPasses, planPasses, UNREAD } from "./schedule_esolm.mjs";
 
-const [SMALL_TEMPERATURE, LOWEST, HIGHEST] = [1e-2, 1e-30, 1e30];
+const SMALL_TEMPERATURE = 1e-2;
+const [MIN_TEMPERATURE, MAX_TEMPERATURE] = [1e-30, 1e30];
 
 /** Token ids [B][L] from rows of one length [B][L], −1 where a token is to be generated.
  *
@@ -93,7 +94,7 @@ export class Network {
   /** Empties the cache: `slots` for each row. */
   reset(batch, slots) {
     if (!this.#sampling.has_step) return;
-    const { cache, cache_dtype: dtype } = this.#sampling;
+    const { cache, onnx_cache_dtype: dtype } = this.#sampling;
     const [blocks, groups, width] = cache;
     const dims = [blocks, batch, slots, groups, width];
     const size = dims.reduce((a, b) => a * b);
@@ -149,7 +150,7 @@ export function chooseToken(s, logits, key) {
 /** Float32Array [V]: logits of the distribution that tokens are drawn from. top_k 0 and top_p 1 are
  *  off; top_k comes first. */
 export function filtered(s, logits) {
-  const temperature = Math.min(Math.max(s.temperature, LOWEST), HIGHEST);
+  const temperature = Math.min(Math.max(s.temperature, MIN_TEMPERATURE), MAX_TEMPERATURE);
   // At low temperatures the logits would overflow.
   const top = temperature < SMALL_TEMPERATURE ? logits.reduce((a, b) => Math.max(a, b)) : 0;
   let out = logits.map((logit) => (logit - top) / temperature);

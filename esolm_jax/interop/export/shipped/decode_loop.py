@@ -11,7 +11,11 @@ vocabulary.
 
 import numpy as np
 
-UNREAD = np.iinfo(np.int32).max  # a rank that no other token reads
+if __package__:
+    from .schedule_esolm import UNREAD
+else:
+    from schedule_esolm import UNREAD
+
 ROTATIONS = (13, 15, 26, 6), (17, 29, 16, 24)
 SMALL_TEMPERATURE, TEMPERATURES = 1e-2, (1e-30, 1e30)
 LOWEST = np.float32(-np.inf)
@@ -104,12 +108,13 @@ def without_cache(score):
     return step
 
 
-def run_passes(step, s, passes, rows, choose):
+def run_passes(step, s, passes, rows, choose, *, cache_dtype=np.float32):
     """Generates the unknown tokens of `rows`: int32 [B, L] in text order, −1 where unknown.
 
     Args:
       step: (token, position, rank, in_context, keys, values, filled) → (logits, keys, values).
       choose: (logits [B, P, V], position [B, P]) → int32 [B, P].
+      cache_dtype: of keys and values.
 
     Returns int32 [B, L], the texts.
     """
@@ -123,7 +128,7 @@ def run_passes(step, s, passes, rows, choose):
     order = np.pad(passes.order, ((0, 0), (0, spare))).astype(np.int32)
     blocks, groups, head_width = s["cache"]
     shape = (blocks, batch, length + spare if s["has_step"] else 1, groups, head_width)
-    keys, values = np.zeros(shape, s["cache_dtype"]), np.zeros(shape, s["cache_dtype"])
+    keys, values = np.zeros(shape, cache_dtype), np.zeros(shape, cache_dtype)
     tables = passes.start, passes.first, passes.size, passes.end, passes.below
     for i, width in enumerate(widths.tolist()):
         start, first, size, end, below = (table[i][:, None] for table in tables)

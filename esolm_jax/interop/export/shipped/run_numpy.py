@@ -4,22 +4,21 @@ import functools
 import pathlib
 import sys
 
-if not __package__:
+if __package__:
+    from . import command, decode_loop, plain_transformer
+else:
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
-
-import command  # noqa: E402
-import decode_loop  # noqa: E402
-import plain_transformer  # noqa: E402
+    import command
+    import decode_loop
+    import plain_transformer
 
 
 def make_generate(folder, config):
     bound = plain_transformer.read_safetensors(folder / "weights.safetensors"), config["network"]
     if config["sampling"]["has_step"]:
-        step = functools.partial(plain_transformer.step, *bound)
-    else:
-        step = decode_loop.without_cache(functools.partial(plain_transformer.score, *bound))
-    config["sampling"]["cache_dtype"] = "float32"  # NumPy computes in float32
-    return command.with_step(step)
+        return command.with_step(functools.partial(plain_transformer.step, *bound))
+    score = functools.partial(plain_transformer.score, *bound)
+    return command.with_step(decode_loop.without_cache(score))
 
 
 if __name__ == "__main__":

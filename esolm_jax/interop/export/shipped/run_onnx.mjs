@@ -13,6 +13,7 @@ import { fileURLToPath, pathToFileURL } from "node:url";
 import { parseArgs } from "node:util";
 
 import { generate, Network } from "./decode_loop.mjs";
+import { checked } from "./schedule_esolm.mjs";
 import { Codec, MASK, parsePrompt, show } from "./text_codec.mjs";
 
 const FOLDER = path.dirname(fileURLToPath(import.meta.url));
@@ -33,6 +34,7 @@ nothing. By default, config.json decides.
   --top_p=X          probability mass of nucleus sampling; 1 = off
   --ids              print JSON lists of token ids`;
 
+const NUMBER = /^[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$/i;
 const isCount = (least) => (x) => Number.isInteger(x) && x >= least;
 const RULES = {
   num_texts: [isCount(1), "an integer of at least 1"],
@@ -54,7 +56,7 @@ export function parseOptions(args) {
   const { values, positionals } = parseArgs({ args, options, allowPositionals: true });
   for (const [name, [isRight, allowed]] of Object.entries(RULES)) {
     if (values[name] === undefined) continue;
-    const number = values[name].trim() ? Number(values[name]) : NaN;
+    const number = NUMBER.test(values[name]) ? Number(values[name]) : NaN;
     if (!isRight(number)) throw new Error(`--${name}=${values[name]}: must be ${allowed}`);
     values[name] = number;
   }
@@ -97,7 +99,8 @@ async function main(args) {
   const { sampling } = await read("config.json");
   const codec = new Codec(await read("vocabulary.json"));
   const settings = Object.fromEntries(SETTINGS.map((name) => [name, given[name]]));
-  const length = given.length ?? sampling.length;
+  const { length } = checked(sampling, settings, given.length);
+  if (sampling.note) console.error(`note: ${sampling.note}`);
   const prompts = given.prompts.map((text) => parsePrompt(codec, text, length));
   if (!prompts.length) prompts.push(new Array(length).fill(MASK));
   const network = await makeNetwork(sampling);

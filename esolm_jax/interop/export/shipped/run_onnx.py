@@ -5,8 +5,12 @@ import sys
 
 import onnxruntime
 
-if not __package__:
+if __package__:
+    from . import command, decode_loop
+else:
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
+    import command
+    import decode_loop
 
 
 def load(path, options=None):
@@ -17,16 +21,12 @@ def load(path, options=None):
 
 
 def make_generate(folder, config):
-    import command
-    import decode_loop
-
-    if config["sampling"]["has_step"]:
-        return command.with_step(load(folder / "step.onnx"))
+    sampling = config["sampling"]
+    if sampling["has_step"]:
+        return command.with_step(load(folder / "step.onnx"), sampling["onnx_cache_dtype"])
     score = load(folder / "score.onnx")
     return command.with_step(decode_loop.without_cache(lambda *labels: score(*labels)[0]))
 
 
 if __name__ == "__main__":
-    import command
-
     command.main(__doc__, make_generate)

@@ -9,19 +9,21 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-if not __package__:
+if __package__:
+    from . import command, plain_transformer
+else:
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
+    import command
+    import plain_transformer
 
 NARROW = 2  # slots of a window: the last token, and the mask of the next one
 
 
 def load_weights(path):
     """The first argument of every artefact."""
-    from plain_transformer import stored_arrays
-
     return {
         name: jnp.asarray(array.view(jnp.bfloat16) if dtype == "BF16" else array)
-        for name, (dtype, array) in stored_arrays(path).items()
+        for name, (dtype, array) in plain_transformer.stored_arrays(path).items()
     }
 
 
@@ -40,20 +42,24 @@ def arguments(s, passes, rows, keys):
       keys: uint32 [B, 2], of decode_loop.row_keys.
     """
     widths = (passes.end - passes.start).max(axis=1, initial=0)
-    cut = np.flatnonzero(widths > NARROW)
-    cut = int(cut[-1]) + 1 if cut.size else 0
-    settings = np.float32(s["temperature"]), np.int32(s["top_k"]), np.float32(s["top_p"])
-    order = passes.order.astype(np.int32)
-    tables = table(passes, 0, cut), table(passes, cut, len(widths))
-    return keys, *settings, rows.astype(np.int32), order, *tables[0], *tables[1]
+    prompt = int(np.argmax(np.append(passes.size.max(axis=1, initial=0), 1) > 0))
+    wide = np.flatnonzero(widths[prompt:] > NARROW)
+    cut = prompt + (int(wide[-1]) + 1 if wide.size else 0)
+    top_k = np.int32(min(s["top_k"], s["vocab_size"]))
+    settings = np.float32(s["temperature"]), top_k, np.float32(s["top_p"])
+    ranges = (0, prompt), (prompt, cut), (cut, len(widths))
+    tables = [array for low, high in ranges for array in table(passes, low, high)]
+    return keys, *settings, rows.astype(np.int32), passes.order.astype(np.int32), *tables
 
 
 def table(passes, low, high):
     """int32 (passes [n, 5, B], 0 … window − 1, 0 … most generated tokens − 1). An empty range
-    becomes one pass that generates nothing."""
+    becomes one pass that generates nothing, and writes to slots behind the text."""
     columns = passes.start, passes.first, passes.size, passes.end, passes.below
     rows = np.stack([column[low:high] for column in columns], axis=1).astype(np.int32)
-    rows = rows if len(rows) else np.zeros((1, *rows.shape[1:]), np.int32)
+    if not len(rows):
+        batch, length = passes.order.shape
+        rows = np.tile(np.array([[[length], [length], [0], [length], [0]]], np.int32), batch)
     window, most = (rows[:, 3] - rows[:, 0]).max(initial=1), rows[:, 2].max(initial=1)
     return rows, np.arange(window, dtype=np.int32), np.arange(most, dtype=np.int32)
 
@@ -69,6 +75,4 @@ def make_generate(folder, config):
 
 
 if __name__ == "__main__":
-    import command
-
     command.main(__doc__, make_generate)
