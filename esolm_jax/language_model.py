@@ -33,6 +33,7 @@ from esolm_jax.parallel import sharding
 from esolm_jax.sampling import texts as texts_lib
 from esolm_jax.sampling.engine import network
 from esolm_jax.sampling.generate import Generator, check
+from esolm_jax.sampling.loops.loop import Ends
 from esolm_jax.sampling.plan import passes, schedule
 from esolm_jax.sampling.plan import prompts as prompts_lib
 from esolm_jax.sampling.plan.canvas import MASK, Canvas, Seed
@@ -164,7 +165,8 @@ class LanguageModel:
         mesh, special = self._built.mesh, self._built.special
         memory_limit.check_sampling_fits(config, self.tokenizer, parsed, mesh)
         canvas = texts_lib.make_canvas(config, parsed, special, self._built.model.vocab_size)
-        generator = Generator.of(config, canvas, special, mesh=mesh, eos_id=self.tokenizer.eos_id)
+        ends = Ends(self.tokenizer.eos_id, self.tokenizer.eot_id)
+        generator = Generator.of(config, canvas, special, mesh=mesh, ends=ends)
         decoded = generator.run(self._network(config.sample.weight_dtype))
         rows = texts_lib.sample_rows(
             config, generator, jax.device_get(decoded), self.tokenizer, prompted=bool(parsed)

@@ -26,6 +26,7 @@ from esolm_jax.sampling import trace
 from esolm_jax.sampling.engine import host_weights
 from esolm_jax.sampling.engine import network as network_lib
 from esolm_jax.sampling.generate import Generator, check, draft_figures
+from esolm_jax.sampling.loops.loop import Ends
 from esolm_jax.sampling.plan import prompts as prompts_lib
 from esolm_jax.sampling.plan.passes import NEVER
 from esolm_jax.training import restore
@@ -70,7 +71,8 @@ def sample(
     memory_limit.check_sampling_fits(config, tokenizer, found, mesh)
     built = build.build_model(config, tokenizer_entry(tokenizer), mesh)
     canvas = texts_lib.make_canvas(config, found, built.special, built.model.vocab_size)
-    generator = Generator.of(config, canvas, built.special, mesh=mesh, eos_id=tokenizer.eos_id)
+    ends = Ends(tokenizer.eos_id, tokenizer.eot_id)
+    generator = Generator.of(config, canvas, built.special, mesh=mesh, ends=ends)
     on = host_weights.parameter_mesh(config.sample.weight_dtype, mesh)
     # JAX's search for leaked tracers takes those of another thread for leaks.
     programs = Background(

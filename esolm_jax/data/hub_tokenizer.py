@@ -38,6 +38,7 @@ COMPANIONS = (
     "USE_POLICY.md",
 )
 _MAX_COMPANION = 64 * regular_file.MB
+_EOT = "<|eot_id|>"  # of LLaDA and Llama 3
 
 
 class HubTokenizer(ByTokenizers):
@@ -81,6 +82,7 @@ class HubTokenizer(ByTokenizers):
         self.mask_id = ids.get("mask", self.vocab_size)
         self.bos_id, self.eos_id, self.pad_id = ids["bos"], ids["eos"], ids["pad"]
         self._check(where)
+        self.eot_id = self._tokenizer.token_to_id(_EOT)
         identity = content + json.dumps(self.ids).encode()
         self.fingerprint = hashlib.sha256(identity).hexdigest()
 

@@ -62,6 +62,7 @@ class Decodes:
     library's decoding is not a concatenation)."""
 
     surfaces: Surfaces | None
+    eot_id: int | None = None  # the end of a turn in a chat, if the tokenizer has it
 
     def decode(self, ids: Iterable[int], *, bos_is_given: bool = True) -> str:
         """Text of `ids`. `bos_is_given`: False for a generated BOS: no text begins after it.

@@ -2,9 +2,9 @@
 (GPT-2's, BERT's, text8's characters), or that of a pretrained model.
 
 All tokenizers have the same attributes: kind, vocab_size (how many ids they have, specials
-included), mask_id (one of these, or one past them: == vocab_size), bos_id, eos_id, pad_id, and
-fingerprint. All have encode, decode, pieces and save. Decoding drops BOS and PAD, and shows EOS
-as '[EOS]' and the mask as '[MASK]'.
+included), mask_id (one of these, or one past them: == vocab_size), bos_id, eos_id, pad_id, eot_id
+(None unless there is one), and fingerprint. All have encode, decode, pieces and save. Decoding
+drops BOS and PAD, and shows EOS as '[EOS]' and the mask as '[MASK]'.
 """
 
 import functools

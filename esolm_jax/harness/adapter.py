@@ -31,6 +31,7 @@ from esolm_jax.harness.protocols import EXTRA_TOKENS, MONTE_CARLO, MonteCarlo
 from esolm_jax.language_model import LanguageModel
 from esolm_jax.parallel import sharding
 from esolm_jax.sampling.generate import Generator
+from esolm_jax.sampling.loops.loop import Ends
 from esolm_jax.sampling.plan.canvas import MASK, Canvas, Seed
 from esolm_jax.training import checkpoint_meta, checkpoint_steps, restore
 
@@ -195,9 +196,8 @@ class EsolmLM(LM):
         rows = [[*prompt, *[MASK] * most]] * shards  # a row for each device
         sizes = {"vocab_size": built.model.vocab_size, "mask_id": built.special.mask}
         canvas = Canvas.of(rows, [seed] * len(rows), **sizes)
-        generator = Generator.of(
-            config, canvas, built.special, mesh=built.mesh, eos_id=tokenizer.eos_id
-        )
+        ends = Ends(tokenizer.eos_id, tokenizer.eot_id)
+        generator = Generator.of(config, canvas, built.special, mesh=built.mesh, ends=ends)
         decoded = generator.run(self.exact.network)
         end = min(int(decoded.eos_position[0]), len(rows[0]))
         return np.asarray(decoded.text)[0, len(prompt) : end].tolist()

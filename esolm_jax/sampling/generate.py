@@ -15,13 +15,14 @@ from esolm_jax.sampling import published_loops
 from esolm_jax.sampling.engine.choose import TokenSampler
 from esolm_jax.sampling.engine.network import Network
 from esolm_jax.sampling.loops.confidence import Confidence
-from esolm_jax.sampling.loops.loop import Decoded, Loop, Task, row_keys
+from esolm_jax.sampling.loops.loop import Decoded, Ends, Loop, Task, row_keys
 from esolm_jax.sampling.loops.plain import Plain
 from esolm_jax.sampling.loops.speculative import Speculative
 from esolm_jax.sampling.plan import passes, schedule
 from esolm_jax.sampling.plan.canvas import Canvas
 
 DRAFT_TOKENS = 4  # for sample.draft_tokens=0
+NO_ENDS = Ends()
 
 Rules = dict[
     str, tuple[bool, str]
@@ -38,16 +39,16 @@ def loop_name(config) -> str:
     return "speculative" if s.draft_tokens else "plain"
 
 
-def _plain(config, task: Task, eos_id: int | None) -> Loop:
+def _plain(config, task: Task, ends: Ends) -> Loop:
     return Plain(task)
 
 
-def _speculative(config, task: Task, eos_id: int | None) -> Loop:
+def _speculative(config, task: Task, ends: Ends) -> Loop:
     s = config.sample
     return Speculative(task, s.draft_tokens or DRAFT_TOKENS, s.draft_adaptive, s.draft_style)
 
 
-def _confidence(config, task: Task, eos_id: int | None) -> Loop:
+def _confidence(config, task: Task, ends: Ends) -> Loop:
     family, s = registry.get(config.objective), config.sample
     return Confidence(
         task,
@@ -58,8 +59,8 @@ def _confidence(config, task: Task, eos_id: int | None) -> Loop:
     )
 
 
-# Name → (config, task, EOS of the tokenizer) → loop.
-LOOPS: Mapping[str, Callable[[Any, Task, int | None], Loop]] = {
+# Name → (config, task, EOS and EOT of the tokenizer) → loop.
+LOOPS: Mapping[str, Callable[[Any, Task, Ends], Loop]] = {
     "plain": _plain,
     "speculative": _speculative,
     "confidence": _confidence,
@@ -213,13 +214,13 @@ class Generator:
 
     @classmethod
     def of(
-        cls, config, canvas: Canvas, special: SpecialIds, *, mesh=None, eos_id: int | None = None
+        cls, config, canvas: Canvas, special: SpecialIds, *, mesh=None, ends: Ends = NO_ENDS
     ) -> "Generator":
         """UserError if the family cannot generate so, before anything is compiled.
 
         Args:
           mesh: None = one device.
-          eos_id: EOS of the tokenizer; used if config.sample.stop_at_eos or config.sample.eos.
+          ends: of the tokenizer; used if config.sample.stop_at_eos or config.sample.eos.
         """
         s, drawn = config.sample, make_schedule(config, canvas)
         task = Task(
@@ -229,10 +230,10 @@ class Generator:
             ),
             row_keys=row_keys(canvas.seeds),
             mesh=mesh,
-            eos_id=eos_id if s.stop_at_eos else None,
+            eos_id=ends.eos if s.stop_at_eos else None,
             cache_dtype=s.cache_dtype,
         )
-        return cls(canvas, drawn, LOOPS[loop_name(config)](config, task, eos_id))
+        return cls(canvas, drawn, LOOPS[loop_name(config)](config, task, ends))
 
     @property
     def plan(self) -> passes.DecodePlan:

@@ -7,7 +7,7 @@ from esolm_jax import config as config_lib
 from esolm_jax.family import registry
 from esolm_jax.family.family import Family, whole_text
 from esolm_jax.sampling.loops import dream, llada, sdar
-from esolm_jax.sampling.loops.loop import Loop, Task
+from esolm_jax.sampling.loops.loop import Ends, Loop, Task
 from esolm_jax.sampling.loops.whole_text import WholeText
 
 NAMES = ("llada", "dream", "sdar")
@@ -21,22 +21,22 @@ _READ_BY = {  # field → the loops that read it
 _NOT_READ_BY = {"top_p": ("llada",), "top_k": ("llada",)}
 
 
-def make_llada(config, task: Task, eos_id: int | None) -> Loop:
+def make_llada(config, task: Task, ends: Ends) -> Loop:
     s = config.sample
-    ids = () if eos_id is None else (eos_id,)
+    eos, both = (tuple(i for i in ids if i is not None) for ids in (ends[:1], ends))
     rule = llada.LLaDA(
         steps=s.steps,
         block_length=s.block_length,
         order=s.order,
         temperature=s.temperature,
         guidance=s.guidance,
-        never=ids if s.eos == "never" else (),
-        late=ids if s.eos == "late" else (),
+        never=eos if s.eos == "never" else (),
+        late=both if s.eos == "late" else (),
     )
     return WholeText(task, rule, _family(config).predicts_next)
 
 
-def make_dream(config, task: Task, eos_id: int | None) -> Loop:
+def make_dream(config, task: Task, ends: Ends) -> Loop:
     s = config.sample
     rule = dream.Dream(
         steps=s.steps,
@@ -49,7 +49,7 @@ def make_dream(config, task: Task, eos_id: int | None) -> Loop:
     return WholeText(task, rule, _family(config).predicts_next)
 
 
-def make_sdar(config, task: Task, eos_id: int | None) -> Loop:
+def make_sdar(config, task: Task, ends: Ends) -> Loop:
     s = config.sample
     rule = sdar.Rule(
         block_length=config.block_length,

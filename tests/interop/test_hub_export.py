@@ -47,6 +47,8 @@ FAMILIES = {
     | {"model.rope_scaling": "yarn", "model.rope_high": 32.0, "model.rope_attention_factor": 1.2},
 }
 ONE = "--config.mesh.devices=1"
+EOT = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+EOT |= {"content": "<|eot_id|>", "special": True}
 refused = refused_by("export")
 
 
@@ -380,6 +382,11 @@ def test_mask_behind_a_padded_vocabulary_has_its_id(long_qwen):
 
     content = (long_qwen / "tokenizer.json").read_bytes()
     padded = HubTokenizer(content, {"vocab_size": 80, "bos": 59, "eos": 59, "pad": 59})
+    assert padded.eot_id is None
+    with_eot = json.loads(content)
+    with_eot["added_tokens"].append(EOT | {"id": len(with_eot["model"]["vocab"])})
+    ends = HubTokenizer(json.dumps(with_eot).encode(), padded.ids)
+    assert ends.eot_id == len(with_eot["model"]["vocab"])
     made = tokenizer_files.files(padded, with_mask=True)["tokenizer.json"].decode()
     theirs = tokenizers.Tokenizer.from_str(made)
     assert theirs.token_to_id("[MASK]") == padded.mask_id == 80

@@ -13,20 +13,36 @@ from golden_models import case, model, read_json, workdir
 from thorough import thorough
 from tiny_run import command
 
+from esolm_jax.config import default_config
 from esolm_jax.errors import UserError
 from esolm_jax.evaluation.protocol.multiple_choice import log_softmax
 from esolm_jax.family import registry
+from esolm_jax.sampling import published_loops
 from esolm_jax.sampling.engine.choose import TokenSampler
 from esolm_jax.sampling.loops.confidence import Confidence
 from esolm_jax.sampling.loops.dream import Dream
 from esolm_jax.sampling.loops.llada import LLaDA
-from esolm_jax.sampling.loops.loop import Task, row_keys
+from esolm_jax.sampling.loops.loop import Ends, Task, row_keys
 from esolm_jax.sampling.loops.sdar import SDAR, Rule
 from esolm_jax.sampling.loops.whole_text import WholeText, known_by_position
 from esolm_jax.sampling.plan import passes, schedule
 from esolm_jax.sampling.plan.canvas import MASK, Canvas, Seed
 
 NEVER = passes.NEVER
+
+
+@pytest.mark.parametrize(
+    ("eos", "never", "late"), [("free", (), ()), ("never", (5,), ()), ("late", (), (5, 7))]
+)
+def test_ends_of_llada(eos, never, late):
+    """`never` is of EOS, `late` of EOS and of EOT, if the tokenizer has one."""
+    config = default_config()
+    config.objective, config.alpha_0 = "mdlm", 1.0
+    config.sample.update({"loop": "llada", "eos": eos})
+    rule = published_loops.make_llada(config, None, Ends(5, 7)).rule
+    assert (rule.never, rule.late) == (never, late)
+    rule = published_loops.make_llada(config, None, Ends(5, None)).rule
+    assert (rule.never, rule.late) == (never, late[:1])
 
 
 # Each compiles a program, so the others run only on demand; SDAR's runs through the verb below.

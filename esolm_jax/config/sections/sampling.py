@@ -69,7 +69,7 @@ SAMPLE = {
     "guidance": _field(0.0, "Loop llada: strength of classifier-free guidance, against a pass that "
                        "does not see the prompt.", at_least(0), before=0.0),
     "eos": _field("free", "Loop llada: EOS is drawn like other tokens, never, or revealed late (it "
-                  "has no confidence).", OneOf(EOS), before="free"),
+                  "has no confidence; EOT, too).", OneOf(EOS), before="free"),
     "stop_at_eos": _field(False, "Ends a text at its first generated EOS after all known tokens."),
     "temperature": _field(1.0, "Temperature of the draws; 0 = greedy.", at_least(0)),
     "top_p": _field(1.0, "Probability mass of nucleus sampling; 1 = off.",

@@ -8,7 +8,7 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -48,6 +48,13 @@ class Decoded:
     logits: jax.Array | None = None
     log_p: jax.Array | None = None
     drafts: dict[str, jax.Array] = flax.struct.field(default_factory=dict)
+
+
+class Ends(NamedTuple):
+    """Ids of the tokenizer: the end of a text, and of a turn in a chat."""
+
+    eos: int | None = None
+    eot: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
