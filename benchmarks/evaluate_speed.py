@@ -1,0 +1,161 @@
+"""python -m benchmarks.evaluate_speed: windows per second of evaluate and of a forward pass of
+training.
+
+The forward pass of training is the loss of a batch without gradients, with noise, trimmed as a step
+trims it. Evaluation sends each window through all phases of its objective, training through one; so
+each phase of the forward pass has as many rows here as evaluation has windows. Both are interleaved
+in one process, on batches that are in memory: whole loops of `evaluate` (one draw of noise), of
+`evaluate --suite` and of `evaluate --report`. Writes docs/evaluate_speed.{json,md}.
+"""
+
+import argparse
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import interleaved_timings, report_writer, train_speed
+from configs import shakespeare
+from esolm_jax import config as config_lib
+from esolm_jax.evaluation import likelihood, window_noise
+from esolm_jax.evaluation.report import window_sums
+from esolm_jax.family import trim
+from esolm_jax.model import build
+from esolm_jax.parallel import sharding
+from esolm_jax.process import prng
+from esolm_jax.training import phase_loss, train_step
+
+OBJECTIVES = "eso_b:0.5,eso_b:1,mdlm,bd3,ar"
+TARGET = 0.9  # of the forward pass of training
+
+NOTES = """# Speed of evaluation
+
+Made by `python -m benchmarks.evaluate_speed`. Windows per second of the loop of `evaluate` (one draw
+of noise per window), and of the forward pass of training: the loss of a batch, without gradients. The
+target of the project is {target} of the latter.
+
+{table}
+The model of `configs/shakespeare.py` with random weights: windows of {length} tokens, {rows} in a
+batch, {batches} batches in memory. Medians of {repeats} interleaved rounds, in windows per second.
+Ratios are to the forward pass. `--suite`, `--report`: the loops of `evaluate` with these flags.
+
+Evaluation sends each window through all phases of the objective, training through one. So a forward
+pass has {rows} rows of each phase here, and both run equal numbers of tokens.
+"""
+
+
+def make_config(name: str, rows: int):
+    """The quickstart's config with another objective, on one device; `rows` of each phase."""
+    config = shakespeare.get_config()
+    config.objective, config.alpha_0 = train_speed.split_name(name)
+    config.mesh.devices = 1
+    config.eval.batch_size = rows
+    phases = 2 if 0 < config.alpha_0 < 1 else 1
+    config.train.batch_size = phases * rows
+    config_lib.validate(config)
+    return config
+
+
+def forward_pass(training: train_step.Trainer, copies: int):
+    """(params, key, x, valid) → the losses of all phases, each of all rows."""
+    objective, phases = training.objective, training.phases
+
+    @jax.jit
+    def forward(params, key, x, valid):
+        rows = [jnp.concatenate([a] * copies) for a in (x, valid)]
+        labelled = phase_loss.label_batch(phases, key, *rows)
+        tokens = [jnp.sum(part.num_tokens) for part in labelled]
+        pairs = list(zip(labelled, objective.queries, strict=True))
+        fits = [trim.fits(part, queries) for part, queries in pairs if queries]
+        if not fits:
+            return objective.losses(params, labelled, tokens)
+        short = tuple(trim.trim(part, queries) if queries else part for part, queries in pairs)
+        return jax.lax.cond(
+            jnp.all(jnp.stack(fits)),
+            lambda: objective.losses(params, short, tokens),
+            lambda: objective.losses(params, labelled, tokens),
+        )
+
+    return forward
+
+
+def loops(name: str, rows: int, batches: int) -> dict:
+    """The loops over all batches, by name, and nats per token of the forward pass."""
+    config = make_config(name, rows)
+    size = config.data.vocab_size
+    tokenizer = {"vocab_size": size, "mask_id": size, "bos_id": 0}
+    mesh = sharding.make_mesh(config.mesh)
+    built = build.build_model(config, tokenizer, mesh)
+    training = train_step.Trainer(config, built)
+    params = training.init().params
+    x = np.random.default_rng(0).integers(size, size=(batches, rows, config.data.seq_len))
+    valid = np.ones(x.shape[1:], bool)
+    data = [
+        sharding.put_batch({"x": one.astype(np.int32), "valid": valid}, mesh, rows) for one in x
+    ]
+    forward = forward_pass(training, config.train.batch_size // rows)
+
+    def train_loop():
+        keys = jax.random.split(prng.key(0), batches)
+        pairs = zip(keys, data, strict=True)
+        return [forward(params, key, batch["x"], batch["valid"]) for key, batch in pairs]
+
+    settings = {"num_samples": 1, "seed": 0}
+    collect = window_sums.make(config, built)
+    return {
+        "training": train_loop,
+        "evaluate": functools.partial(
+            likelihood.make_nelbo(config, built), params, data, **settings
+        ),
+        "suite": functools.partial(
+            window_noise.make_nelbo(config, built), params, data, **settings
+        ),
+        "report": functools.partial(collect, params, data, windows=rows * batches, **settings),
+    }
+
+
+def measure(name: str, a: argparse.Namespace) -> dict:
+    calls = loops(name, a.rows, a.batches)
+    for call in calls.values():  # compiles
+        jax.block_until_ready(call())
+    seconds, found = interleaved_timings.timed(list(calls.values()), a.repeats)
+    speed = {name: a.rows * a.batches / s for name, s in zip(calls, seconds, strict=True)}
+    row = {f"{name}_windows_per_second": value for name, value in speed.items()}
+    row |= {f"{name}_ratio": speed[name] / speed["training"] for name in list(calls)[1:]}
+    row["training_nll"] = float(np.mean([np.sum(losses) for losses in found[0]]))
+    row["evaluate_nll"] = found[1].nll
+    print({key: round(value, 3) for key, value in row.items()}, flush=True)
+    return {"objective": name} | row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--objectives", default=OBJECTIVES, help="NAME or NAME:ALPHA_0, by commas")
+    parser.add_argument("--rows", type=int, default=64, help="windows of a batch")
+    parser.add_argument("--batches", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("docs/evaluate_speed"))
+    a = parser.parse_args()
+    rows = [measure(name, a) for name in a.objectives.split(",")]
+    head = "objective", "training", "evaluate", "ratio", "--suite", "ratio", "--report", "ratio"
+    lines = []
+    for row in rows:
+        cells = [row["objective"], f"{row['training_windows_per_second']:.1f}"]
+        for name in ("evaluate", "suite", "report"):
+            cells += [f"{row[f'{name}_windows_per_second']:.1f}", f"{row[f'{name}_ratio']:.2f}"]
+        lines.append(cells)
+    text = NOTES.format(
+        target=TARGET,
+        table=report_writer.table(head, lines),
+        length=shakespeare.get_config().data.seq_len,
+        rows=a.rows,
+        batches=a.batches,
+        repeats=a.repeats,
+    )
+    report_writer.write(a.out, {"rows": rows, "settings": vars(a) | {"out": str(a.out)}}, text)
+
+
+if __name__ == "__main__":
+    main()
