@@ -32,9 +32,9 @@ TARGET = 0.9  # of the forward pass of training
 
 NOTES = """# Speed of evaluation
 
-Made by `python -m benchmarks.evaluate_speed`. Windows per second of the loop of `evaluate` (one draw
-of noise per window), and of the forward pass of training: the loss of a batch, without gradients. The
-target of the project is {target} of the latter.
+Made by `python -m benchmarks.evaluate_speed`. Windows per second of the loop of `evaluate` (one
+draw of noise per window), and of the forward pass of training: the loss of a batch, without
+gradients. The target of the project is {target} of the latter.
 
 {table}
 The model of `configs/shakespeare.py` with random weights: windows of {length} tokens, {rows} in a

@@ -16,9 +16,11 @@ import numpy as np
 
 from esolm_jax.evaluation.likelihood import (
     Estimate,
+    bound_phases,
     counted_batches,
     labelled_nll,
     log_mean_exp,
+    on_kept_queries,
 )
 from esolm_jax.family import eso_b
 from esolm_jax.family.labels import LabelledBatch
@@ -75,9 +77,11 @@ def phase_nll(
 ) -> jax.Array:
     """One draw of each phase's part of the NELBO of each row: float32 [phases, B]. Arguments are
     those of labelled_phases."""
-    phases = labelled_phases(config, built, key, offset_B, window_B, x, valid)
+    batches = labelled_phases(config, built, key, offset_B, window_B, x, valid)
+    phases = bound_phases(config, built.special)
     nll = functools.partial(labelled_nll, built.apply, built.head, params)
-    return jnp.stack([nll(labelled) for labelled in phases])
+    pairs = zip(phases, batches, strict=True)
+    return jnp.stack([on_kept_queries(nll, *pair, built.mesh) for pair in pairs])
 
 
 def noise_of(key: jax.Array, first: Any, rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:

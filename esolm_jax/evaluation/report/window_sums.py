@@ -11,12 +11,18 @@ errors.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esolm_jax.evaluation.likelihood import Estimate, counted_batches
+from esolm_jax.evaluation.likelihood import (
+    Estimate,
+    bound_phases,
+    counted_batches,
+    on_kept_queries,
+)
 from esolm_jax.evaluation.window_noise import (
     compiled,
     labelled_phases,
@@ -25,7 +31,7 @@ from esolm_jax.evaluation.window_noise import (
 )
 from esolm_jax.family import noise, registry
 from esolm_jax.family.labels import LabelledBatch
-from esolm_jax.family.phase import Phase, is_exact, make_phases
+from esolm_jax.family.phase import Phase, is_exact
 from esolm_jax.model.build import BuiltModel
 from esolm_jax.model.lm_head import TokenStatistics, token_statistics
 from esolm_jax.process import prng
@@ -59,11 +65,21 @@ class WindowSums:
     cells: np.ndarray
 
 
+def is_diffusion(phase: Phase) -> bool:
+    """Whether the weights of a phase are those of noise levels."""
+    return phase.name == "diffusion"
+
+
+def num_groups(phase: Phase) -> int:
+    """The noise levels of a diffusion phase; another phase is one group."""
+    return NOISE_BINS if is_diffusion(phase) else 1
+
+
 def group_names(config, phases: Iterable[Phase]) -> tuple[str, ...]:
-    """NOISE_BINS noise levels of a diffusion phase; the name of another phase."""
+    """The names of all groups."""
     names: list[str] = []
     for phase in phases:
-        if phase.name != "diffusion":
+        if not is_diffusion(phase):
             names.append(phase.name)
             continue
         edges = [config.alpha_0 * i / NOISE_BINS for i in range(NOISE_BINS + 1)]
@@ -108,51 +124,63 @@ def cells_of(labelled: LabelledBatch, statistics: TokenStatistics, group, count:
     return sums.reshape(len(group), count, CONFIDENCE_BINS, len(CELL))
 
 
-def make_draw(config, built: BuiltModel) -> Callable:
-    """Returns draw(params, key, first, x, valid) → one draw of (nats [B, bins], real tokens
-    [B, bins], cells [B, groups, CONFIDENCE_BINS, 5]), float32, of windows `first` and following."""
-    phases = make_phases(config, built.special, low_variance=False)
-    names, shift = group_names(config, phases), registry.get(config.objective).predicts_next
-    bin_of, edges = position_bins(config.data.seq_len)
-    bins = len(edges) - 1
+@dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity, for jax.jit
+class _Draw:
+    """One draw of noise.
 
-    def statistics_of(params, labelled: LabelledBatch) -> TokenStatistics:
-        predicted = (0, labelled.target.shape[1])
-        hidden = built.apply(params, labelled.tokens, predict=predicted, head=False)
-        target, weight = (labelled.target,), (labelled.weight,)
-        return token_statistics(built.head, (hidden,), params["logits"], target, weight)[0]
+    Attributes:
+      names: of the groups. bin_of: the bin of each position, int32 [L]. bins: their number.
+    """
 
-    def draw(params, key, first, x, valid):
+    config: Any
+    built: BuiltModel
+    names: tuple[str, ...]
+    bin_of: np.ndarray
+    bins: int
+
+    def run(self, params, key, first, x, valid):
+        """(nats [B, bins], real tokens [B, bins], cells [B, groups, CONFIDENCE_BINS, 5]), float32,
+        of the windows `first` and following."""
         rows = x.shape[0]
-        place = jnp.broadcast_to(jnp.asarray(bin_of)[None], x.shape)
-        tokens = _sums_of(place, bins, valid.astype(jnp.float32))
-        nats = jnp.zeros((rows, bins))
-        cells = jnp.zeros((rows, len(names), CONFIDENCE_BINS, len(CELL)))
-        batches = labelled_phases(config, built, *noise_of(key, first, rows), x, valid)
-        begin = 0
+        place = jnp.broadcast_to(jnp.asarray(self.bin_of)[None], x.shape)
+        tokens = _sums_of(place, self.bins, valid.astype(jnp.float32))
+        drawn = noise_of(key, first, rows)
+        batches = labelled_phases(self.config, self.built, *drawn, x, valid)
+        phases = bound_phases(self.config, self.built.special)
+        found, group = [], 0
         for phase, labelled in zip(phases, batches, strict=True):
-            found = statistics_of(params, labelled)
-            position = labelled.tokens.position[:, : labelled.target.shape[1]] + shift
-            at_bin = jnp.asarray(bin_of).at[position].get(mode="fill", fill_value=bins)
-            nats += _sums_of(at_bin, bins, labelled.weight * found.nll)
-            is_diffusion = phase.name == "diffusion"
-            group = jnp.full(position.shape, begin)
-            if is_diffusion:
-                group += _noise_bin(labelled, config.alpha_0)
-            begin += NOISE_BINS if is_diffusion else 1
-            cells += cells_of(labelled, found, group, len(names))
+            run = functools.partial(self._phase, params, is_diffusion(phase), group)
+            found.append(on_kept_queries(run, phase, labelled, self.built.mesh))
+            group += num_groups(phase)
+        nats, cells = (sum(each[1:], each[0]) for each in zip(*found, strict=True))
         return nats, tokens, cells
 
-    return draw
+    def _phase(self, params, has_levels: bool, group: int, labelled: LabelledBatch):
+        """The nats and cells of a phase. `group`: its first one."""
+        found = self._statistics(params, labelled)
+        shift = registry.get(self.config.objective).predicts_next
+        position = labelled.tokens.position[:, : labelled.target.shape[1]] + shift
+        at_bin = jnp.asarray(self.bin_of).at[position].get(mode="fill", fill_value=self.bins)
+        nats = _sums_of(at_bin, self.bins, labelled.weight * found.nll)
+        groups = jnp.full(position.shape, group)
+        if has_levels:
+            groups += _noise_bin(labelled, self.config.alpha_0)
+        return nats, cells_of(labelled, found, groups, len(self.names))
+
+    def _statistics(self, params, labelled: LabelledBatch) -> TokenStatistics:
+        predicted = (0, labelled.target.shape[1])
+        hidden = self.built.apply(params, labelled.tokens, predict=predicted, head=False)
+        target, weight = (labelled.target,), (labelled.weight,)
+        return token_statistics(self.built.head, (hidden,), params["logits"], target, weight)[0]
 
 
 def make(config, built: BuiltModel) -> Callable[..., WindowSums]:
     """Returns collect(params, batches, *, windows, num_samples, seed, progress, total) →
     WindowSums, where `batches` hold `windows` windows, as those of window_noise.make_nelbo."""
     exact = is_exact(config)
-    names = group_names(config, make_phases(config, built.special, low_variance=False))
-    _, edges = position_bins(config.data.seq_len)
-    run = compiled(make_draw(config, built), built)
+    names = group_names(config, bound_phases(config, built.special))
+    bin_of, edges = position_bins(config.data.seq_len)
+    run = compiled(_Draw(config, built, names, bin_of, len(edges) - 1).run, built)
 
     def collect(
         params, batches, *, windows: int, num_samples: int, seed: int, progress=None, total=None
@@ -163,8 +191,8 @@ def make(config, built: BuiltModel) -> Callable[..., WindowSums]:
         cells = np.zeros((blocks, len(names), CONFIDENCE_BINS, len(CELL)))
         values, counts, first = [], [], 0
         for _, count, batch in counted_batches(batches, built.mesh, progress, total):
-            one = functools.partial(run, params)
-            drawn = [one(key, np.int32(first), batch["x"], batch["valid"]) for key in keys]
+            rows = np.int32(first), batch["x"], batch["valid"]
+            drawn = [run(params, key, *rows) for key in keys]
             nats, tokens, levels = (
                 np.array([np.asarray(d[i]) for d in drawn], np.float64) for i in range(3)
             )
