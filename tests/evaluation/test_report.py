@@ -5,7 +5,8 @@ import re
 
 import pytest
 import tiny_run
-from tiny_run import FILE, arguments, command
+from random_run import make_run
+from tiny_run import command
 
 from esolm_jax.data.manifest import load_manifest
 from esolm_jax.training import checkpoint_meta
@@ -30,12 +31,11 @@ folder = "third"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """(workdir, fields) of a tiny Eso-LM (B)."""
+    """(workdir, fields) of a tiny Eso-LM (B) with random weights."""
     folder = tmp_path_factory.mktemp("report")
-    fields = tiny_run.write_data(folder) | {"train.steps": 2, "eval.max_windows": 0}
-    args = [f"--workdir={folder / 'work'}", f"--config={FILE}", *arguments(fields)]
-    assert command("train", *args) == 0
-    return folder / "work", fields
+    fields = tiny_run.write_data(folder) | {"data.source": "text", "eval.max_windows": 0}
+    fields["data.seq_len"] = tiny_run.LENGTH
+    return make_run(folder / "work", **fields), fields
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_report_of_a_split(run, capsys):
     (one,) = found["data_sets"]
     assert one["data"]["split_sha256"] == manifest.split("test")["sha256"]
     assert one["windows"] == manifest.split("test")["windows"] and one["unigram_perplexity"] > 1
-    assert found["checkpoint_sha256"] == checkpoint_meta.digest_of(workdir, 2)
+    assert found["checkpoint_sha256"] == checkpoint_meta.digest_of(workdir, 7)
     assert "--report" in found["command"] and len(found["code_sha256"]) == 12
     nelbo, weighted = found["all"]["results"]
     assert (nelbo["bound"], nelbo["num_samples"]) == ("nelbo", 2)

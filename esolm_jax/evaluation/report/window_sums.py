@@ -125,7 +125,7 @@ def cells_of(labelled: LabelledBatch, statistics: TokenStatistics, group, count:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity, for jax.jit
-class _Draw:
+class Draw:
     """One draw of noise.
 
     Attributes:
@@ -138,6 +138,12 @@ class _Draw:
     bin_of: np.ndarray
     bins: int
 
+    @classmethod
+    def of(cls, config, built: BuiltModel) -> "Draw":
+        names = group_names(config, bound_phases(config, built.special))
+        bin_of, edges = position_bins(config.data.seq_len)
+        return cls(config, built, names, bin_of, len(edges) - 1)
+
     def run(self, params, key, first, x, valid):
         """(nats [B, bins], real tokens [B, bins], cells [B, groups, CONFIDENCE_BINS, 5]), float32,
         of the windows `first` and following."""
@@ -149,13 +155,13 @@ class _Draw:
         phases = bound_phases(self.config, self.built.special)
         found, group = [], 0
         for phase, labelled in zip(phases, batches, strict=True):
-            run = functools.partial(self._phase, params, is_diffusion(phase), group)
+            run = functools.partial(self.phase_sums, params, is_diffusion(phase), group)
             found.append(on_kept_queries(run, phase, labelled, self.built.mesh))
             group += num_groups(phase)
         nats, cells = (sum(each[1:], each[0]) for each in zip(*found, strict=True))
         return nats, tokens, cells
 
-    def _phase(self, params, has_levels: bool, group: int, labelled: LabelledBatch):
+    def phase_sums(self, params, has_levels: bool, group: int, labelled: LabelledBatch):
         """The nats and cells of a phase. `group`: its first one."""
         found = self._statistics(params, labelled)
         shift = registry.get(self.config.objective).predicts_next
@@ -177,10 +183,9 @@ class _Draw:
 def make(config, built: BuiltModel) -> Callable[..., WindowSums]:
     """Returns collect(params, batches, *, windows, num_samples, seed, progress, total) →
     WindowSums, where `batches` hold `windows` windows, as those of window_noise.make_nelbo."""
-    exact = is_exact(config)
-    names = group_names(config, bound_phases(config, built.special))
-    bin_of, edges = position_bins(config.data.seq_len)
-    run = compiled(_Draw(config, built, names, bin_of, len(edges) - 1).run, built)
+    exact, draw = is_exact(config), Draw.of(config, built)
+    _, edges = position_bins(config.data.seq_len)
+    run = compiled(draw.run, built)
 
     def collect(
         params, batches, *, windows: int, num_samples: int, seed: int, progress=None, total=None
@@ -188,7 +193,7 @@ def make(config, built: BuiltModel) -> Callable[..., WindowSums]:
         draws, blocks = 1 if exact else num_samples, min(windows, BLOCKS)
         keys = jax.random.split(prng.key(seed), draws)
         positions = np.zeros((blocks, len(edges) - 1, 2))
-        cells = np.zeros((blocks, len(names), CONFIDENCE_BINS, len(CELL)))
+        cells = np.zeros((blocks, len(draw.names), CONFIDENCE_BINS, len(CELL)))
         values, counts, first = [], [], 0
         for _, count, batch in counted_batches(batches, built.mesh, progress, total):
             rows = np.int32(first), batch["x"], batch["valid"]
@@ -205,6 +210,6 @@ def make(config, built: BuiltModel) -> Callable[..., WindowSums]:
             counts.append(count)
             first += len(count)
         estimate = nelbo_estimate(np.concatenate(values, axis=1), np.concatenate(counts), exact)
-        return WindowSums(estimate, draws, edges, positions, names, cells)
+        return WindowSums(estimate, draws, edges, positions, draw.names, cells)
 
     return collect
