@@ -38,13 +38,13 @@ gradients. The target of the project is {target} of the latter.
 
 {table}
 The model of `configs/shakespeare.py` with random weights: windows of {length} tokens, {rows} in a
-batch, {batches} batches in memory. Medians of {repeats} interleaved rounds, in windows per second;
-ratios are the medians of the rounds' ratios to the forward pass. `--suite`, `--report`: the loops of
-`evaluate` with these flags.
+batch, {batches} batches in memory. Medians of {repeats} interleaved rounds with other noise, in
+windows per second; ratios are the medians of the rounds' ratios to the forward pass. `--suite`,
+`--report`: the loops of `evaluate` with these flags.
 
 Evaluation sends each window through all phases of the objective, training through one. So a forward
-pass has {rows} rows of each phase here, and both run equal numbers of tokens. Both drop query copies
-that reach no loss, except in a batch with too many predicted tokens.
+pass has {rows} rows of each phase here, and both run equal numbers of tokens. Both drop query
+copies that reach no loss, except in a batch with too many predicted tokens.
 """
 
 
@@ -84,7 +84,7 @@ def forward_pass(training: train_step.Trainer, copies: int):
 
 
 def loops(name: str, rows: int, batches: int) -> dict:
-    """The loops over all batches, by name, and nats per token of the forward pass."""
+    """The loops over all batches, by name: seed → results."""
     config = make_config(name, rows)
     size = config.data.vocab_size
     tokenizer = {"vocab_size": size, "mask_id": size, "bos_id": 0}
@@ -99,32 +99,29 @@ def loops(name: str, rows: int, batches: int) -> dict:
     ]
     forward = forward_pass(training, config.train.batch_size // rows)
 
-    def train_loop():
-        keys = jax.random.split(prng.key(0), batches)
+    def train_loop(seed: int):
+        keys = jax.random.split(prng.key(seed), batches)
         pairs = zip(keys, data, strict=True)
         return [forward(params, key, batch["x"], batch["valid"]) for key, batch in pairs]
 
-    settings = {"num_samples": 1, "seed": 0}
-    collect = window_sums.make(config, built)
-    return {
-        "training": train_loop,
-        "evaluate": functools.partial(
-            likelihood.make_nelbo(config, built), params, data, **settings
-        ),
-        "suite": functools.partial(
-            window_noise.make_nelbo(config, built), params, data, **settings
-        ),
-        "report": functools.partial(collect, params, data, windows=rows * batches, **settings),
+    evaluate = likelihood.make_nelbo(config, built)
+    suite = window_noise.make_nelbo(config, built)
+    report = functools.partial(window_sums.make(config, built), windows=rows * batches)
+    others = {"evaluate": evaluate, "suite": suite, "report": report}
+    return {"training": train_loop} | {
+        name: lambda seed, run=run: run(params, data, num_samples=1, seed=seed)
+        for name, run in others.items()
     }
 
 
 def measure(name: str, a: argparse.Namespace) -> dict:
     calls = loops(name, a.rows, a.batches)
     for call in calls.values():  # compiles
-        jax.block_until_ready(call())
+        jax.block_until_ready(call(0))
     rounds = []
-    for _ in range(a.repeats):
-        seconds, found = interleaved_timings.timed(list(calls.values()), 1)
+    for seed in range(a.repeats):
+        seeded = [functools.partial(call, seed) for call in calls.values()]
+        seconds, found = interleaved_timings.timed(seeded, 1)
         rounds.append([a.rows * a.batches / s for s in seconds])
     speed = np.array(rounds)
     medians, ratios = np.median(speed, axis=0), np.median(speed / speed[:, :1], axis=0)
@@ -140,8 +137,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--objectives", default=OBJECTIVES, help="NAME or NAME:ALPHA_0, by commas")
     parser.add_argument("--rows", type=int, default=64, help="windows of a batch")
-    parser.add_argument("--batches", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--batches", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=12)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("docs/evaluate_speed"))
     a = parser.parse_args()
     rows = [measure(name, a) for name in a.objectives.split(",")]
