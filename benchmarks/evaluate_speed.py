@@ -61,11 +61,13 @@ def make_config(name: str, rows: int):
 
 
 def forward_pass(training: train_step.Trainer, copies: int):
-    """(params, key, x, valid) → the losses of all phases, each of all rows."""
+    """(params, key, x, valid, before) → the losses of all phases, each of all rows. It waits for
+    `before`, an earlier result, as a training step waits for the one before."""
     objective, phases = training.objective, training.phases
 
     @jax.jit
-    def forward(params, key, x, valid):
+    def forward(params, key, x, valid, before):
+        params, _ = jax.lax.optimization_barrier((params, before))
         rows = [jnp.concatenate([a] * copies) for a in (x, valid)]
         labelled = phase_loss.label_batch(phases, key, *rows)
         tokens = [jnp.sum(part.num_tokens) for part in labelled]
@@ -101,8 +103,10 @@ def loops(name: str, rows: int, batches: int) -> dict:
 
     def train_loop(seed: int):
         keys = jax.random.split(prng.key(seed), batches)
-        pairs = zip(keys, data, strict=True)
-        return [forward(params, key, batch["x"], batch["valid"]) for key, batch in pairs]
+        losses = [jnp.zeros(len(training.phases))]
+        for key, batch in zip(keys, data, strict=True):
+            losses.append(forward(params, key, batch["x"], batch["valid"], losses[-1]))
+        return losses[1:]
 
     evaluate = likelihood.make_nelbo(config, built)
     suite = window_noise.make_nelbo(config, built)

@@ -197,10 +197,8 @@ def make(config, built: BuiltModel) -> Callable[..., WindowSums]:
         values, counts, first = [], [], 0
         for _, count, batch in counted_batches(batches, built.mesh, progress, total):
             rows = np.int32(first), batch["x"], batch["valid"]
-            drawn = [run(params, key, *rows) for key in keys]
-            nats, tokens, levels = (
-                np.array([np.asarray(d[i]) for d in drawn], np.float64) for i in range(3)
-            )
+            drawn = [jax.tree.map(np.asarray, run(params, key, *rows)) for key in keys]
+            nats, tokens, levels = (np.array(each, np.float64) for each in zip(*drawn, strict=True))
             is_real = count > 0
             block = (first + np.arange(len(count)))[is_real] * blocks // windows
             both = np.stack([nats.mean(axis=0), tokens[0]], axis=-1)
