@@ -44,7 +44,7 @@ windows per second; ratios are the medians of the rounds' ratios to the forward 
 
 Evaluation sends each window through all phases of the objective, training through one. So a forward
 pass has {rows} rows of each phase here, and both run equal numbers of tokens. Both drop query
-copies that reach no loss, except in a batch with too many predicted tokens.
+copies that reach no loss, except in a batch with too many predicted tokens.{note}
 """
 
 
@@ -143,6 +143,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64, help="windows of a batch")
     parser.add_argument("--batches", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=12)
+    parser.add_argument("--note", default="", help="a sentence for the page, on the machine's load")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("docs/evaluate_speed"))
     a = parser.parse_args()
     rows = [measure(name, a) for name in a.objectives.split(",")]
@@ -160,6 +161,7 @@ def main() -> None:
         rows=a.rows,
         batches=a.batches,
         repeats=a.repeats,
+        note=f" {a.note}" if a.note else "",
     )
     report_writer.write(a.out, {"rows": rows, "settings": vars(a) | {"out": str(a.out)}}, text)
 

@@ -55,10 +55,15 @@ def report(workdir, *args):
     return json.loads((workdir / "report.json").read_text(), parse_constant=pytest.fail)
 
 
-def test_report_of_a_split(run, capsys):
+@pytest.fixture(scope="module")
+def first(run):
+    """The report of the test split, on one device."""
+    return report(run[0], "--config.eval.num_orders=2")
+
+
+def test_report_of_a_split(run, first):
     workdir, fields = run
-    found = report(workdir, "--config.eval.num_orders=2")
-    printed = capsys.readouterr().out
+    found = first
     manifest = load_manifest(fields["data.dir"])
     (one,) = found["data_sets"]
     assert one["data"]["split_sha256"] == manifest.split("test")["sha256"]
@@ -72,14 +77,29 @@ def test_report_of_a_split(run, capsys):
     assert nats == pytest.approx(nelbo["nll_per_token"] * nelbo["num_tokens"], rel=1e-9)
     names = [group["group"] for group in found["all"]["calibration"]]
     assert names[0] == "all" and names[-1] == "sequential"
-    for name in ("report.md", "report.json", "report.png"):
-        assert str(workdir / name) in printed and (workdir / name).stat().st_size > 1000
-    assert "expected calibration error" in printed and "\nnext: python -m" in printed
     assert not (workdir / "evaluate.json").exists()
 
 
-def test_page_has_the_figures(run):
-    found = report(run[0])
+def test_devices_and_batch_size_change_nothing(run, first, capsys):
+    """Rows, tokens and the vocabulary are sharded; batches of 3 are rounded up."""
+    workdir, _ = run
+    axes = ["--config.mesh.tensor=2", "--config.mesh.sequence=2", "--config.mesh.devices=8"]
+    found = report(workdir, *axes, "--config.eval.batch_size=3")
+    printed = capsys.readouterr().out
+    for one, other in zip(found["all"]["positions"], first["all"]["positions"], strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+    pairs = zip(found["all"]["calibration"], first["all"]["calibration"], strict=True)
+    for one, other in pairs:
+        for name in ("predictions", "accuracy", "mean_confidence", "mean_entropy", "mean_nll"):
+            assert one[name] == pytest.approx(other[name], rel=1e-5), name
+    for name in ("report.md", "report.json", "report.png"):
+        assert str(workdir / name) in printed and (workdir / name).stat().st_size > 1000
+    assert "expected calibration error" in printed and "\nnext: python -m" in printed
+
+
+def test_page_has_the_figures(run, first):
+    del first  # or the test above
+    found = json.loads((run[0] / "report.json").read_text())
     text = (run[0] / "report.md").read_text()
     assert text.startswith("# ") and re.search(r"at commit ([0-9a-f]{7}|unknown)", text)
     whole = found["all"]

@@ -99,6 +99,7 @@ def _facts(report: dict[str, Any]) -> Iterable[tuple[str, str]]:
     yield "sha256 of the checkpoint", f"{report['checkpoint_sha256'] or 'unknown'}"
     yield "windows", f"of {report['seq_len']} tokens, {report['draws']} draws of noise each"
     yield "seed", f"{report['seed']}"
+    yield "devices", f"{report['devices']}, jax {report['jax']}"
     for one in report["data_sets"]:
         data = one["data"]
         which = "all" if data["whole_split"] else f"{data['windows']:,} of"

@@ -14,6 +14,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+
 import esolm_jax
 from esolm_jax.config import METRICS
 from esolm_jax.data.manifest import Manifest
@@ -101,6 +103,8 @@ def evaluate(config, trained: TrainedModel, domains: Sequence[Domain]) -> dict[s
         "seed": config.seed,
         "batch_size": config.eval.batch_size,
         **_code(),
+        "devices": _devices(trained),
+        "jax": jax.__version__,
         "jax_settings": jax_settings.recorded(),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
@@ -170,6 +174,12 @@ def _about(domain: Domain, trained: TrainedModel) -> dict[str, Any]:
         "unigram_note": note,
         "data": provenance.evaluated_data(manifest, split, windows),
     }
+
+
+def _devices(trained: TrainedModel) -> str:
+    """The number and kind of the devices of the mesh."""
+    devices = trained.built.mesh.devices
+    return f"{devices.size} {devices.flat[0].device_kind}"
 
 
 def _code() -> dict[str, str]:
