@@ -6,6 +6,8 @@
                        --draws draws of masks: see evaluation/answers.py
 --suite=zeroshot|FILE  all data sets of a suite (evaluation/suite), from files below --data_root=DIR
 --protocol=published   with --suite: the bound and the windows of the published code
+--report               report.md, .json and .png instead: perplexity by position and by data set of
+                       --suite, calibration of the predicted distributions (docs/report.md)
 
 evaluate.json is the last evaluation; evaluations.jsonl has one line per evaluation. A suite's
 results are in WORKDIR/suites; data sets that are done are not evaluated again.
@@ -30,6 +32,7 @@ from esolm_jax.errors import UserError, nearest
 from esolm_jax.evaluation import answers, metrics, provenance
 from esolm_jax.evaluation.batches import eval_batches
 from esolm_jax.evaluation.metric import check_finite
+from esolm_jax.evaluation.report import report_page, report_run
 from esolm_jax.evaluation.suite import suite_data, suite_file, suite_report, suite_run
 from esolm_jax.model import build
 from esolm_jax.parallel import distributed, multihost, sharding
@@ -83,16 +86,7 @@ def evaluate_suite(config, workdir: pathlib.Path, request: suite_run.Request) ->
     Raises:
       UserError: bad data of the suite, or a bound that the family lacks.
     """
-    mesh = sharding.make_mesh(config.mesh)
-    shards = sharding.num_row_shards(mesh)
-    if request.protocol == "all":  # figures do not depend on the batch size: make it divisible
-        size = -(-config.eval.batch_size // shards) * shards
-        config = config_lib.overridden(config, {"eval.batch_size": size})
-    config_lib.validate_evaluation(config, shards)
-    meta = checkpoint_meta.read_meta(workdir, cli.step_flag())
-    model = build.model_config(config, meta["tokenizer"], sharding.platform(mesh))
-    memory_limit.check_evaluation(config, model, mesh)
-    trained = restore.load_trained(config, workdir, config.eval.weights, mesh, cli.step_flag())
+    config, trained = _load(config, workdir, any_batch_size=request.protocol == "all")
     checkpoint = {
         "step": trained.step,
         "checkpoint_sha256": _digest(workdir, trained.step),
@@ -100,6 +94,46 @@ def evaluate_suite(config, workdir: pathlib.Path, request: suite_run.Request) ->
     }
     request = dataclasses.replace(request, checkpoint=checkpoint)
     return suite_run.evaluate(config, workdir, request, trained)
+
+
+def evaluate_report(config, workdir: pathlib.Path, request: suite_run.Request | None) -> dict:
+    """The report of config.eval.split, or of the data sets of a suite, as a JSON-able dict; see
+    evaluation/report.
+
+    Raises:
+      UserError: bad data, or data or tokenizer of another model.
+    """
+    report_run.check(config)
+    config, trained = _load(config, workdir, any_batch_size=True)
+    if request is None:
+        manifest = load_data(config, workdir)
+        restore.check_same_tokenizer(manifest, trained.meta)
+        domains = report_run.of_split(config, manifest)
+    else:
+        domains = report_run.of_suite(config, workdir, request, trained)
+    published = request.suite.published if request else ()
+    return {
+        "checkpoint_sha256": _digest(workdir, trained.step),
+        **report_run.evaluate(config, trained, domains),
+        "missing": request.missing if request else [],
+        "published": [dataclasses.asdict(one) for one in published],
+    }
+
+
+def _load(config, workdir: pathlib.Path, *, any_batch_size: bool):
+    """(config, trained model). `any_batch_size`: figures do not depend on it, so it is rounded up
+    to the devices that shard rows."""
+    mesh = sharding.make_mesh(config.mesh)
+    shards = sharding.num_row_shards(mesh)
+    if any_batch_size:
+        size = -(-config.eval.batch_size // shards) * shards
+        config = config_lib.overridden(config, {"eval.batch_size": size})
+    config_lib.validate_evaluation(config, shards)
+    meta = checkpoint_meta.read_meta(workdir, cli.step_flag())
+    model = build.model_config(config, meta["tokenizer"], sharding.platform(mesh))
+    memory_limit.check_evaluation(config, model, mesh)
+    trained = restore.load_trained(config, workdir, config.eval.weights, mesh, cli.step_flag())
+    return config, trained
 
 
 def _results(
@@ -155,6 +189,23 @@ def define_flags() -> None:
     flags.DEFINE_string("suite", "", "A suite of data sets: zeroshot, or a TOML file.")
     flags.DEFINE_string("data_root", "", "Folder with the files of the suite's data sets.")
     flags.DEFINE_string("protocol", "all", "all or published: see evaluation/suite.")
+    flags.DEFINE_bool("report", False, "Write a report: see evaluation/report.")
+
+
+def _wants_report() -> bool:
+    """The flag --report. UserError: another flag excludes it."""
+    if not cli.flag("report", False):
+        return False
+    others = {
+        "--verify": cli.flag("verify", False) and "a report evaluates the model",
+        "--answers": cli.flag("answers", "") and "a report is of windows of data sets",
+        "--protocol=published": cli.flag("protocol", "") == "published"
+        and "the noise of a report belongs to the windows",
+    }
+    for name, reason in others.items():
+        if reason:
+            raise UserError(f"--report: must be given without {name}, because {reason}")
+    return True
 
 
 def suite_request() -> suite_run.Request | None:
@@ -189,6 +240,28 @@ def _main_suite(config, workdir: pathlib.Path, request: suite_run.Request) -> No
     print(f"wrote {folder}: report.json, report.md, report.png")
 
 
+def _main_report(config, workdir: pathlib.Path, request: suite_run.Request | None) -> None:
+    results.check_can_write(*report_page.paths(workdir))
+    for note in request.missing if request else ():
+        print(f"missing: {note}")
+    report = evaluate_report(config, workdir, request)
+    if distributed.is_main():  # all processes have the same figures
+        report_page.write(workdir, report)
+    print("\n".join(report_page.bounds_table(report)))
+    first = report["all"]["calibration"][0]
+    print(
+        f"expected calibration error {first['ece']:.4f} of {first['predictions']:,} predictions; "
+        f"mean entropy {first['mean_entropy']:.4f}, mean NLL {first['mean_nll']:.4f}"
+    )
+    print(f"wrote {', '.join(map(str, report_page.paths(workdir)))}")
+    print(_next_sample(config, workdir))
+
+
+def _next_sample(config, workdir: pathlib.Path) -> str:
+    fits = cli.mesh_flags(config, sharding.make_mesh(config.mesh), sampling=True)
+    return cli.next_command("sample", workdir, *fits, keep=cli.CHECKPOINT_DATA_AND_DEVICES)
+
+
 def default_config(flag: cli.FlagValue) -> str | None:
     """A config for --verify that does not depend on the workdir."""
     del flag
@@ -211,13 +284,18 @@ def _score_answers(config, workdir: pathlib.Path, file: pathlib.Path) -> None:
 
 
 def main(config, workdir: pathlib.Path) -> None:
+    wants_report = _wants_report()
     if cli.flag("verify", False):
         multihost.on_main(lambda: verify.main(config, workdir))
         return
     if file := cli.flag("answers", ""):
         _score_answers(config, workdir, pathlib.Path(file))
         return
-    if request := suite_request():
+    request = suite_request()
+    if wants_report:
+        _main_report(config, workdir, request)
+        return
+    if request:
         _main_suite(config, workdir, request)
         return
     path, history = workdir / FILE, workdir / HISTORY
@@ -230,8 +308,7 @@ def main(config, workdir: pathlib.Path) -> None:
         print(result["summary"])
     print(_what_of(figures))
     print(f"wrote {path}, and a line in {history}")
-    fits = cli.mesh_flags(config, sharding.make_mesh(config.mesh), sampling=True)
-    print(cli.next_command("sample", workdir, *fits, keep=cli.CHECKPOINT_DATA_AND_DEVICES))
+    print(_next_sample(config, workdir))
 
 
 CLI = cli.Verb(reads_checkpoint=True, define_flags=define_flags, default_config=default_config)

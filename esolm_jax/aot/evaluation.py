@@ -7,9 +7,8 @@ import jax.numpy as jnp
 
 from esolm_jax.aot import hlo, report, topology
 from esolm_jax.aot.chips import Chip
-from esolm_jax.aot.kernel_flops import kernel_flops
+from esolm_jax.aot.kernel_flops import USUAL, kernel_flops
 from esolm_jax.evaluation import likelihood
-from esolm_jax.family.phase import make_phases
 from esolm_jax.parallel import sharding
 from esolm_jax.process import prng
 from esolm_jax.training.train_step import Trainer
@@ -22,7 +21,7 @@ def _rows(training: Trainer, shape, dtype=jnp.int32):
 def lowered(config, training: Trainer):
     """One draw of the NELBO for a batch of config.eval.batch_size windows, lowered."""
     built = training.built
-    phases = make_phases(config, built.special, low_variance=False)
+    phases = likelihood.bound_phases(config, built.special)
     draw = functools.partial(likelihood.nelbo, built.apply, phases, built.head)
     shape = config.eval.batch_size, config.data.seq_len
     key = jax.eval_shape(lambda: prng.key(0))
@@ -32,16 +31,20 @@ def lowered(config, training: Trainer):
 
 
 def measure(config, training: Trainer, chip: Chip) -> dict:
-    """HBM, FLOPs and collectives on one chip."""
+    """HBM, FLOPs and collectives on one chip; the usual branch is the trimmed pass."""
     with topology.compiling_for(training.built.mesh):
         compiled = lowered(config, training).compile()
     mesh, model = training.built.mesh, training.built.model
     tokens = config.eval.batch_size * config.data.seq_len // sharding.num_row_shards(mesh)
     head = training.built.head.sized(tokens, model.vocab_size // mesh.shape["tensor"])
+    shape = config.eval.batch_size, config.data.seq_len
+    phases = likelihood.bound_phases(config, training.built.special)
+    queries = [likelihood.kept_queries(phase, *shape, mesh) for phase in phases]
     cost = hlo.analyse(
         compiled.as_text(),
         trip_counts={"predicted_chunks": tokens / head.chunk},
-        kernel_flops=kernel_flops(training, compiled.as_text()),
+        branches=USUAL,
+        kernel_flops=kernel_flops(training, compiled.as_text(), queries),
     )
     return {
         "program": "evaluate",

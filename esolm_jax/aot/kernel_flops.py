@@ -3,6 +3,8 @@
 Counts the blocks that a kernel computes: those with a visible pair.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -31,12 +33,18 @@ _PRODUCTS = {
 DRAWN_ROWS = 16  # of labels without a layout
 
 
-def kernel_flops(training: Trainer, text: str) -> dict[str, float]:
-    """FLOPs of one execution of every attention kernel in a program, by its name."""
+def kernel_flops(
+    training: Trainer, text: str, queries: Sequence[int | None] | None = None
+) -> dict[str, float]:
+    """FLOPs of one execution of every attention kernel in a program, by its name.
+
+    queries: query copies of a trimmed pass of each phase; None: those of a training step.
+    """
     kernels = hlo.analyse(text, trip_counts={"": 1}, branches=USUAL).kernels
     named = [(kernel, _products(kernel)) for kernel in kernels]
     is_flash = any("flash" in k.op_name for k, products in named if products)
-    count = _flash(training) if is_flash else _splash(training)
+    labels = _labels(training, training.objective.queries if queries is None else queries)
+    count = _flash(training, labels) if is_flash else _splash(training, labels)
     flops = {k.name: count(k, products) for k, products in named if products}
     return {name: value for name, value in flops.items() if value is not None}
 
@@ -46,11 +54,11 @@ def _products(kernel: hlo.Kernel) -> int | None:
     return next((n for name, n in _PRODUCTS.items() if name in names), None)
 
 
-def _splash(training: Trainer):
+def _splash(training: Trainer, labels: list[tuple]):
     """(kernel, products) → FLOPs; None if no layout has the kernel's number of keys."""
     model, parts = training.built.model, training.built.mesh.shape["sequence"]
     by_size: dict[int, Tiling] = {}
-    for layout in _layouts(training):
+    for layout in _layouts(training, labels):
         tiles = tiling(layout, parts)
         by_size.setdefault(tiles.num_k, tiles)
 
@@ -71,11 +79,11 @@ def _splash(training: Trainer):
     return count
 
 
-def _layouts(training: Trainer) -> list[Layout]:
-    """The layouts of all passes of a training step, trimmed or not."""
+def _layouts(training: Trainer, labels: list[tuple]) -> list[Layout]:
+    """The layouts of all passes, trimmed or not."""
     length = training.config.data.seq_len
     layouts = []
-    for phase, queries, tokens in _labels(training):
+    for phase, queries, tokens in labels:
         layout = tokens.layout
         if layout is None:  # ranks depend on the row
             layout = Layout(length, length) if phase.can_trim_queries else Layout(length)
@@ -85,18 +93,18 @@ def _layouts(training: Trainer) -> list[Layout]:
     return layouts
 
 
-def _labels(training: Trainer) -> list[tuple]:
+def _labels(training: Trainer, kept: Sequence[int | None]) -> list[tuple]:
     """(phase, query copies of a trimmed pass or None, shapes of the untrimmed tokens)."""
     length = training.config.data.seq_len
     row = jax.ShapeDtypeStruct((1, length), "int32"), jax.ShapeDtypeStruct((1, length), "bool")
     key = jax.eval_shape(lambda: prng.key(0))
     return [
         (phase, queries, jax.eval_shape(phase.label, key, *row).tokens)
-        for phase, queries in zip(training.phases, training.objective.queries, strict=True)
+        for phase, queries in zip(training.phases, kept, strict=True)
     ]
 
 
-def _flash(training: Trainer):
+def _flash(training: Trainer, labels: list[tuple]):
     """(kernel, products) → FLOPs; None if no pass has the kernel's number of keys.
 
     With the sequence sharded, every shard is assumed to compute its share of the blocks.
@@ -104,7 +112,7 @@ def _flash(training: Trainer):
     parts = training.built.mesh.shape["sequence"]
     block = BLOCK_BYTES // jnp.dtype(training.built.model.dtype).itemsize
     by_size: dict[int, int] = {}
-    for phase, queries, tokens in _labels(training):
+    for phase, queries, tokens in labels:
         for kept in {None, queries} if phase.can_trim_queries else {None}:
             blocks, num_k = _visible_blocks(training, phase, tokens.layout, kept, block)
             by_size.setdefault(num_k, blocks)

@@ -5,6 +5,7 @@ likelihood.py       the NELBO and the importance-weighted bound, with standard e
 window_noise.py     the same bounds with noise of the windows, not of the batches
 published_bound.py  the NELBO by the published protocol
 suite/              several data sets in one run: evaluate --suite
+report/             bounds by position and data set, calibration: evaluate --report
 text_likelihood.py  log-likelihoods of single texts, for the Python API
 masked_likelihood.py
                     log-likelihoods of answers by LLaDA's and Dream's protocols

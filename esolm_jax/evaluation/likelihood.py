@@ -28,8 +28,9 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from esolm_jax.family import eso_b
-from esolm_jax.family.phase import is_exact, make_phases
+from esolm_jax.family import eso_b, trim
+from esolm_jax.family.labels import LabelledBatch
+from esolm_jax.family.phase import Phase, SpecialIds, is_exact, make_phases
 from esolm_jax.model.build import BuiltModel
 from esolm_jax.model.lm_head import Head, sequence_nll
 from esolm_jax.parallel import distributed, multihost, sharding
@@ -84,12 +85,35 @@ def labelled_nll(apply, head: Head, params, labelled):
     return sequence_nll(head, (hidden,), params["logits"], target, weight)[0]
 
 
+def bound_phases(config, special: SpecialIds) -> tuple[Phase, ...]:
+    """The phases of a bound. With packing=pad, padding follows the predicted tokens, so that query
+    copies cannot be trimmed."""
+    phases = make_phases(config, special, low_variance=False)
+    if config.data.packing != "pad":
+        return phases
+    return tuple(dataclasses.replace(phase, can_trim_queries=False) for phase in phases)
+
+
+def kept_queries(phase: Phase, rows: int, length: int, mesh) -> int | None:
+    """The query copies of a row of a phase in a batch, as trim.kept_queries; mesh: None = one
+    device."""
+    multiple = math.lcm(8, mesh.shape["sequence"] if mesh else 1)
+    return trim.kept_queries(phase, length, rows, multiple)
+
+
+def on_kept_queries(run, phase: Phase, labelled: LabelledBatch, mesh):
+    """run(labelled), without the query copies that reach no loss; mesh: None = one device."""
+    queries = kept_queries(phase, *labelled.target.shape, mesh)
+    return trim.trimmed_if_fits(run, labelled, queries)
+
+
 def nelbo(apply, phases, head: Head, params, key, x, valid):
     """One draw of the NELBO of each row: float32 [B]. Every row goes through every phase."""
+    nll = functools.partial(labelled_nll, apply, head, params)
     total = jnp.zeros(x.shape[0])
     for i, phase in enumerate(phases):
         labelled = phase.label(jax.random.fold_in(key, i), x, valid)
-        total += labelled_nll(apply, head, params, labelled)
+        total += on_kept_queries(nll, phase, labelled, head.spec.mesh)
     return total
 
 
@@ -180,7 +204,7 @@ def make_nelbo(config, built: BuiltModel):
     batch, since times are stratified within a batch. One draw suffices where
     the NELBO is exact (is_exact). Batches are global: {"x", "valid"}, [B, L].
     """
-    phases = make_phases(config, built.special, low_variance=False)
+    phases = bound_phases(config, built.special)
     exact = is_exact(config)
     draw = _compiled(functools.partial(nelbo, built.apply, phases, built.head), built)
 

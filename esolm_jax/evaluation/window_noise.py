@@ -16,9 +16,11 @@ import numpy as np
 
 from esolm_jax.evaluation.likelihood import (
     Estimate,
+    bound_phases,
     counted_batches,
     labelled_nll,
     log_mean_exp,
+    on_kept_queries,
 )
 from esolm_jax.family import eso_b
 from esolm_jax.family.labels import LabelledBatch
@@ -48,10 +50,10 @@ def label_rows(label: Callable[..., LabelledBatch], *per_row: jax.Array) -> Labe
     return jax.vmap(one)(*per_row)
 
 
-def phase_nll(
-    config, built: BuiltModel, params, key: jax.Array, offset_B: jax.Array, window_B, x, valid
-) -> jax.Array:
-    """One draw of each phase's part of the NELBO of each row: float32 [phases, B].
+def labelled_phases(
+    config, built: BuiltModel, key: jax.Array, offset_B: jax.Array, window_B, x, valid
+) -> list[LabelledBatch]:
+    """The labelled batch of each phase, for one draw of noise.
 
     Args:
       key: of the draw; window_B: int32 [B], numbers of the windows, which their noise depends on.
@@ -60,15 +62,34 @@ def phase_nll(
     keys_B = jax.vmap(functools.partial(jax.random.fold_in, key))(window_B)
     phases = make_phases(config, built.special, low_variance=False)
 
-    def nll(i: int) -> jax.Array:
+    def labelled(i: int) -> LabelledBatch:
         def label(row_key, u, row_x, row_valid):
             phase = make_phases(config, built.special, low_variance=False, time_offset=u)[i]
             return phase.label(jax.random.fold_in(row_key, i), row_x[None], row_valid[None])
 
-        labelled = label_rows(label, keys_B, offset_B, x, valid)
-        return labelled_nll(built.apply, built.head, params, labelled)
+        return label_rows(label, keys_B, offset_B, x, valid)
 
-    return jnp.stack([nll(i) for i in range(len(phases))])
+    return [labelled(i) for i in range(len(phases))]
+
+
+def phase_nll(
+    config, built: BuiltModel, params, key: jax.Array, offset_B: jax.Array, window_B, x, valid
+) -> jax.Array:
+    """One draw of each phase's part of the NELBO of each row: float32 [phases, B]. Arguments are
+    those of labelled_phases."""
+    batches = labelled_phases(config, built, key, offset_B, window_B, x, valid)
+    phases = bound_phases(config, built.special)
+    nll = functools.partial(labelled_nll, built.apply, built.head, params)
+    pairs = zip(phases, batches, strict=True)
+    return jnp.stack([on_kept_queries(nll, *pair, built.mesh) for pair in pairs])
+
+
+def noise_of(key: jax.Array, first: Any, rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(key of the rows, offset_B, window_B) of the windows [first, first + rows) in the draw of
+    `key`, as labelled_phases takes them."""
+    key_time, key_rows = jax.random.split(key)
+    window_B = first + jnp.arange(rows)
+    return key_rows, jax.vmap(functools.partial(time_offset, key_time))(window_B), window_B
 
 
 def compiled(draw: Callable, built: BuiltModel) -> Callable:
@@ -92,6 +113,21 @@ def _estimate(values_DN: np.ndarray, tokens_N: np.ndarray, variance: float, samp
     )
 
 
+def nelbo_estimate(values_DN: np.ndarray, tokens_N: np.ndarray, exact: bool) -> Estimate:
+    """The estimate from draws of the NELBO of consecutive windows, from the first on.
+
+    Args:
+      values_DN: float64 [draws, windows], nats. tokens_N: int64 [windows], real tokens; 0: padding.
+    """
+    draws = len(values_DN)
+    if draws == 1:
+        return _estimate(values_DN, tokens_N, 0.0 if exact else math.nan, 0)
+    starts = np.arange(0, int((tokens_N > 0).sum()), GROUP)
+    sums_DG = np.add.reduceat(values_DN[:, tokens_N > 0], starts, axis=1)
+    variance = float((sums_DG.var(axis=0, ddof=1) / draws).sum())
+    return _estimate(values_DN, tokens_N, variance, len(starts) * (draws - 1))
+
+
 def make_nelbo(config, built: BuiltModel) -> Callable[..., Estimate]:
     """Returns estimate(params, batches, *, num_samples, seed, …) → Estimate of the NELBO.
 
@@ -100,11 +136,8 @@ def make_nelbo(config, built: BuiltModel) -> Callable[..., Estimate]:
     exact = is_exact(config)
 
     def draw(params, key, first, x, valid):
-        key_time, key_rows = jax.random.split(key)
-        window_B = first + jnp.arange(x.shape[0])
-        offset_B = jax.vmap(functools.partial(time_offset, key_time))(window_B)
-        nll = phase_nll(config, built, params, key_rows, offset_B, window_B, x, valid)
-        return nll.sum(axis=0)
+        noise = noise_of(key, first, x.shape[0])
+        return phase_nll(config, built, params, *noise, x, valid).sum(axis=0)
 
     run = compiled(draw, built)
 
@@ -112,12 +145,7 @@ def make_nelbo(config, built: BuiltModel) -> Callable[..., Estimate]:
         draws = 1 if exact else num_samples
         keys = jax.random.split(prng.key(seed), draws)
         values_DN, tokens_N = _values(run, keys, built, params, batches, progress, total)
-        if draws == 1:
-            return _estimate(values_DN, tokens_N, 0.0 if exact else math.nan, 0)
-        starts = np.arange(0, int((tokens_N > 0).sum()), GROUP)
-        sums_DG = np.add.reduceat(values_DN[:, tokens_N > 0], starts, axis=1)
-        variance = float((sums_DG.var(axis=0, ddof=1) / draws).sum())
-        return _estimate(values_DN, tokens_N, variance, len(starts) * (draws - 1))
+        return nelbo_estimate(values_DN, tokens_N, exact)
 
     return estimate
 

@@ -21,6 +21,11 @@ def elbo_weight(t, alpha_0: float):
     return -dalpha(alpha_0) / (1.0 - alpha(t, alpha_0))
 
 
+def alpha_of_weight(weight, alpha_0: float):
+    """α_t of a token with this elbo_weight."""
+    return 1.0 + dalpha(alpha_0) / weight
+
+
 def stratified_times(key, shape: tuple[int, ...], u=None):
     """Times t = (u + i)/n for i < n = prod(shape), one u for all, mapped to [ε, 1]; float32.
 

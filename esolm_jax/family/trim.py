@@ -7,11 +7,22 @@ keeps a fixed number of its last query copies; a batch in which a row needs more
 
 import functools
 import math
+from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from scipy import stats
 
 from esolm_jax.family.labels import LabelledBatch, Layout
+from esolm_jax.family.phase import Phase
+
+
+def kept_queries(phase: Phase, length: int, rows: int, multiple: int = 8) -> int | None:
+    """The number M of query copies that each of `rows` rows of a phase keeps; None: all tokens."""
+    if not phase.can_trim_queries:
+        return None
+    kept = num_queries(length, phase.masked_fraction, rows, multiple)
+    return kept if kept < length else None
 
 
 @functools.cache
@@ -60,3 +71,12 @@ def trim(labelled: LabelledBatch, queries: int) -> LabelledBatch:
         weight=labelled.weight[:, drop:],
         num_tokens=labelled.num_tokens,
     )
+
+
+def trimmed_if_fits(run: Callable, labelled: LabelledBatch, queries: int | None):
+    """run(labelled): on the trimmed batch, if that keeps all predictions. None: all tokens."""
+    if queries is None:
+        return run(labelled)
+    short = trim(labelled, queries)
+    with jax.named_scope("trimmed"):
+        return jax.lax.cond(fits(labelled, queries), lambda: run(short), lambda: run(labelled))

@@ -8,7 +8,8 @@ predicted token once and needs two more matmuls.
 
 import dataclasses
 import functools
-from typing import Self
+from collections.abc import Callable
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -127,19 +128,37 @@ def _chunk(head: Head, i, order, tokens: _Tokens):
     return index, h, tokens.target_n.at[index].get(**zero), tokens.weight_n.at[index].get(**zero)
 
 
-def _nll(head: Head, params, tokens: _Tokens):
-    """−log p(target) of the tokens with a weight, 0 for the others: float32 [n]."""
+def _of_each_token(head: Head, params, tokens: _Tokens, of_chunk: Callable, count: int):
+    """The `count` results of of_chunk(head, h, gathered, target) for the tokens with a weight, 0
+    for the others: tuple of float32 [n]."""
     head = head.sized(len(tokens.h_nD), params["kernel"].shape[1])
     gathered = head.gather(params)
     order, trips = _predicted_first(head, tokens.weight_n)
 
-    def body(i, nll_n):
+    def body(i, found):
         index, h, target, _ = _chunk(head, i, order, tokens)
-        nll, _, _ = head.normalize(h, *gathered, target)
-        return nll_n.at[index].set(nll, mode="drop")
+        values = of_chunk(head, h, gathered, target)
+        pairs = zip(found, values, strict=True)
+        return tuple(a.at[index].set(value, mode="drop") for a, value in pairs)
 
     with jax.named_scope("predicted_chunks"):
-        return jax.lax.fori_loop(0, trips, body, jnp.zeros(len(tokens.h_nD)))
+        zeros = (jnp.zeros(len(tokens.h_nD)),) * count
+        return jax.lax.fori_loop(0, trips, body, zeros)
+
+
+def _chunk_nll(head: Head, h_PD, gathered, target_P):
+    return (head.normalize(h_PD, *gathered, target_P)[0],)
+
+
+def _chunk_statistics(head: Head, h_PD, gathered, target_P):
+    """The fields of TokenStatistics."""
+    nll, p, is_target = head.normalize(h_PD, *gathered, target_P)
+    top = jnp.max(p, axis=1)
+    if head.spec.splits("tensor"):
+        top = jax.lax.pmax(top, "tensor")
+    sums = head._row_sums(jnp.where(is_target, p, 0), jax.scipy.special.entr(p))
+    of_target, entropy = (head.spec.sum_over(["tensor"], s) for s in sums)
+    return nll, top, (of_target >= top).astype(jnp.float32), entropy
 
 
 def _loss_and_grads(head: Head, params, tokens: _Tokens, batch_n, num_batches: int):
@@ -215,10 +234,39 @@ def nll(head: Head, hs, params, targets, weights):
 
     def body(hs, params, targets, weights):
         tokens = _Tokens(_flat(hs), _flat(targets), _flat(weights))
-        return _unflat(_nll(head, params, tokens), hs)
+        (found,) = _of_each_token(head, params, tokens, _chunk_nll, 1)
+        return _unflat(found, hs)
 
     operands = hs, params, targets, weights
     return _run(head, body, sharding.spec("rows", "tokens"), operands)
+
+
+class TokenStatistics(NamedTuple):
+    """Predicted distributions: float32 [B, P] each, 0 for tokens without a weight.
+
+    Attributes:
+      nll: −log p(target), in nats. confidence: the largest probability.
+      is_top: 1 where the target has the largest probability. entropy: in nats.
+    """
+
+    nll: jax.Array
+    confidence: jax.Array
+    is_top: jax.Array
+    entropy: jax.Array
+
+
+def token_statistics(head: Head, hs, params, targets, weights) -> tuple[TokenStatistics, ...]:
+    """TokenStatistics of each batch. Arguments are those of `nll`."""
+
+    def body(hs, params, targets, weights):
+        tokens = _Tokens(_flat(hs), _flat(targets), _flat(weights))
+        count = len(TokenStatistics._fields)
+        found = _of_each_token(head, params, tokens, _chunk_statistics, count)
+        return tuple(_unflat(values, hs) for values in found)
+
+    operands = hs, params, targets, weights
+    fields = _run(head, body, sharding.spec("rows", "tokens"), operands)
+    return tuple(TokenStatistics(*batch) for batch in zip(*fields, strict=True))
 
 
 def sequence_nll(head: Head, hs, params, targets, weights):

@@ -126,13 +126,10 @@ def make_objective(config, built, phases: Sequence[Phase]) -> PhaseLoss:
     length = config.data.seq_len
     multiple = math.lcm(8, built.mesh.shape["sequence"])
     padded = config.data.packing == "pad"  # padding comes after the predicted tokens
-    queries = [
-        trim.num_queries(length, phase.masked_fraction, round(phase.fraction * rows), multiple)
-        if phase.can_trim_queries and not padded
-        else length
+    kept = tuple(
+        None if padded else trim.kept_queries(phase, length, round(phase.fraction * rows), multiple)
         for phase in phases
-    ]
-    kept = tuple(n if n < length else None for n in queries)
+    )
     accumulation = config.train.grad_accumulation
     rare = None
     if not config.model.unroll and built.model.unroll > 1:  # a scan is quicker to compile

@@ -12,7 +12,15 @@ import pytest
 from jax.sharding import Mesh
 
 from esolm_jax.model.linear import ParamSpec
-from esolm_jax.model.lm_head import Head, nll, sequence_nll, token_nll, weighted_nll
+from esolm_jax.model.lm_head import (
+    Head,
+    exclude_mask_token,
+    nll,
+    sequence_nll,
+    token_nll,
+    token_statistics,
+    weighted_nll,
+)
 from esolm_jax.parallel import sharding
 
 WIDTH, VOCAB, MASK = 6, 16, 3  # the mask token is not the last one
@@ -196,6 +204,28 @@ def test_a_mesh_computes_what_one_device_does(name):
         assert_close(found, of_one(*args))
         weighted = tuple(np.asarray(w) * n for w, n in zip(args[3], nlls, strict=True))
         assert_close(weighted, each_plain(*args))
+
+
+@pytest.mark.parametrize("name", [None, "fsdp_tensor_sequence"])
+def test_statistics_of_the_distributions(name):
+    """Of each token with a weight; 0 for the others."""
+    shape = MESHES.get(name, (1, 1, 1, 1))
+    mesh = Mesh(np.array(jax.devices()[: math.prod(shape)]).reshape(shape), sharding.AXES)
+    args = draw(0.4, sizes=((8, 8), (16, 16)))
+    found = jax.jit(lambda *args: token_statistics(head(5, mesh=mesh), *args))(*args)
+    hs, params, targets, weights = args
+    for h, target, weight, one in zip(hs, targets, weights, found, strict=True):
+        z = exclude_mask_token(h @ params["kernel"] + params["bias"][None, None], MASK)
+        p = np.asarray(jax.nn.softmax(z), np.float64)
+        of_target = np.take_along_axis(p, target[..., None], axis=-1)[..., 0]
+        entropy = -(p * np.log(np.where(p > 0, p, 1))).sum(axis=-1)
+        has = weight != 0
+        with np.errstate(divide="ignore"):  # of the mask token, where there is no weight
+            nll_ = -np.log(of_target)
+        wanted = nll_, p.max(axis=-1), p.argmax(axis=-1) == target, entropy
+        for values, right in zip(one, wanted, strict=True):
+            np.testing.assert_allclose(values, np.where(has, right, 0), rtol=2e-5, atol=2e-6)
+        assert 0 < np.asarray(one.is_top).sum() < has.sum()
 
 
 # Memory.

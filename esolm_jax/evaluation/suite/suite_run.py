@@ -69,7 +69,7 @@ def evaluate(
     Raises:
       UserError: bad data, or a last batch that the published protocol cannot split.
     """
-    manifests = _prepared(config, workdir, request, trained)
+    manifests = prepared(config, workdir, request, trained)
     windows = {
         name: num_windows(manifest, SPLIT, config.eval.max_windows)
         for name, (_, manifest) in manifests.items()
@@ -109,7 +109,7 @@ def evaluate(
     return report
 
 
-def _prepared(
+def prepared(
     config, workdir: pathlib.Path, request: Request, trained: restore.TrainedModel
 ) -> dict[str, tuple[Any, Manifest]]:
     """(config, prepared data) of each data set that has files."""
