@@ -38,7 +38,7 @@ def trained(tmp_path_factory):
     """Arguments, and a workdir whose name has to be quoted, on two devices of a sequence axis."""
     folder = tmp_path_factory.mktemp("weather")
     workdir = folder / "it's a run é"
-    text = tiny_run.write_text(folder / "text") | {"train.steps": 2}
+    text = tiny_run.write_text(folder / "text") | {"train.steps": 2, "objective": "mdlm"}
     args = ["--config", FILE, *arguments(text), "--noconfig.low_variance"]
     args += [
         "--config.mesh.devices",
