@@ -1,5 +1,6 @@
 """Strict numerics for all tests, on eight fake CPU devices."""
 
+import gc
 import os
 
 flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
@@ -14,6 +15,7 @@ from absl import logging  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "standard")
+gc.set_threshold(10_000, 10, 10)  # tracing makes many objects and few cycles
 compilation.install()
 jax.config.update(compilation.FAST_SETTING, True)  # while modules are imported
 

@@ -5,6 +5,7 @@ import json
 import jax
 import pytest
 import tiny_run
+from thorough import thorough
 
 from esolm_jax import compile as compile_lib
 from esolm_jax import config as config_lib
@@ -33,15 +34,26 @@ def make_config(**fields):
     return config
 
 
-@pytest.fixture(scope="module", params=[POD, "h100:8"])
-def eso_b(request):
-    is_gpu = request.param == "h100:8"
-    pytest.importorskip("jax_cuda12_plugin" if is_gpu else "libtpu")
-    return compile_lib.measure(make_config(), request.param)
+ESO_B, MDLM = {"objective": "eso_b"}, {"objective": "mdlm", "alpha_0": 1.0}
+STEPS = {
+    "h100:8, eso_b": ("h100:8", ESO_B),
+    "v5e:4x4, mdlm": (POD, MDLM),
+    "v5e:4x4, eso_b": (POD, ESO_B),  # its two phases, trimmed or not, take over a minute
+}
 
 
-def test_flops_are_close_to_the_lower_bound(eso_b):
-    flops = eso_b["flops"]
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(n, marks=[thorough] * (n == "v5e:4x4, eso_b")) for n in STEPS],
+)
+def step(request):
+    name, fields = STEPS[request.param]
+    pytest.importorskip("jax_cuda12_plugin" if name == "h100:8" else "libtpu")
+    return compile_lib.measure(make_config(**fields), name)
+
+
+def test_flops_are_close_to_the_lower_bound(step):
+    flops = step["flops"]
     assert flops["uncounted_kernels"] == []
     assert set(flops["lower_bound_by_kind"]) <= set(flops["by_kind"])
     # Short texts: attention kernels compute blocks of 128 where half of the pairs are visible.
@@ -50,8 +62,8 @@ def test_flops_are_close_to_the_lower_bound(eso_b):
     assert flops["ratio"] < 1.2
 
 
-def test_collectives_are_the_ideal_ones_of_the_sharding(eso_b):
-    sent = eso_b["collectives"]
+def test_collectives_are_the_ideal_ones_of_the_sharding(step):
+    sent = step["collectives"]
     assert sent["stray_gathers"] == []
     assert 0.95 < sent["ratio"] < 1.15
     for kind in ("all-gather", "reduce-scatter"):
@@ -73,9 +85,9 @@ def test_a_step_on_a_gpu_has_no_stacks_and_no_passes_over_parameters_but_one():
     assert len(written) == 1  # the weights, both moments and the EMA, in one kernel
 
 
-def test_memory_is_that_of_a_part_of_the_state(eso_b):
-    hbm = eso_b["hbm"]
-    split = eso_b["parameters"] * 4 / 4  # float32, over fsdp = 4
+def test_memory_is_that_of_a_part_of_the_state(step):
+    hbm = step["hbm"]
+    split = step["parameters"] * 4 / 4  # float32, over fsdp = 4
     assert split < hbm["parameters"] < 1.05 * split
     assert hbm["ema"] == hbm["parameters"]
     assert 2 * hbm["parameters"] <= hbm["optimizer"] < 2.01 * hbm["parameters"]

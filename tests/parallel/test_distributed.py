@@ -32,6 +32,11 @@ def test_processes_meet_agree_and_part():
             multihost.check_same({"config": "c", "code version": "v"}, timeout=10)
         train(steps=3)
         assert (index == 0) == distributed.is_main()
+        def action():
+            assert index == 0
+            time.sleep(1)
+            return "done"
+        assert multihost.on_main(action) == ("done" if index == 0 else None)
         print("done", index)
     main(body)
     """
@@ -127,6 +132,7 @@ def test_a_silent_process_ends_the_others(victim, how, said):
             multihost.barrier("never", timeout=60)
         while True:
             sum(range(1000))
+            time.sleep(0.001)
     main(body, heartbeat_timeout=4)
     """
     processes = Processes(script, count=3)
@@ -179,30 +185,22 @@ def test_programs_that_take_unlike_times_to_compile():
         assert len([line for line in err.splitlines() if "error" in line]) == 1
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_process_0_works_and_the_others_wait(fails):
-    script = f"""
+def test_an_error_of_process_0_is_that_of_the_others_that_wait_for_it():
+    script = """
     def body(index):
         def action():
             assert index == 0
             time.sleep(1)
-            if {fails}:
-                raise UserError("no such file")
-            return "done"
-        assert multihost.on_main(action) == ("done" if index == 0 else None)
+            raise UserError("no such file")
+        multihost.on_main(action)
         print("went on")
     main(body)
     """
-    for code, out, err in Processes(script).wait():
-        assert (code, out, err) == (
-            (2, "", "error: no such file\n") if fails else (0, "went on\n", "")
-        )
+    for ended in Processes(script).wait():
+        assert ended == (2, "", "error: no such file\n")
 
 
-@pytest.mark.parametrize(
-    "host, listens",
-    [("127.0.0.1", ["127.0.0.1"]), ("localhost", ["127.0.0.1"]), ("[::1]", ["::1"])],
-)
+@pytest.mark.parametrize("host, listens", [("localhost", ["127.0.0.1"]), ("[::1]", ["::1"])])
 def test_the_coordinator_listens_where_it_is_told(host, listens):
     if host == "[::1]" and not _has_ipv6():
         pytest.skip("no IPv6 here")

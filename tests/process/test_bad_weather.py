@@ -11,6 +11,7 @@ import shutil
 
 import pytest
 import tiny_run
+from compilation import configured
 from tiny_run import FILE, arguments, command
 
 from esolm_jax import cli
@@ -38,7 +39,7 @@ def trained(tmp_path_factory):
     """Arguments, and a workdir whose name has to be quoted, on two devices of a sequence axis."""
     folder = tmp_path_factory.mktemp("weather")
     workdir = folder / "it's a run é"
-    text = tiny_run.write_text(folder / "text") | {"train.steps": 2}
+    text = tiny_run.write_text(folder / "text") | {"train.steps": 2, "objective": "mdlm"}
     args = ["--config", FILE, *arguments(text), "--noconfig.low_variance"]
     args += [
         "--config.mesh.devices",
@@ -104,13 +105,15 @@ def test_after_several_processes_the_next_command_is_for_one(monkeypatch):
 
 @contextlib.contextmanager
 def files_of_at_most(size: int):
-    """Writing more to a file fails with an error, as on a full disk."""
+    """Writing more to a file fails with an error, as on a full disk. The tests' cache of compiled
+    programs keeps none: cut off, they would be compiled again in every other test."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with configured({"jax_persistent_cache_min_compile_time_secs": 1e9}):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def files(folder: pathlib.Path) -> dict[str, bytes]:

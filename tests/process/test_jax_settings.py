@@ -33,7 +33,7 @@ def settings_of_a_person(name):
 
 @pytest.fixture(scope="module")
 def args(tmp_path_factory):
-    made = tiny_run.write_data(tmp_path_factory.mktemp("data"))
+    made = tiny_run.write_data(tmp_path_factory.mktemp("data"), objective="mdlm")
     return [f"--config={FILE}", *arguments(made | {"model.dropout": 0.1})]
 
 

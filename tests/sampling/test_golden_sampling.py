@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from golden_files import close, model, vectors
 
-from esolm_jax.config import DRAFT_STYLES
 from esolm_jax.family import ar, eso_b
 from esolm_jax.sampling.engine import caches, network
 from esolm_jax.sampling.engine.choose import TokenSampler, keep_top_k, top_p_filter
@@ -106,7 +105,8 @@ def test_greedy(case):
 @pytest.mark.parametrize(
     ("case", "k", "style"),
     [
-        *((CASES[2], k, style) for k in (2, 5) for style in DRAFT_STYLES),  # many drafts fail
+        (CASES[2], 5, "chain"),  # many drafts fail
+        (CASES[2], 2, "staircase"),
         (CASES[0], 5, "chain"),
         (CASES[1], 2, "staircase"),
     ],
@@ -174,7 +174,7 @@ def test_ancestral_schedule(alpha_0, num_steps):
     p = schedule.unmask_probabilities(float(alpha_0), num_steps)
     np.testing.assert_allclose(p, golden[f"p:{name}"], atol=1e-9)
     rng = np.random.default_rng(0)
-    runs = [schedule.ancestral_sizes(rng, 32, float(alpha_0), num_steps) for _ in range(3000)]
+    runs = [schedule.ancestral_sizes(rng, 32, float(alpha_0), num_steps) for _ in range(1000)]
     # 300 published draws: 5 standard errors of theirs
     error = 5 * np.sqrt(32 * alpha_0 * (1 - alpha_0) / 300)
     assert abs(np.mean([r.sum() for r in runs]) - golden[f"mean_tokens:{name}"]) <= error + 1e-6

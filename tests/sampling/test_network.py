@@ -17,6 +17,7 @@ from esolm_jax.sampling.engine import caches, cpu_kernels, decode_tpu, network, 
 from esolm_jax.sampling.engine.cache import entries_of
 
 change = dataclasses.replace
+DEEP = ("dit", "llama, all parts")  # the parts of the others show in one block
 MODELS = {
     "dit": DIT,
     "dit without time": change(DIT, cond_width=0),
@@ -34,6 +35,7 @@ MODELS = {
     ),
     "llama with positions": change(QWEN, max_positions=16),
 }
+MODELS = {name: change(m, blocks=2 if name in DEEP else 1) for name, m in MODELS.items()}
 
 
 def assert_near(found, want):
@@ -42,14 +44,14 @@ def assert_near(found, want):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_those_of_the_model(name):
-    """In one pass without a cache, and in pieces with one."""
-    check_passes(name)
+    """In pieces with a cache; and in one pass without a cache, where only attention differs."""
+    check_passes(name, uncached=name in DEEP)
 
 
-@pytest.mark.parametrize("name", ["dit", "llama, all parts"])
+@pytest.mark.parametrize("name", DEEP)
 def test_logits_with_keys_that_are_not_interleaved(name, monkeypatch):
     monkeypatch.setattr(cpu_kernels, "key_slots", lambda mesh: 1)
-    check_passes(name)
+    check_passes(name, uncached=False)
 
 
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
@@ -65,16 +67,17 @@ def test_logits_of_windows_too_wide_for_the_tpu_kernel(monkeypatch):
     check_passes("llama, all parts")
 
 
-def check_passes(name):
+def check_passes(name, *, uncached=True):
     config = MODELS[name]
     net = network.fold(config, params_of(config))
     want = np.asarray(wanted(config))
     assert np.ptp(want, axis=(0, 1)).min() > 0.1  # they depend on what is read
-    assert_near(run(net, caches.no_cache(None), 0, LENGTH)[0], want)
+    if uncached:
+        assert_near(run(net, caches.no_cache(None), 0, LENGTH)[0], want)
     sizes = len(want), caches.round_up(LENGTH + 5), None, True
     cache = caches._zeros.__wrapped__(config, *sizes, caches.KERNELS.get("cpu"), config.dtype)
     # Pieces of unlike sizes for some models; for the others of one size, to compile once.
-    unlike = name in ("dit", "llama, all parts")
+    unlike = name in DEEP
     for low, width in ((0, 5), (5, 5), (10, 2)) if unlike else ((0, 4), (4, 4), (8, 4)):
         logits, cache = run(net, cache, low, width)
         assert_near(logits, want[:, low : low + width])
@@ -95,8 +98,7 @@ def test_logits_on_a_mesh_are_those_of_the_model(name):
     assert_near(run(net, prefix_cache.NoCache(), 0, LENGTH)[0], np.asarray(wanted(config)))
 
 
-@pytest.mark.parametrize("has_mesh", [False, True])
-@pytest.mark.parametrize("name", ["dit", "llama, all parts"])
+@pytest.mark.parametrize(("name", "has_mesh"), [("dit", False), ("llama, all parts", True)])
 def test_a_long_window_attends_in_parts(name, has_mesh, monkeypatch):
     """Of equal size, and with a rest."""
     monkeypatch.setattr(prefix_cache, "QUERY_CHUNK", 4)

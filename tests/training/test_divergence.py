@@ -34,7 +34,7 @@ MESHES = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return tiny_run.write_data(tmp_path_factory.mktemp("data"))
+    return tiny_run.write_data(tmp_path_factory.mktemp("data"), objective="ar")
 
 
 class Fragile:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import styles
 import tiny_run
+from compilation import compiling
 from golden_files import HEADS, vectors
 from tiny_run import LENGTH, command  # noqa: F401
 
@@ -40,7 +41,10 @@ def data(tmp_path_factory):  # noqa: F811
 def workdir(data, tmp_path_factory):
     """The workdir of an Eso-LM (B) after two steps."""
     folder = tmp_path_factory.mktemp("eso_b")
-    tiny_run.train(tiny_run.make_config(data | {"train.steps": 2, "train.eval_windows": 4}), folder)
+    config = tiny_run.make_config(data | {"train.steps": 2, "train.eval_windows": 4})
+    with compiling(fast=True):  # its weights do not matter
+        tiny_run.train(config, folder)
+    jax.clear_caches()
     return folder
 
 

@@ -45,7 +45,7 @@ def registered():
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory, registered):
     folder = tmp_path_factory.mktemp("toy")
-    fields = {"data.source": SOURCE, "train.metrics": f"nelbo,{METRIC}"}
+    fields = {"data.source": SOURCE, "train.metrics": f"nelbo,{METRIC}", "objective": "mdlm"}
     args = [f"--config={FILE}", f"--workdir={folder}", *arguments(fields)]
     for verb in ("prepare", "train"):
         assert command(verb, *args) == 0
