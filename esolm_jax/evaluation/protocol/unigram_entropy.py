@@ -7,7 +7,7 @@ import numpy as np
 
 def _of_row(ids: np.ndarray) -> float:
     _, counts = np.unique(ids, return_counts=True)
-    p = counts / max(counts.sum(), 1)
+    p = counts / max(int(counts.sum()), 1)
     return float(np.sum(p * np.log(1 / p)))
 
 
