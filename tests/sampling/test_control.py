@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from esolm_jax.parallel.sharding import AXES
 from esolm_jax.sampling.engine import network
 from esolm_jax.sampling.engine.choose import TokenSampler
 from esolm_jax.sampling.generate import Generator, make_schedule
+from esolm_jax.sampling.loops.confidence import STEP, _most_confident
 from esolm_jax.sampling.loops.loop import Task, row_keys
 from esolm_jax.sampling.loops.plain import Plain
 from esolm_jax.sampling.plan import passes, schedule
@@ -251,7 +253,7 @@ def test_the_most_certain_come_first(objective, most, threshold):
                 break
             assert 1 <= len(new) <= most
             want = [_certain(objective, text[b], known, p, left, len(row)) for p in left]
-            by = sorted(want, key=lambda pair: -pair[0])
+            by = sorted(want, key=lambda pair: (-round(np.log(pair[0]) / STEP), pair[1]))
             chosen = {p for p in new}
             limit = [p for c, p in by[:most] if not threshold or c >= threshold] or [by[0][1]]
             assert chosen == set(limit)
@@ -267,6 +269,18 @@ def _certain(objective, text, known, place, left, length):
         row = [(text[p], p, r) for r, p in enumerate(known)] + [(toy.MASK, place, len(known))]
     logits = toy.logits_at_end([row], 12)[0, -1]
     return np.exp(toy.log_probs(logits).max()), place
+
+
+def test_equal_confidences_come_from_left_to_right():
+    """Also if a device rounds each of them differently."""
+    rng = np.random.default_rng(0)
+    logits = np.tile(rng.normal(size=5), (2, 8, 1)) + 1e-6 * rng.normal(size=(2, 8, 5))
+    logits[0, 3] *= 1.01  # more certain than the others
+    settings = types.SimpleNamespace(max_tokens_per_pass=3, threshold=0.0, sampler=CHOICE)
+    is_masked = np.arange(8)[None] >= np.array([[1], [4]])
+    chosen, keep = _most_confident(settings, jnp.asarray(logits, jnp.float32), is_masked)
+    np.testing.assert_array_equal(chosen, [[3, 1, 2], [4, 5, 6]])
+    assert keep.all()
 
 
 def test_confidence_ends_whatever_the_model_says():

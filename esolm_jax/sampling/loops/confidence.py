@@ -30,6 +30,9 @@ from esolm_jax.sampling.loops.loop import (
 from esolm_jax.sampling.loops.run_passes import State, prefill, start_state
 from esolm_jax.sampling.plan.passes import NEVER
 
+STEP = 2.0**-12  # nats, by which confidences must differ to be ranked
+WORST = -1e30  # nats, the confidence of a NaN
+
 
 @dataclasses.dataclass(frozen=True)
 class Confidence(Loop):
@@ -171,10 +174,13 @@ def _most_confident(settings: Settings, logits, is_masked):
     # Of the model itself, independent of the temperature.
     log_p = jax.nn.log_softmax(exclude_mask_token(logits, settings.sampler.mask_id), axis=-1)
     # Finite, even of broken weights: the loop ends only when no token is masked.
-    confidence = jnp.nan_to_num(log_p.max(axis=-1), nan=jnp.finfo(jnp.float32).min)
-    confidence, chosen = jax.lax.top_k(jnp.where(is_masked, confidence, -jnp.inf), k)
-    keep = jnp.isfinite(confidence)
+    confidence = jnp.nan_to_num(log_p.max(axis=-1), nan=WORST)
+    # Masks that read the same are equally certain, whatever a device rounds: the first come first.
+    steps = jnp.where(is_masked, jnp.round(confidence / STEP), -jnp.inf)
+    steps, chosen = jax.lax.top_k(steps, k)
+    keep = jnp.isfinite(steps)
     if threshold:
+        confidence = jnp.take_along_axis(confidence, chosen, axis=1)
         keep &= (confidence >= jnp.log(threshold)) | (jnp.arange(k)[None] == 0)
     return chosen, keep
 
