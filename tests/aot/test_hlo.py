@@ -1,6 +1,7 @@
 """Costs read from HLO text, against the same counted by hand; for CPUs, TPUs and GPUs."""
 
 import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -217,7 +218,8 @@ def test_fsdp_scan_on_tpu(tpu):
     gathers = [m for m in cost.messages if m.kind == "all-gather"]
     assert all(m.in_loop and m.executions == layers and m.group == 4 for m in gathers)
     assert all(sorted(m.shape)[-2:] == [width, width] and m.dtype == "bf16" for m in gathers)
-    assert all("layer" in m.op_name for m in gathers)
+    # JAX 0.11 names the slice of the stack in front of the scope.
+    assert all(re.search("layer|while/body", m.op_name) for m in gathers)
     assert cost.collectives["reduce-scatter"] == layers * matrix * 3 / 4
     # What is left of a gradient is added up over `data`; beside it only scalars.
     assert cost.collectives["all-reduce"] == pytest.approx(
