@@ -13,6 +13,7 @@ from esolm_jax.aot import report, topology
 from esolm_jax.errors import UserError
 from esolm_jax.interop.export.artefacts import Source
 from esolm_jax.interop.export.shipped import decode_loop, run_stablehlo, schedule_esolm
+from esolm_jax.interop.export.weight_storage import Specs
 
 ROWS = 8  # of a call
 
@@ -26,17 +27,20 @@ def check(names: Sequence[str]) -> None:
             raise UserError(str(error).replace("--topology", "--compile_for", 1)) from error
 
 
-def _inputs(source: Source, entry: Mapping) -> list[tuple[tuple[int, ...], str]]:
-    """(shape, dtype) of the inputs of a call for 8 texts, with the passes of config.sample."""
+def _arguments(source: Source) -> tuple:
+    """The arguments of `sample` for 8 texts, with the passes of config.sample."""
     s = schedule_esolm.checked(source.plan, {}, None)
     rows = np.full((ROWS, s["length"]), -1, np.int32)
     passes = schedule_esolm.plan_passes(s, rows >= 0, 0)
-    keys = decode_loop.row_keys(0, ROWS)
-    arguments = run_stablehlo.arguments(s, passes, rows, keys)
+    return run_stablehlo.arguments(s, passes, rows, decode_loop.row_keys(0, ROWS))
+
+
+def _inputs(arguments: tuple, length: int, entry: Mapping) -> list[tuple[tuple[int, ...], str]]:
+    """(shape, dtype) of the inputs of a call for the texts of these arguments."""
     if entry["function"] == "sample":
         return [(np.shape(a), np.asarray(a).dtype.name) for a in arguments]
     window = len(arguments[-2])  # of the narrow passes
-    sizes = {"b": ROWS, "t": s["length"], "w": window, "s": s["length"] + window}
+    sizes = {"b": ROWS, "t": length, "w": window, "s": length + window}
     return [
         (tuple(sizes.get(dim, dim) for dim in array["shape"]), array["dtype"])
         for array in entry["inputs"]
@@ -52,24 +56,26 @@ def compile_all(names: Sequence[str], source: Source, entries: Sequence[Mapping]
     Returns, for each file and topology: file, topology, rows, length, and `hbm`, the bytes of
     arguments, temporaries and in total.
     """
-    stored, compiled = source.stored(), []
+    length, compiled = source.plan["length"], []
+    arguments = _arguments(source) if names else ()
+    files = [entry for entry in entries if entry["file"].endswith(".stablehlo")]
     for name in names:
-        mesh = Mesh(np.array(topology.devices(name)[:1]), ("device",))
-        for entry in entries:
-            if entry["file"].endswith(".stablehlo"):
-                hbm = _compile(name, mesh, source.folder / entry["file"], stored, entry, source)
-                compiled.append(
-                    {"file": entry["file"], "topology": name, "rows": ROWS}
-                    | {"length": source.plan["length"], "hbm": hbm}
-                )
+        for entry in files:
+            inputs = _inputs(arguments, length, entry)
+            hbm = _compile(name, source.folder / entry["file"], source.stored(), inputs)
+            compiled.append(
+                {"file": entry["file"], "topology": name, "rows": ROWS, "length": length}
+                | {"hbm": hbm}
+            )
     return compiled
 
 
-def _compile(name, mesh, path: pathlib.Path, stored, entry: Mapping, source: Source) -> dict:
+def _compile(name: str, path: pathlib.Path, stored: Specs, inputs: Sequence[tuple]) -> dict:
     chip = topology.parse(name)
+    mesh = Mesh(np.array(topology.devices(name)[:1]), ("device",))
     make = functools.partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, PartitionSpec()))
     weights = {key: make(spec.shape, spec.dtype) for key, spec in stored.items()}
-    inputs = [make(shape, np.dtype(dtype)) for shape, dtype in _inputs(source, entry)]
+    inputs = [make(shape, np.dtype(dtype)) for shape, dtype in inputs]
     exported = jax.export.deserialize(bytearray(path.read_bytes()))
     try:
         with topology.compiling_for(mesh):

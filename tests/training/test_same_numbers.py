@@ -219,7 +219,7 @@ MORE = 8  # steps after the stop
 LATE = {
     "train.eval_every": 10**6, "train.checkpoint_every": 10**6, "optimizer.warmup_steps": 0,
 }  # fmt: skip
-ANEW = {  # cut → mesh that the run goes on with
+RESTARTS = {  # cut → mesh that the run goes on with
     (2, 4): {"data": 2, "fsdp": 2, "tensor": 2},
     (1, 8): {"fsdp": 4, "tensor": 2},
     (4, 1): {"fsdp": 2, "sequence": 2},
@@ -248,7 +248,7 @@ def objective(request):
 def stopped(data, objective, tmp_path_factory):
     """A run of 2 x 4, of which one process got SIGTERM."""
     workdir = tmp_path_factory.mktemp(objective) / "stopped"
-    fields = data | LATE | of(objective, ANEW[2, 4], **{"train.steps": 10**6})
+    fields = data | LATE | of(objective, RESTARTS[2, 4], **{"train.steps": 10**6})
     processes, log = verb("train", (2, 4), workdir, fields), workdir / metrics.FILE
     try:
         deadline = time.monotonic() + 240
@@ -280,12 +280,12 @@ def whole(data, objective, stopped, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "cut", ANEW if ALL else [(2, 2), (1, 1)], ids=lambda cut: "{}x{}".format(*cut)
+    "cut", RESTARTS if ALL else [(2, 2), (1, 1)], ids=lambda cut: "{}x{}".format(*cut)
 )
 def test_stopped_run_goes_on_however_it_is_cut(data, objective, whole, stopped, tmp_path, cut):
     workdir, done = tmp_path / "anew", len(losses(stopped))
     shutil.copytree(stopped, workdir)
-    fields = data | LATE | of(objective, ANEW[cut], **{"train.steps": done + MORE})
+    fields = data | LATE | of(objective, RESTARTS[cut], **{"train.steps": done + MORE})
     verb("train", cut, workdir, fields).succeed()
     found, wanted = losses(workdir), losses(whole)
     assert found[:done] == losses(stopped) and len(found) == done + MORE

@@ -105,10 +105,15 @@ class Source:
 
 
 def _entry(
-    source: Source, part: str, file: str, runtime: str, measured: dict, cache_dtype: str, suffix=""
+    source: Source,
+    part: str,
+    file: str,
+    runtime: str,
+    measured: dict,
+    signature: signatures.Signature,
+    suffix: str = "",
 ) -> dict:
     parity.require(f"{file} ({part})", measured, source.limits)
-    signature = source.signature(part, cache_dtype)
     outputs = [array.to_json() for array in signature.outputs]
     inputs = {array.name for array in signature.inputs}
     for array in outputs:
@@ -151,7 +156,8 @@ def of_numpy(source: Source, reference: Reference) -> list[dict]:
     for part in ("score", "step") if source.plan["has_step"] else ("score",):
         function = functools.partial(getattr(plain_transformer, part), weights, source.network)
         measured = _measure(source, reference, part, function, "float32")
-        entry = _entry(source, part, WEIGHTS, "numpy", measured, "float32")
+        signature = source.signature(part, "float32")
+        entry = _entry(source, part, WEIGHTS, "numpy", measured, signature)
         entries += [entry] if part in source.parts else []  # the weights are checked in any case
     return entries
 
@@ -175,7 +181,7 @@ def of_stablehlo(source: Source, reference: Reference, weights: dict) -> list[di
             measured = _measure_sampler(run, reference)
         else:
             measured = _measure(source, reference, part, run, cache_dtype)
-        entries.append(_entry(source, part, path.name, runtime, measured, cache_dtype))
+        entries.append(_entry(source, part, path.name, runtime, measured, signature))
         memory.clear_jit_caches_and_trim()
     return entries
 
@@ -219,7 +225,7 @@ def of_onnx(source: Source, reference: Reference) -> list[dict]:
         run = run_onnx.load(path, options)
         function = run if part == "step" else lambda *labels, run=run: run(*labels)[0]
         measured = _measure(source, reference, part, function, cache_dtype)
-        entry = _entry(source, part, path.name, runtime, measured, cache_dtype, suffix="_out")
+        entry = _entry(source, part, path.name, runtime, measured, signature, suffix="_out")
         entries.append(entry)
         del run, function
         memory.clear_jit_caches_and_trim()

@@ -175,7 +175,8 @@ def _most_confident(settings: Settings, logits, is_masked):
     log_p = jax.nn.log_softmax(exclude_mask_token(logits, settings.sampler.mask_id), axis=-1)
     # Finite, even of broken weights: the loop ends only when no token is masked.
     confidence = jnp.nan_to_num(log_p.max(axis=-1), nan=WORST)
-    # Masks that read the same are equally certain, whatever a device rounds: the first come first.
+    # Masks with the same context have equal confidences up to the device's rounding. Coarse steps
+    # make them equal, and top_k takes the first of equal ones.
     steps = jnp.where(is_masked, jnp.round(confidence / STEP), -jnp.inf)
     steps, chosen = jax.lax.top_k(steps, k)
     keep = jnp.isfinite(steps)
