@@ -19,8 +19,8 @@ from esolm_jax.training import train_step
 class _Unchecked(train_step.Trainer):
     """Training steps without the check."""
 
-    def _undo_if_not_finite(self, new, old, metrics):
-        return new
+    def _counts(self, state, metrics):
+        return np.True_
 
 
 def finite_check_cost(*, rounds: int = 20, width: int = 0, blocks: int = 0) -> dict:

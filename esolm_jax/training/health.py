@@ -40,14 +40,17 @@ class Health:
         )
 
 
-def is_finite(metrics: dict, params) -> jax.Array:
-    """Whether loss, gradients (by their norm) and these new parameters of a step are finite.
+def is_finite(metrics: dict) -> jax.Array:
+    """Whether loss and gradients (by their norm) of a step are finite: bool scalar.
 
-    Then the EMA of the parameters and Adam's moments are finite, too, because they are averages.
+    Then its weights, their EMA and Adam's moments are finite, too, if the weights cannot overflow.
     """
-    parts = [jnp.isfinite(metrics["loss"]), jnp.isfinite(metrics["grad_norm"])]
-    parts += [jnp.all(jnp.abs(a) < LIMIT) for a in jax.tree.leaves(params)]
-    return jnp.all(jnp.stack(parts))
+    return jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+
+
+def are_bounded(params) -> jax.Array:
+    """Whether no parameter is NaN, infinite or about to overflow: bool scalar."""
+    return jnp.all(jnp.stack([jnp.all(jnp.abs(a) < LIMIT) for a in jax.tree.leaves(params)]))
 
 
 def keep(counts, new, old):

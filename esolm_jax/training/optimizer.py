@@ -20,14 +20,34 @@ def learning_rate(config) -> optax.Schedule:
     return optax.join_schedules([warmup, after], [o.warmup_steps]) if o.warmup_steps else after
 
 
-def make(config) -> optax.GradientTransformation:
+def make(config) -> optax.GradientTransformationExtraArgs:
+    """AdamW behind a global-norm clip: update(grads, state, params, *, counts).
+
+    Where `counts`, a bool scalar, is False, updates are zero and the state stays as it is, whatever
+    the gradients are. Scalars and zeros in place of gradients do that: to choose between new and
+    old moments, a CPU's program keeps another copy of each.
+    """
     o = config.optimizer
-    return optax.chain(
-        optax.clip_by_global_norm(o.clip_norm),
-        optax.adamw(
-            learning_rate(config), b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay
-        ),
-    )
+    clip = optax.clip_by_global_norm(o.clip_norm)
+
+    def adamw(counts):
+        b1, b2 = jnp.where(counts, o.b1, 1.0), jnp.where(counts, o.b2, 1.0)
+        rate = learning_rate(config)
+        return optax.adamw(rate, b1=b1, b2=b2, eps=o.eps, weight_decay=o.weight_decay)
+
+    def update(grads, state, params, *, counts):
+        clipped, clip_state = clip.update(grads, state[0])
+        counted = _or_zero(counts, clipped)
+        updates, new = adamw(counts).update(counted, state[1], params)
+        new = jax.tree.map(lambda a, b: a if a.ndim else jnp.where(counts, a, b), new, state[1])
+        return _or_zero(counts, updates), (clip_state, new)
+
+    init = optax.chain(clip, adamw(True)).init
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _or_zero(counts, tree):
+    return jax.tree.map(lambda a: jnp.where(counts, a, jnp.zeros_like(a)), tree)
 
 
 def largest_growth(config) -> float:
@@ -50,8 +70,10 @@ def last_learning_rate(config, opt_state):
     return jnp.asarray(learning_rate(config)(count - 1), jnp.float32)
 
 
-def update_ema(ema, params, decay: float, num_updates):
-    """ema ← d·ema + (1−d)·params with d = min(decay, (1+n)/(10+n)) at the n-th update, n >= 1."""
+def update_ema(ema, params, decay: float, num_updates, counts=True):
+    """ema ← d·ema + (1−d)·params with d = min(decay, (1+n)/(10+n)) at the n-th update, n >= 1; d is
+    1 where `counts` is False."""
     n = num_updates.astype(jnp.float32)
     d = jnp.minimum(decay, (1.0 + n) / (10.0 + n))
-    return jax.tree.map(lambda e, p: e - (1.0 - d) * (e - p), ema, params)
+    share = jnp.where(counts, 1.0 - d, 0.0)
+    return jax.tree.map(lambda e, p: e - share * (e - p), ema, params)

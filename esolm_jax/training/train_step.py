@@ -100,35 +100,40 @@ class Trainer:
         losses, grads = self.objective.loss_and_grads(
             state.params, labelled, dropout_key if config.model.dropout else None
         )
-        with jax.named_scope("update"):
-            updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
-            ema = optimizer_lib.update_ema(
-                state.ema, params, config.optimizer.ema_decay, state.step + 1
-            )
         metrics = {"loss": jnp.sum(losses), "grad_norm": optax.tree.norm(grads)}
         metrics |= {f"loss_{phase.name}": losses[i] for i, phase in enumerate(self.phases)}
         if config.train.anneal_steps:
             metrics["alpha_0"] = self.alpha_0_at(state.step)
-        metrics["learning_rate"] = optimizer_lib.last_learning_rate(config, opt_state)
-        new = TrainState(state.step + 1, params, ema, opt_state, state.key, state.health)
-        return self._undo_if_not_finite(new, state, metrics), metrics
+        new = self._update(state, grads, self._counts(state, metrics))
+        metrics["learning_rate"] = optimizer_lib.last_learning_rate(config, new.opt_state)
+        return new, metrics
 
     @jax.named_scope("finite")
-    def _undo_if_not_finite(self, new: TrainState, old: TrainState, metrics: dict) -> TrainState:
-        """`new`, but with weights, EMA and optimizer state of `old` if the step is not finite, or
-        follows a step that ends the run."""
-        # Weights that cannot overflow need no check, and are then read and written once.
-        can_overflow = optimizer_lib.largest_growth(self.config) > health_lib.LIMIT / 2
-        checked = new.params if can_overflow else {}
-        counts = is_finite = health_lib.is_finite(metrics, checked)
+    def _counts(self, state: TrainState, metrics: dict):
+        """Whether a step may change the state: if it is finite, and follows no step that ends the
+        run."""
+        counts = health_lib.is_finite(metrics)
         if self.config.train.on_non_finite == "stop":
-            counts = is_finite & (old.health.first_bad == 0)
-        params, ema, opt_state = health_lib.keep(
-            counts, (new.params, new.ema, new.opt_state), (old.params, old.ema, old.opt_state)
+            counts &= state.health.first_bad == 0
+        return counts
+
+    @jax.named_scope("update")
+    def _update(self, state: TrainState, grads, counts) -> TrainState:
+        """The state after a step. If that does not count, only `step` and `health` differ."""
+        o = self.config.optimizer
+        updates, opt_state = self.optimizer.update(
+            grads, state.opt_state, state.params, counts=counts
         )
-        health = old.health.after(new.step, counts)
-        return TrainState(new.step, params, ema, opt_state, new.key, health)
+        params = optax.apply_updates(state.params, updates)
+        # Weights that cannot overflow need no check, and are then read and written once.
+        if optimizer_lib.largest_growth(self.config) > health_lib.LIMIT / 2:
+            counts &= health_lib.are_bounded(params)
+            params, opt_state = health_lib.keep(
+                counts, (params, opt_state), (state.params, state.opt_state)
+            )
+        ema = optimizer_lib.update_ema(state.ema, params, o.ema_decay, state.step + 1, counts)
+        health = state.health.after(state.step + 1, counts)
+        return TrainState(state.step + 1, params, ema, opt_state, state.key, health)
 
     def step_fn(self):
         """step(state, batch) → (state, metrics), jitted; the state is donated. All processes must

@@ -120,10 +120,42 @@ def test_after_a_step_that_ends_the_run_no_step_counts(data):
 
 @pytest.mark.parametrize("worst", [1e38, -1e38, np.inf, np.nan])
 def test_weights_whose_differences_overflow_are_not_finite(worst):
-    fine = {"loss": jnp.float32(1), "grad_norm": jnp.float32(0)}
     params = {"a": jnp.ones(3), "b": jnp.array([8e37, -8e37])}
-    assert health.is_finite(fine, params)
-    assert not health.is_finite(fine, params | {"c": jnp.array([0, worst], jnp.float32)})
+    assert health.are_bounded(params)
+    assert not health.are_bounded(params | {"c": jnp.array([0, worst], jnp.float32)})
+
+
+def assert_equal(tree, expected, **tolerance):
+    assert jax.tree.structure(tree) == jax.tree.structure(expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), tree, expected)
+
+
+def test_updates_are_those_of_adamw_or_nothing():
+    """Twelve steps, of which every third does not count, against optax without those steps."""
+    config = make_config({"optimizer.warmup_steps": 5})
+    o = config.optimizer
+    adamw = optax.adamw(
+        optimizer.learning_rate(config), b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay
+    )
+    plain = optax.chain(optax.clip_by_global_norm(o.clip_norm), adamw)
+    ours = optimizer.make(config)
+    rng = np.random.default_rng(0)
+    params = {"a": jnp.asarray(rng.normal(size=(3, 4)), jnp.float32), "b": jnp.ones(5)}
+    ours_state, plain_state = ours.init(params), plain.init(params)
+    assert_equal(ours_state, plain_state)
+    for step in range(12):
+        scale = 10.0 ** rng.uniform(-4, 2)
+        grads = jax.tree.map(lambda a, s=scale: jnp.float32(s * rng.normal(size=a.shape)), params)
+        if step % 3 == 2:
+            bad = jax.tree.map(lambda g, n=step: np.where(n < 6, np.nan, np.inf) + g, grads)
+            updates, skipped = ours.update(bad, ours_state, params, counts=False)
+            assert_equal(skipped, ours_state)
+            assert all(not u.any() for u in jax.tree.leaves(updates))
+            continue
+        updates, ours_state = ours.update(grads, ours_state, params, counts=True)
+        expected, plain_state = plain.update(grads, plain_state, params)
+        assert_equal((updates, ours_state), (expected, plain_state), rtol=3e-5)
+        params = optax.apply_updates(params, expected)
 
 
 def test_adam_cannot_grow_a_weight_by_more_than_its_bound():
