@@ -1,16 +1,19 @@
 """Speed on one GPU: docs/gpu.{json,md,png}.
 
-    python -m benchmarks.gpu [--match=decode] [--out=docs/gpu]
+    python -m benchmarks.gpu [--match=decode] [--out=docs/gpu] [--published=DIR]
     JAX_PLATFORMS=cpu python -m benchmarks.gpu --dry_run --out=/tmp/gpu    # tiny sizes, any device
 
 Decoding and training with random weights, beside the device's own matrix products and copies. Under
 ten minutes on an H100. A case that fails is listed with its error; figures are written after each
-case. The page lists the goals, and whether they are met.
+case. The page lists the goals, and whether they are met. With --published=DIR, a checkout of the
+published PyTorch code (--published_python has torch and einops), that code runs on the same device
+first: its training, and its sampling with both of the paper's timings.
 """
 
 import argparse
 import dataclasses
 import pathlib
+import sys
 import time
 from collections.abc import Callable
 
@@ -18,7 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import config_files, report_writer
+from benchmarks import config_files, gpu_report, report_writer
+from benchmarks.published_process import PublishedProcess, shapes
 from benchmarks.sampling_cases import random_params
 from esolm_jax import config as config_lib
 from esolm_jax import results
@@ -51,6 +55,11 @@ class Case:
     length: int
     rows: int
     goal: float
+
+    @property
+    def in_published(self) -> bool:
+        """Whether the published code is measured, too. At 8192 tokens it takes minutes."""
+        return self.file == "owt" and self.length <= 1024
 
     @property
     def name(self) -> str:
@@ -101,6 +110,42 @@ def ceilings(dry_run: bool) -> dict[str, float]:
         "flops": 2 * side**3 / best_seconds(lambda: product(a), 10),
         "bandwidth": 2 * big.nbytes / best_seconds(lambda: copy(big), 5),
     }
+
+
+def measure_published(directory: str, python: str, cases: list[Case], dry_run: bool) -> dict:
+    """The published code's figures by name of a case; its own process, which has ended."""
+    device = "cpu" if dry_run else "cuda"
+    process = PublishedProcess("published_gpu.py", directory, python, {"device": device})
+    found = {"about": process.about, "cases": {}}
+    for case in cases:
+        if not case.in_published:
+            continue
+        config = case.config(dry_run)
+        answer = process.ask(
+            {
+                "what": case.what,
+                "objective": config.objective,
+                "alpha_0": config.alpha_0,
+                "shapes": shapes(config, config.data.vocab_size),
+                "rows": config.sample.num_texts,
+                "steps": 1 if dry_run else STEPS,
+                "dry_run": dry_run,
+            }
+        )
+        print(f"published, {case.name}: {answer}", flush=True)
+        found["cases"][case.name] = answer
+    process.close()
+    return found
+
+
+def over_published(ours: dict, published: dict) -> dict:
+    """The published code's time over ours, by timing; {} where either has none."""
+    if "error" in ours or "error" in published:
+        return {}
+    if "ms_per_step" in ours:
+        return {"training": published["ms_per_step"] / ours["ms_per_step"]}
+    names = "with sampling", "passes only"
+    return {name: published[name]["ms_per_pass"] / ours[name]["ms_per_pass"] for name in names}
 
 
 def build_of(config) -> build.BuiltModel:
@@ -179,53 +224,6 @@ def train(case: Case, limits: dict, dry_run: bool) -> dict:
     }
 
 
-def page(found: dict) -> str:
-    rows = []
-    for name, f in found["cases"].items():
-        if "error" in f:
-            rows.append([name, "failed", f["error"], "", "", ""])
-        elif "ms_per_step" in f:
-            share = f"{f['share_of_matrix_products']:.0%} of matrix products"
-            speed = f"{f['tokens_per_second']:,.0f}"
-            rows.append(
-                [name, f"{f['ms_per_step']:.1f} ms/step", speed, share, f["goal"], f["met"]]
-            )
-        else:
-            a, b = f["with sampling"], f["passes only"]
-            ms = f"{a['ms_per_pass']:.3f} ms/pass (greedy {b['ms_per_pass']:.3f})"
-            share = f"{a['share_of_bandwidth']:.0%} of bandwidth"
-            speed = f"{a['tokens_per_second']:,.0f}"
-            rows.append([name, ms, speed, share, f["goal"], f["met"]])
-    head = ["case", "time", "tokens/s", "share", "goal", "met"]
-    limits = found["ceilings"]
-    what = ", a dry run of tiny models that measures nothing" if found["dry_run"] else ""
-    return f"""# Speed on one {found["device"]}{what}
-
-Made by `python -m benchmarks.gpu` (jax {jax.__version__}). Random weights, bfloat16, one token per pass. Matrix products of
-8192 x 8192 run at {limits["flops"] / 1e12:.0f} TFLOP/s, a copy moves {limits["bandwidth"] / 1e12:.2f} TB/s. Shares are of these; FLOPs and bytes are lower
-bounds from the model's shape.
-
-{report_writer.table(head, rows)}"""  # noqa: E501
-
-
-def draw(found: dict, path: pathlib.Path) -> None:
-    """The share of what the device can do, of each case."""
-    import matplotlib.pyplot as plt
-
-    shares = {
-        name: f.get("share_of_matrix_products") or f["with sampling"]["share_of_bandwidth"]
-        for name, f in found["cases"].items()
-        if "error" not in f
-    }
-    figure, axes = plt.subplots(figsize=(8, 0.45 * len(shares) + 1.5))
-    axes.barh(list(shares)[::-1], [100 * share for share in shares.values()][::-1])
-    axes.set_xlim(0, 100)
-    axes.set_xlabel("% of the device's matrix products (training) or bandwidth (decoding)")
-    axes.set_title(found["device"])
-    figure.savefig(path, bbox_inches="tight", dpi=120)
-    plt.close(figure)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -233,24 +231,35 @@ def main() -> None:
     parser.add_argument("--match", default="", help="part of a case's name")
     parser.add_argument("--dry_run", action="store_true", help="tiny sizes, on any device")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("docs/gpu"))
+    parser.add_argument("--published", default="", help="a checkout of the published code")
+    parser.add_argument("--published_python", default=sys.executable, help="has torch, einops")
     args = parser.parse_args()
+    cases = [case for case in CASES if args.match in case.name]
+    found: dict = {"dry_run": args.dry_run, "cases": {}}
+    if args.published:  # before JAX takes the device's memory
+        found["published"] = measure_published(
+            args.published, args.published_python, cases, args.dry_run
+        )
     device = jax.devices()[0]
     if device.platform != "gpu" and not args.dry_run:
         parser.error(f"JAX finds no GPU, only {device.device_kind}; --dry_run tries the script")
-    found: dict = {"device": device.device_kind, "dry_run": args.dry_run, "cases": {}}
-    found["ceilings"] = ceilings(args.dry_run)
-    for case in CASES:
-        if args.match not in case.name:
-            continue
+    found["device"], found["ceilings"] = device.device_kind, ceilings(args.dry_run)
+    theirs = found.get("published", {"cases": {}})["cases"]
+    for case in cases:
         measure = {"decode": decode, "train": train}[case.what]
         try:
             found["cases"][case.name] = measure(case, found["ceilings"], args.dry_run)
         except Exception as error:  # the other cases are measured all the same
             found["cases"][case.name] = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+        if case.name in theirs:
+            ratios = over_published(found["cases"][case.name], theirs[case.name])
+            found["cases"][case.name]["over_published"] = ratios
         jax.clear_caches()
         print(f"{case.name}: {found['cases'][case.name]}", flush=True)
         results.write_json(args.out.with_suffix(".json"), found)
-    report_writer.write(args.out, found, page(found), lambda path: draw(found, path))
+    report_writer.write(
+        args.out, found, gpu_report.page(found), lambda path: gpu_report.draw(found, path)
+    )
 
 
 if __name__ == "__main__":

@@ -68,6 +68,10 @@ class Stub:
     def __init__(self, *args, **kwargs):
         del args, kwargs
 
+    def to(self, device):
+        del device
+        return self
+
 
 class StubModule(types.ModuleType):
     __path__ = ()
@@ -93,9 +97,9 @@ class StubFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 class PlainModule(torch.nn.Module):
-    """The part of LightningModule that the published loss uses, on a CPU."""
+    """The part of LightningModule that the published loss uses."""
 
-    device, dtype = torch.device("cpu"), torch.float32
+    device, dtype = torch.device("cpu"), torch.float32  # the device: see load
 
     def save_hyperparameters(self, *args, **kwargs):
         pass
@@ -125,19 +129,21 @@ def warmup(config, *, optimizer):
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1.0, n / config.warmup_steps))
 
 
-def load(directory: str):
-    """The published modules (algo, dit)."""
+def load(directory: str, device: str = "cpu"):
+    """The published module algo, for models on a device; with its own attention on a GPU."""
     sys.meta_path.insert(0, StubFinder())
     sys.path.insert(0, directory)
     import hydra.utils
     import lightning
 
+    PlainModule.device = torch.device(device)
     lightning.LightningModule = PlainModule
     hydra.utils.instantiate = warmup
     import algo
     from models import dit
 
-    dit.fused_flex_attention = fused_attention(dit)
+    if device == "cpu":
+        dit.fused_flex_attention = fused_attention(dit)
     return algo
 
 
@@ -205,12 +211,13 @@ class Trainer:
         self.module.trainer = types.SimpleNamespace(
             num_nodes=1, node_rank=0, num_devices=1, local_rank=0, accumulate_grad_batches=1
         )
-        self.module.train()
+        self.module.to(self.module.device).train()
+        self.module.ema.move_shadow_params_to_device(self.module.device)
         (self.optimizer,), (schedule,) = self.module.configure_optimizers()
         self.schedule, self.clip = schedule["scheduler"], shapes["clip"]
         size = shapes["batch_size"], shapes["length"]
-        self.x = torch.randint(shapes["vocab_size"], size)
-        self.valid = torch.ones(size, dtype=torch.long)
+        self.x = torch.randint(shapes["vocab_size"], size, device=self.module.device)
+        self.valid = torch.ones(size, dtype=torch.long, device=self.module.device)
 
     def step(self) -> float:
         loss = self.module._loss(self.x, self.valid, 0, train_mode=True).loss

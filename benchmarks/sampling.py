@@ -18,16 +18,15 @@ import json
 import os
 import pathlib
 import statistics
-import subprocess
 import sys
 
 import jax
 
 from benchmarks import report_writer, sampling_cases, sampling_limits, sampling_report
+from benchmarks.published_process import PublishedProcess
 from benchmarks.sampling_cases import AR_CONFIG, CONFIG, MASK, Case, Ours
 from benchmarks.train_speed import Load, machine, num_threads, spread
 from esolm_jax import results
-from esolm_jax.errors import UserError
 from esolm_jax.sampling.engine import network
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -40,23 +39,8 @@ class Published:
 
     def __init__(self, directory: str, python: str):
         names = {"width", "blocks", "heads", "cond_width"}
-        shapes = {name: getattr(CONFIG, name) for name in names} | {"vocab_size": MASK}
-        script = pathlib.Path(__file__).with_name("published_sampling.py")
-        self.process = subprocess.Popen(
-            [python, "-W", "ignore", script, directory],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        self.about = self._ask({"shapes": shapes})
-
-    def _ask(self, request: dict) -> dict:
-        print(json.dumps(request), file=self.process.stdin, flush=True)
-        line = self.process.stdout.readline()
-        if not line:
-            raise UserError("--published: its process ended; run published_sampling.py by hand")
-        return json.loads(line)
+        request = {"shapes": {name: getattr(CONFIG, name) for name in names} | {"vocab_size": MASK}}
+        self.process = PublishedProcess("published_sampling.py", directory, python, request)
 
     @staticmethod
     def has(case: Case) -> bool:
@@ -72,7 +56,7 @@ class Published:
         alpha_0 = 0.0 if case.objective == "ar" else case.alpha_0
         request = {"objective": case.objective, "alpha_0": alpha_0, "num_steps": num_steps}
         request |= {"length": case.length, "batch": case.batch, "threads": threads}
-        return self._ask(request) | {"threads": threads}
+        return self.process.ask(request) | {"threads": threads}
 
 
 def measure(ours: Ours, published: Published | None, load: Load) -> dict:
@@ -156,7 +140,7 @@ def run(options) -> dict:
     networks = {config: network.fold(config, of) for config, of in params.items()}
     report = {
         "machine": machine(),
-        "published": published.about if published else before["published"],
+        "published": published.process.about if published else before["published"],
         "shapes": {n: getattr(CONFIG, n) for n in "width blocks heads vocab_size dtype".split()},
         "limits": limits,
     }

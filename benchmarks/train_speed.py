@@ -12,12 +12,10 @@ of the same shapes are interleaved with ours. Writes --out (.json) and the table
 
 import dataclasses
 import importlib.metadata
-import json
 import os
 import pathlib
 import platform
 import statistics
-import subprocess
 import sys
 import time
 
@@ -27,6 +25,7 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks import published_ratios, report_writer
+from benchmarks.published_process import PublishedProcess, shapes
 from esolm_jax import config as config_lib
 from esolm_jax.aot import lower_bound
 from esolm_jax.errors import UserError
@@ -187,47 +186,21 @@ class Published:
     """The process that runs steps of the published code on request (published_step.py)."""
 
     def __init__(self, config, vocab_size: int, names: list[str]):
-        o, m = config.optimizer, config.model
-        shapes = {
-            "width": m.width,
-            "cond_width": config_lib.default_config().model.cond_width,
-            "blocks": m.blocks,
-            "heads": m.heads,
-            "dropout": m.dropout,
-            "length": config.data.seq_len,
-            "batch_size": config.train.batch_size,
-            "kappa": config.kappa,
-            "vocab_size": vocab_size,
-        }
-        fields = "learning_rate b1 b2 eps weight_decay ema clip warmup_steps".split()
-        shapes |= {field: o[field] for field in fields}
-        script = pathlib.Path(__file__).with_name("published_step.py")
-        self.process = subprocess.Popen(
-            [_PYTHON.value, "-W", "ignore", script, _PUBLISHED.value],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
+        self.process = PublishedProcess(
+            "published_step.py",
+            _PUBLISHED.value,
+            _PYTHON.value,
+            {
+                "threads": num_threads(),
+                "shapes": shapes(config, vocab_size),
+                "objectives": {name: split_name(name) for name in names},
+            },
         )
-        objectives = {name: split_name(name) for name in names}
-        self.about = self._ask(
-            {"threads": num_threads(), "shapes": shapes, "objectives": objectives}
-        )
-
-    def _ask(self, request: dict) -> dict:
-        print(json.dumps(request), file=self.process.stdin, flush=True)
-        line = self.process.stdout.readline()
-        if not line:
-            raise UserError(f"--published={_PUBLISHED.value}: its process ended; see above")
-        return json.loads(line)
 
     def burst(self, name: str, steps: int) -> tuple[float, float]:
         """Seconds per step, and total CPU seconds."""
-        answer = self._ask({"name": name, "steps": steps})
+        answer = self.process.ask({"name": name, "steps": steps})
         return answer["seconds"] / steps, answer["cpu_seconds"]
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
 
 
 def num_threads() -> int:
@@ -479,12 +452,12 @@ def run() -> dict:
     found = measure(ours, published, measured, load)
     ceiling = matmul_ceiling(_MATMUL.value or preset.matmul, config.model.dtype, load)
     if published:
-        published.close()
+        published.process.close()
     shapes = {name: config.model[name] for name in ("width", "blocks", "heads", "dtype", "dropout")}
     return {
         "command": command(),
         "machine": machine(),
-        "published": published and published.about,
+        "published": published and published.process.about,
         "preset": _PRESET.value,
         "shapes": shapes
         | {
