@@ -133,14 +133,14 @@ class _Reader:
                     operands = (computation.instructions[o].shapes for o in i.operands)
                     return size_of(tuple(s for shapes in operands for s in shapes))
         if i.opcode == "fusion":
-            inside = self.module.computations[i.names("calls")[0]]
+            inside = _fused(i, self.module)
             shapes = [computation.instructions[name].shapes for name in i.operands]
             read = sum(
-                _read(inside, inside.parameters[n], _stored(of))
+                _read(self.module, inside, inside.parameters[n], _stored(of))
                 for n, of in enumerate(shapes)
                 if n in inside.parameters
             )
-            return read + _written(inside, inside.root, i.shapes)
+            return read + _written(self.module, inside, inside.root, i.shapes)
         operands = [computation.instructions[name] for name in i.operands]
         if i.opcode in _SLICES:
             return 2 * _stored(i.shapes)
@@ -157,8 +157,12 @@ def _stored(shapes: tuple[Shape, ...]) -> float:
     return sum(s.stored_bytes for s in shapes if not s.is_on_chip)
 
 
-def _read(inside: Computation, name: str, whole: float) -> float:
-    """Bytes that a fused computation reads of a value of `whole` bytes."""
+def _fused(i: Instruction, module: Module) -> Computation:
+    return module.computations[i.names("calls")[0]]
+
+
+def _read(module: Module, inside: Computation, name: str, whole: float) -> float:
+    """Bytes that a fused computation, and those fused into it, read of a value of `whole` bytes."""
     if not whole:
         return 0.0
     read = 0.0
@@ -170,21 +174,31 @@ def _read(inside: Computation, name: str, whole: float) -> float:
         elif user.opcode in ("dynamic-update-slice", "scatter") and user.operands[0] == name:
             continue
         elif user.opcode in _SAME:
-            read += _read(inside, user.name, whole)
+            read += _read(module, inside, user.name, whole)
+        elif user.opcode == "fusion":
+            inner = _fused(user, module)
+            places = [n for n, operand in enumerate(user.operands) if operand == name]
+            read += sum(_read(module, inner, inner.parameters[n], whole) for n in places)
         else:
             return whole
     return min(read, whole)
 
 
-def _written(inside: Computation, root: Instruction, shapes: tuple[Shape, ...]) -> float:
+def _written(
+    module: Module, inside: Computation, root: Instruction, shapes: tuple[Shape, ...]
+) -> float:
     """Bytes of the result of a fusion; of an update in place, the update."""
     while root.opcode in _SAME:
         root = inside.instructions[root.operands[0]]
     if root.opcode == "tuple":
         parts = [inside.instructions[name] for name in root.operands]
         return sum(
-            _written(inside, part, (shape,)) for part, shape in zip(parts, shapes, strict=True)
+            _written(module, inside, part, (shape,))
+            for part, shape in zip(parts, shapes, strict=True)
         )
+    if root.opcode == "fusion":
+        inner = _fused(root, module)
+        return _written(module, inner, inner.root, shapes)
     if root.opcode in ("dynamic-update-slice", "scatter"):
         update = inside.instructions[root.operands[1 if root.opcode[0] == "d" else 2]]
         return _stored(update.shapes)

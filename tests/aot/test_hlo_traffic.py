@@ -99,6 +99,27 @@ def test_a_program_with_its_loop_and_the_usual_branch():
     assert found.bytes == 2.5 * (one.bytes - copies)
 
 
+def test_slices_and_updates_in_a_fusion_of_a_fusion():
+    """The compiler for TPUs fuses fusions: what the inner one reads and writes counts."""
+
+    def wrap(text, name, parameters, calls):
+        inner = f"%inner_{name}"
+        text = text.replace(f"%{name} (", f"{inner} (")
+        names = ", ".join(f"%{p}" for p in parameters)
+        lines = [
+            f"  %{p} = {kind} parameter({n})" for n, (p, kind) in enumerate(parameters.items())
+        ]
+        root = f"  ROOT %r = {calls} fusion({names}), kind=kLoop, calls={inner}"
+        outer = "\n".join([f"%{name} () -> {calls} {{", *lines, root, "}"])
+        return text.replace("%dear (", f"{outer}\n\n%dear (", 1)
+
+    table, row, index = "f32[100,8]{1,0}", "f32[8]{0}", "s32[]"
+    nested = wrap(LOOP, "slice_and_add", {"table": table, "at": index, "h": row}, row)
+    nested = wrap(nested, "put", {"cache": table, "new": row, "at": index}, table)
+    assert nested.count("calls=%inner_") == 2
+    assert hlo_traffic.largest_loop(nested) == hlo_traffic.largest_loop(LOOP)
+
+
 def test_text_without_a_loop():
     with pytest.raises(ValueError, match="must have a loop"):
         hlo_traffic.largest_loop(LOOP.replace(" while(%start)", " custom-call(%start)"))
