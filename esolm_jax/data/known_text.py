@@ -5,14 +5,14 @@ joins white space, normalises characters or does not know them. Here a part is e
 anchor, as inside a text, and the surfaces of its tokens (surfaces.py) are compared with the part.
 From a difference to the end of the word, the fewest tokens that spell the text are taken. If no
 tokens spell a character, the error names it.
+
+Needs the standard library alone: exported folders hold a copy of this file.
 """
 
 import dataclasses
 import re
 from collections.abc import Iterator
 from typing import Any
-
-from esolm_jax.data.surfaces import Surfaces
 
 # Anchors: a part is encoded after one of these, so that it gets no leading space and does not merge
 # with the anchor. A character that no vocabulary knows, and some that do not occur in words.
@@ -43,7 +43,7 @@ class TooLong(ValueError):
 @dataclasses.dataclass(frozen=True)
 class _Encoder:
     tokenizer: Any
-    surfaces: Surfaces
+    surfaces: Any  # surfaces.Surfaces, or spelling.Surfaces of an exported folder
 
     def encode(self, text: str, begins: bool, limit: int) -> list[int]:
         if len(text) > limit * self.surfaces.longest:

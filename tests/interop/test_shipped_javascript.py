@@ -17,6 +17,7 @@ import pytest
 import tokenizer_kinds
 from tokenizer_kinds import KINDS, LENGTH, tokenizer_of
 
+from esolm_jax.data import known_text
 from esolm_jax.interop.export.shipped import schedule_esolm, text_codec
 from esolm_jax.process import prng
 from esolm_jax.sampling.engine import choose
@@ -189,7 +190,7 @@ def test_codec(answers, kind):
     def tried(make):
         try:
             return make()
-        except text_codec.spelling.NotKept as error:
+        except known_text.NotKept as error:
             return error.at
         except ValueError:
             return "error"

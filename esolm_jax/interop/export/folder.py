@@ -46,6 +46,7 @@ _OF_ALL_SCRIPTS = (
     "options.py",
     "command.py",
 )
+_OF_DATA = ("known_text.py", "mask_spans.py")  # modules of esolm_jax/data that they share with it
 FORMATS = tuple(_NEEDS)
 
 
@@ -210,15 +211,17 @@ def _write_scripts(draft: pathlib.Path, generates: str) -> None:
     Args:
       generates: the function that generates texts with ONNX: "step" or "score".
     """
-    folder = importlib.resources.files("esolm_jax.interop.export.shipped")
+    shipped = importlib.resources.files("esolm_jax.interop.export.shipped")
+    data = importlib.resources.files("esolm_jax.data")
     needs = {
         "run_numpy.py": WEIGHTS,
         "run_stablehlo.py": "sample.stablehlo",
         **dict.fromkeys(_OF_ONNX, f"{generates}.onnx"),
     }
     scripts = [name for name, file in needs.items() if (draft / file).exists()]
-    for name in (*_OF_ALL_SCRIPTS, *scripts):
-        (draft / name).write_bytes((folder / name).read_bytes())
+    for folder, names in ((shipped, (*_OF_ALL_SCRIPTS, *scripts)), (data, _OF_DATA)):
+        for name in names:
+            (draft / name).write_bytes((folder / name).read_bytes())
 
 
 def _manifest(source: Source, about: dict, entries: list[dict], left_out: dict) -> dict:

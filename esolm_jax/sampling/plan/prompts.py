@@ -15,18 +15,16 @@ a prompt exceeds the canvas (checked before the canvas is allocated).
 import dataclasses
 import itertools
 import pathlib
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import numpy as np
 
 from esolm_jax.config import is_allowed
-from esolm_jax.data import known_text
+from esolm_jax.data import known_text, mask_spans
 from esolm_jax.errors import UserError
 from esolm_jax.files import regular_file
 from esolm_jax.sampling.plan.canvas import MASK
 
-_OPEN, _COUNT = "[MASK", re.compile(r"0*[1-9]\d{0,5}")
 MAX_BYTES, MAX_PROMPTS = 16 * regular_file.MB, 2**16  # of a file of prompts
 MAX_TOKENS = 2**24  # in all prompts together
 
@@ -55,10 +53,13 @@ def parse_text(
     _check_unicode(text, name)
     draft = _Draft(text, tokenizer, name, length)
     spans, total = [], 0
-    for start, stop, count in _masks(text):
-        spans.append((start, stop, _count(count, text[start:stop], name)))
-        total += spans[-1][2]
-        draft.check(total)
+    try:
+        for span in mask_spans.find(text):
+            spans.append(span)
+            total += span[2]
+            draft.check(total)
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from error
     at = 0
     for start, stop, count in spans:
         draft.keep(at, start)
@@ -68,39 +69,11 @@ def parse_text(
     return Prompt(tuple(draft.tokens), bool(spans), seed, name)
 
 
-def _masks(text: str) -> Iterator[tuple[int, int, str]]:
-    """(start, stop, text after the colon) of each [MASK] and [MASK:n], in one pass over the text; a
-    regular expression would be quadratic in the number of [MASK:."""
-    at = 0
-    while (start := text.find(_OPEN, at)) >= 0:
-        at = start + len(_OPEN)
-        if text[at : at + 1] == "]":
-            at += 1
-            yield start, at, "1"
-        elif text[at : at + 1] == ":":
-            stop = text.find("]", at)
-            if stop < 0:
-                return
-            yield start, stop + 1, text[at + 1 : stop]
-            at = stop + 1
-
-
-def _count(count: str, span: str, name: str) -> int:
-    if not _COUNT.fullmatch(count):
-        raise UserError(
-            f"{name}: {span[:80]!r}: must be [MASK], or [MASK:n] of at least 1 token and at most "
-            "999999"
-        )
-    return int(count)
-
-
 def _check_unicode(text: str, name: str) -> None:
     try:
-        text.encode()
-    except UnicodeEncodeError as error:  # a lone surrogate
-        raise UserError(
-            f"{name}: must be Unicode, but character {error.start} is a lone surrogate"
-        ) from error
+        mask_spans.check_unicode(text)
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from error
 
 
 class _Draft:
@@ -137,13 +110,11 @@ class _Draft:
 
     def _changed(self, error: known_text.NotKept, start: int) -> str:
         at, (around, becomes) = start + error.at, error.becomes
-        character, advice = self.text[at], "write what it can spell"
-        if character.isspace() and self.text[at + 1 :].lstrip().startswith("[MASK"):
-            advice = "leave it out: the token in place of [MASK] can add a space itself"
+        character = self.text[at]
         return (
             f"character {at}, {character!r} (U+{ord(character):04X}), must be kept as it is, but "
             f"the tokenizer ({self.tokenizer.kind}) has no tokens for it there: of {around!r} it "
-            f"would make {becomes!r}; {advice}"
+            f"would make {becomes!r}; {mask_spans.advice(self.text, at)}"
         )
 
 

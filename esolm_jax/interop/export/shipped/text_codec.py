@@ -10,16 +10,18 @@ The package that vocabulary.json names, if any, is used for prompts if it is ins
 import codecs
 import json
 import pathlib
-import re
 import sys
 
 if __package__:
+    from esolm_jax.data import known_text, mask_spans
+
     from . import spelling
 else:
+    import known_text
+    import mask_spans
     import spelling
 
 MASK = -1  # in a row: a token to be generated
-_OPEN, _COUNT = "[MASK", re.compile(r"0*[1-9]\d{0,5}")
 
 
 def _each_bad_byte(error):
@@ -80,7 +82,7 @@ class Codec:
         return "".join([*out, self._text(run, begins)])
 
     def _text(self, run, begins):
-        return self.surfaces.data(run, begins).encode("latin-1").decode("utf-8", self._errors)
+        return self.surfaces.data(run, begins).decode("utf-8", self._errors)
 
     def encode(self, text, *, begins=True):
         """Ids that decode to exactly this part of a text.
@@ -89,25 +91,16 @@ class Codec:
           begins: the part is the beginning of the text; else other tokens precede it.
 
         Raises:
-          NotKept: a ValueError: the tokenizer cannot spell a character.
+          known_text.NotKept: a ValueError: the tokenizer cannot spell a character.
           ValueError: a lone surrogate, or a tokenizer without surfaces.
         """
         self._check_surfaces()
-        _check_unicode(text)
+        mask_spans.check_unicode(text)
         return self._encode(text, begins) if text else []
 
     def _check_surfaces(self):
         if self.surfaces is None:
             raise ValueError(f"the tokenizer ({self.kind}) needs its own library: use token ids")
-
-
-def _check_unicode(text):
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"must be Unicode, but character {error.start} is a lone surrogate"
-        ) from error
 
 
 def parse_prompt(codec, text, length):
@@ -119,15 +112,14 @@ def parse_prompt(codec, text, length):
         cannot spell, or a bad [MASK:n].
     """
     try:
-        _check_unicode(text)
+        mask_spans.check_unicode(text)
         return _row(codec, text, length)
     except ValueError as error:
         raise ValueError(f"prompt {ascii(text[:40])}: {error}") from error
 
 
 def _row(codec, text, length):
-    row, at = [], 0
-    spans = [(start, stop, _count(count, text[start:stop])) for start, stop, count in _masks(text)]
+    row, at, spans = [], 0, list(mask_spans.find(text))
     for start, stop, count in spans:
         row += _part(codec, text, at, start, not row)
         _check_length(len(row) + count, length)
@@ -146,38 +138,15 @@ def _check_length(count, length):
         raise ValueError(f"has {count} tokens or more: must have at most {length} (--length)")
 
 
-def _masks(text):
-    """(start, stop, text after the colon) of each [MASK] and [MASK:n], in one pass."""
-    at = 0
-    while (start := text.find(_OPEN, at)) >= 0:
-        at = start + len(_OPEN)
-        if text[at : at + 1] == "]":
-            at += 1
-            yield start, at, "1"
-        elif text[at : at + 1] == ":":
-            stop = text.find("]", at)
-            if stop < 0:
-                return
-            yield start, stop + 1, text[at + 1 : stop]
-            at = stop + 1
-
-
-def _count(count, span):
-    if not _COUNT.fullmatch(count):
-        raise ValueError(f"{span[:80]!r}: must be [MASK], or [MASK:n] with n in 1..999999")
-    return int(count)
-
-
 def _part(codec, text, start, stop, begins):
     try:
         return codec.encode(text[start:stop], begins=begins)
-    except spelling.NotKept as error:
-        at, advice = start + error.at, "write what it can spell"
-        if text[at].isspace() and text[at + 1 :].lstrip().startswith(_OPEN):
-            advice = "leave it out: the token in place of [MASK] can add a space itself"
+    except known_text.NotKept as error:
+        at = start + error.at
         raise ValueError(
             f"character {at}, {text[at]!r} (U+{ord(text[at]):04X}), must be kept as it is, but "
-            f"the tokenizer ({codec.kind}) has no tokens for it there; {advice}"
+            f"the tokenizer ({codec.kind}) has no tokens for it there; "
+            f"{mask_spans.advice(text, at)}"
         ) from error
 
 
