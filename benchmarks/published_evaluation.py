@@ -185,21 +185,24 @@ def _git(directory: pathlib.Path, *command: str) -> str:
     return done.stdout.strip()
 
 
-def versions(args, published: pathlib.Path) -> dict[str, str]:
-    commit = _git(args.published, "rev-parse", "--short", "HEAD") or "unknown"
-    changed = _git(args.published, "status", "--porcelain", "--untracked-files=no")
-    return {
-        "published commit": commit + (" with changes" if changed else ""),
-        **json.loads((published / "versions.json").read_text()),
-        **{name: importlib.metadata.version(name) for name in ("jax", "numpy")},
-        "python": platform.python_version(),
-    }
+def published_commit(directory: pathlib.Path) -> str:
+    """The commit of a clone, and whether its files have changed."""
+    commit = _git(directory, "rev-parse", "--short", "HEAD") or "unknown"
+    changed = _git(directory, "status", "--porcelain", "--untracked-files=no")
+    return commit + (" with changes" if changed else "")
 
 
-def _page(found: list[Comparison], about: dict[str, str]) -> str:
+def packages(published: pathlib.Path) -> dict[str, str]:
+    """Versions, of the published code's process first."""
+    ours_ = {name: importlib.metadata.version(name) for name in ("jax", "numpy")}
+    theirs = json.loads((published / "versions.json").read_text())
+    return theirs | ours_ | {"python": platform.python_version()}
+
+
+def _page(found: list[Comparison], commit: str, versions: dict[str, str]) -> str:
     agree = sum(one.agrees for one in found)
     windows = sum(one.windows for one in found)
-    listed = ", ".join(f"{name} {value}" for name, value in about.items() if " " not in name)
+    listed = ", ".join(f"{name} {value}" for name, value in versions.items())
     head = ["model, α₀", "data", "windows", "differ", "window", "batch", "total"]
     head += ["NELBO, published", "NELBO, ours", "agrees"]
     rows = [
@@ -218,7 +221,7 @@ def _page(found: list[Comparison], about: dict[str, str]) -> str:
     return f"""# Evaluation by the published code and by ours
 
 Made by `python -m benchmarks.published_evaluation --published=DIR --python=PATH`; DIR is a clone of
-the published Eso-LMs code at commit {about["published commit"]}.
+the published Eso-LMs code at commit {commit}.
 
 {agree} of {len(found)} cases agree, on {windows:,} windows. A case agrees if all windows are equal
 bit for bit, token counts are equal, and the NELBO of each window, the loss of each batch and the
@@ -252,14 +255,16 @@ From outside, without a change to a file:
 
 ## What was not compared
 
-- BD3-LM: the repository has no BD3-LM model. `tests/evaluation` compares its metrics with vectors.
-- The importance-weighted bound, which needs a GPU there: vectors
+- BD3-LM: this repository of the published code has no BD3-LM.
+- The importance-weighted bound, which that code computes on GPUs only; tests compare it with vectors
   ([evaluation_protocol.md](evaluation_protocol.md)).
 - Padded windows through `evaluate`, where other tokens do not read padding: that case ran through
   `load_published`, `protocol.windows_with_mask` and `published_nelbo.py`.
 - bfloat16, several devices, and the real data sets and tokenizers.
 
 Packages: {listed}.
+
+Recorded at commit {report_writer.commit()} on {report_writer.machine()}.
 """
 
 
@@ -278,10 +283,15 @@ def main() -> None:
         files = cases_lib.write_texts(folder / "data")
         published = run_published(args, folder, models, cases, files)
         found = run_ours(folder, models, cases, published, files)
-        about = versions(args, published)
-    figures = {"versions": about, "tolerance": TOLERANCE}
-    figures["cases"] = [dataclasses.asdict(one) | {"agrees": one.agrees} for one in found]
-    report_writer.write(args.out, figures, _page(found, about))
+        versions = packages(published)
+    commit = published_commit(args.published)
+    figures = {
+        "published_commit": commit,
+        "packages": versions,
+        "tolerance": TOLERANCE,
+        "cases": [dataclasses.asdict(one) | {"agrees": one.agrees} for one in found],
+    }
+    report_writer.write(args.out, figures, _page(found, commit, versions))
     if not all(one.agrees for one in found):
         raise SystemExit(1)
 

@@ -195,7 +195,7 @@ class Converted:
 
 
 @contextlib.contextmanager
-def _collecting():
+def collecting():
     """Collects (nats of the rows that are summed, sums) of each batch."""
     found: list = []
     sums = published_bound._sums
@@ -230,7 +230,7 @@ def evaluate_suite(
     config = config_lib.overridden(model.config, {"data.window_shards": shards})
     weights = {"step": model.trained.step, "checkpoint_sha256": None, "weights": "ema"}
     request = suite_run.Request(suite, root, suite_data.find(sets, root), "published", weights)
-    with model.noise(list(records.values())), _collecting() as found:
+    with model.noise(list(records.values())), collecting() as found:
         report = suite_run.evaluate(config, model.workdir, request, model.trained)
     outcomes = {}
     for entry in report["data_sets"]:
@@ -269,7 +269,7 @@ def evaluate_prepared(model: Converted, manifest: Manifest, record: Record) -> O
         rows = (theirs["x"][:, None] == windows[None]).all(axis=-1).argmax(axis=1)
         x[: len(rows)], valid[: len(rows)] = windows[rows], True
         batches.append({"x": x, "valid": valid})
-    with model.noise([record]), _collecting() as found:
+    with model.noise([record]), collecting() as found:
         estimate = published_bound.make(model.config, model.trained.built)
         split = manifest.split(suite_run.SPLIT)
         result = estimate(model.trained.params, batches, split=split, seed=0)

@@ -2,9 +2,10 @@
 
 The first ⌊κ · rows⌋ rows of each evaluation batch feed the diffusion term, the others the
 sequential term; `protocol/published_nelbo.py` has the sums. Times are stratified over the diffusion
-rows. Other families, and α₀ = 0 or 1, have one term of all rows. One draw per window. Figures
-depend on the batch size, and on which windows share a batch: the published code shuffles windows by
-a PyTorch generator, these batches are in order.
+rows. Other families, and α₀ = 0 or 1, have one term of all rows. AR that was trained without a
+start token (config.start_token=none) does not predict the first token of a window. One draw per
+window. Figures depend on the batch size, and on which windows share a batch: the published code
+shuffles windows by a PyTorch generator, these batches are in order.
 """
 
 import math
@@ -15,15 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from esolm_jax.errors import UserError
-from esolm_jax.evaluation.likelihood import counted_batches
+from esolm_jax.evaluation.likelihood import counted_batches, labelled_nll
 from esolm_jax.evaluation.metric import Result
 from esolm_jax.evaluation.protocol.published_nelbo import (
     BatchNelbo,
     diffusion_rows,
+    label_ar,
     nelbo_figures,
 )
 from esolm_jax.evaluation.window_noise import compiled, phase_nll
 from esolm_jax.family import registry
+from esolm_jax.family.labels import LabelledBatch
 from esolm_jax.family.phase import is_exact
 from esolm_jax.model.build import BuiltModel
 from esolm_jax.process import prng
@@ -53,8 +56,13 @@ def check_batches(config, num_windows: int) -> None:
 def make(config, built: BuiltModel) -> Callable[..., Result]:
     """Returns estimate(params, batches, *, split, seed, progress, total) → Result, as a metric."""
     kappa = kappa_of(config)
+    family = registry.get(config.objective)
+    lacks_start = family.is_shifted and config.start_token == "none"
 
     def draw(params, key, num_diffusion, x, valid):
+        if lacks_start:
+            labelled = _label_without_start(x, valid)
+            return labelled_nll(built.apply, built.head, params, labelled)[None]
         key_time, key_rows = jax.random.split(key)
         row_B = jnp.arange(x.shape[0])
         shift = jax.random.uniform(key_time)
@@ -71,11 +79,20 @@ def make(config, built: BuiltModel) -> Callable[..., Result]:
             first = diffusion_rows(rows, kappa)
             key = jax.random.fold_in(prng.key(seed), i)
             drawn = run(params, key, np.int32(first or rows), batch["x"], batch["valid"])
-            sums.append(_sums(np.asarray(drawn, np.float64), count, first))
+            scored = count - ((count > 0) & lacks_start)
+            sums.append(_sums(np.asarray(drawn, np.float64), scored, first))
             windows += rows
         return _result(sums, windows, kappa, is_exact(config))
 
     return estimate
+
+
+def _label_without_start(x: jax.Array, valid: jax.Array) -> LabelledBatch:
+    """All tokens but the first, each predicted from those before it. [B, L], as of other labels:
+    the prediction after the last token has no weight."""
+    longer = jnp.concatenate([x, x[:, -1:]], axis=1)
+    scored = jnp.concatenate([valid[:, 1:], jnp.zeros_like(valid[:, :1])], axis=1)
+    return label_ar(longer, None).replace(weight=scored.astype(jnp.float32))
 
 
 def _sums(nll_PB: np.ndarray, count_B: np.ndarray, first: int) -> BatchNelbo:
