@@ -8,24 +8,22 @@ that were recorded.
 import contextlib
 import dataclasses
 import pathlib
-from unittest import mock
 
-import jax.numpy as jnp
 import numpy as np
 
+import esolm_jax
 from benchmarks import published_evaluation_cases as cases_lib
 from benchmarks.published_evaluation_cases import Case
+from benchmarks.published_evaluation_record import Outcome, Record, collecting, recorded_noise
 from esolm_jax import config as config_lib
 from esolm_jax.data import build as build_data
 from esolm_jax.data.manifest import Manifest, load_manifest
 from esolm_jax.data.reader import eval_batches
-from esolm_jax.evaluation import protocol, published_bound, window_noise
+from esolm_jax.evaluation import protocol, published_bound
 from esolm_jax.evaluation.protocol import published_nelbo
 from esolm_jax.evaluation.suite import suite_data, suite_file, suite_run
-from esolm_jax.family.phase import is_exact
 from esolm_jax.interop.published import config as published_config
 from esolm_jax.interop.published import file as published_file
-from esolm_jax.interop.published import names as published_names
 from esolm_jax.interop.published import read as published_read
 from esolm_jax.model import lm_head
 from esolm_jax.model import transformer as model_lib
@@ -55,121 +53,6 @@ window_specials = "bos_bos"
 
 
 @dataclasses.dataclass(frozen=True)
-class Record:
-    """What the published code did in one case.
-
-    Attributes:
-      batches: of each, x and valid [B, L], its noise, the nll of its tokens in text order, and
-        loss, nll and tokens as that code sums them.
-      final: nll and ppl.
-    """
-
-    batches: list[dict]
-    final: dict[str, float]
-
-    @classmethod
-    def read(cls, path: pathlib.Path) -> "Record":
-        with np.load(path) as file:
-            saved = dict(file)
-        batches: list[dict] = [{} for _ in range(int(saved.pop("batches")))]
-        final = {}
-        for name, value in saved.items():
-            index, _, key = name.partition(".")
-            if index == "final":
-                final[key] = float(value)
-            else:
-                batches[int(index)][key] = value
-        return cls(batches, final)
-
-    @property
-    def windows(self) -> np.ndarray:
-        """All windows, int [N, L], in the order in which they were read."""
-        return np.concatenate([batch["x"] for batch in self.batches])
-
-    def window_nll(self) -> list[np.ndarray]:
-        """Nats of each window of each batch, of the term that it feeds."""
-        return [np.concatenate(_row_sums(batch)) for batch in self.batches]
-
-
-def _row_sums(batch: dict) -> list[np.ndarray]:
-    """Of the diffusion rows and of the sequential rows, those that there are."""
-    found, start = [], 0
-    for name in ("diffusion_nll", "sequential_nll"):
-        if name in batch:
-            nll = np.asarray(batch[name], np.float64)
-            valid = batch["valid"][start : start + len(nll), -nll.shape[1] :]
-            found.append((nll * valid).sum(axis=1))
-            start += len(nll)
-    return found
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """What our code did in one case: windows int [N, L], nats of each window by batch, sums of each
-    batch, and figures of the whole (nll_per_token, perplexity)."""
-
-    windows: np.ndarray
-    window_nll: list[np.ndarray]
-    sums: list[published_nelbo.BatchNelbo]
-    nll: float
-    perplexity: float
-
-
-# The recorded noise.
-
-
-def _noise_table(records: list[Record], mask: int) -> dict[str, np.ndarray]:
-    """Of all windows: x, and the noise of each phase [N, …]; a window that did not feed a phase is
-    all masked, in text order, at time 1. ValueError: two windows are equal."""
-    rows: dict[str, list[np.ndarray]] = {}
-    for batch in (batch for record in records for batch in record.batches):
-        x = batch["x"]
-        first = len(batch.get("t", ()))
-        in_order = np.broadcast_to(np.arange(x.shape[1]), x.shape)
-        for phase, noisy in (("diffusion", "xt"), ("sequential", "z0")):
-            own = slice(0, first) if phase == "diffusion" else slice(first, None)
-            masked, order = np.ones(x.shape, bool), in_order.copy()
-            if noisy in batch:
-                masked[own] = batch[noisy] == mask
-                order[own] = batch.get(f"{phase}_order", order[own])
-            rows.setdefault(f"{phase}_masked", []).append(masked)
-            rows.setdefault(f"{phase}_order", []).append(order)
-        t = np.ones(len(x), np.float32)
-        t[:first] = batch.get("t", ())
-        rows.setdefault("t", []).append(t)
-        rows.setdefault("x", []).append(x)
-    table = {name: np.concatenate(parts) for name, parts in rows.items()}
-    if len(np.unique(table["x"], axis=0)) < len(table["x"]):
-        raise ValueError("the texts make two equal windows, whose noise cannot be told apart")
-    return table
-
-
-@contextlib.contextmanager
-def recorded_noise(records: list[Record], mask: int):
-    """Within it, the protocol labels windows with the noise of the published code."""
-    table = {name: jnp.asarray(a) for name, a in _noise_table(records, mask).items()}
-
-    def labelled_phases(config, built, key, offset_B, window_B, x, valid):
-        del key, offset_B, window_B, valid
-        row_B = (x[:, None] == table["x"][None]).all(axis=-1).argmax(axis=1)
-        mine = {name: array[row_B] for name, array in table.items()}
-        phases = ["diffusion"] * (config.alpha_0 > 0) + ["sequential"] * (config.alpha_0 < 1)
-        labelled = []
-        for phase in phases:
-            t_B = mine["t"] if phase == "diffusion" else None
-            noise = published_nelbo.Noise(mine[f"{phase}_masked"], mine[f"{phase}_order"], t_B)
-            settings = {"alpha_0": config.alpha_0, "mask": built.special.mask}
-            labelled.append(published_nelbo.label(config.objective, x, noise, **settings))
-        return labelled
-
-    with mock.patch.object(window_noise, "labelled_phases", labelled_phases):
-        yield
-
-
-# The converted model.
-
-
-@dataclasses.dataclass(frozen=True)
 class Converted:
     """A published checkpoint as a workdir, and its model."""
 
@@ -189,31 +72,17 @@ class Converted:
         return cls(config, workdir, trained)
 
     def noise(self, records: list[Record]):
-        if is_exact(self.config) and self.config.objective == "ar":
+        if self.config.objective == "ar":
             return contextlib.nullcontext()  # it has none
         return recorded_noise(records, self.trained.built.special.mask)
 
 
-@contextlib.contextmanager
-def collecting():
-    """Collects (nats of the rows that are summed, sums) of each batch."""
-    found: list = []
-    sums = published_bound._sums
-
-    def collect(nll_PB, count_B, first):
-        made = sums(nll_PB, count_B, first)
-        rows = int((count_B > 0).sum())
-        found.append((np.concatenate([nll_PB[0][:first], nll_PB[-1][first:rows]]), made))
-        return made
-
-    with mock.patch.object(published_bound, "_sums", collect):
-        yield found
-
-
-def _windows(manifest: Manifest) -> np.ndarray:
-    """All windows of the prepared data, int32 [N, L]."""
+def _windows(manifest: Manifest) -> tuple[np.ndarray, np.ndarray]:
+    """All windows of the prepared data, int32 [N, L], and which tokens are no padding."""
     batches = eval_batches(manifest, suite_run.SPLIT, batch_size=cases_lib.ROWS)
-    return np.concatenate([batch["x"][batch["valid"].any(axis=1)] for batch in batches])
+    x, valid = map(np.concatenate, zip(*((b["x"], b["valid"]) for b in batches), strict=True))
+    there = valid.any(axis=1)
+    return x[there], valid[there]
 
 
 def evaluate_suite(
@@ -237,15 +106,15 @@ def evaluate_suite(
         name, (figures,) = entry["name"], entry["results"]
         folder = model.workdir / "suites" / suite.name / "data"
         windows = _windows(load_manifest(folder / f"{name}-{cases_lib.LENGTH}-published"))
-        count = -(-len(windows) // cases_lib.ROWS)
+        count = -(-len(windows[0]) // cases_lib.ROWS)
         mine, found = found[:count], found[count:]
         outcomes[name] = _outcome(windows, mine, figures)
     return outcomes
 
 
-def _outcome(windows, collected, figures: dict) -> Outcome:
+def _outcome(windows: tuple, collected: list, figures: dict) -> Outcome:
     nll, sums = zip(*collected, strict=True)
-    return Outcome(windows, list(nll), list(sums), figures["nll_per_token"], figures["perplexity"])
+    return Outcome(*windows, list(nll), list(sums), figures["nll_per_token"])
 
 
 def prepared(model: Converted, root: pathlib.Path, suite: suite_file.Suite, name: str) -> Manifest:
@@ -261,20 +130,23 @@ def prepared(model: Converted, root: pathlib.Path, suite: suite_file.Suite, name
 
 def evaluate_prepared(model: Converted, manifest: Manifest, record: Record) -> Outcome:
     """The published bound of prepared data, with windows in batches as the record has them."""
-    windows = _windows(manifest)
-    batches = []
+    windows, valid = _windows(manifest)
+    if len(windows) != len(record.windows):
+        raise SystemExit(f"{len(windows)} windows, {len(record.windows)} published")
+    place = (record.windows[:, None] == windows[None]).all(axis=-1).argmax(axis=1)
+    windows, valid = windows[place], valid[place]
+    batches, start = [], 0
     for theirs in record.batches:
-        x = np.full((cases_lib.ROWS, windows.shape[1]), manifest.pad_id, np.int32)
-        valid = np.zeros(x.shape, bool)
-        rows = (theirs["x"][:, None] == windows[None]).all(axis=-1).argmax(axis=1)
-        x[: len(rows)], valid[: len(rows)] = windows[rows], True
-        batches.append({"x": x, "valid": valid})
+        rows = slice(start, start + len(theirs["x"]))
+        start = rows.stop
+        empty = np.zeros((cases_lib.ROWS - len(theirs["x"]), windows.shape[1]), np.int32)
+        x, there = (np.concatenate([a[rows], empty]) for a in (windows, valid))
+        batches.append({"x": x, "valid": there.astype(bool)})
     with model.noise([record]), collecting() as found:
         estimate = published_bound.make(model.config, model.trained.built)
         split = manifest.split(suite_run.SPLIT)
         result = estimate(model.trained.params, batches, split=split, seed=0)
-    in_order = np.concatenate([b["x"][b["valid"].any(axis=1)] for b in batches])
-    return _outcome(in_order, found, result.figures)
+    return _outcome((windows, valid), found, result.figures)
 
 
 def prepare_text8(model: Converted, path: pathlib.Path) -> Manifest:
@@ -295,11 +167,10 @@ def prepare_text8(model: Converted, path: pathlib.Path) -> Manifest:
 
 
 def evaluate_padded(checkpoint: pathlib.Path, texts: list[str], record: Record) -> Outcome:
-    """MDLM on padded windows, from Python alone: `load_published`, `protocol.windows_with_mask` and
-    the published sums."""
+    """MDLM on padded windows: `load_published`, `protocol.windows_with_mask`, the published sums."""
     published = published_file.read(str(checkpoint))
     heads = published_config.get_config(str(checkpoint)).model.heads
-    model = published_names.load(published.ema(), heads, mask_id=_mask_of(cases_lib.BERT))
+    model = esolm_jax.load_published(published.ema(), heads, mask_id=_mask_of(cases_lib.BERT))
     settings = protocol.WindowSettings("lm1b", wrap=False, block_size=cases_lib.LENGTH)
     windows, valid = protocol.windows_with_mask(texts, cases_lib.BERT, settings)
     head = lm_head.Head.of(model.config, model.mask_id)
@@ -315,7 +186,7 @@ def evaluate_padded(checkpoint: pathlib.Path, texts: list[str], record: Record) 
         sums.append(published_nelbo.BatchNelbo.of(mine, nll))
         nll_rows.append((np.asarray(nll, np.float64) * mine).sum(axis=1))
     figures = published_nelbo.nelbo_figures(sums)
-    return Outcome(windows, nll_rows, sums, figures["nll"], figures["perplexity"])
+    return Outcome(windows, valid == 1, nll_rows, sums, figures["nll"])
 
 
 def _mask_of(folder: pathlib.Path) -> int:

@@ -80,7 +80,7 @@ def make(config, built: BuiltModel) -> Callable[..., Result]:
             key = jax.random.fold_in(prng.key(seed), i)
             drawn = run(params, key, np.int32(first or rows), batch["x"], batch["valid"])
             scored = count - ((count > 0) & lacks_start)
-            sums.append(_sums(np.asarray(drawn, np.float64), scored, first))
+            sums.append(batch_sums(np.asarray(drawn, np.float64), scored, first))
             windows += rows
         return _result(sums, windows, kappa, is_exact(config))
 
@@ -95,8 +95,12 @@ def _label_without_start(x: jax.Array, valid: jax.Array) -> LabelledBatch:
     return label_ar(longer, None).replace(weight=scored.astype(jnp.float32))
 
 
-def _sums(nll_PB: np.ndarray, count_B: np.ndarray, first: int) -> BatchNelbo:
-    """The sums of a batch: `first` rows feed the first phase, the others the last."""
+def batch_sums(nll_PB: np.ndarray, count_B: np.ndarray, first: int) -> BatchNelbo:
+    """The sums of a batch: its `first` rows feed the first phase, the others the last.
+
+    Args:
+      nll_PB: float64 [phases, B], nats. count_B: int64 [B], scored tokens; 0: padding.
+    """
     diffusion, sequential = nll_PB[0][:first], nll_PB[-1][first:]
     counts = int(count_B[:first].sum()), int(count_B[first:].sum())
     sequential = sequential[count_B[first:] > 0]

@@ -1,6 +1,7 @@
 """`--protocol=published` from the published code's own noise: windows, batches and the whole."""
 
 import contextlib
+import dataclasses
 
 import numpy as np
 import pytest
@@ -8,9 +9,11 @@ from golden_eval import read_npz
 from golden_files import model
 
 from benchmarks import published_evaluation as benchmark
-from benchmarks import published_evaluation_ours as ours
+from benchmarks import published_evaluation_cases as cases_lib
+from benchmarks.published_evaluation_record import Outcome, Record, collecting, recorded_noise
 from esolm_jax import config as config_lib
 from esolm_jax.evaluation import published_bound
+from esolm_jax.evaluation.protocol import BatchNelbo
 from esolm_jax.family.phase import SpecialIds
 from esolm_jax.model import transformer as model_lib
 from esolm_jax.model.build import BuiltModel
@@ -29,7 +32,7 @@ RUNS = {  # → objective, start token
 }
 
 
-def record_of(run: str) -> ours.Record:
+def record_of(run: str) -> Record:
     """The vectors of a run, as the benchmark records the published code."""
     batches = []
     for i in range(len(GOLDEN[f"{run}.batch_sizes"])):
@@ -45,10 +48,10 @@ def record_of(run: str) -> ours.Record:
             found["diffusion_nll"] = batch["nll"]
         found |= {"x": batch["x0"], "valid": batch["valid"], "loss": batch["batch_loss"]}
         batches.append(found | {"tokens": batch["batch_tokens"]})
-    return ours.Record(batches, {"nll": float(GOLDEN[f"{run}.final_nll"])})
+    return Record(batches, {"nll": float(GOLDEN[f"{run}.final_nll"])})
 
 
-def estimated(run: str, record: ours.Record):
+def estimated(run: str, record: Record):
     """Our bound of the run's windows: (result, what `collecting` found)."""
     objective, start_token = RUNS[run]
     is_ar = objective == "ar"
@@ -66,8 +69,8 @@ def estimated(run: str, record: ours.Record):
         x, valid = np.zeros((ROWS, LENGTH), np.int32), np.zeros((ROWS, LENGTH), bool)
         x[: len(batch["x"])], valid[: len(batch["x"])] = batch["x"], batch["valid"]
         batches.append({"x": x, "valid": valid})
-    noise = contextlib.nullcontext() if is_ar else ours.recorded_noise([record], MASK)
-    with noise, ours.collecting() as found:
+    noise = contextlib.nullcontext() if is_ar else recorded_noise([record], MASK)
+    with noise, collecting() as found:
         estimate = published_bound.make(config, built)
         return estimate(golden.params, batches, split={}, seed=0), found
 
@@ -98,3 +101,26 @@ def test_another_mask_is_another_bound():
     want = np.concatenate(record.window_nll())
     differs = np.abs(got / want - 1) > benchmark.TOLERANCE
     assert differs.nonzero()[0].tolist() == [0]
+
+
+TAMPERED = {
+    "windows": lambda a: np.where(np.arange(LENGTH) == 3, 5, a),
+    "valid": lambda a: a & (np.arange(LENGTH) > 0),
+    "window_nll": lambda parts: [part * (1 + 3e-5) for part in parts],
+    "sums": lambda sums: [
+        dataclasses.replace(one, diffusion_tokens=one.diffusion_tokens - 1) for one in sums
+    ],
+    "nll": lambda value: value * (1 - 3e-5),
+}
+
+
+@pytest.mark.parametrize("part", [None, *TAMPERED])
+def test_comparison_sees_what_differs(part):
+    record = record_of("mdlm")
+    sums = [BatchNelbo.of(batch["valid"], batch["diffusion_nll"]) for batch in record.batches]
+    nll = record.final["nll"]
+    same = Outcome(record.windows, record.valid, record.window_nll(), sums, nll)
+    changed = {part: TAMPERED[part](getattr(same, part))} if part else {}
+    case = cases_lib.cases(cases_lib.models())[0]
+    compared = benchmark.compare(case, record, dataclasses.replace(same, **changed))
+    assert compared.agrees == (part is None)
