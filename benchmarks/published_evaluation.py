@@ -33,7 +33,10 @@ from benchmarks.published_evaluation_record import Outcome, Record
 from esolm_jax.evaluation.suite import suite_file
 
 TOLERANCE = 1e-5  # relative
-SCRIPT = pathlib.Path(__file__).with_name("published_validation.py")
+SCRIPTS = {  # by whether the code is BD3-LM's
+    False: pathlib.Path(__file__).with_name("published_validation.py"),
+    True: pathlib.Path(__file__).with_name("published_validation_bd3.py"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,13 +106,12 @@ def compare(case: Case, record: Record, outcome: Outcome) -> Comparison:
     )
 
 
-def run_published(args, folder: pathlib.Path, models, cases, files: dict) -> pathlib.Path:
-    """The records and checkpoints of the published code, in a folder."""
-    work = folder / "published"
-    work.mkdir()
+def run_published(python, directory: pathlib.Path, work: pathlib.Path, cases, files) -> None:
+    """Fills a folder with the records of the published code, and its checkpoints."""
+    models = list(dict.fromkeys(case.model for case in cases))
     caches = [model.folder for model in models if model.tokenizer == "text8"]
     caches += [case.name for case in cases if case.data == "text8"]
-    cases_lib.write_text8(folder, [work / "cache" / name for name in caches])
+    cases_lib.write_text8(work.parent, [work / "cache" / name for name in caches])
     cases_lib.write_bert(work)
     request = {
         "files": files,
@@ -118,23 +120,23 @@ def run_published(args, folder: pathlib.Path, models, cases, files: dict) -> pat
         "models": {model.folder: [*model.data, *model.options] for model in models},
         "cases": {case.name: case.request() for case in cases},
     }
-    command = [str(args.python), str(SCRIPT), str(args.published.resolve())]
-    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parent)}
-    text = json.dumps(request)
-    with open(folder / "published.log", "w") as log:
+    script = SCRIPTS[cases[0].model.is_bd3]
+    command = [str(python), str(script), str(directory.resolve())]
+    environment = os.environ | {"PYTHONPATH": str(script.parent)}
+    text, path = json.dumps(request), work / "published.log"
+    with open(path, "w") as log:
         done = subprocess.run(
             command, input=text, text=True, cwd=work, env=environment, stdout=log, stderr=log
         )
     if done.returncode:
-        print((folder / "published.log").read_text()[-4000:], file=sys.stderr)
+        print(path.read_text()[-4000:], file=sys.stderr)
         raise SystemExit(f"the published code failed with {done.returncode}: see above")
-    return work
 
 
-def run_ours(folder: pathlib.Path, models, cases, published: pathlib.Path, files) -> list:
+def run_ours(folder: pathlib.Path, cases, published: pathlib.Path, files) -> list[Comparison]:
     """Comparisons of all cases."""
-    found = []
-    for model in models:
+    found: list[Comparison] = []
+    for model in dict.fromkeys(case.model for case in cases):
         mine = [case for case in cases if case.model == model]
         records = {case: Record.read(published / f"{case.name}.npz") for case in mine}
         outcomes = _outcomes(folder, model, records, published, files)
@@ -153,7 +155,7 @@ def _outcomes(folder, model, records: dict[Case, Record], published, files) -> d
     outcomes, groups = {}, {}
     for case, record in records.items():
         if case.data == "text8":
-            manifest = ours.prepare_text8(made, folder / "text8.zip")
+            manifest = ours.prepare_text8(made, published.parent / "text8.zip")
             outcomes[case] = ours.evaluate_prepared(made, manifest, record)
         elif case.shuffle:
             manifest = ours.prepared(made, folder / "data", _suite(folder, case), case.data)
@@ -201,7 +203,7 @@ def packages(published: pathlib.Path) -> dict[str, str]:
     return theirs | ours_ | {"python": platform.python_version()}
 
 
-def _page(found: list[Comparison], commit: str, versions: dict[str, str]) -> str:
+def _page(found: list[Comparison], commits: list[str], versions: dict[str, str]) -> str:
     agree = sum(one.agrees for one in found)
     windows = sum(one.windows for one in found)
     listed = ", ".join(f"{name} {value}" for name, value in versions.items())
@@ -222,8 +224,9 @@ def _page(found: list[Comparison], commit: str, versions: dict[str, str]) -> str
     ]
     return f"""# Evaluation by the published code and by ours
 
-Made by `python -m benchmarks.published_evaluation --published=DIR --python=PATH`; DIR is a clone of
-the published Eso-LMs code at commit {commit}.
+Made by `python -m benchmarks.published_evaluation --published=DIR --bd3lms=DIR2 --python=PATH`; DIR
+is a clone of the published Eso-LMs code at commit {commits[0]}, DIR2 of the BD3-LM code at
+{commits[1] if len(commits) > 1 else "no commit: not given"}.
 
 {agree} of {len(found)} cases agree, on {windows:,} windows. A case agrees if all windows and their
 masks are equal bit for bit, token counts are equal, and the NELBO of each window, the loss of each
@@ -252,6 +255,7 @@ From outside, without a change to a file:
 - Data sets are local files; the loader would download them. The hub's name of BERT's tokenizer is a
   local folder.
 - FlexAttention is PyTorch's fused attention with the published masks, which are made on the CPU.
+  BD3-LM has attention of its own for CPUs; its documents are cut by one process, not one per CPU.
 - It is told that there is one GPU, where it counts them; Lightning runs on the CPU.
 - float32 in place of bfloat16; no wandb.
 - Windows are not shuffled, but in the case that says so: published validation during training does
@@ -259,7 +263,6 @@ From outside, without a change to a file:
 
 ## What was not compared
 
-- BD3-LM: this repository of the published code has no BD3-LM.
 - The importance-weighted bound, which that code computes on GPUs only: tests compare it with
   vectors ([evaluation_protocol.md](evaluation_protocol.md)).
 - Padded windows through `evaluate`, where other tokens do not read padding: that case ran through
@@ -275,27 +278,34 @@ Recorded at commit {report_writer.commit()} on {report_writer.machine()}.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--published", type=pathlib.Path, required=True)
+    parser.add_argument("--bd3lms", type=pathlib.Path, help="A clone of the BD3-LM code, too.")
     parser.add_argument("--python", type=pathlib.Path, default=pathlib.Path(sys.executable))
     parser.add_argument("--models", default="", help="Only models with this in their name.")
     parser.add_argument("--out", type=pathlib.Path, default="docs/published_evaluation")
     args = parser.parse_args()
+    sources = {args.published: cases_lib.cases(cases_lib.models())}
+    if args.bd3lms:
+        sources[args.bd3lms] = cases_lib.bd3_cases(cases_lib.bd3_models())
+    found, commits, versions = [], [], {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary)
-        models = cases_lib.models()
-        cases = [case for case in cases_lib.cases(models) if args.models in case.model.name]
-        models = [model for model in models if args.models in model.name]
         files = cases_lib.write_texts(folder / "data")
-        published = run_published(args, folder, models, cases, files)
-        found = run_ours(folder, models, cases, published, files)
-        versions = packages(published)
-    commit = published_commit(args.published)
+        for directory, all_cases in sources.items():
+            cases = [case for case in all_cases if args.models in case.model.name]
+            if cases:
+                work = folder / directory.name / "published"
+                work.mkdir(parents=True)
+                run_published(args.python, directory, work, cases, files)
+                found += run_ours(folder, cases, work, files)
+                versions = packages(work)
+            commits.append(published_commit(directory))
     figures = {
-        "published_commit": commit,
+        "published_commits": commits,
         "packages": versions,
         "tolerance": TOLERANCE,
         "cases": [dataclasses.asdict(one) | {"agrees": one.agrees} for one in found],
     }
-    report_writer.write(args.out, figures, _page(found, commit, versions))
+    report_writer.write(args.out, figures, _page(found, commits, versions))
     if not all(one.agrees for one in found):
         raise SystemExit(1)
 

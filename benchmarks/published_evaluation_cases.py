@@ -59,6 +59,15 @@ ALGORITHMS = {
     "ar bos": ["algo=ar", "algo.prepend_token=bos"],
     "ar mask": ["algo=ar", "algo.prepend_token=mask"],
 }
+BD3 = {
+    f"bd3, blocks of {length}": [
+        "algo=bd3lm",
+        f"block_size={length}",
+        "model.attn_backend=sdpa",
+        "model.tie_word_embeddings=False",  # as in its small model
+    ]
+    for length in (4, 16)
+}
 ZERO_SHOT = {  # of suite/zeroshot.toml → the published name of the data config
     "ptb": "ptb",
     "wikitext103": "wikitext103",
@@ -74,6 +83,7 @@ NO_EOS = (  # as in the published zero-shot script
     "+data.insert_valid_special=True",
     "+data.insert_train_special=True",
 )
+BD3_NO_EOS = ("+data.insert_valid_eos=False",)  # as in its own script
 OWT = ("data=openwebtext-split", "+data.insert_valid_special=False")
 
 
@@ -82,7 +92,7 @@ class Model:
     """A tiny published model.
 
     Attributes:
-      name: a key of ALGORITHMS, and the tokenizer unless that is GPT-2's.
+      name: a key of ALGORITHMS and the tokenizer, unless that is GPT-2's; or a key of BD3.
       data: options that choose the data that it is trained on, for two steps.
       tokenizer: folder of its tokenizer, or "text8".
     """
@@ -92,8 +102,13 @@ class Model:
     tokenizer: str
 
     @property
+    def is_bd3(self) -> bool:
+        """Whether it is a model of the BD3-LM code."""
+        return self.name in BD3
+
+    @property
     def algorithm(self) -> list[str]:
-        return ALGORITHMS[self.name.partition(", ")[0]]
+        return BD3[self.name] if self.is_bd3 else ALGORITHMS[self.name.partition(", ")[0]]
 
     @property
     def folder(self) -> str:
@@ -134,12 +149,25 @@ class Case:
         return {"model": self.model.folder, "overrides": overrides, "shuffle": self.shuffle}
 
 
+def bd3_models() -> list[Model]:
+    return [Model(name, ("data=ag_news",), str(GPT2)) for name in BD3]
+
+
 def models() -> list[Model]:
     gpt2 = [Model(name, ("data=ag_news",), str(GPT2)) for name in ALGORITHMS]
     bert = Model("eso_b 0.5, BERT", ("data=lm1b-wrap",), str(BERT))
     padded = Model("mdlm, BERT", ("data=lm1b",), str(BERT))
     text8 = Model("eso_b 0.5, text8", ("data=text8",), "text8")
     return [*gpt2, bert, padded, text8]
+
+
+def bd3_cases(made: list[Model]) -> list[Case]:
+    """On the zero-shot table."""
+    return [
+        Case(model, data, (f"data={config}", *BD3_NO_EOS))
+        for model in made
+        for data, config in ZERO_SHOT.items()
+    ]
 
 
 def cases(made: list[Model]) -> list[Case]:

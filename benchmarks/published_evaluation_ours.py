@@ -167,7 +167,7 @@ def prepare_text8(model: Converted, path: pathlib.Path) -> Manifest:
 
 
 def evaluate_padded(checkpoint: pathlib.Path, texts: list[str], record: Record) -> Outcome:
-    """MDLM on padded windows: `load_published`, `protocol.windows_with_mask`, the published sums."""
+    """MDLM on padded windows: `load_published`, `protocol.windows_with_mask`, published sums."""
     published = published_file.read(str(checkpoint))
     heads = published_config.get_config(str(checkpoint)).model.heads
     model = esolm_jax.load_published(published.ema(), heads, mask_id=_mask_of(cases_lib.BERT))

@@ -35,7 +35,7 @@ class Record:
             index, _, key = name.partition(".")
             if index == "final":
                 final[key] = float(value)
-            else:
+            elif index.isdigit():
                 batches[int(index)][key] = value
         return cls(batches, final)
 
@@ -101,8 +101,9 @@ def _noise_table(records: list[Record], mask: int) -> dict[str, np.ndarray]:
                 order[own] = batch.get(f"{phase}_order", order[own])
             rows.setdefault(f"{phase}_masked", []).append(masked)
             rows.setdefault(f"{phase}_order", []).append(order)
-        t = np.ones(len(x), np.float32)
-        t[:first] = batch.get("t", ())
+        times = batch.get("t", np.ones(0, np.float32))
+        t = np.ones((len(x), *times.shape[1:]), np.float32)
+        t[:first] = times
         rows.setdefault("t", []).append(t)
         rows.setdefault("x", []).append(x)
     table = {name: np.concatenate(parts) for name, parts in rows.items()}
@@ -129,7 +130,17 @@ def recorded_noise(records: list[Record], mask: int):
             labelled.append(published_nelbo.label(config.objective, x, noise, **settings))
         return labelled
 
-    with mock.patch.object(window_noise, "labelled_phases", labelled_phases):
+    label_bd3 = published_nelbo.label_bd3
+
+    def labelled_bd3(x, masked, t_BL, **settings):
+        del masked, t_BL
+        row_B = (x[:, None] == table["x"][None]).all(axis=-1).argmax(axis=1)
+        return label_bd3(x, table["diffusion_masked"][row_B], table["t"][row_B], **settings)
+
+    with (
+        mock.patch.object(window_noise, "labelled_phases", labelled_phases),
+        mock.patch.object(published_nelbo, "label_bd3", labelled_bd3),
+    ):
         yield
 
 

@@ -65,7 +65,8 @@ class Recorder:
 
         def call(module, *args, **kwargs):
             if self.batches is not None and name == "_loss":
-                self.batches.append({})
+                x, valid = (array(a) for a in args[:2])
+                self.batches.append({"x": x.copy(), "valid": valid.copy()})
                 self.module = module
             result = method(module, *args, **kwargs)
             if self.batches is not None:
@@ -78,13 +79,13 @@ class Recorder:
         for owner in (algo.EsoLM, trainer_base.TrainerBase):
             self.wrap(owner, "_loss", _note_loss)
         self.wrap(trainer_base.AbsorbingState, "q_xt", _note_noisy)
-        self.wrap(trainer_base.Diffusion, "_sample_t", _note("t"))
-        self.wrap(algo.EsoLM, "_sample_t", _note("t"))
+        self.wrap(trainer_base.Diffusion, "_sample_t", note_as("t"))
+        self.wrap(algo.EsoLM, "_sample_t", note_as("t"))
         self.wrap(algo.EsoLM, "_sort_indices", _note_order)
         self.wrap(algo.EsoLM, "nll", _note_sorted("diffusion"))
         self.wrap(algo.EsoLM, "_reconstruction_loss", _note_sorted("sequential"))
-        self.wrap(trainer_base.Diffusion, "nll", _note("diffusion_nll"))
-        self.wrap(algo.AR, "nll", _note("diffusion_nll"))
+        self.wrap(trainer_base.Diffusion, "nll", note_as("diffusion_nll"))
+        self.wrap(algo.AR, "nll", note_as("diffusion_nll"))
 
 
 def one_gpu():
@@ -92,22 +93,21 @@ def one_gpu():
     return mock.patch.object(torch.cuda, "device_count", lambda: 1)
 
 
-def _array(tensor) -> np.ndarray:
+def array(tensor) -> np.ndarray:
     return tensor.detach().cpu().numpy()
 
 
-def _note(name: str):
+def note_as(name: str):
     def note(batch, arguments, result) -> None:
         del arguments
         if not isinstance(result, tuple):  # EsoLM.nll replaces Diffusion.nll
-            batch[name] = _array(result)
+            batch[name] = array(result)
 
     return note
 
 
 def _note_loss(batch, arguments, result) -> None:
-    (x, valid), _ = arguments
-    batch |= {"x": _array(x), "valid": _array(valid)}
+    del arguments
     batch |= {"loss": float(result.loss), "nll": float(result.nlls)}
     batch["tokens"] = int(result.num_tokens)
 
@@ -115,12 +115,12 @@ def _note_loss(batch, arguments, result) -> None:
 def _note_noisy(batch, arguments, result) -> None:
     """z_0 is drawn before z_t; α_t is a tensor, and α_0 is not."""
     is_tensor = isinstance(arguments[0][1], torch.Tensor)
-    batch["xt" if is_tensor else "z0"] = _array(result)
+    batch["xt" if is_tensor else "z0"] = array(result)
 
 
 def _note_order(batch, arguments, result) -> None:
     is_sequential = arguments[1].get("keep_masks_unshuffled", False)
-    batch["sequential_order" if is_sequential else "diffusion_order"] = _array(result)
+    batch["sequential_order" if is_sequential else "diffusion_order"] = array(result)
 
 
 def _note_sorted(phase: str):
@@ -128,7 +128,7 @@ def _note_sorted(phase: str):
 
     def note(batch, arguments, result) -> None:
         del arguments
-        in_order, order = map(_array, result)
+        in_order, order = map(array, result)
         in_text = np.zeros_like(in_order)
         np.put_along_axis(in_text, order, in_order, axis=1)
         batch[f"{phase}_nll"] = in_text
@@ -194,44 +194,53 @@ class Published:
     def __init__(self, directory: str, request: dict):
         sys.path.insert(0, directory)
         with one_gpu():  # a resolver of its config counts GPUs
-            import algo
             import dataloader
             import hydra
             import main
-            import trainer_base
-            from models import dit
 
-        dit.fused_flex_attention = published_step.fused_attention(dit)
-        dit.create_block_mask = functools.partial(dit.create_block_mask, device="cpu")
-        self.algo, self.dataloader, self.main, self.hydra = algo, dataloader, main, hydra
+        self.dataloader, self.main, self.hydra = dataloader, main, hydra
         self.configs, self.request = f"{directory}/configs", request
         self.asked = {"shuffle": False}
         self.recorder = Recorder()
-        self.recorder.install(algo, trainer_base)
+        self.install()
         local_data(dataloader, request["files"])
         shuffle_only_if(dataloader, self.asked)
         self.root = pathlib.Path.cwd()
 
-    def config(self, overrides):
+    def install(self) -> None:
+        """Replaces FlexAttention, and records."""
+        import algo
+        import trainer_base
+        from models import dit
+
+        dit.fused_flex_attention = published_step.fused_attention(dit)
+        dit.create_block_mask = functools.partial(dit.create_block_mask, device="cpu")
+        self.recorder.install(algo, trainer_base)
+        self.kinds = {"ar": algo.AR, "mdlm": algo.MDLM, "esolm": algo.EsoLM}
+
+    def run_train(self, arguments: dict, seed: int) -> None:
+        kind = with_random_weights(self.kinds[arguments["config"].algo.name], seed)
+        self.main._train(**arguments, diffusion_model=kind)
+
+    def run_evaluate(self, arguments: dict) -> None:
+        kind = self.kinds[arguments["config"].algo.name]
+        self.main._eval_ppl(**arguments, diffusion_model=kind)
+
+    def _arguments(self, *overrides: str) -> dict:
         judge = f"eval.gen_ppl_eval_model_name_or_path={self.request['tokenizer']}"
         with self.hydra.initialize_config_dir(self.configs, version_base=None):
-            return self.hydra.compose("config", [*CPU, judge, *overrides])
-
-    def _arguments(self, config) -> dict:
-        tokenizer = self.dataloader.get_tokenizer(config)
-        name = {"ar": "AR", "mdlm": "MDLM", "esolm": "EsoLM"}[config.algo.name]
+            config = self.hydra.compose("config", [*CPU, judge, *overrides])
         logger = self.main.utils.get_logger("published")
-        made = {"config": config, "tokenizer": tokenizer, "logger": logger}
-        return made | {"diffusion_model": getattr(self.algo, name)}
+        tokenizer = self.dataloader.get_tokenizer(config)
+        return {"config": config, "tokenizer": tokenizer, "logger": logger}
 
     def train(self, name: str, overrides: list[str], seed: int) -> None:
         """Two steps of the published training, which write the published checkpoint."""
         cache = f"data.cache_dir={self.root}/cache/{name}"
-        arguments = self._arguments(self.config([*TRAINING, cache, *overrides]))
-        kind = with_random_weights(arguments["diffusion_model"], seed)
+        arguments = self._arguments(*TRAINING, cache, *overrides)
         (self.root / name).mkdir()
         os.chdir(self.root / name)  # checkpoints are written below it
-        self.main._train(**arguments | {"diffusion_model": kind})
+        self.run_train(arguments, seed)
         os.chdir(self.root)
 
     def evaluate(self, name: str, case: dict) -> None:
@@ -239,9 +248,9 @@ class Published:
         self.asked["shuffle"] = case["shuffle"]
         checkpoint = f"{self.root}/{case['model']}/checkpoints/last.ckpt"
         places = [f"eval.checkpoint_path={checkpoint}", f"data.cache_dir={self.root}/cache/{name}"]
-        arguments = self._arguments(self.config(["mode=ppl_eval", *places, *case["overrides"]]))
+        arguments = self._arguments("mode=ppl_eval", *places, *case["overrides"])
         self.recorder.batches = []
-        self.main._eval_ppl(**arguments)
+        self.run_evaluate(arguments)
         batches, self.recorder.batches = self.recorder.batches, None
         metrics = self.recorder.module.metrics.valid_nlls.compute()
         saved = {f"{i}.{key}": value for i, b in enumerate(batches) for key, value in b.items()}
@@ -249,11 +258,11 @@ class Published:
         np.savez(self.root / f"{name}.npz", batches=len(batches), **saved)
 
 
-def main() -> None:
+def run(kind: type[Published]) -> None:
     os.environ |= ENVIRONMENT
     request = json.load(sys.stdin)
     torch.set_num_threads(request["threads"])
-    published = Published(sys.argv[1], request)
+    published = kind(sys.argv[1], request)
     for seed, (name, overrides) in enumerate(request["models"].items()):
         published.train(name, overrides, seed)
     for name, case in request["cases"].items():
@@ -264,4 +273,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(Published)
