@@ -1,13 +1,13 @@
 """python -m benchmarks.published_evaluation --published=DIR --python=PATH: both codes evaluate.
 
-DIR is a clone of the published Eso-LMs code; PATH a Python with torch and the packages of its
-requirements.txt. For each tiny model with random weights, the published code trains two steps,
-writes its Lightning checkpoint, and evaluates it on local text files in the formats of the
-published data sets (published_validation.py). Our code converts the checkpoint, prepares the same
-files and evaluates it by the published protocol, with the masks, times and orders that were drawn
-there (published_evaluation_ours.py). Windows must be equal, and the NELBO of each window and of the
-whole must agree to a relative 1e-5. Writes docs/published_evaluation.{json,md}; exits with 1 if
-anything differs.
+DIR is a clone of the published Eso-LMs code; --bd3lms=DIR adds that of BD3-LM. PATH is a Python
+with torch and the packages of their requirements.txt. For each tiny model with random weights, the
+published code trains two steps, writes its Lightning checkpoint, and evaluates it on local text
+files in the formats of the published data sets (published_validation.py). Our code converts the
+checkpoint, prepares the same files and evaluates it by the published protocol, with the masks,
+times and orders that were drawn there (published_evaluation_ours.py). Windows must be equal, and
+the NELBO of each window and of the whole must agree to a relative 1e-5. Writes
+docs/published_evaluation.{json,md}; exits with 1 if anything differs.
 """
 
 import argparse
@@ -293,12 +293,14 @@ def main() -> None:
         for directory, all_cases in sources.items():
             cases = [case for case in all_cases if args.models in case.model.name]
             if cases:
-                work = folder / directory.name / "published"
+                work = folder / f"code-{len(commits)}" / "published"
                 work.mkdir(parents=True)
                 run_published(args.python, directory, work, cases, files)
                 found += run_ours(folder, cases, work, files)
                 versions = packages(work)
             commits.append(published_commit(directory))
+    if not found:
+        raise SystemExit(f"--models={args.models}: no model has this in its name")
     figures = {
         "published_commits": commits,
         "packages": versions,

@@ -65,7 +65,9 @@ def label_ar(x: Any, start: int | None) -> LabelledBatch:
     return ar.label(x, np.ones(x.shape, bool), start=start)
 
 
-def draw_bd3(key: jax.Array, num_rows: Any, shape: tuple[int, int], block_length: int):
+def draw_bd3(
+    key: jax.Array, num_rows: Any, shape: tuple[int, int], block_length: int
+) -> tuple[jax.Array, jax.Array]:
     """The noise of the published BD3-LM code: bool and float32 [B, L], masks and times.
 
     Each block has its own time t in [ε, 1], stratified over the blocks of the first `num_rows`
