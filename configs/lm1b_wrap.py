@@ -16,11 +16,13 @@ As published, sentences are detokenized and separated by [CLS], a window is [CLS
 Hardware: 16 chips of v5e; as compiled for v5e:4x4, 4.5 of 16 GiB a chip, a step of 17 ms or more
 (MFU 92 % at most). Published test perplexities (NELBO; exact or importance-weighted in brackets):
 
-    eso_b, alpha_0 = 1  36.12 (31.65)      ar      (21.86)
+    eso_b, alpha_0 = 1  36.12 (31.65)      ar      (22.83)
                   0.5   32.53 (28.07)      mdlm  31.78 (26.82)
                   0.125 26.29 (23.02)      bd3   28.23, blocks of 4
                   0           (21.86)
 
+Source: Table 1 of Eso-LMs (arXiv 2506.01928), as on its project page s-sahoo.com/Eso-LMs. ar is the
+Transformer without adaLN, as here; with adaLN, 21.86. bd3 is from arXiv 2503.09573 on LM1B.
 They were not reproduced here. What differs: every token is in a window (published: the rest of each
 group of 1000 sentences is dropped; --config.data.window_mode=published), and `evaluate` gives every
 window both terms of the NELBO (published: half of the windows each; the same expectation).

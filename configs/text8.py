@@ -13,8 +13,9 @@ A window is 256 characters, and the last short one is dropped, as for tables of 
 The published code's defaults are other windows, [BOS], 254 tokens and [EOS] with an [EOS] every 256
 characters: --config.data.document_end=eos --config.data.window_specials=bos_eos.
 
-Hardware: 16 chips of v5e. Expected: the paper of Eso-LMs has no figures for text8; none were
-measured here. The recipe is that of lm1b_wrap.py.
+Hardware: 16 chips of v5e. Expected: no published figures of Eso-LMs are known to us (Table 1 of
+arXiv 2506.01928 is of LM1B and OpenWebText); none were measured here. The recipe is that of
+lm1b_wrap.py.
 """
 
 from configs import owt

@@ -2,7 +2,9 @@
 
 The first ⌊κ · rows⌋ rows of each evaluation batch feed the diffusion term, the others the
 sequential term; `protocol/published_nelbo.py` has the sums. Times are stratified over the diffusion
-rows. Other families, and α₀ = 0 or 1, have one term of all rows. One draw per window. Figures
+rows. Other families, and α₀ = 0 or 1, have one term of all rows. The first token of a window is
+not predicted by AR that was trained without a start token (config.start_token=none), and by BD3-LM,
+whose code also has another weight (protocol/published_nelbo.py). One draw per window. Figures
 depend on the batch size, and on which windows share a batch: the published code shuffles windows by
 a PyTorch generator, these batches are in order.
 """
@@ -15,15 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from esolm_jax.errors import UserError
-from esolm_jax.evaluation.likelihood import counted_batches
+from esolm_jax.evaluation.likelihood import counted_batches, labelled_nll
 from esolm_jax.evaluation.metric import Result
+from esolm_jax.evaluation.protocol import published_nelbo
 from esolm_jax.evaluation.protocol.published_nelbo import (
     BatchNelbo,
     diffusion_rows,
+    label_ar,
     nelbo_figures,
 )
 from esolm_jax.evaluation.window_noise import compiled, phase_nll
-from esolm_jax.family import registry
+from esolm_jax.family import bd3, registry
+from esolm_jax.family.labels import LabelledBatch
 from esolm_jax.family.phase import is_exact
 from esolm_jax.model.build import BuiltModel
 from esolm_jax.process import prng
@@ -53,8 +58,12 @@ def check_batches(config, num_windows: int) -> None:
 def make(config, built: BuiltModel) -> Callable[..., Result]:
     """Returns estimate(params, batches, *, split, seed, progress, total) → Result, as a metric."""
     kappa = kappa_of(config)
+    label = _other_label(config, built)
 
     def draw(params, key, num_diffusion, x, valid):
+        if label:
+            labelled = label(key, num_diffusion, x, valid)
+            return labelled_nll(built.apply, built.head, params, labelled)[None]
         key_time, key_rows = jax.random.split(key)
         row_B = jnp.arange(x.shape[0])
         shift = jax.random.uniform(key_time)
@@ -71,15 +80,46 @@ def make(config, built: BuiltModel) -> Callable[..., Result]:
             first = diffusion_rows(rows, kappa)
             key = jax.random.fold_in(prng.key(seed), i)
             drawn = run(params, key, np.int32(first or rows), batch["x"], batch["valid"])
-            sums.append(_sums(np.asarray(drawn, np.float64), count, first))
+            scored = count - (count > 0) if label else count
+            sums.append(batch_sums(np.asarray(drawn, np.float64), scored, first))
             windows += rows
         return _result(sums, windows, kappa, is_exact(config))
 
     return estimate
 
 
-def _sums(nll_PB: np.ndarray, count_B: np.ndarray, first: int) -> BatchNelbo:
-    """The sums of a batch: `first` rows feed the first phase, the others the last."""
+def _other_label(config, built: BuiltModel) -> Callable[..., LabelledBatch] | None:
+    """(key, rows, x, valid) → the labelled batch of published code that does not score the first
+    token of a window: AR without a start token, and BD3-LM. None: the family's own phases."""
+    family = registry.get(config.objective)
+    if family.is_shifted and config.start_token == "none":
+        return lambda key, rows, x, valid: _label_without_start(x, valid)
+    if config.objective != bd3.FAMILY.name:
+        return None
+    settings = {"mask": built.special.mask, "block_length": config.block_length}
+
+    def label(key, rows, x, valid):
+        del valid
+        masked, t_BL = published_nelbo.draw_bd3(key, rows, x.shape, config.block_length)
+        return published_nelbo.label_bd3(x, masked, t_BL, **settings)
+
+    return label
+
+
+def _label_without_start(x: jax.Array, valid: jax.Array) -> LabelledBatch:
+    """All tokens but the first, each predicted from those before it. [B, L], as of other labels:
+    the prediction after the last token has no weight."""
+    longer = jnp.concatenate([x, x[:, -1:]], axis=1)
+    scored = jnp.concatenate([valid[:, 1:], jnp.zeros_like(valid[:, :1])], axis=1)
+    return label_ar(longer, None).replace(weight=scored.astype(jnp.float32))
+
+
+def batch_sums(nll_PB: np.ndarray, count_B: np.ndarray, first: int) -> BatchNelbo:
+    """The sums of a batch: its `first` rows feed the first phase, the others the last.
+
+    Args:
+      nll_PB: float64 [phases, B], nats. count_B: int64 [B], scored tokens; 0: padding.
+    """
     diffusion, sequential = nll_PB[0][:first], nll_PB[-1][first:]
     counts = int(count_B[:first].sum()), int(count_B[first:].sum())
     sequential = sequential[count_B[first:] > 0]

@@ -71,7 +71,7 @@ OUT_OF_RANGE = [
     ("data.window_group", 0, "at least 1"),
     ("data.window_shards", 0, "at least 1"),
     ("data.tokenizer_ids", -1, "at least 0"),
-    ("start_token", "eos", "one of bos, mask"),
+    ("start_token", "eos", "one of bos, mask, none"),
     ("data.vocab_size", 7, "at least 8"),
     ("data.workers", -1, "at least 0"),
     ("model.width", 0, "at least 2"),

@@ -187,6 +187,8 @@ def hyper(**algo):
     [
         (dict(name="ar", prepend_token="mask"), ("ar", 0.0, "mask", 0)),
         (dict(name="ar", prepend_token="bos"), ("ar", 0.0, "bos", 0)),
+        (dict(name="ar", prepend_token="none"), ("ar", 0.0, "none", 0)),
+        (dict(name="ar"), ("ar", 0.0, "none", 0)),  # of MDLM, BD3-LM and Duo
         (dict(name="mdlm"), ("mdlm", 1.0, "bos", 4)),
         (dict(name="bd3lm"), ("bd3", 1.0, "bos", 4)),
         (dict(alpha_0=0, diffusion_attn_mode="bidirectional"), ("eso_b", 0.0, "bos", 4)),

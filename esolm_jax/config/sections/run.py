@@ -12,8 +12,9 @@ RUN = {
     "kappa": Field(0.5, "Fraction of a training batch that feeds the diffusion loss.",
                    inside(0, 1)),
     "block_length": Field(4, "Tokens of a block; bd3 only.", size(1)),
-    "start_token": Field("bos", "What the first token is predicted from; ar only.",
-                         OneOf(("bos", "mask")), fixes_weights=True),
+    "start_token": Field("bos", "What the first token is predicted from; ar only. none: as bos, "
+                         "but the published protocol predicts no first token.",
+                         OneOf(("bos", "mask", "none")), fixes_weights=True),
     "low_variance": Field(False, "Train without the ELBO weight; alpha_0 = 1 only."),
     "init_from": Field("", "Workdir, or WORKDIR@STEP, whose EMA weights training starts from; "
                        "'' = random."),

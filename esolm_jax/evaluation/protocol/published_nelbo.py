@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from esolm_jax.errors import UserError
-from esolm_jax.family import ar, eso_a, eso_b, mdlm, noise
+from esolm_jax.family import ar, bd3, eso_a, eso_b, mdlm, noise
 from esolm_jax.family.labels import LabelledBatch
 from esolm_jax.model.lm_head import Head
 from esolm_jax.model.lm_head import nll as lm_head_nll
@@ -63,6 +63,31 @@ def label_ar(x: Any, start: int | None) -> LabelledBatch:
     if start is None:
         return ar.label(x[:, 1:], np.ones(x[:, 1:].shape, bool), start=x[:, :1])
     return ar.label(x, np.ones(x.shape, bool), start=start)
+
+
+def draw_bd3(
+    key: jax.Array, num_rows: Any, shape: tuple[int, int], block_length: int
+) -> tuple[jax.Array, jax.Array]:
+    """The noise of the published BD3-LM code: bool and float32 [B, L], masks and times.
+
+    Each block has its own time t in [ε, 1], stratified over the blocks of the first `num_rows`
+    rows, and is masked with probability t. The first token is never masked (ignore_bos).
+    """
+    key_time, key_mask = jax.random.split(key)
+    rows, length = shape
+    blocks = length // block_length
+    stratum = jnp.arange(rows * blocks).reshape(rows, blocks)
+    u = (stratum + jax.random.uniform(key_time, (rows, blocks))) / (num_rows * blocks) % 1.0
+    t_BL = jnp.repeat(noise.EPS + (1 - noise.EPS) * u, block_length, axis=1)
+    masked = jax.random.uniform(key_mask, shape) <= t_BL
+    return masked.at[:, 0].set(False), t_BL
+
+
+def label_bd3(x: Any, masked: Any, t_BL: Any, *, mask: int, block_length: int) -> LabelledBatch:
+    """Labelled tokens of BD3-LM with noise of draw_bd3; the weight of a masked token is 1 / t."""
+    weight = jnp.where(masked, 1 / t_BL, 0)
+    settings = {"mask": mask, "block_length": block_length}
+    return bd3.label(x, np.ones(x.shape, bool), masked, weight, **settings)
 
 
 def token_nll(

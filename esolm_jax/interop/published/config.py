@@ -96,8 +96,8 @@ def from_hyper(hyper: Any, where: str) -> ConfigDict:
         config.alpha_0 = 1.0 if alpha_0 is None else alpha_0
         if config.objective == "ar":
             config.model.cond_width = 0
-            if _scalar(hyper, "algo.prepend_token", where) == "mask":
-                config.start_token = "mask"
+            token = _scalar(hyper, "algo.prepend_token", where)
+            config.start_token = token if token in ("bos", "mask") else "none"
         block = find(hyper, "block_size")
         if config.objective == "bd3" and block is not None and block != config.block_length:
             raise UserError(f"{where}: block_size={shown(block)}: must be a positive integer")
