@@ -4,6 +4,8 @@ import importlib
 
 from ml_collections import ConfigDict
 
+from esolm_jax.family import registry
+
 
 def read(file: str, argument: str) -> ConfigDict:
     """configs/FILE.py:ARGUMENT."""
@@ -18,3 +20,10 @@ def on_one_device(file: str, argument: str, *, length: int, rows: int) -> Config
     config.sample.num_texts = config.train.batch_size = config.eval.batch_size = rows
     config.train.grad_accumulation = 1
     return config
+
+
+def split_name(name: str) -> tuple[str, float]:
+    """NAME[:ALPHA_0] → (objective, alpha_0)."""
+    objective, _, alpha_0 = name.partition(":")
+    fixed = registry.get(objective).fixed_alpha_0
+    return objective, float(alpha_0) if alpha_0 else 0.5 if fixed is None else fixed

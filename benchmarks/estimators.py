@@ -14,7 +14,7 @@ import pathlib
 
 import numpy as np
 
-from benchmarks import report_writer, train_speed
+from benchmarks import machine, report_writer
 from esolm_jax import config as config_lib
 from esolm_jax import train
 from esolm_jax.data.manifest import load_data
@@ -183,7 +183,7 @@ def measure(workdir: pathlib.Path, others: pathlib.Path, steps: int, seeds: int,
         "seeds": seeds,
         "batch_size": BATCH,
         "commit": report_writer.commit(),
-        "machine": train_speed.machine(),
+        "machine": machine.machine(),
         "rows": rows,
     }
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import interleaved_timings, report_writer, train_speed
+from benchmarks import config_files, interleaved_timings, report_writer
 from configs import shakespeare
 from esolm_jax import config as config_lib
 from esolm_jax.evaluation import likelihood, window_noise
@@ -51,7 +51,7 @@ copies that reach no loss, except in a batch with too many predicted tokens.{not
 def make_config(name: str, rows: int):
     """The quickstart's config with another objective, on one device; `rows` of each phase."""
     config = shakespeare.get_config()
-    config.objective, config.alpha_0 = train_speed.split_name(name)
+    config.objective, config.alpha_0 = config_files.split_name(name)
     config.mesh.devices = 1
     config.eval.batch_size = rows
     phases = 2 if 0 < config.alpha_0 < 1 else 1

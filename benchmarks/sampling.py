@@ -23,9 +23,9 @@ import sys
 import jax
 
 from benchmarks import report_writer, sampling_cases, sampling_limits, sampling_report
+from benchmarks.machine import Load, machine, num_threads, spread
 from benchmarks.published_process import PublishedProcess
 from benchmarks.sampling_cases import AR_CONFIG, CONFIG, MASK, Case, Ours
-from benchmarks.train_speed import Load, machine, num_threads, spread
 from esolm_jax import results
 from esolm_jax.sampling.engine import network
 

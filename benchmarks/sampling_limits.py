@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.train_speed import Load, matmul_ceiling, num_threads
+from benchmarks.machine import Load, matmul_ceiling, num_threads
 from esolm_jax.model.model_config import ModelConfig
 from esolm_jax.sampling.plan.passes import DecodePlan
 

@@ -11,25 +11,23 @@ of the same shapes are interleaved with ours. Writes --out (.json) and the table
 """
 
 import dataclasses
-import importlib.metadata
 import os
 import pathlib
-import platform
 import statistics
 import sys
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
 from benchmarks import published_ratios, report_writer
+from benchmarks.config_files import split_name
+from benchmarks.machine import Load, machine, matmul_ceiling, num_threads, spread
 from benchmarks.published_process import PublishedProcess, shapes
 from esolm_jax import config as config_lib
 from esolm_jax.aot import lower_bound
 from esolm_jax.errors import UserError
-from esolm_jax.family import registry
 from esolm_jax.model import build
 from esolm_jax.parallel import sharding
 from esolm_jax.training import train_step
@@ -90,13 +88,6 @@ PRESETS = {
         matmul=8192,
     ),
 }
-
-
-def split_name(name: str) -> tuple[str, float]:
-    """NAME[:ALPHA_0] → (objective, alpha_0)."""
-    objective, _, alpha_0 = name.partition(":")
-    fixed = registry.get(objective).fixed_alpha_0
-    return objective, float(alpha_0) if alpha_0 else 0.5 if fixed is None else fixed
 
 
 def make_config(preset: Preset, name: str, batch_size: int = 0):
@@ -203,62 +194,6 @@ class Published:
         return answer["seconds"] / steps, answer["cpu_seconds"]
 
 
-def num_threads() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-class Load:
-    """CPU use of other processes of the machine (Linux)."""
-
-    QUIET = 0.1  # cores
-
-    def __init__(self, patience: float):
-        self.patience = patience
-
-    @staticmethod
-    def busy() -> float:
-        """CPU seconds of the whole machine so far."""
-        stat = pathlib.Path("/proc/stat")
-        if not stat.exists():
-            return float("nan")
-        user, nice, system, _, _, irq, softirq, steal = stat.read_text().split()[1:9]
-        ticks = sum(map(int, (user, nice, system, irq, softirq, steal)))
-        return ticks / os.sysconf("SC_CLK_TCK")
-
-    def wait(self) -> None:
-        """Waits until other processes pause, or for the patience."""
-        while self.patience > 0:
-            busy, begin = self.busy(), time.perf_counter()
-            time.sleep(0.5)
-            waited = time.perf_counter() - begin
-            self.patience -= waited
-            if not self.busy() - busy > self.QUIET * waited:
-                return
-
-    def during(self, bursts) -> tuple[list[float], float]:
-        """The result of bursts(), and the cores that other processes kept busy. bursts() also
-        returns the CPU seconds of the published code's process."""
-        busy, own, begin = self.busy(), time.process_time(), time.perf_counter()
-        taken, published = bursts()
-        own = time.process_time() - own + published
-        return taken, (self.busy() - busy - own) / (time.perf_counter() - begin)
-
-
-def matmul_ceiling(side: int, dtype: str, load: Load) -> float:
-    """FLOP/s of a product of square matrices: the best of several on a quiet machine."""
-    a = jnp.ones((side, side), dtype)
-    product = jax.jit(lambda a, b: a @ b)
-    jax.block_until_ready(product(a, a))
-    best = float("inf")
-    for _ in range(3):
-        load.wait()
-        for _ in range(10):
-            begin = time.perf_counter()
-            jax.block_until_ready(product(a, a))
-            best = min(best, time.perf_counter() - begin)
-    return 2 * side**3 / best
-
-
 def turn(one: Ours, states: dict, published: Published | None, names: list[str], steps: int):
     """A burst of ours, then one of the published code's if it has this objective: (seconds a step
     of each, CPU seconds of the latter)."""
@@ -290,11 +225,6 @@ def measure(ours: list[Ours], published: Published | None, names: list[str], loa
         said = {n: [round(s, 3) for s in bursts[-1][0]] for n, bursts in found.items()}
         print(f"round {index + 1}/{_ROUNDS.value}, seconds a step: {said}", flush=True)
     return found
-
-
-def spread(values) -> dict:
-    """Median, least and greatest."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def paired(a: list[float], b: list[float]) -> dict:
@@ -338,24 +268,6 @@ def make_rows(ours: list[Ours], found: dict, ceiling: float) -> list[dict]:
             row["speed_relative_to_published"] = paired(theirs[one.name], taken)
         rows.append(row)
     return rows
-
-
-def machine() -> dict:
-    """The machine and the versions."""
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    device = jax.devices()[0]
-    return {
-        "device": device.device_kind if device.platform != "cpu" else "cpu",
-        "cpu": models[0] if models else platform.processor(),
-        "threads": num_threads(),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "jaxlib": importlib.metadata.version("jaxlib"),
-        "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", ""),
-        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
-    }
 
 
 def command() -> str:
