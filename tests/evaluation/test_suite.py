@@ -159,6 +159,12 @@ def test_published_protocol(first, trained):
     (ptb,) = found["data_sets"][0]["results"]
     assert (ptb["bound"], ptb["num_samples"], ptb["kappa"]) == ("published_nelbo", 1, 0.5)
     assert ptb["num_tokens"] == entry["tokens"] and ptb["standard_error"] > 0
+    shutil.rmtree(trained[0] / "suites" / "zeroshot" / "published")
+    sizes = ["--config.eval.batch_size=4", "--config.mesh.devices=8"]  # batches are padded
+    run(trained, "--protocol=published", *sizes)
+    again = figures(report(trained, "published"))
+    for name, values in figures(found).items():
+        np.testing.assert_allclose(again[name], values, rtol=1e-6, err_msg=name)
 
 
 def test_evaluate_needs_a_test_set_alone(trained, tmp_path, capsys):
