@@ -7,9 +7,11 @@ its windows are drawn anew for each seed in half of its rows. Writes --out (.jso
 """
 
 import argparse
+import itertools
 import math
 import pathlib
 import tempfile
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -24,23 +26,25 @@ BATCH = 32  # as published
 ORDERS = 4
 RESAMPLES = 2000  # of the bootstrap
 NOISE, WINDOWS = "noise", "windows and noise"
+MIXTURE, MIXED_WINDOWS = "mixture of all", 128
 
 PAGE = """# Standard errors of a suite against their spread
 
 Made by `python -m benchmarks.estimators_suite` at commit {commit} on {machine}.
 
 {table}
-Each row is one figure of `evaluate --suite`, estimated with {seeds} seeds on {count} data sets of
-invented text (`benchmarks/zeroshot_files.py`). The model is a briefly trained Eso-LM (B), α₀ = 0.5,
-width 32, 2 blocks, L = 64, {batch} windows in a batch.
+Each row is one figure of `evaluate --suite`, estimated with {seeds} seeds, on {count} data sets of
+invented text (`benchmarks/zeroshot_files.py`) and on a mixture of their windows. The model is a
+briefly trained Eso-LM (B), α₀ = 0.5, width 32, 2 blocks, L = 64; {batch} windows in a batch.
 
 - Varied: what differs between seeds. `{noise}`: the same windows. `{both}`: as many windows,
   drawn from those of the data set with replacement, and noise.
 - Spread: the standard deviation over seeds. Printed error: the root mean square of the {seeds}
   printed ones. The ± of their ratio is its standard error, by a bootstrap over seeds.
 - The printed error of `all` is of other noise for the same windows. That of `published` is over
-  batches, hence of other windows and other noise: one draw a window cannot tell them apart. So it
-  exceeds the spread over noise alone, and has to be compared with the last rows.
+  batches, hence of other windows and other noise: one draw a window cannot tell them apart. Windows
+  of one invented text differ little, so both spreads are about equal; those of the mixture differ
+  more.
 - Importance-weighted errors are the jackknife's: on average at least the spread with one order
   less.
 
@@ -88,34 +92,36 @@ def batches(windows: dict, chosen: np.ndarray, mesh):
         )
 
 
+def pools(manifests: dict, data_sets) -> Iterator[tuple[str, dict, np.ndarray]]:
+    """(title, all windows, numbers of the fixed ones) of each data set, and of a mixture of them,
+    whose windows differ more."""
+    windows = {one.title: windows_of(manifests[one.name][1]) for one in data_sets}
+    for title, pool in windows.items():
+        count = len(pool["x"])
+        yield title, pool, np.arange(count - (count % BATCH == 1))  # 1 left cannot be split
+    mixed = {
+        key: np.concatenate([pool[key] for pool in windows.values()]) for key in ("x", "valid")
+    }
+    yield MIXTURE, mixed, np.random.default_rng(1).permutation(len(mixed["x"]))[:MIXED_WINDOWS]
+
+
 def of_protocol(config, workdir, request, trained, seeds: int, varied: tuple[str, ...]) -> list:
-    """The rows of a protocol: every data set, bound, and what is varied."""
+    """The rows of a protocol: every pool of windows, bound, and what is varied."""
     rows = []
     made = list(suite_run.estimators(config, request.protocol, trained))
     manifests = suite_run.prepared(config, workdir, request, trained)
-    for data_set in request.present:
-        manifest = manifests[data_set.name][1]
-        windows = windows_of(manifest)
-        count = len(windows["x"])
-        count -= count % BATCH == 1  # a last batch of one window cannot be split
-        for name, estimate in made:
-            for what in varied:
-                figures = []
-                for seed in range(seeds):
-                    rng = np.random.default_rng(seed)
-                    drawn = rng.integers(len(windows["x"]), size=count)
-                    chosen = drawn if what == WINDOWS else np.arange(count)
-                    figures.append(
-                        estimate(
-                            trained.params,
-                            batches(windows, chosen, trained.built.mesh),
-                            split=manifest.split(suite_run.SPLIT),
-                            seed=seed,
-                        ).figures
-                    )
-                about = {"protocol": request.protocol, "data_set": data_set.title, "bound": name}
-                rows.append(about | {"windows": count, "varied": what} | compare(figures))
-                print(rows[-1], flush=True)
+    split = next(iter(manifests.values()))[1].split(suite_run.SPLIT)  # for bits per byte
+    for title, windows, fixed in pools(manifests, request.present):
+        for (name, estimate), what in itertools.product(made, varied):
+            figures = []
+            for seed in range(seeds):
+                drawn = np.random.default_rng(seed).integers(len(windows["x"]), size=len(fixed))
+                chosen = drawn if what == WINDOWS else fixed
+                given = batches(windows, chosen, trained.built.mesh)
+                figures.append(estimate(trained.params, given, split=split, seed=seed).figures)
+            about = {"protocol": request.protocol, "data_set": title, "bound": name}
+            rows.append(about | {"windows": len(fixed), "varied": what} | compare(figures))
+            print(rows[-1], flush=True)
     return rows
 
 
@@ -137,7 +143,7 @@ def measure(folder: pathlib.Path, scale: int, steps: int, seeds: int) -> dict:
 
 def summary_lines(rows: list[dict]) -> str:
     """For each kind of row: the mean ratio, and how many ratios are within 2 errors of 1."""
-    lines = ["Over the data sets:", ""]
+    lines = ["Over the data sets and the mixture:", ""]
     for kind in dict.fromkeys((r["protocol"], r["bound"], r["varied"]) for r in rows):
         found = [r for r in rows if (r["protocol"], r["bound"], r["varied"]) == kind]
         ratio = np.array([r["printed_over_spread"] for r in found])
@@ -173,7 +179,7 @@ def page(report: dict) -> str:
         machine=report_writer.machine(),
         table=report_writer.table(head, rows),
         seeds=report["seeds"],
-        count=len({r["data_set"] for r in report["rows"]}),
+        count=len({r["data_set"] for r in report["rows"]} - {MIXTURE}),
         batch=report["batch_size"],
         noise=NOISE,
         both=WINDOWS,
