@@ -224,6 +224,7 @@ split = "test"
     [
         (SUITE + "detokeniser = 'ptb'", "data.a: detokeniser: unknown; .*mean 'detokenizer'"),
         (SUITE + "detokenizer = 'ptp'", "data.a: detokenizer='ptp': must be one of .*mean 'ptb'"),
+        (SUITE + "range = '[5:'", r"data.a: range='\[5:': must end with a range"),
         (SUITE + "keep_blank = 'no'", "data.a: keep_blank='no': must be bool"),
         ("[data.a]\norigin = 'me'", "data.a: folder: is missing"),
         ("title = 'x'", r"must have a table \[data.NAME\]"),
