@@ -86,7 +86,7 @@ def evaluate_suite(config, workdir: pathlib.Path, request: suite_run.Request) ->
     Raises:
       UserError: bad data of the suite, or a bound that the family lacks.
     """
-    config, trained = _load(config, workdir, any_batch_size=request.protocol == "all")
+    config, trained = _load(config, workdir, rounds_up=request.protocol == "all")
     checkpoint = {
         "step": trained.step,
         "checkpoint_sha256": _digest(workdir, trained.step),
@@ -104,7 +104,7 @@ def evaluate_report(config, workdir: pathlib.Path, request: suite_run.Request | 
       UserError: bad data, or data or tokenizer of another model.
     """
     report_run.check(config)
-    config, trained = _load(config, workdir, any_batch_size=True)
+    config, trained = _load(config, workdir, rounds_up=True)
     if request is None:
         manifest = load_data(config, workdir)
         restore.check_same_tokenizer(manifest, trained.meta)
@@ -120,15 +120,15 @@ def evaluate_report(config, workdir: pathlib.Path, request: suite_run.Request | 
     }
 
 
-def _load(config, workdir: pathlib.Path, *, any_batch_size: bool):
-    """(config, trained model). `any_batch_size`: figures do not depend on it, so it is rounded up
-    to the devices that shard rows."""
+def _load(config, workdir: pathlib.Path, *, rounds_up: bool):
+    """(config, trained model). `rounds_up`: figures do not depend on the batch size, so it becomes
+    a multiple of the devices that shard rows; else `eval_batches` pads each batch."""
     mesh = sharding.make_mesh(config.mesh)
-    shards = sharding.num_row_shards(mesh)
-    if any_batch_size:
+    if rounds_up:
+        shards = sharding.num_row_shards(mesh)
         size = -(-config.eval.batch_size // shards) * shards
         config = config_lib.overridden(config, {"eval.batch_size": size})
-    config_lib.validate_evaluation(config, shards)
+    config_lib.validate_evaluation(config, row_shards=1)
     meta = checkpoint_meta.read_meta(workdir, cli.step_flag())
     model = build.model_config(config, meta["tokenizer"], sharding.platform(mesh))
     memory_limit.check_evaluation(config, model, mesh)

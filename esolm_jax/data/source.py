@@ -26,8 +26,9 @@ class Source:
       argument: such as "<name>", for messages.
       files: config → the files that hold the text, in order.
       identity: config → bytes that change with the text; default: hashes of `files`.
-      selects_ranges: whether `documents` reads ranges in specs (train[:-100]) itself; else it gets
-        specs without them, and the range is applied to what it yields.
+      selects_ranges: whether `documents` reads ranges in specs (train[:-100]) itself, because it
+        has random access; else it gets specs without them, and the range is applied to what it
+        yields. All use document_range, so a range has one meaning.
       notes: config → lines for the user, such as on files that are left out.
     """
 

@@ -155,8 +155,10 @@ def _split_documents(
 
 def _selected(config: Any, source: Source, split: str, spec: str) -> Iterator[str]:
     """The documents of a spec, which may end in a range."""
-    base, chosen = document_range.split_spec(spec)
-    if chosen is None or source.selects_ranges:
+    if source.selects_ranges:
+        return source.documents(config, split, spec)
+    base, chosen = document_range.split_spec(spec, f"config.data.{split}")
+    if chosen is None:
         return source.documents(config, split, spec)
     read = functools.partial(source.documents, config, split, base)
-    return document_range.select(read, chosen, f"config.data.{split}={spec}")
+    return document_range.select(read, chosen, f"config.data.{split}={spec!r}")

@@ -28,7 +28,7 @@ def documents(config: Any, split: str, spec: str) -> Iterator[str]:
     """The documents of the files that `spec` names: rows of tables, lines of .jsonl, and what
     config.data.document says of .txt."""
     data = config.data
-    paths = file_list.find(split, _files_of(config, spec)).files
+    paths = file_list.find(split, _files_of(config, split, spec)).files
     total = sum(path.stat().st_size for path in paths)
     longest = min(max(total // PIECES, MIN_DOCUMENT), MAX_DOCUMENT)
     for path in paths:
@@ -96,12 +96,15 @@ def to_text(value: Any, where: str) -> str:
     raise UserError(f"{where}: must be text, not {type(value).__name__}")
 
 
-def _files_of(config: Any, spec: str) -> str:
+def _files_of(config: Any, split: str, spec: str) -> str:
     """The files of a spec without its range; `train` names those of config.data.files."""
-    base, chosen = document_range.split_spec(spec)
+    base, chosen = document_range.split_spec(spec, f"config.data.{split}")
     files = config.data.files.strip()
     if base == "train" and chosen is not None and not files:
-        raise UserError(f"{spec!r}: names the files of config.data.files, which is ''; set it")
+        raise UserError(
+            f"config.data.{split}={spec!r}: names the files of config.data.files, which is ''; set "
+            "it"
+        )
     return files if base == "train" and files else base
 
 
@@ -119,7 +122,7 @@ def _given(config: Any) -> dict[str, str]:
 
 def _file_lists(config: Any) -> dict[str, file_list.FileList]:
     return {
-        split: file_list.find(split, _files_of(config, spec))
+        split: file_list.find(split, _files_of(config, split, spec))
         for split, spec in _given(config).items()
         if spec
     }
@@ -133,7 +136,11 @@ def _files(config: Any) -> list[Path]:
 def _notes(config: Any) -> list[str]:
     lists, given = _file_lists(config), _given(config)
     left_out = [found.note(f"config.data.{split}") for split, found in lists.items()]
-    whole = {s: f for s, f in lists.items() if document_range.split_spec(given[s])[1] is None}
+    whole = {
+        split: found
+        for split, found in lists.items()
+        if document_range.split_spec(given[split], f"config.data.{split}")[1] is None
+    }
     return [*filter(None, left_out), *file_list.shared(whole)]
 
 

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from esolm_jax.data import document_range
 from esolm_jax.data.source import Source, named_splits
 from esolm_jax.data.text_files import to_text
 from esolm_jax.errors import UserError, nearest
@@ -30,18 +31,36 @@ def builder_of(config: Any) -> Any:
 
 
 def documents(config: Any, split: str, spec: str) -> Iterator[str]:
-    """The texts of a TFDS split. UserError if there is no such split or text field."""
+    """The texts of a TFDS split, or of splits joined by +, each with its range or without.
+
+    Raises:
+      UserError: no such split or text field, or a range that is malformed or empty.
+    """
     builder, field = builder_of(config), config.data.text_field
     where = f"config.data.{split}={spec!r} of {builder.info.full_name}"
-    try:
-        rows = builder.as_data_source(spec)
-    except Exception as error:  # no such split, or prepared in a format without random access
-        raise UserError(f"{where}: {error}") from error
+    parts = [
+        _rows(builder, part.strip(), f"config.data.{split}", where) for part in spec.split("+")
+    ]
     if field not in builder.info.features:
         fields = ", ".join(builder.info.features)
         raise UserError(f"{where}: no field config.data.text_field={field!r}; has: {fields}")
-    for i in range(len(rows)):
-        yield to_text(rows[i][field], f"{where}, example {i}: field {field!r}")
+    for rows, indices in parts:
+        for i in indices:
+            yield to_text(rows[i][field], f"{where}, example {i}: field {field!r}")
+
+
+def _rows(builder: Any, spec: str, name: str, where: str) -> tuple[Any, range]:
+    """The examples of one split, and which of them its range selects; `name`: of the field."""
+    base, chosen = document_range.split_spec(spec, name)
+    if "[" in base:
+        raise document_range.malformed(spec, name)
+    try:
+        rows = builder.as_data_source(base)
+    except Exception as error:  # no such split, or prepared in a format without random access
+        raise UserError(f"{where}: {error}") from error
+    if chosen is None:
+        return rows, range(len(rows))
+    return rows, chosen.indices(len(rows), f"{name}={spec!r}")
 
 
 def _given(config: Any) -> dict[str, str]:

@@ -128,7 +128,7 @@ def batch_sums(nll_PB: np.ndarray, count_B: np.ndarray, first: int) -> BatchNelb
 
 def _result(batches: list[BatchNelbo], windows: int, kappa: float, exact: bool) -> Result:
     values = nelbo_figures(batches)
-    error = 0.0 if exact else _error(batches, values["nll"])
+    error = 0.0 if exact else error_over_batches(batches, values["nll"])
     figures = {
         "bound": "exact" if exact else "published_nelbo",
         "num_samples": 1,
@@ -148,11 +148,16 @@ def _result(batches: list[BatchNelbo], windows: int, kappa: float, exact: bool) 
     return Result(values["nll"], figures, line + f"nats per token ± {text} (over batches)")
 
 
-def _error(batches: list[BatchNelbo], nll: float) -> float:
-    """Standard error of the weighted mean over batches; NaN for one batch."""
+def error_over_batches(batches: list[BatchNelbo], nll: float) -> float:
+    """Standard error of `nll`, the weighted mean over batches; NaN for one batch.
+
+    Its square is unbiased if the variance of a batch is inverse to its tokens. The scale is
+    n / (n - 1) for n equal batches, and larger with a short last one, which says little of the
+    others.
+    """
     if len(batches) < 2:
         return math.nan
     weight = np.array([batch.num_tokens for batch in batches], np.float64)
-    residual = weight * np.array([batch.loss - nll for batch in batches])
-    scale = len(batches) / (len(batches) - 1)
-    return math.sqrt(scale * (residual**2).sum()) / weight.sum()
+    share = weight / weight.sum()
+    residual = share * np.array([batch.loss - nll for batch in batches])
+    return math.sqrt((residual**2).sum() / (1 - (share**2).sum()))

@@ -174,10 +174,20 @@ def test_ranges_of_files(tmp_path, text):
 
 
 def test_ranges_of_tfds_are_the_same(tmp_path):
+    """As of a file with the same documents, and as TFDS slices them where it does."""
     given = dict(source="tfds:numbers", tfds_dir=str(tmp_path), validation="train[:1]")
     rows = read("test", test="train", **given)
-    for text in RANGES[:3]:
-        assert read("test", test=f"train{text}", **given) == sliced(rows, text)
+    assert len(rows) == 20
+    (tmp_path / "a.txt").write_text("\n".join(rows))
+    builder = tfds.builder("numbers", data_dir=tmp_path)
+    for text in [*RANGES, "[:33%]", "[-33%:-5%]", "[12%:]", "[-99:5]"]:
+        found = read("test", test=f"train{text}", **given)
+        assert found == read(test=f"{tmp_path}/a.txt{text}", document="line"), text
+        if "99" not in text and text != "[:]":  # TFDS refuses these
+            own = builder.as_data_source(f"train{text}")
+            assert found == [row["text"].decode() for row in own], text
+    joined = read("test", test="train[:3] + train[-2:]", **given)
+    assert joined == rows[:3] + rows[-2:]
 
 
 def test_a_held_out_split_is_of_the_range(tmp_path):
@@ -190,18 +200,42 @@ def test_a_held_out_split_is_of_the_range(tmp_path):
     assert sorted(parts["train"] + parts["validation"]) == sorted(texts[:300])
 
 
-def test_bad_ranges(tmp_path):
+MALFORMED = ["[5]", "[a:b]", "[1:2:3]", "[:2", "[:1.5%]", "[:2shard]", "[ :2]"]
+
+
+@pytest.mark.parametrize("source", ["text", "tfds:numbers"])
+def test_bad_ranges_of_any_source(tmp_path, source):
+    """One error, of the same words for every source."""
+    given = dict(source=source, tfds_dir=str(tmp_path), validation="train[:1]", document="line")
+    if source == "text":
+        (tmp_path / "a.txt").write_text("\n".join(f"text {i}" for i in range(20)))
+        given["files"] = str(tmp_path / "a.txt")
+    empty = r"config.data.test='train\{}': must be a range with at least one document{}$"
+    has = ", because it has 20 documents"
+    for text in ("[20:]", "[:-20]", "[-3:-5]", "[:0%]", "[30:40]"):
+        with pytest.raises(UserError, match=empty.format(text, has)):
+            read(test=f"train{text}", **given)
+    with pytest.raises(UserError, match=empty.format("[5:3]", f"({has})?")):
+        read(test="train[5:3]", **given)
+    for text in MALFORMED:
+        with pytest.raises(UserError, match=r"config.data.test='train\[.*must end with a range"):
+            read(test=f"train{text}", **given)
+
+
+def test_bad_ranges_of_paths(tmp_path):
     (tmp_path / "a.txt").write_text("one\ntwo")
     for test, message in (
         (f"{tmp_path}[5:3]", r"config.data.test=.*\[5:3\]': must be a range with at least one"),
         (f"{tmp_path}[:-2]", "because it has 2 documents"),
-        (f"{tmp_path}[2:]", "no non-empty documents"),
+        (f"{tmp_path}[2:]", "because it has 2 documents"),
+        (f"{tmp_path}[1:b]", r"config.data.test=.*\[1:b\]': must end with a range"),
         ("train[:1]", "names the files of config.data.files, which is ''; set it"),
     ):
         with pytest.raises(UserError, match=message):
             given = config("", test=test, document="line")
             sources.file_states(given)
             list(sources.documents(given, "test"))
+    assert read(test=f"{tmp_path}/[a-c].txt", document="line") == ["one", "two"]  # a glob
 
 
 def test_a_test_set_alone_is_enough(tmp_path):

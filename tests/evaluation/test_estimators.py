@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import toy
 
-from benchmarks import estimators
+from benchmarks import estimators, estimators_suite
 from esolm_jax.evaluation import likelihood
 
 LENGTH, WINDOWS, BATCH, SEEDS = 32, 16, 4, 40
@@ -98,3 +98,16 @@ def test_error_of_a_part_is_the_spread_over_parts():
     # A part that is the whole has the Monte-Carlo error alone.
     assert whole.error_for(WINDOWS) == pytest.approx(whole.standard_error)
     assert whole.error_for(10 * WINDOWS) > whole.error_for(2 * WINDOWS) > whole.standard_error
+
+
+def test_the_ratio_of_error_and_spread_has_its_own_error():
+    """Of 50 normal values whose error is known, about 1/√(2 · 49)."""
+    draws, seeds = np.random.default_rng(0).normal(5, 0.2, (200, 50)), np.arange(200)
+    rows = [
+        estimators_suite.compare([{"nll_per_token": x, "standard_error": 0.2} for x in draws[i]])
+        for i in seeds
+    ]
+    ratio = np.array([row["printed_over_spread"] for row in rows])
+    error = np.array([row["ratio_error"] for row in rows])
+    assert 0.09 < error.mean() < 0.115 and 0.8 < error.mean() / ratio.std() < 1.2
+    assert 0.9 < np.mean(abs(ratio - 1) < 2 * error) <= 1

@@ -159,6 +159,12 @@ def test_published_protocol(first, trained):
     (ptb,) = found["data_sets"][0]["results"]
     assert (ptb["bound"], ptb["num_samples"], ptb["kappa"]) == ("published_nelbo", 1, 0.5)
     assert ptb["num_tokens"] == entry["tokens"] and ptb["standard_error"] > 0
+    shutil.rmtree(trained[0] / "suites" / "zeroshot" / "published")
+    sizes = ["--config.eval.batch_size=4", "--config.mesh.devices=8"]  # batches are padded
+    run(trained, "--protocol=published", *sizes)
+    again = figures(report(trained, "published"))
+    for name, values in figures(found).items():
+        np.testing.assert_allclose(again[name], values, rtol=1e-6, err_msg=name)
 
 
 def test_evaluate_needs_a_test_set_alone(trained, tmp_path, capsys):
@@ -218,6 +224,7 @@ split = "test"
     [
         (SUITE + "detokeniser = 'ptb'", "data.a: detokeniser: unknown; .*mean 'detokenizer'"),
         (SUITE + "detokenizer = 'ptp'", "data.a: detokenizer='ptp': must be one of .*mean 'ptb'"),
+        (SUITE + "range = '[5:'", r"data.a: range='\[5:': must end with a range"),
         (SUITE + "keep_blank = 'no'", "data.a: keep_blank='no': must be bool"),
         ("[data.a]\norigin = 'me'", "data.a: folder: is missing"),
         ("title = 'x'", r"must have a table \[data.NAME\]"),

@@ -10,6 +10,7 @@ import toy
 
 from benchmarks import estimators
 from esolm_jax.evaluation import likelihood, published_bound, window_noise
+from esolm_jax.evaluation.protocol.published_nelbo import BatchNelbo
 
 pytestmark = pytest.mark.fast_compile
 LENGTH, WINDOWS, SEEDS = 16, 40, 30  # windows: one whole group and a part of another
@@ -130,3 +131,23 @@ def test_a_short_last_batch_is_weighted_as_published():
     figures = run(SHARP, batches(8, valid), split={}, seed=0).figures
     assert figures["num_tokens"] == 37 * LENGTH and figures["windows"] == 37
     assert figures["kappa"] == 0.5 and figures["standard_error"] > 0
+
+
+@pytest.mark.parametrize("rows", [[32, 32, 32], [32, 32, 32, 2], [32, 2], [5, 9, 16, 40]])
+def test_published_error_is_unbiased_for_batches_of_unequal_size(rows):
+    """Its mean square over 4000 splits is the variance of the mean; both terms have noise."""
+    rng, values, squares = np.random.default_rng(0), [], []
+    for _ in range(4000):
+        batches = [_random_batch(rng, count) for count in rows]
+        nll = sum(batch.nll for batch in batches) / sum(batch.num_tokens for batch in batches)
+        values.append(nll)
+        squares.append(published_bound.error_over_batches(batches, nll) ** 2)
+    assert 0.9 < np.mean(squares) / np.var(values) < 1.1
+
+
+def _random_batch(rng, rows):
+    """A batch of windows of 10 tokens, the second half (or more) of them sequential."""
+    first = rows // 2
+    nll = rng.normal(40, 5, rows)
+    tokens = 10 * first, 10 * (rows - first)
+    return BatchNelbo(nll[:first].sum(), tokens[0], nll[first:].sum(), tokens[1])

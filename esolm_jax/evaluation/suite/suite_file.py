@@ -6,6 +6,7 @@ import tomllib
 from typing import Any
 
 from esolm_jax import config as config_lib
+from esolm_jax.data import document_range
 from esolm_jax.errors import UserError, nearest
 from esolm_jax.files import regular_file
 
@@ -141,6 +142,8 @@ def _data_set(name: str, defaults: dict[str, Any], entry: Any, where: str) -> Da
             hint = check.hint(value) if check else ""
             text = check.text if check else "another value"
             raise UserError(f"{where}: {field[5:]}={value!r}: must be {text}{hint}")
+    if data_set.range and not document_range.is_range(data_set.range):
+        raise document_range.malformed(data_set.range, f"{where}: range")
     if not name.replace("_", "").replace("-", "").isalnum():
         raise UserError(f"{where}: must be a name of letters, digits, - and _")
     return data_set

@@ -24,7 +24,7 @@ from esolm_jax.training import restore
 
 SPLIT = "test"  # of the prepared data
 PROTOCOLS = {"all": "all", "published": "published"}  # --protocol → config.data.window_mode
-_VERSION = 1  # of the estimators; results of another version are made again
+_VERSION = 2  # of the estimators; results of another version are made again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +77,8 @@ def evaluate(
     if request.protocol == "published":
         for count in windows.values():
             published_bound.check_batches(config, count)
-    estimators = list(_estimators(config, request.protocol, trained))
-    if not estimators:
+    bounds_of_suite = list(estimators(config, request.protocol, trained))
+    if not bounds_of_suite:
         raise UserError(
             f"config.eval.metrics={config.eval.metrics!r}: must have nelbo, or importance_weighted "
             "and config.eval.num_orders, because a suite has these"
@@ -92,7 +92,7 @@ def evaluate(
         identity = _identity(config, request, manifest, windows[data_set.name])
         entry = _done(path, identity)
         if entry is None:
-            found = _evaluate(made_config, manifest, trained, estimators, data_set)
+            found = _evaluate(made_config, manifest, trained, bounds_of_suite, data_set)
             entry = {"name": data_set.name, "title": data_set.title, "origin": data_set.origin}
             entry |= {"windows": windows[data_set.name], "results": found}
             entry["data"] = provenance.evaluated_data(manifest, SPLIT, windows[data_set.name])
@@ -131,7 +131,7 @@ def _on_main(config, folder: pathlib.Path) -> None:
     multihost.on_main(lambda: suite_data.prepare(config, folder))
 
 
-def _estimators(
+def estimators(
     config, protocol: str, trained: restore.TrainedModel
 ) -> Iterator[tuple[str, Callable[..., Result]]]:
     """(name, estimator) of each bound, as those of evaluation.metric."""
@@ -158,11 +158,11 @@ def _estimators(
         yield "importance_weighted", run_weighted
 
 
-def _evaluate(config, manifest: Manifest, trained, estimators, data_set: DataSet) -> list[dict]:
-    """The figures of each bound."""
+def _evaluate(config, manifest: Manifest, trained, made, data_set: DataSet) -> list[dict]:
+    """The figures of each bound; `made`: of estimators()."""
     e, found = config.eval, []
     total = math.ceil(num_windows(manifest, SPLIT, e.max_windows) / e.batch_size)
-    for name, estimate in estimators:
+    for name, estimate in made:
         result = estimate(
             trained.params,
             eval_batches(config, manifest, SPLIT, e.max_windows, trained.built.mesh),
