@@ -1,4 +1,5 @@
-"""What needs more time than it is worth at every change: ESOLM_TEST_ALL=1 runs it, too."""
+"""What needs more time than it is worth at every change: ESOLM_TEST_ALL=1 runs it, too, and
+compiles the programs of all modules as for users."""
 
 import os
 
