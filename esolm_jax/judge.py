@@ -22,7 +22,7 @@ from esolm_jax.errors import UserError
 from esolm_jax.evaluation.protocol.judge import Judge
 from esolm_jax.evaluation.quality import metrics, text_file
 from esolm_jax.evaluation.quality.judged import VARIANTS, QualitySettings
-from esolm_jax.parallel import distributed, sharding
+from esolm_jax.parallel import distributed, multihost, sharding
 from esolm_jax.process import jax_settings
 
 
@@ -76,12 +76,19 @@ def _wanted() -> tuple[str, ...]:
     return tuple(name.strip() for name in flags.FLAGS.metrics.split(",") if name.strip())
 
 
+def _check_same(config, given: dict[str, text_file.Texts | None]) -> None:
+    """UserError unless all hosts have read the same texts: all run the same programs on them."""
+    digests = {name: texts.digest for name, texts in given.items() if texts}
+    multihost.check_same(digests, timeout=config.distributed.barrier_timeout)
+
+
 def main(config, workdir: pathlib.Path | None) -> None:
     del workdir
     f, given, folder = flags.FLAGS, _needed("texts"), _needed("judge")
     settings, out = _settings(), _out(given)
     texts = text_file.read(given)
     references = text_file.read(f.references, "--references") if f.references else None
+    _check_same(config, {"--texts": texts, "--references": references})
     results.check_can_write(out)
     mesh = sharding.make_mesh(config.mesh)
     model = Judge(folder, rows=f.batch_size, mesh=mesh)
@@ -96,7 +103,7 @@ def main(config, workdir: pathlib.Path | None) -> None:
         "jax_settings": jax_settings.recorded(),
         "esolm_jax": esolm_jax.__version__,
     }
-    if distributed.is_main():
+    if distributed.is_main():  # all processes have the same figures
         results.write_json(out, figures)
     for line in metrics.table(figures):
         print(line)

@@ -4,9 +4,11 @@ import json
 import math
 
 import numpy as np
+import processes
 import pytest
 import tiny_run
 from golden_eval import FOLDER
+from thorough import thorough
 from tiny_run import command, refused_by
 
 import esolm_jax
@@ -111,3 +113,52 @@ def test_a_judge_without_a_tokenizer(refused, tmp_path):
 def test_a_workdir_of_another_family():
     with pytest.raises(UserError, match="objective eso_b: a judge must be ar"):
         judge_source.check(FOLDER.parent / "workdir_947f88e" / "run")
+
+
+JUDGE_IN_PROCESSES = """
+from tiny_run import command
+sys.exit(command("judge", *os.environ["ARGS"].split("|"), "--config.mesh.fsdp=2"))
+"""
+
+
+def in_two_processes(texts: list, *args) -> list[tuple]:
+    """(exit code, stdout, stderr without Gloo's) of `judge` in two processes of two devices;
+    `texts`: a file for each."""
+    paths = f"{processes.ROOT}:{processes.ROOT}/tests/support"
+    port = processes.free_port()
+    each = [
+        processes.Processes(
+            JUDGE_IN_PROCESSES,
+            indices=[index],
+            port=port,
+            PYTHONPATH=paths,
+            JAX_NUM_CPU_DEVICES="2",
+            ARGS="|".join([f"--texts={file}", f"--judge={JUDGE}", *args]),
+        )
+        for index, file in enumerate(texts)
+    ]
+    return [one.wait()[0] for one in each]
+
+
+@thorough
+def test_two_processes_find_the_figures_of_one(tmp_path):
+    """Only process 0 prints and writes; other texts on another host are one error."""
+    texts = write(tmp_path / "texts.jsonl", "The lamp is lit", "Two gulls", "", "A letter " * 9)
+    args = [f"--references={texts}", "--clusters=2"]
+    assert command("judge", f"--texts={texts}", f"--judge={JUDGE}", *args) == 0
+    file = tmp_path / "texts.judge.json"
+    alone = json.loads(file.read_text())
+    file.unlink()
+    (code, out, _), (other_code, other_out, _) = in_two_processes([texts] * 2, *args)
+    assert code == other_code == 0 and "generative_perplexity" in out
+    assert not [line for line in other_out.splitlines() if not line.startswith("[Gloo]")]
+    both = json.loads(file.read_text())
+    assert both["devices"] == "4 cpu devices (data=2, fsdp=2) in 2 processes"
+    for name, entry in alone["metrics"].items():
+        numbers = {key: value for key, value in entry.items() if not isinstance(value, str)}
+        found = {key: both["metrics"][name][key] for key in numbers}
+        assert found == pytest.approx(numbers, rel=1e-6, nan_ok=True)
+    another = write(tmp_path / "another.jsonl", "The lamp")
+    for code, out, err in in_two_processes([texts, another]):
+        assert (code, out) == (2, "") and err.count("\n") == 1
+        assert err.startswith("error: --texts differs between hosts")
