@@ -36,7 +36,7 @@ from esolm_jax.evaluation import likelihood
 from esolm_jax.evaluation.likelihood import Estimate
 from esolm_jax.family import registry
 from esolm_jax.model.build import BuiltModel
-from esolm_jax.parallel import sharding
+from esolm_jax.parallel import multihost, sharding
 from esolm_jax.sampling import generate, published_loops
 from esolm_jax.sampling.engine import network as network_lib
 from esolm_jax.sampling.engine.network import Network
@@ -152,7 +152,7 @@ class SamplerLikelihood:
         drawn = generator.schedule
         valid = np.arange(text.shape[1])[None] < drawn.length[:, None]
         rows = sharding.rows(self.built.mesh)
-        arrays = jax.device_put((text, valid, drawn.order.astype(np.int32)), rows)
+        arrays = sharding.put((text, valid, drawn.order.astype(np.int32)), rows)
         program = _one_pass_program(self.config.objective, self.built)
         return -np.asarray(program(self.params, *arrays), np.float64)
 
@@ -202,4 +202,4 @@ def _one_pass_program(objective: str, built: BuiltModel) -> Callable:
         labelled = label(text, valid, valid, order, built.special)
         return likelihood.labelled_nll(built.apply, built.head, params, labelled)
 
-    return jax.jit(nll)
+    return multihost.together(jax.jit(nll, out_shardings=sharding.replicated(built.mesh)))

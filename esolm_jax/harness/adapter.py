@@ -6,9 +6,13 @@
 
 No result depends on the batch: rows are padded to lengths of their own and scored with a fixed
 number of rows, and draws follow from the ids of a request.
+
+In several processes (distributed.start) all make the same calls with the same requests. Each pass
+runs on the devices of all processes, and each process has all results.
 """
 
 import dataclasses
+import hashlib
 import pathlib
 import zlib
 from collections.abc import Sequence
@@ -29,7 +33,7 @@ from esolm_jax.evaluation.answer_likelihood import (
 from esolm_jax.evaluation.protocol.multiple_choice import encode_pair
 from esolm_jax.harness.protocols import EXTRA_TOKENS, MONTE_CARLO, MonteCarlo
 from esolm_jax.language_model import LanguageModel
-from esolm_jax.parallel import sharding
+from esolm_jax.parallel import distributed, multihost, sharding
 from esolm_jax.sampling.generate import Generator
 from esolm_jax.sampling.loops.loop import Ends
 from esolm_jax.sampling.plan.canvas import MASK, Canvas, Seed
@@ -45,7 +49,8 @@ class HarnessSettings:
     Attributes:
       protocol: exact, llada, duo_full or duo_suffix; see protocols.py. It scores `loglikelihood`;
         rolling likelihoods are always exact.
-      batch_size: rows of a forward pass; no result depends on it.
+      batch_size: rows of a forward pass, rounded up to the devices that rows are split over; no
+        result depends on it.
       step, weights: of the checkpoint, as of esolm_jax.load.
       num_orders: K > 0: the bound of K orders of the answer, with protocol exact (eso_b).
       draws, cfg: of the Monte-Carlo protocols; 0 draws = as published.
@@ -92,16 +97,20 @@ class EsolmLM(LM):
         """Loads the model.
 
         Args:
-          settings: see HarnessSettings.
+          settings: see HarnessSettings; and fields of config.mesh, such as "mesh.devices".
 
         Raises:
           UserError: a wrong argument, or a workdir without an intact checkpoint.
         """
         super().__init__()
+        on_mesh = {name: settings.pop(name) for name in [*settings] if name.startswith("mesh.")}
         s = HarnessSettings.of(settings)
-        folder, size = pathlib.Path(workdir).expanduser(), int(s.batch_size)
-        config = checkpoint_meta.saved_config(folder, str(s.step))
+        folder = pathlib.Path(workdir).expanduser()
+        saved = checkpoint_meta.saved_config(folder, str(s.step))
+        config = config_lib.overridden(saved, on_mesh)
         mesh = sharding.make_mesh(config.mesh)
+        shards = sharding.num_row_shards(mesh)
+        size = -(-int(s.batch_size) // shards) * shards
         trained = restore.load_trained(config, folder, s.weights, mesh, str(s.step))
         built, tokenizer = trained.built, restore.load_tokenizer(folder, trained.meta)
         self.settings = s
@@ -136,6 +145,7 @@ class EsolmLM(LM):
     def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(score of the continuation, is_greedy) of each (context, continuation)."""
         del disable_tqdm
+        _check_same(requests)
         pairs = [self._pair(*request.args) for request in requests]
         if self.settings.protocol == "exact":
             found = self.exact.score(pairs)
@@ -149,6 +159,7 @@ class EsolmLM(LM):
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
         """Exact log p of each (text,), in windows that score each token once."""
         del disable_tqdm
+        _check_same(requests)
         pairs, owner = [], []
         for number, request in enumerate(requests):
             ids = self.model.tokenizer.encode(request.args[0])
@@ -164,6 +175,7 @@ class EsolmLM(LM):
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
         """Texts from left to right, up to a stop string or EOS: greedy unless do_sample."""
         del disable_tqdm
+        _check_same(requests)
         found = []
         for request in requests:
             text = self._generate(*request.args)
@@ -199,5 +211,15 @@ class EsolmLM(LM):
         ends = Ends(tokenizer.eos_id, tokenizer.eot_id)
         generator = Generator.of(config, canvas, built.special, mesh=built.mesh, ends=ends)
         decoded = generator.run(self.exact.network)
-        end = min(int(decoded.eos_position[0]), len(rows[0]))
-        return np.asarray(decoded.text)[0, len(prompt) : end].tolist()
+        text, eos_position = multihost.to_host((decoded.text, decoded.eos_position))
+        end = min(int(eos_position[0]), len(rows[0]))
+        return text[0, len(prompt) : end].tolist()
+
+
+def _check_same(requests: list) -> None:
+    """UserError unless all processes have the same requests: all run the same programs on them."""
+    if distributed.is_started():
+        digest = hashlib.sha256(repr([request.args for request in requests]).encode())
+        multihost.check_same(
+            {"requests": digest.hexdigest()[:12]}, timeout=distributed.default_timeout()
+        )

@@ -6,8 +6,10 @@ import json
 import types
 
 import numpy as np
+import processes
 import pytest
 import tiny_run
+from thorough import thorough
 
 import esolm_jax
 from esolm_jax.errors import UserError
@@ -139,6 +141,32 @@ def test_generate_until(workdir):
     drawn = settings | {"do_sample": True, "temperature": 5.0}
     first, again = (lm.generate_until(requests(("to be", drawn))) for _ in "12")
     assert first == again
+
+
+@thorough
+@pytest.mark.parametrize("settings", [{}, {"protocol": "llada", "draws": 32}])
+def test_two_processes_find_the_results_of_one(workdir, settings):
+    settings |= {"batch_size": 4, "mesh.devices": 0}
+    given = [request.args for request in pairs()], ("to be", {"until": [], "max_gen_toks": 8})
+    script = f"""
+    def body(index):
+        import json, types
+        from esolm_jax.harness.adapter import EsolmLM
+        lm = EsolmLM({str(workdir)!r}, **{settings!r})
+        scored, continued = {given!r}
+        of = lambda args: types.SimpleNamespace(args=args)
+        found = lm.loglikelihood([of(args) for args in scored]), lm.generate_until([of(continued)])
+        print(json.dumps(found))
+        lm.loglikelihood([of(scored[index])])
+    main(body)
+    """
+    lm = EsolmLM(workdir, **settings)
+    want = [*lm.loglikelihood(pairs()), *lm.generate_until(requests(given[1]))]
+    for code, out, err in processes.Processes(script).wait():
+        assert code == 2 and "error: requests differs between hosts" in err
+        scores, texts = json.loads(out.splitlines()[-1])
+        np.testing.assert_allclose(scores, want[:-1], rtol=1e-6)
+        assert texts == want[-1:]
 
 
 @pytest.mark.parametrize("protocol", ["llada", "duo_full"])
