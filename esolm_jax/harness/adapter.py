@@ -12,10 +12,11 @@ runs on the devices of all processes, and each process has all results.
 """
 
 import dataclasses
+import functools
 import hashlib
 import pathlib
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
 from esolm_jax import config as config_lib
+from esolm_jax.data import chat_template as chat_lib
 from esolm_jax.errors import UserError, nearest
 from esolm_jax.evaluation.answer_likelihood import (
     LEFT_TO_RIGHT,
@@ -114,6 +116,7 @@ class EsolmLM(LM):
         trained = restore.load_trained(config, folder, s.weights, mesh, str(s.step))
         built, tokenizer = trained.built, restore.load_tokenizer(folder, trained.meta)
         self.settings = s
+        self._chat, self._template = chat_lib.of_tokenizer(tokenizer), ""
         self.model = LanguageModel(config, trained, tokenizer)
         self.exact = AnswerLikelihood(config, built, trained.params, size, s.num_orders, s.seed)
         self._monte_carlo = MonteCarlo(
@@ -122,8 +125,42 @@ class EsolmLM(LM):
 
     @property
     def tokenizer_name(self) -> str:
-        """Identifies the tokenizer in caches of requests."""
-        return self.model.tokenizer.fingerprint
+        """Identifies the tokenizer and its chat template in caches of requests."""
+        name = self.model.tokenizer.fingerprint
+        if self._chat is None:
+            return name
+        templates = repr(sorted(self._chat.templates.items())).encode()
+        return f"{name}-{hashlib.sha256(templates).hexdigest()[:12]}"
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """The chat template, of this name if it is one; apply_chat_template then uses it."""
+        self._template = chat_template if isinstance(chat_template, str) else ""
+        return self._needed_chat().source(self._template)
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """The text of a chat. UserError: the model has no chat template, or it refuses the chat."""
+        return self._needed_chat().render(
+            chat_history, add_generation_prompt=add_generation_prompt, name=self._template
+        )
+
+    def _needed_chat(self) -> chat_lib.ChatTemplate:
+        if self._chat is None:
+            raise UserError(
+                "apply_chat_template: must be off, because the model's tokenizer came without a "
+                "chat template"
+            )
+        return self._chat
+
+    @functools.cached_property
+    def _encode(self) -> Callable[[str], list[int]]:
+        """Text → ids. A tokenizer with a chat template recognizes special tokens in text."""
+        tokenizer = self.model.tokenizer
+        if self._chat is None:
+            return tokenizer.encode
+        library = tokenizer.recognizing()
+        return lambda text: library.encode(text, add_special_tokens=False).ids
 
     @property
     def max_length(self) -> int:
@@ -132,8 +169,7 @@ class EsolmLM(LM):
 
     def _pair(self, context: str, continuation: str) -> Pair:
         """Prompts that are too long lose their beginning. UserError: an answer is too long."""
-        encode = self.model.tokenizer.encode
-        prompt, answer = encode_pair(encode, context, continuation)
+        prompt, answer = encode_pair(self._encode, context, continuation)
         room = self.max_length - len(answer)
         if room < 0:
             raise UserError(
@@ -162,7 +198,7 @@ class EsolmLM(LM):
         _check_same(requests)
         pairs, owner = [], []
         for number, request in enumerate(requests):
-            ids = self.model.tokenizer.encode(request.args[0])
+            ids = self._encode(request.args[0])
             for start, new, end in rolling_windows(len(ids), self.exact.max_length):
                 pairs.append(Pair(ids[start:new], ids[new:end]))
                 owner.append(number)
@@ -186,13 +222,15 @@ class EsolmLM(LM):
     def _generate(self, context: str, settings: dict[str, Any]) -> str:
         until = settings.get("until", [])
         until = [until] if isinstance(until, str) else list(until)
+        if self._chat is not None:
+            until.append(self._chat.end_of_turn(self._template))
         most = int(settings.get("max_gen_toks", 256))
         if not 0 < most < self.exact.max_length:
             raise UserError(
                 f"max_gen_toks={most}: must be in [1, {self.exact.max_length}), below data.seq_len"
             )
         temperature = float(settings.get("temperature", 1.0)) if settings.get("do_sample") else 0.0
-        prompt = self.model.tokenizer.encode(context)[-(self.exact.max_length - most) :]
+        prompt = self._encode(context)[-(self.exact.max_length - most) :]
         ids = self._continue(prompt, most, temperature)
         text = self.model.tokenizer.decode(ids)
         ends = [text.find(stop) for stop in until if stop and stop in text]

@@ -5,6 +5,7 @@ Needs the package lm_eval (pip install -e '.[lm-eval]')."""
 import json
 import types
 
+import golden_models
 import numpy as np
 import processes
 import pytest
@@ -72,12 +73,12 @@ def test_scores_equal_brute_force_and_do_not_depend_on_the_batch(workdir):
         np.testing.assert_allclose(again, found, rtol=0, atol=1e-5)
 
 
-def test_simple_evaluate_on_a_local_task(workdir, tmp_path):
-    """Accuracy is that of the brute-force scores."""
-    file = tmp_path / "items.jsonl"
+def local_task(folder, **fields) -> dict:
+    """The task of docs/harness.md, of ITEMS."""
+    file = folder / "items.jsonl"
     rows = [{"q": q, "choices": choices, "gold": gold} for q, choices, gold in ITEMS]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = {
+    return {
         "task": "local_choice",
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": str(file)}},
@@ -88,8 +89,12 @@ def test_simple_evaluate_on_a_local_task(workdir, tmp_path):
         "doc_to_target": "{{gold}}",
         "target_delimiter": "",
         "metric_list": [{"metric": "acc"}],
-    }
-    lm = EsolmLM(workdir)
+    } | fields
+
+
+def test_simple_evaluate_on_a_local_task(workdir, tmp_path):
+    """Accuracy is that of the brute-force scores."""
+    lm, task = EsolmLM(workdir), local_task(tmp_path)
     results = lm_eval.simple_evaluate(model=lm, tasks=[task], bootstrap_iters=0)["results"]
     model = esolm_jax.load(workdir)
     best = [
@@ -98,6 +103,38 @@ def test_simple_evaluate_on_a_local_task(workdir, tmp_path):
     ]
     want = np.mean([b == gold for b, (_, _, gold) in zip(best, ITEMS, strict=True)])
     assert results["local_choice"]["acc,none"] == pytest.approx(want)
+
+
+def test_chat_template(tmp_path):
+    """Examples become turns; special tokens that the template spells become these tokens."""
+    lm = EsolmLM(golden_models.workdir("llada_mha"))
+    task = local_task(tmp_path, fewshot_split="test", fewshot_config={"sampler": "first_n"})
+    found = lm_eval.simple_evaluate(
+        model=lm,
+        tasks=[task],
+        num_fewshot=1,
+        apply_chat_template=True,
+        fewshot_as_multiturn=True,
+        bootstrap_iters=0,
+    )
+    ((prompt, choice), *_) = found["samples"]["local_choice"][1]["arguments"]
+    turns = ("user", "to be"), ("assistant", " or not"), ("user", "nobler")
+    chat = [{"role": role, "content": content} for role, content in turns]
+    assert choice == " in" and prompt == lm.apply_chat_template(chat)
+    ids = lm._pair(prompt, choice).ids
+    id_of = lm.model.tokenizer.recognizing().token_to_id
+    assert ids[0] == id_of("<|startoftext|>") and ids.count(id_of("<|eot_id|>")) == 3
+    assert lm.chat_template(True) == lm._chat.source() and lm._chat.end_of_turn() == "<|eot_id|>"
+    until = {"until": [], "max_gen_toks": 4}
+    (text,) = lm.generate_until(requests((prompt, until)))
+    assert "<|eot_id|>" not in text
+
+
+def test_a_model_without_a_chat_template(workdir):
+    lm = EsolmLM(workdir)
+    for call in (lambda: lm.chat_template(True), lambda: lm.apply_chat_template([])):
+        with pytest.raises(UserError, match="apply_chat_template: must be off, because"):
+            call()
 
 
 def test_empty_contexts_and_rolling(workdir):
