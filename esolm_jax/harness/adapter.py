@@ -32,6 +32,7 @@ from esolm_jax.evaluation.answer_likelihood import (
     Pair,
     rolling_windows,
 )
+from esolm_jax.evaluation.masked_likelihood import MaskedLikelihood, is_pretrained
 from esolm_jax.evaluation.protocol.multiple_choice import encode_pair
 from esolm_jax.harness.protocols import EXTRA_TOKENS, MONTE_CARLO, MonteCarlo
 from esolm_jax.language_model import LanguageModel
@@ -119,9 +120,10 @@ class EsolmLM(LM):
         self._chat, self._template = chat_lib.of_tokenizer(tokenizer), ""
         self.model = LanguageModel(config, trained, tokenizer)
         self.exact = AnswerLikelihood(config, built, trained.params, size, s.num_orders, s.seed)
-        self._monte_carlo = MonteCarlo(
-            self.model, built.model.vocab_size, size, draws=s.draws, seed=s.seed, cfg=s.cfg
+        masked = MaskedLikelihood(
+            config, built, trained.params, size, keeps_mask=is_pretrained(trained.meta), cfg=s.cfg
         )
+        self._monte_carlo = MonteCarlo(masked, tokenizer, s.draws, s.seed)
 
     @property
     def tokenizer_name(self) -> str:

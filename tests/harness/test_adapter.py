@@ -15,6 +15,7 @@ from thorough import thorough
 import esolm_jax
 from esolm_jax.errors import UserError
 from esolm_jax.evaluation.protocol import multiple_choice as mc
+from esolm_jax.family.noise import EPS
 
 lm_eval = pytest.importorskip("lm_eval")
 from esolm_jax.harness import protocols  # noqa: E402
@@ -217,12 +218,38 @@ def test_monte_carlo_protocols(workdir, protocol):
     assert all(value < 0 for value, _ in found)
 
 
-def test_llada_is_the_published_sum(workdir):
-    lm = EsolmLM(workdir, protocol="llada", draws=64)
-    run, pair = lm._monte_carlo, lm._pair("to be", " or")
-    masks = mc.draw_masks(run.rng(pair), 3, 64, protocols.STRATIFIED)
-    want = mc.llada_score(run.logits_of, pair.prompt, pair.answer, masks, mask_id=run.model.mask_id)
-    assert lm.loglikelihood(requests(("to be", " or")))[0][0] == pytest.approx(want, rel=1e-6)
+@pytest.mark.parametrize("protocol", protocols.MONTE_CARLO)
+def test_monte_carlo_scores_are_the_published_sums(workdir, protocol):
+    """Over the same masks, from logits of one pass after the other; eso_b excludes the mask."""
+    lm = EsolmLM(workdir, protocol=protocol, draws=64)
+    run, pair, model = lm._monte_carlo, lm._pair("to be", " or"), lm.model
+    sizes = len(pair.prompt), len(pair.answer), 64
+
+    def logits_of(ids):
+        hidden = (ids == model.mask_id).any(axis=1)  # eso_b needs a mask
+        found = np.zeros((*ids.shape, model.mask_id + 1))
+        found[hidden] = np.array(model.logits(ids[hidden]), np.float64)
+        found[..., model.mask_id] = -np.inf
+        return found
+
+    if protocol == "llada":
+        masks = mc.draw_masks(run.rng(pair), sizes[1], 64, protocols.STRATIFIED)
+        args = logits_of, pair.prompt, pair.answer, masks
+        want = mc.llada_score(*args, mask_id=model.mask_id)
+    else:
+        sentence = [model.tokenizer.bos_id, *pair.ids, model.tokenizer.eos_id]
+        rng = run.rng(pair)
+        t = EPS + (1 - EPS) * ((rng.random() + np.arange(64)) / 64)
+        masks = rng.random((64, len(sentence))) < (1 - EPS) * t[:, None]
+        if protocol == "duo_full":
+            want = mc.duo_full_score(logits_of, sentence, masks, t, mask_id=model.mask_id)
+        else:
+            prefix = 1 + sizes[0]
+            common = {"prefix": prefix, "mask_id": model.mask_id}
+            want = mc.duo_suffix_score(logits_of, sentence, masks, **common)
+    ((score, _),) = lm.loglikelihood(requests(("to be", " or")))
+    assert score == pytest.approx(want, rel=1e-5, nan_ok=True)
+    assert protocol == "duo_suffix" or not np.isnan(score)
 
 
 @pytest.mark.parametrize(
