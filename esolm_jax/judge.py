@@ -76,19 +76,14 @@ def _wanted() -> tuple[str, ...]:
     return tuple(name.strip() for name in flags.FLAGS.metrics.split(",") if name.strip())
 
 
-def _check_same(config, given: dict[str, text_file.Texts | None]) -> None:
-    """UserError unless all hosts have read the same texts: all run the same programs on them."""
-    digests = {name: texts.digest for name, texts in given.items() if texts}
-    multihost.check_same(digests, timeout=config.distributed.barrier_timeout)
-
-
 def main(config, workdir: pathlib.Path | None) -> None:
     del workdir
     f, given, folder = flags.FLAGS, _needed("texts"), _needed("judge")
     settings, out = _settings(), _out(given)
     texts = text_file.read(given)
     references = text_file.read(f.references, "--references") if f.references else None
-    _check_same(config, {"--texts": texts, "--references": references})
+    for flag, read in (("--texts", texts), ("--references", references)):
+        multihost.check_same_value(flag, [read.texts, read.token_ids] if read else None)
     results.check_can_write(out)
     mesh = sharding.make_mesh(config.mesh)
     model = Judge(folder, rows=f.batch_size, mesh=mesh)

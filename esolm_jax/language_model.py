@@ -28,7 +28,7 @@ from esolm_jax.evaluation.text_likelihood import LogLikelihood, TextLikelihood
 from esolm_jax.family.labels import Tokens
 from esolm_jax.interop.published import names as published_names
 from esolm_jax.interop.published.names import PublishedModel
-from esolm_jax.parallel import sharding
+from esolm_jax.parallel import multihost, sharding
 from esolm_jax.sampling import texts as texts_lib
 from esolm_jax.sampling.engine import network
 from esolm_jax.sampling.generate import Generator, check
@@ -134,7 +134,7 @@ class LanguageModel:
         generator = Generator.of(config, canvas, special, mesh=mesh, ends=ends)
         decoded = generator.run(self._network(config.sample.weight_dtype))
         rows = texts_lib.sample_rows(
-            config, generator, jax.device_get(decoded), self.tokenizer, prompted=bool(parsed)
+            config, generator, multihost.to_host(decoded), self.tokenizer, prompted=bool(parsed)
         )
         return [row["text"] for row in rows]
 

@@ -68,8 +68,6 @@ def check(config: ConfigDict, num_orders: int) -> None:
             "config.sample.stop_at_eos=True: must be False, because the likelihood is of all "
             "tokens of a text"
         )
-    if jax.process_count() > 1:
-        raise UserError(f"the sampler must run in one process, not in {jax.process_count()}")
     if not num_orders and not has_one_order(config):
         raise UserError(
             f"num_orders=0: must be positive: sample.schedule={config.sample.schedule!r} at "

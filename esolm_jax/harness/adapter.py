@@ -36,7 +36,7 @@ from esolm_jax.evaluation.masked_likelihood import MaskedLikelihood, is_pretrain
 from esolm_jax.evaluation.protocol.multiple_choice import encode_pair
 from esolm_jax.harness.protocols import EXTRA_TOKENS, MONTE_CARLO, MonteCarlo
 from esolm_jax.language_model import LanguageModel
-from esolm_jax.parallel import distributed, multihost, sharding
+from esolm_jax.parallel import multihost, sharding
 from esolm_jax.sampling.generate import Generator
 from esolm_jax.sampling.loops.loop import Ends
 from esolm_jax.sampling.plan.canvas import MASK, Canvas, Seed
@@ -183,7 +183,7 @@ class EsolmLM(LM):
     def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(score of the continuation, is_greedy) of each (context, continuation)."""
         del disable_tqdm
-        _check_same(requests)
+        multihost.check_same_value("requests", [request.args for request in requests])
         pairs = [self._pair(*request.args) for request in requests]
         if self.settings.protocol == "exact":
             found = self.exact.score(pairs)
@@ -197,7 +197,7 @@ class EsolmLM(LM):
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
         """Exact log p of each (text,), in windows that score each token once."""
         del disable_tqdm
-        _check_same(requests)
+        multihost.check_same_value("requests", [request.args for request in requests])
         pairs, owner = [], []
         for number, request in enumerate(requests):
             ids = self._encode(request.args[0])
@@ -213,7 +213,7 @@ class EsolmLM(LM):
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
         """Texts from left to right, up to a stop string or EOS: greedy unless do_sample."""
         del disable_tqdm
-        _check_same(requests)
+        multihost.check_same_value("requests", [request.args for request in requests])
         found = []
         for request in requests:
             text = self._generate(*request.args)
@@ -254,12 +254,3 @@ class EsolmLM(LM):
         text, eos_position = multihost.to_host((decoded.text, decoded.eos_position))
         end = min(int(eos_position[0]), len(rows[0]))
         return text[0, len(prompt) : end].tolist()
-
-
-def _check_same(requests: list) -> None:
-    """UserError unless all processes have the same requests: all run the same programs on them."""
-    if distributed.is_started():
-        digest = hashlib.sha256(repr([request.args for request in requests]).encode())
-        multihost.check_same(
-            {"requests": digest.hexdigest()[:12]}, timeout=distributed.default_timeout()
-        )

@@ -82,6 +82,14 @@ def check_same(what: Mapping[str, str], *, timeout: float) -> None:
         raise UserError("; ".join(differences))
 
 
+def check_same_value(name: str, value: Any) -> None:
+    """Compares a value that its repr identifies between all processes, which run the same programs
+    on it. UserError: as check_same()."""
+    if distributed.is_started():
+        digest = hashlib.sha256(repr(value).encode()).hexdigest()[:12]
+        check_same({name: digest}, timeout=distributed.default_timeout())
+
+
 def on_main(action: Callable[[], Any]) -> Any:
     """Process 0 runs action() and returns its result; the others wait, and return None.
 

@@ -1,5 +1,6 @@
 """Likelihoods of answers against LLaDA's and Dream's code, with its own masks."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -141,3 +142,32 @@ def test_other_families_are_refused():
     loaded = model("sdar")
     with pytest.raises(UserError, match="objective='bd3': must be mdlm or mdlm_shifted"):
         answers.score(loaded.config, None, loaded.tokenizer, [], 4)
+
+
+@pytest.mark.parametrize(
+    ("meta", "keeps"),
+    [
+        ({"converted": {"model_type": "llada"}}, True),
+        ({"converted": {"model_type": "esolm"}}, False),  # our own export
+        ({"converted": {"file": "eso.ckpt"}}, False),
+        ({"converted": True}, False),
+        ({}, False),
+    ],
+)
+def test_whose_mask_token_keeps_its_probability(meta, keeps):
+    assert masked_likelihood.is_pretrained(meta) == keeps
+
+
+def test_the_mask_token_of_our_own_models_has_no_probability():
+    """Without it, the others have its share."""
+    ids, draws = [5, 6, 7], Draws(np.array([[False, True, True]]), np.array([[0.0, 1, 2]]))
+    kept, left_out = (
+        dataclasses.replace(likelihood("llada_mha"), keeps_mask=keeps).nll(ids, draws)[0]
+        for keeps in (True, False)
+    )
+    mask_id = model("llada_mha").mask_id
+    log_p = multiple_choice.log_softmax(logits_of("llada_mha")(np.array([[5, mask_id, mask_id]])))[
+        0
+    ]
+    share = -np.log1p(-np.exp(log_p[1:, mask_id]))  # of the mask, in nats
+    assert kept - left_out == pytest.approx(share @ [1, 2], rel=1e-3)

@@ -5,8 +5,6 @@ skipped.
 """
 
 import dataclasses
-import hashlib
-import json
 import pathlib
 from typing import Any
 
@@ -34,12 +32,6 @@ class Texts:
     @property
     def count(self) -> int:
         return len(self.texts if self.texts is not None else self.token_ids or [])
-
-    @property
-    def digest(self) -> str:
-        """Twelve hex digits that follow from the texts and ids."""
-        content = json.dumps([self.texts, self.token_ids]).encode()
-        return hashlib.sha256(content).hexdigest()[:12]
 
 
 def read(path: str | pathlib.Path, flag: str = "--texts") -> Texts:
