@@ -144,7 +144,7 @@ def _given(pattern: str) -> list[str]:
     return words
 
 
-def _join(config, *, stoppable: bool, uses_devices: bool) -> None:
+def join(config, *, stoppable: bool = False, uses_devices: bool = True) -> None:
     """Joins the other processes of the run, if any, and checks that config and code are the
     same, and that JAX uses the cluster's accelerators."""
     timeouts = config.distributed
@@ -161,7 +161,8 @@ def _join(config, *, stoppable: bool, uses_devices: bool) -> None:
 
 
 @contextlib.contextmanager
-def _only_process_0_prints():
+def only_process_0_prints():
+    """Standard output of other processes is dropped in this context."""
     if distributed.is_main():
         yield
     else:
@@ -239,9 +240,9 @@ def _run_main(main: Callable[[ConfigDict, pathlib.Path], None], verb: Verb) -> N
         )
     with guard():
         if several or not verb.one_process:
-            _join(config, stoppable=verb.stoppable, uses_devices=not verb.one_process)
+            join(config, stoppable=verb.stoppable, uses_devices=not verb.one_process)
         program_cache.keep_compiled_programs()
-        with _only_process_0_prints():
+        with only_process_0_prints():
             workdir = flags.FLAGS.workdir
             workdir = workdir and pathlib.Path(workdir).expanduser()
             if verb.one_process:

@@ -272,9 +272,7 @@ def default_config(flag: cli.FlagValue) -> str | None:
 def _score_answers(config, workdir: pathlib.Path, file: pathlib.Path) -> None:
     pairs = answers.read(file)
     results.check_can_write(workdir / answers.FILE)
-    mesh = sharding.make_mesh(config.mesh)
-    config_lib.validate_evaluation(config, sharding.num_row_shards(mesh))
-    trained = restore.load_trained(config, workdir, config.eval.weights, mesh, cli.step_flag())
+    config, trained = _load(config, workdir, any_batch_size=False)
     tokenizer = restore.load_tokenizer(workdir, trained.meta)
     scored = answers.score(config, trained, tokenizer, pairs, flags.FLAGS["draws"].value)
     for row in scored:

@@ -22,7 +22,7 @@ from esolm_jax.errors import UserError
 from esolm_jax.evaluation.protocol.judge import Judge
 from esolm_jax.evaluation.quality import metrics, text_file
 from esolm_jax.evaluation.quality.judged import VARIANTS, QualitySettings
-from esolm_jax.parallel import distributed, sharding
+from esolm_jax.parallel import distributed, multihost, sharding
 from esolm_jax.process import jax_settings
 
 
@@ -82,6 +82,8 @@ def main(config, workdir: pathlib.Path | None) -> None:
     settings, out = _settings(), _out(given)
     texts = text_file.read(given)
     references = text_file.read(f.references, "--references") if f.references else None
+    for flag, read in (("--texts", texts), ("--references", references)):
+        multihost.check_same_value(flag, [read.texts, read.token_ids] if read else None)
     results.check_can_write(out)
     mesh = sharding.make_mesh(config.mesh)
     model = Judge(folder, rows=f.batch_size, mesh=mesh)
@@ -96,7 +98,7 @@ def main(config, workdir: pathlib.Path | None) -> None:
         "jax_settings": jax_settings.recorded(),
         "esolm_jax": esolm_jax.__version__,
     }
-    if distributed.is_main():
+    if distributed.is_main():  # all processes have the same figures
         results.write_json(out, figures)
     for line in metrics.table(figures):
         print(line)

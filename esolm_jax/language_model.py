@@ -22,21 +22,18 @@ from esolm_jax import memory_limit
 from esolm_jax.config import Setting
 from esolm_jax.data.tokenizer import Tokenizer
 from esolm_jax.errors import UserError
-from esolm_jax.evaluation import sampler_likelihood, text_likelihood
+from esolm_jax.evaluation import known_tokens, sampler_likelihood, text_likelihood
 from esolm_jax.evaluation.sampler_likelihood import SamplerLikelihood
 from esolm_jax.evaluation.text_likelihood import LogLikelihood, TextLikelihood
-from esolm_jax.family import registry
 from esolm_jax.family.labels import Tokens
 from esolm_jax.interop.published import names as published_names
 from esolm_jax.interop.published.names import PublishedModel
-from esolm_jax.parallel import sharding
+from esolm_jax.parallel import multihost, sharding
 from esolm_jax.sampling import texts as texts_lib
 from esolm_jax.sampling.engine import network
 from esolm_jax.sampling.generate import Generator, check
 from esolm_jax.sampling.loops.loop import Ends
-from esolm_jax.sampling.plan import passes, schedule
 from esolm_jax.sampling.plan import prompts as prompts_lib
-from esolm_jax.sampling.plan.canvas import MASK, Canvas, Seed
 from esolm_jax.training import checkpoint_meta, checkpoint_steps, restore
 
 
@@ -92,7 +89,7 @@ class LanguageModel:
         if isinstance(tokens, Tokens) or position is not None:
             labelled = published_names.as_tokens(tokens, position, rank, in_context)
             return self._run(labelled)
-        labelled = self._label(np.asarray(tokens))
+        labelled = known_tokens.label(self.config, self._built, np.asarray(tokens))
         by_rank = self._run(labelled)
         inverse = np.argsort(np.asarray(labelled.position), axis=1)
         return jnp.take_along_axis(by_rank, inverse[..., None], axis=1)
@@ -104,38 +101,6 @@ class LanguageModel:
                 f"tokens: {rows} rows: must be a multiple of mesh.data x mesh.fsdp = {shards}"
             )
         return self._apply(self.params, tokens)
-
-    def _label(self, ids: np.ndarray) -> Tokens:
-        if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
-            raise UserError(f"tokens: {ids.dtype} {ids.shape}: must be integers [B, L]")
-        special, vocab_size = self._built.special, self._built.model.vocab_size
-        rows = np.where(ids == special.mask, MASK, ids).tolist()
-        seeds = [Seed(0, b) for b in range(len(rows))]
-        canvas = Canvas.of(rows, seeds, vocab_size=vocab_size, mask_id=special.mask)
-        family = registry.get(self.config.objective)
-        if family.ranks_by_position:
-            place = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
-            span = family.rank_span(ids.shape[1], self.config.block_length)
-            return published_names.as_tokens(ids, place, place // span, np.ones_like(ids, bool))
-        plan = passes.plan(
-            self.config,
-            schedule.left_to_right(canvas),
-            mask_id=special.mask,
-            start_token=special.start,
-        )
-        complete = canvas.known.all(axis=1)
-        if complete.any() and not plan.shift:
-            raise UserError(
-                f"tokens: text {complete.argmax()}: must have a mask (id {self.mask_id})"
-            )
-        slot = np.arange(ids.shape[1])[None]
-        token = np.where(slot < plan.num_known[:, None], plan.known, plan.unknown)
-        if plan.shift:
-            token = np.insert(token[:, :-1], 0, plan.start_token, axis=1)
-        first = plan.bidirectional_below[plan.prompt_passes :][:1].T
-        rank = np.broadcast_to(plan.rank, ids.shape)
-        rank = np.where(slot < first, 0, rank) if first.size else rank
-        return published_names.as_tokens(token, plan.order, rank, np.ones_like(rank, bool))
 
     def sample(self, prompts: str | Sequence[str] = (), **settings: Setting) -> list[str]:
         """Texts, as `python -m esolm_jax.sample` makes them from the same prompts and settings.
@@ -169,7 +134,7 @@ class LanguageModel:
         generator = Generator.of(config, canvas, special, mesh=mesh, ends=ends)
         decoded = generator.run(self._network(config.sample.weight_dtype))
         rows = texts_lib.sample_rows(
-            config, generator, jax.device_get(decoded), self.tokenizer, prompted=bool(parsed)
+            config, generator, multihost.to_host(decoded), self.tokenizer, prompted=bool(parsed)
         )
         return [row["text"] for row in rows]
 

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from esolm_jax import cli, memory_limit, results
 from esolm_jax.data.manifest import open_tokenizer, tokenizer_entry
 from esolm_jax.model import build
-from esolm_jax.parallel import sharding
+from esolm_jax.parallel import distributed, multihost, sharding
 from esolm_jax.process import jax_settings
 from esolm_jax.process.background import Background
 from esolm_jax.sampling import texts as texts_lib
@@ -71,6 +71,7 @@ def sample(
     memory_limit.check_sampling_fits(config, tokenizer, found, mesh)
     built = build.build_model(config, tokenizer_entry(tokenizer), mesh)
     canvas = texts_lib.make_canvas(config, found, built.special, built.model.vocab_size)
+    multihost.check_same_value("prompts", [canvas.token.tolist(), canvas.known.tolist()])
     ends = Ends(tokenizer.eos_id, tokenizer.eot_id)
     generator = Generator.of(config, canvas, built.special, mesh=mesh, ends=ends)
     on = host_weights.parameter_mesh(config.sample.weight_dtype, mesh)
@@ -85,10 +86,11 @@ def sample(
     total = int(generator.schedule.sizes.sum())
     print(f"compiling, then {total:,} tokens for {len(canvas.token)} texts …", flush=True)
     fold, run = programs.result()
+    multihost.gather("")  # a barrier: all processes have compiled
     network = host_weights.to_devices(fold(trained.params), mesh)
     trained = dataclasses.replace(trained, params={})  # frees the memory
     compiled = time.perf_counter()
-    decoded = jax.device_get(run(network))
+    decoded = multihost.to_host(run(network))
     end = time.perf_counter()
     nfe, generated = generator.nfe(decoded), texts_lib.num_generated(decoded)
     figures = {
@@ -171,8 +173,9 @@ def main(config, workdir: pathlib.Path) -> None:
     )
     rows = figures.pop("samples")
     lines = "".join(results.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    results.write_text(texts, lines)
-    results.write_json(summary, figures)
+    if distributed.is_main():  # all processes have the same texts
+        results.write_text(texts, lines)
+        results.write_json(summary, figures)
     for i, row in enumerate(rows):
         print(f"--- sample {i} " + "-" * 60)
         print(row["text"])
@@ -184,8 +187,9 @@ def main(config, workdir: pathlib.Path) -> None:
     )
     written = [texts, summary]
     if steps is not None:
-        trace.write_html(steps, page)
-        trace.write_png(steps, picture)
+        if distributed.is_main():
+            trace.write_html(steps, page)
+            trace.write_png(steps, picture)
         written += [page, picture]
     if judge:
         of_samples.judge(config, judge, rows, judged)

@@ -24,7 +24,8 @@ TEMPORARY='mktemp -d "${TMPDIR:-/tmp}/esolm_jax.XXXXXXXXXX"'
 
 check_verb() { # VERB: one of the modules that are commands
   local verbs
-  verbs=$(grep -l '^if __name__' esolm_jax/*.py | sed 's|.*/||; s|\.py$||' | paste -sd ' ' -)
+  verbs=$(grep -l '^if __name__' esolm_jax/*.py esolm_jax/*/__main__.py \
+    | sed 's|/__main__\.py$||; s|.*/||; s|\.py$||' | paste -sd ' ' -)
   [[ " $verbs " == *" $1 "* ]] || fail "VERB=$1: must be one of $verbs"
 }
 
@@ -32,7 +33,10 @@ check_shared_workdir() { # args …: --workdir must name a folder that all hosts
   local arg workdir="" previous=""
   for arg; do
     case "$previous" in --workdir | -workdir) workdir=$arg ;; esac
-    case "$arg" in --workdir=* | -workdir=*) workdir=${arg#*=} ;; esac
+    case "$arg" in
+      --workdir=* | -workdir=*) workdir=${arg#*=} ;;
+      workdir=*) workdir=${arg#*=} workdir=${workdir%%,*} ;; # of harness, in --model_args
+    esac
     previous=$arg
   done
   [[ $workdir == /* ]] \

@@ -7,6 +7,7 @@
                   .arrow; the documents of a .txt
     document_range.py  train[:-100000]             detokenizers.py  of published data sets
     tokenizer.py  text <-> token ids (SentencePiece, bytes, text8_tokenizer.py, wordpieces.py, …)
+    chat_template.py  messages -> text, by the template of a pretrained model
     published_tokenizers.py  the same ids as the published code, special tokens in text included
     windows.py    token documents -> windows of at most L tokens -> records
     pack.py       documents -> windows, as config.data says

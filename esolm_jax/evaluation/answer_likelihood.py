@@ -31,7 +31,7 @@ from esolm_jax.evaluation.likelihood import log_mean_exp
 from esolm_jax.family import registry
 from esolm_jax.model.build import BuiltModel
 from esolm_jax.model.lm_head import exclude_mask_token
-from esolm_jax.parallel import sharding
+from esolm_jax.parallel import multihost, sharding
 from esolm_jax.sampling.engine import network as network_lib
 from esolm_jax.sampling.engine.network import Network
 from esolm_jax.sampling.generate import Generator
@@ -175,7 +175,7 @@ class AnswerLikelihood:
     ) -> tuple[np.ndarray, np.ndarray]:
         valid = np.arange(text.shape[1])[None] < canvas.length[:, None]
         arrays = text, valid, valid & ~canvas.known, order
-        placed = jax.device_put(arrays, sharding.rows(self.built.mesh))
+        placed = sharding.put(arrays, sharding.rows(self.built.mesh))
         program = _program(self.config.objective, self.built, longest_answer)
         log_p, greedy = program(self.params, *placed)
         return np.asarray(log_p, np.float64), np.asarray(greedy)
@@ -223,7 +223,7 @@ def _program(objective: str, built: BuiltModel, longest_answer: int) -> Callable
         is_best = jnp.argmax(logits, axis=-1) == target
         return log_p.sum(axis=1), (is_best | ~is_scored).all(axis=1)
 
-    return jax.jit(score, out_shardings=sharding.replicated(built.mesh))
+    return multihost.together(jax.jit(score, out_shardings=sharding.replicated(built.mesh)))
 
 
 def _logits(built: BuiltModel, head: dict, h_BPD: jax.Array) -> jax.Array:

@@ -4,12 +4,22 @@ A line of FILE is an object with `prompt` and `answer`. Answers of Dream end wit
 answers.jsonl are those of FILE, each with its `log_likelihood`.
 """
 
+import math
 import pathlib
+
+import numpy as np
 
 from esolm_jax import results
 from esolm_jax.errors import UserError
-from esolm_jax.evaluation.masked_likelihood import MaskedLikelihood
+from esolm_jax.evaluation.masked_likelihood import (
+    MaskedLikelihood,
+    dream_draws,
+    is_pretrained,
+    llada_draws,
+)
 from esolm_jax.evaluation.protocol.multiple_choice import encode_pair
+from esolm_jax.family import registry
+from esolm_jax.family.family import whole_text
 from esolm_jax.files import regular_file
 from esolm_jax.training.restore import TrainedModel
 
@@ -47,7 +57,13 @@ def score(config, trained: TrainedModel, tokenizer, pairs: list[dict], draws: in
     Raises:
       UserError: another family, or a pair is longer than data.seq_len.
     """
-    likelihood = MaskedLikelihood(config.objective, trained.built, config.eval.batch_size)
+    if registry.get(config.objective).rank_span is not whole_text:
+        raise UserError(
+            f"config.objective={config.objective!r}: must be mdlm or mdlm_shifted for --answers, "
+            "because the protocols of LLaDA and Dream mask a text that is read as a whole"
+        )
+    rows, keeps_mask = config.eval.batch_size, is_pretrained(trained.meta)
+    likelihood = MaskedLikelihood(config, trained.built, trained.params, rows, keeps_mask)
     longest, encoded = config.data.seq_len, []
     for n, pair in enumerate(pairs, 1):
         prompt, answer = encode_pair(tokenizer.encode, pair["prompt"], pair["answer"])
@@ -58,11 +74,11 @@ def score(config, trained: TrainedModel, tokenizer, pairs: list[dict], draws: in
                 f"data.seq_len={longest}, with at least one of the answer"
             )
         encoded.append((prompt, answer))
-    found = []
+    found, draw = [], dream_draws if likelihood.is_shifted else llada_draws
     for pair, (prompt, answer) in zip(pairs, encoded, strict=True):
-        value = likelihood.log_likelihood(
-            trained.params, prompt, answer, seed=config.seed, draws=draws
-        )
+        rng, together = np.random.default_rng(config.seed), math.gcd(draws, rows)
+        drawn = draw(rng, len(prompt), len(answer), draws, together)
+        value = -float(likelihood.nll([*prompt, *answer], drawn).mean())
         found.append(pair | {"log_likelihood": value, "tokens": len(answer)})
     return found
 

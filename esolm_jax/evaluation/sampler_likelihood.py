@@ -36,7 +36,7 @@ from esolm_jax.evaluation import likelihood
 from esolm_jax.evaluation.likelihood import Estimate
 from esolm_jax.family import registry
 from esolm_jax.model.build import BuiltModel
-from esolm_jax.parallel import sharding
+from esolm_jax.parallel import multihost, sharding
 from esolm_jax.sampling import generate, published_loops
 from esolm_jax.sampling.engine import network as network_lib
 from esolm_jax.sampling.engine.network import Network
@@ -68,8 +68,6 @@ def check(config: ConfigDict, num_orders: int) -> None:
             "config.sample.stop_at_eos=True: must be False, because the likelihood is of all "
             "tokens of a text"
         )
-    if jax.process_count() > 1:
-        raise UserError(f"the sampler must run in one process, not in {jax.process_count()}")
     if not num_orders and not has_one_order(config):
         raise UserError(
             f"num_orders=0: must be positive: sample.schedule={config.sample.schedule!r} at "
@@ -152,7 +150,7 @@ class SamplerLikelihood:
         drawn = generator.schedule
         valid = np.arange(text.shape[1])[None] < drawn.length[:, None]
         rows = sharding.rows(self.built.mesh)
-        arrays = jax.device_put((text, valid, drawn.order.astype(np.int32)), rows)
+        arrays = sharding.put((text, valid, drawn.order.astype(np.int32)), rows)
         program = _one_pass_program(self.config.objective, self.built)
         return -np.asarray(program(self.params, *arrays), np.float64)
 
@@ -202,4 +200,4 @@ def _one_pass_program(objective: str, built: BuiltModel) -> Callable:
         labelled = label(text, valid, valid, order, built.special)
         return likelihood.labelled_nll(built.apply, built.head, params, labelled)
 
-    return jax.jit(nll)
+    return multihost.together(jax.jit(nll, out_shardings=sharding.replicated(built.mesh)))

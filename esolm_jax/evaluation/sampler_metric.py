@@ -5,18 +5,18 @@ The bound is of config.eval.num_samples draws of the sampler's orders; see sampl
 
 from collections.abc import Iterable, Iterator
 
-import numpy as np
 from tqdm import tqdm
 
 from esolm_jax.evaluation import bounds, sampler_likelihood
 from esolm_jax.evaluation.metric import Metric, Result
 from esolm_jax.evaluation.sampler_likelihood import SamplerLikelihood
+from esolm_jax.parallel import multihost
 
 
 def _rows(batches: Iterable[dict]) -> Iterator[list[list[int]]]:
     """The windows of each batch, without padding."""
     for batch in batches:
-        pairs = zip(np.asarray(batch["x"]), np.asarray(batch["valid"]), strict=True)
+        pairs = zip(*multihost.to_host((batch["x"], batch["valid"])), strict=True)
         yield [x[valid].tolist() for x, valid in pairs if valid.any()]
 
 

@@ -6,12 +6,17 @@
 
 No result depends on the batch: rows are padded to lengths of their own and scored with a fixed
 number of rows, and draws follow from the ids of a request.
+
+In several processes (distributed.start) all make the same calls with the same requests. Each pass
+runs on the devices of all processes, and each process has all results.
 """
 
 import dataclasses
+import functools
+import hashlib
 import pathlib
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +24,7 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
 from esolm_jax import config as config_lib
+from esolm_jax.data import chat_template as chat_lib
 from esolm_jax.errors import UserError, nearest
 from esolm_jax.evaluation.answer_likelihood import (
     LEFT_TO_RIGHT,
@@ -26,10 +32,11 @@ from esolm_jax.evaluation.answer_likelihood import (
     Pair,
     rolling_windows,
 )
+from esolm_jax.evaluation.masked_likelihood import MaskedLikelihood, is_pretrained
 from esolm_jax.evaluation.protocol.multiple_choice import encode_pair
 from esolm_jax.harness.protocols import EXTRA_TOKENS, MONTE_CARLO, MonteCarlo
 from esolm_jax.language_model import LanguageModel
-from esolm_jax.parallel import sharding
+from esolm_jax.parallel import multihost, sharding
 from esolm_jax.sampling.generate import Generator
 from esolm_jax.sampling.loops.loop import Ends
 from esolm_jax.sampling.plan.canvas import MASK, Canvas, Seed
@@ -45,7 +52,8 @@ class HarnessSettings:
     Attributes:
       protocol: exact, llada, duo_full or duo_suffix; see protocols.py. It scores `loglikelihood`;
         rolling likelihoods are always exact.
-      batch_size: rows of a forward pass; no result depends on it.
+      batch_size: rows of a forward pass, rounded up to the devices that rows are split over; no
+        result depends on it.
       step, weights: of the checkpoint, as of esolm_jax.load.
       num_orders: K > 0: the bound of K orders of the answer, with protocol exact (eso_b).
       draws, cfg: of the Monte-Carlo protocols; 0 draws = as published.
@@ -92,29 +100,69 @@ class EsolmLM(LM):
         """Loads the model.
 
         Args:
-          settings: see HarnessSettings.
+          settings: see HarnessSettings; and fields of config.mesh, such as "mesh.devices".
 
         Raises:
           UserError: a wrong argument, or a workdir without an intact checkpoint.
         """
         super().__init__()
+        on_mesh = {name: settings.pop(name) for name in [*settings] if name.startswith("mesh.")}
         s = HarnessSettings.of(settings)
-        folder, size = pathlib.Path(workdir).expanduser(), int(s.batch_size)
-        config = checkpoint_meta.saved_config(folder, str(s.step))
+        folder = pathlib.Path(workdir).expanduser()
+        saved = checkpoint_meta.saved_config(folder, str(s.step))
+        config = config_lib.overridden(saved, on_mesh)
         mesh = sharding.make_mesh(config.mesh)
+        shards = sharding.num_row_shards(mesh)
+        size = -(-int(s.batch_size) // shards) * shards
         trained = restore.load_trained(config, folder, s.weights, mesh, str(s.step))
         built, tokenizer = trained.built, restore.load_tokenizer(folder, trained.meta)
         self.settings = s
+        self._chat, self._template = chat_lib.of_tokenizer(tokenizer), ""
         self.model = LanguageModel(config, trained, tokenizer)
         self.exact = AnswerLikelihood(config, built, trained.params, size, s.num_orders, s.seed)
-        self._monte_carlo = MonteCarlo(
-            self.model, built.model.vocab_size, size, draws=s.draws, seed=s.seed, cfg=s.cfg
+        masked = MaskedLikelihood(
+            config, built, trained.params, size, keeps_mask=is_pretrained(trained.meta), cfg=s.cfg
         )
+        self._monte_carlo = MonteCarlo(masked, tokenizer, s.draws, s.seed)
 
     @property
     def tokenizer_name(self) -> str:
-        """Identifies the tokenizer in caches of requests."""
-        return self.model.tokenizer.fingerprint
+        """Identifies the tokenizer and its chat template in caches of requests."""
+        name = self.model.tokenizer.fingerprint
+        if self._chat is None:
+            return name
+        templates = repr(sorted(self._chat.templates.items())).encode()
+        return f"{name}-{hashlib.sha256(templates).hexdigest()[:12]}"
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """The chat template, of this name if it is one; apply_chat_template then uses it."""
+        self._template = chat_template if isinstance(chat_template, str) else ""
+        return self._needed_chat().source(self._template)
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """The text of a chat. UserError: the model has no chat template, or it refuses the chat."""
+        return self._needed_chat().render(
+            chat_history, add_generation_prompt=add_generation_prompt, name=self._template
+        )
+
+    def _needed_chat(self) -> chat_lib.ChatTemplate:
+        if self._chat is None:
+            raise UserError(
+                "apply_chat_template: must be off, because the model's tokenizer came without a "
+                "chat template"
+            )
+        return self._chat
+
+    @functools.cached_property
+    def _encode(self) -> Callable[[str], list[int]]:
+        """Text → ids. A tokenizer with a chat template recognizes special tokens in text."""
+        tokenizer = self.model.tokenizer
+        if self._chat is None:
+            return tokenizer.encode
+        library = tokenizer.recognizing()
+        return lambda text: library.encode(text, add_special_tokens=False).ids
 
     @property
     def max_length(self) -> int:
@@ -123,8 +171,7 @@ class EsolmLM(LM):
 
     def _pair(self, context: str, continuation: str) -> Pair:
         """Prompts that are too long lose their beginning. UserError: an answer is too long."""
-        encode = self.model.tokenizer.encode
-        prompt, answer = encode_pair(encode, context, continuation)
+        prompt, answer = encode_pair(self._encode, context, continuation)
         room = self.max_length - len(answer)
         if room < 0:
             raise UserError(
@@ -136,6 +183,7 @@ class EsolmLM(LM):
     def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(score of the continuation, is_greedy) of each (context, continuation)."""
         del disable_tqdm
+        multihost.check_same_value("requests", [request.args for request in requests])
         pairs = [self._pair(*request.args) for request in requests]
         if self.settings.protocol == "exact":
             found = self.exact.score(pairs)
@@ -149,9 +197,10 @@ class EsolmLM(LM):
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
         """Exact log p of each (text,), in windows that score each token once."""
         del disable_tqdm
+        multihost.check_same_value("requests", [request.args for request in requests])
         pairs, owner = [], []
         for number, request in enumerate(requests):
-            ids = self.model.tokenizer.encode(request.args[0])
+            ids = self._encode(request.args[0])
             for start, new, end in rolling_windows(len(ids), self.exact.max_length):
                 pairs.append(Pair(ids[start:new], ids[new:end]))
                 owner.append(number)
@@ -164,6 +213,7 @@ class EsolmLM(LM):
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
         """Texts from left to right, up to a stop string or EOS: greedy unless do_sample."""
         del disable_tqdm
+        multihost.check_same_value("requests", [request.args for request in requests])
         found = []
         for request in requests:
             text = self._generate(*request.args)
@@ -174,13 +224,15 @@ class EsolmLM(LM):
     def _generate(self, context: str, settings: dict[str, Any]) -> str:
         until = settings.get("until", [])
         until = [until] if isinstance(until, str) else list(until)
+        if self._chat is not None:
+            until.append(self._chat.end_of_turn(self._template))
         most = int(settings.get("max_gen_toks", 256))
         if not 0 < most < self.exact.max_length:
             raise UserError(
                 f"max_gen_toks={most}: must be in [1, {self.exact.max_length}), below data.seq_len"
             )
         temperature = float(settings.get("temperature", 1.0)) if settings.get("do_sample") else 0.0
-        prompt = self.model.tokenizer.encode(context)[-(self.exact.max_length - most) :]
+        prompt = self._encode(context)[-(self.exact.max_length - most) :]
         ids = self._continue(prompt, most, temperature)
         text = self.model.tokenizer.decode(ids)
         ends = [text.find(stop) for stop in until if stop and stop in text]
@@ -199,5 +251,6 @@ class EsolmLM(LM):
         ends = Ends(tokenizer.eos_id, tokenizer.eot_id)
         generator = Generator.of(config, canvas, built.special, mesh=built.mesh, ends=ends)
         decoded = generator.run(self.exact.network)
-        end = min(int(decoded.eos_position[0]), len(rows[0]))
-        return np.asarray(decoded.text)[0, len(prompt) : end].tolist()
+        text, eos_position = multihost.to_host((decoded.text, decoded.eos_position))
+        end = min(int(eos_position[0]), len(rows[0]))
+        return text[0, len(prompt) : end].tolist()

@@ -4,6 +4,7 @@ In a run of one process each function returns immediately. Otherwise all process
 calls.
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -12,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from esolm_jax.errors import UserError
 from esolm_jax.parallel import distributed
@@ -80,6 +82,14 @@ def check_same(what: Mapping[str, str], *, timeout: float) -> None:
         raise UserError("; ".join(differences))
 
 
+def check_same_value(name: str, value: Any) -> None:
+    """Compares a value that its repr identifies between all processes, which run the same programs
+    on it. UserError: as check_same()."""
+    if distributed.is_started():
+        digest = hashlib.sha256(repr(value).encode()).hexdigest()[:12]
+        check_same({name: digest}, timeout=distributed.default_timeout())
+
+
 def on_main(action: Callable[[], Any]) -> Any:
     """Process 0 runs action() and returns its result; the others wait, and return None.
 
@@ -133,6 +143,23 @@ def together(jitted: Callable) -> Callable:
         return compiled[key](*args)
 
     return call
+
+
+def to_host(tree: Any) -> Any:
+    """The arrays of a tree in NumPy, whole, in all processes; all must make the same calls."""
+
+    def one(array: Any) -> Any:
+        if isinstance(array, jax.Array) and not array.is_fully_addressable:
+            array = array if array.is_fully_replicated else _replicate(array.sharding)(array)
+        return jax.device_get(array)
+
+    return jax.tree.map(one, tree)
+
+
+@functools.lru_cache(maxsize=64)
+def _replicate(where: NamedSharding) -> Callable:
+    replicated = NamedSharding(where.mesh, PartitionSpec())
+    return together(jax.jit(lambda array: array, out_shardings=replicated))
 
 
 def _processes(indices: list[int]) -> str:

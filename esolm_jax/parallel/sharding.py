@@ -89,15 +89,21 @@ def make_mesh(mesh_config, devices: Sequence | None = None) -> Mesh:
     all that JAX has).
 
     Several TPU slices: `data` goes over the slow network between them. Raises UserError if the
-    axes do not multiply to the devices.
+    axes do not multiply to the devices, or a process of the run has none of them.
     """
-    devices = jax.devices() if devices is None else devices
+    are_all, devices = devices is None, jax.devices() if devices is None else devices
     if mesh_config.devices > len(devices):
         raise UserError(
             f"config.mesh.devices={mesh_config.devices}: must be at most {len(devices)}, the "
             "number of devices"
         )
     devices = devices[: mesh_config.devices or None]
+    have = len({device.process_index for device in devices})
+    if are_all and have < jax.process_count():
+        raise UserError(
+            f"config.mesh.devices={mesh_config.devices}: must be 0 (all), because these devices "
+            f"belong to {have} of the {jax.process_count()} processes"
+        )
     shape = mesh_shape(mesh_config, len(devices))
     sizes = tuple(shape.values())
     slices = len({getattr(d, "slice_index", 0) for d in devices})
@@ -191,16 +197,29 @@ def abstract(make: Callable, shardings):
     )
 
 
+def spans_processes(mesh: Mesh | None) -> bool:
+    """Whether devices of the mesh belong to other processes."""
+    return mesh is not None and not replicated(mesh).is_fully_addressable
+
+
 def is_compile_only(mesh: Mesh | None) -> bool:
     """Whether the devices of the mesh are described only (aot/topology.py): they hold no arrays."""
     return mesh is not None and "CompileOnly" in type(mesh.devices.flat[0].client).__name__
 
 
 def put(tree, where: NamedSharding):
-    """Host arrays of a tree on the devices of a sharding; their shapes if there are no devices."""
-    if not is_compile_only(where.mesh):
-        return jax.device_put(tree, where)
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), tree)
+    """Arrays of a tree on the devices of a sharding; their shapes if there are no devices.
+
+    Host arrays are whole, and the same in all processes of the mesh."""
+
+    def one(array):
+        if is_compile_only(where.mesh):
+            return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=where)
+        if where.is_fully_addressable or isinstance(array, jax.Array):
+            return jax.device_put(array, where)
+        return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
+
+    return jax.tree.map(one, tree)
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> list[int]:

@@ -11,6 +11,7 @@ from esolm_jax.errors import UserError
 from esolm_jax.family import registry
 from esolm_jax.family.family import Family
 from esolm_jax.family.phase import SpecialIds
+from esolm_jax.parallel import multihost
 from esolm_jax.sampling import published_loops
 from esolm_jax.sampling.engine.choose import TokenSampler
 from esolm_jax.sampling.engine.network import Network
@@ -228,7 +229,7 @@ class Generator:
             sampler=TokenSampler(
                 mask_id=special.mask, temperature=s.temperature, top_p=s.top_p, top_k=s.top_k
             ),
-            row_keys=row_keys(canvas.seeds),
+            row_keys=row_keys(canvas.seeds, mesh),
             mesh=mesh,
             eos_id=ends.eos if s.stop_at_eos else None,
             cache_dtype=s.cache_dtype,
@@ -258,7 +259,7 @@ class Generator:
         task = dataclasses.replace(self.loop.task, text=np.asarray(text, np.int32), eos_id=None)
         decides = self.loop.decides_order
         loop = dataclasses.replace(self.loop, task=task) if decides else Plain(task)
-        return np.asarray(loop.run(network).log_p)
+        return multihost.to_host(loop.run(network).log_p)
 
     def order(self, decoded: Decoded) -> np.ndarray:
         """int32 [B, L]: positions as they were generated, the known ones first."""

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import toy
+from thorough import thorough
 
 from esolm_jax.errors import UserError
 from esolm_jax.evaluation.answer_likelihood import AnswerLikelihood, Pair, rolling_windows
@@ -20,9 +21,9 @@ def scorer(objective, **fields):
 
 def brute(objective, pair) -> tuple[float, bool]:
     """Left to right, one uncached pass per token of the answer."""
-    text, order = pair.ids, tuple(range(L))
+    text, order = pair.ids, tuple(range(len(pair.ids)))
     total, greedy = 0.0, True
-    for at in range(len(pair.prompt), L):
+    for at in range(len(pair.prompt), len(text)):
         row = toy.step(objective, text, order, at, 1, num_diffusion=len(pair.prompt))
         log_p = toy.log_probs(toy.logits_at_end([row])[0, -1])
         total += log_p[text[at]]
@@ -48,6 +49,17 @@ def test_score_is_the_product_of_the_passes(objective):
         assert value == pytest.approx(want, abs=3e-5)
         assert greedy == is_greedy
     assert greedy
+
+
+@pytest.mark.parametrize(
+    "objective", ["mdlm", *(pytest.param(other, marks=thorough) for other in ("bd3", "eso_a"))]
+)
+def test_pairs_that_are_shorter_than_their_padded_row(objective):
+    pair = Pair([2], [3, 0])
+    ((alone, _),) = scorer(objective, batch_size=1).score([pair])
+    assert alone == pytest.approx(brute(objective, pair)[0], abs=3e-5)
+    (_, (together, _)) = scorer(objective).score([PAIRS[1], pair])
+    assert together == pytest.approx(alone, abs=1e-6)
 
 
 @pytest.mark.parametrize("num_orders", [0, 3])

@@ -1,5 +1,6 @@
 """Likelihoods of answers against LLaDA's and Dream's code, with its own masks."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -9,16 +10,18 @@ from thorough import thorough
 from tiny_run import command
 
 from esolm_jax.errors import UserError
-from esolm_jax.evaluation import masked_likelihood
+from esolm_jax.evaluation import answers, masked_likelihood
 from esolm_jax.evaluation.masked_likelihood import Draws, MaskedLikelihood
 from esolm_jax.evaluation.protocol import multiple_choice
 
 RELATIVE = 1e-5
 
 
-def likelihood(name, rows=4):
+def likelihood(name, rows=4, cfg=0.0):
     loaded = model(name)
-    return MaskedLikelihood(loaded.config.objective, loaded._built, rows)
+    return MaskedLikelihood(
+        loaded.config, loaded._built, loaded.params, rows, keeps_mask=True, cfg=cfg
+    )
 
 
 def cases(first, other):
@@ -39,27 +42,26 @@ def test_llada(name, key):
     prompt, answer = (golden[part].tolist() for part in ("prompt", "answer"))
     length = len(prompt) + len(answer)
     masked = golden["perturbed"].reshape(-1, length) == model(name).mask_id
-    if settings["cfg_scale"]:  # by the plain function: it takes logits
-        of_answer = masked[:, len(prompt) :]
-        common = {"mask_id": model(name).mask_id, "cfg": settings["cfg_scale"]}
-        found = multiple_choice.llada_score(logits_of(name), prompt, answer, of_answer, **common)
-    else:
-        weight = masked / golden["p_mask"].reshape(-1, 1)
-        draws = Draws(masked, weight.astype(np.float32))
-        nll = likelihood(name).nll(model(name).params, prompt + answer, draws)
-        per_batch = nll.reshape(len(golden["loss_per_batch"]), -1).mean(axis=1)
-        np.testing.assert_allclose(per_batch, golden["loss_per_batch"], rtol=RELATIVE)
-        found = -nll.mean()
-    np.testing.assert_allclose(found, settings["log_likelihood"], rtol=RELATIVE)
+    draws = Draws(masked, masked / golden["p_mask"].reshape(-1, 1))
+    scorer = likelihood(name, cfg=settings["cfg_scale"])
+    nll = scorer.nll(prompt + answer, draws, prompt=len(prompt))
+    per_batch = nll.reshape(len(golden["loss_per_batch"]), -1).mean(axis=1)
+    np.testing.assert_allclose(per_batch, golden["loss_per_batch"], rtol=RELATIVE)
+    np.testing.assert_allclose(-nll.mean(), settings["log_likelihood"], rtol=RELATIVE)
+    of_answer = masked[:, len(prompt) :]  # the plain function, of logits
+    common = {"mask_id": model(name).mask_id, "cfg": settings["cfg_scale"]}
+    plain = multiple_choice.llada_score(logits_of(name), prompt, answer, of_answer, **common)
+    np.testing.assert_allclose(plain, settings["log_likelihood"], rtol=RELATIVE)
 
 
 @pytest.mark.parametrize("name", ["llada_mha", pytest.param("llada_gqa_tied", marks=thorough)])
 def test_greedy_answers_of_llada(name):
     for one in read_json(name)["suffix_greedy"]:
-        greedy = multiple_choice.llada_greedy_answer(
-            logits_of(name), one["prompt"], len(one["answer"]), mask_id=model(name).mask_id
-        )
-        assert (greedy == one["answer"]) == one["is_greedy"]
+        for best in (likelihood(name).best_of(), multiple_choice.best_of(logits_of(name))):
+            greedy = multiple_choice.llada_greedy_answer(
+                best, one["prompt"], len(one["answer"]), mask_id=model(name).mask_id
+            )
+            assert (greedy == one["answer"]) == one["is_greedy"]
 
 
 @pytest.mark.parametrize(("name", "key"), cases("dream", "dream_tied_bf16"))
@@ -71,8 +73,8 @@ def test_dream(name, key):
         weight = masked / golden["p_mask"][:, None]
     else:  # one token of each row is scored, the target's in turn
         weight = np.arange(masked.shape[1]) == len(prefix) + np.arange(len(target))[:, None]
-    draws = Draws(masked, weight.astype(np.float32))
-    nll = likelihood(name).nll(model(name).params, prefix + target, draws)
+    draws = Draws(masked, weight)
+    nll = likelihood(name).nll(prefix + target, draws)
     if "p_mask" in golden:
         per_batch = nll.reshape(len(golden["loss_per_batch"]), -1).mean(axis=1)
         np.testing.assert_allclose(per_batch, golden["loss_per_batch"], rtol=RELATIVE)
@@ -137,5 +139,35 @@ def test_bad_answers(line, words, tmp_path, capsys):
 
 
 def test_other_families_are_refused():
+    loaded = model("sdar")
     with pytest.raises(UserError, match="objective='bd3': must be mdlm or mdlm_shifted"):
-        MaskedLikelihood("bd3", None, 4)
+        answers.score(loaded.config, None, loaded.tokenizer, [], 4)
+
+
+@pytest.mark.parametrize(
+    ("meta", "keeps"),
+    [
+        ({"converted": {"model_type": "llada"}}, True),
+        ({"converted": {"model_type": "esolm"}}, False),  # our own export
+        ({"converted": {"file": "eso.ckpt"}}, False),
+        ({"converted": True}, False),
+        ({}, False),
+    ],
+)
+def test_whose_mask_token_keeps_its_probability(meta, keeps):
+    assert masked_likelihood.is_pretrained(meta) == keeps
+
+
+def test_the_mask_token_of_our_own_models_has_no_probability():
+    """Without it, the others have its share."""
+    ids, draws = [5, 6, 7], Draws(np.array([[False, True, True]]), np.array([[0.0, 1, 2]]))
+    kept, left_out = (
+        dataclasses.replace(likelihood("llada_mha"), keeps_mask=keeps).nll(ids, draws)[0]
+        for keeps in (True, False)
+    )
+    mask_id = model("llada_mha").mask_id
+    log_p = multiple_choice.log_softmax(logits_of("llada_mha")(np.array([[5, mask_id, mask_id]])))[
+        0
+    ]
+    share = -np.log1p(-np.exp(log_p[1:, mask_id]))  # of the mask, in nats
+    assert kept - left_out == pytest.approx(share @ [1, 2], rel=1e-3)

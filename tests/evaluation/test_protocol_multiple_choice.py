@@ -65,7 +65,10 @@ def test_llada(case, choice):
     settings = {"mask_id": case["mask_id"], "cfg": case["cfg"]}
     found = mc.llada_score(logits_of, case["prompt"], answer, masks, **settings)
     assert found == pytest.approx(choice["loglikelihood"], rel=TOLERANCE)
-    greedy = mc.llada_greedy_answer(logits_of, case["prompt"], len(answer), **settings)
+    guided = mc.with_guidance(logits_of, len(case["prompt"]), case["mask_id"], case["cfg"])
+    greedy = mc.llada_greedy_answer(
+        mc.best_of(guided), case["prompt"], len(answer), mask_id=case["mask_id"]
+    )
     assert greedy == choice["greedy_answer"]
     assert (greedy == answer) == choice["is_greedy"]
 
@@ -87,7 +90,7 @@ def test_duo(case, choice):
             found = mc.duo_full_score(logits_of, sentence, masks, choice["t"], mask_id=mask_id)
         else:
             found = mc.duo_suffix_score(logits_of, sentence, masks, **settings)
-        one_pass = mc.duo_one_pass_answer(logits_of, sentence, **settings)
+        one_pass = mc.duo_one_pass_answer(mc.best_of(logits_of), sentence, **settings)
         assert one_pass == choice["one_pass_answer"]
         assert (one_pass == answer) == choice["is_greedy"]
     want = math.nan if choice["loglikelihood"] is None else choice["loglikelihood"]

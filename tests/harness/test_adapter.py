@@ -5,13 +5,17 @@ Needs the package lm_eval (pip install -e '.[lm-eval]')."""
 import json
 import types
 
+import golden_models
 import numpy as np
+import processes
 import pytest
 import tiny_run
+from thorough import thorough
 
 import esolm_jax
 from esolm_jax.errors import UserError
 from esolm_jax.evaluation.protocol import multiple_choice as mc
+from esolm_jax.family.noise import EPS
 
 lm_eval = pytest.importorskip("lm_eval")
 from esolm_jax.harness import protocols  # noqa: E402
@@ -70,12 +74,12 @@ def test_scores_equal_brute_force_and_do_not_depend_on_the_batch(workdir):
         np.testing.assert_allclose(again, found, rtol=0, atol=1e-5)
 
 
-def test_simple_evaluate_on_a_local_task(workdir, tmp_path):
-    """Accuracy is that of the brute-force scores."""
-    file = tmp_path / "items.jsonl"
+def local_task(folder, **fields) -> dict:
+    """The task of docs/harness.md, of ITEMS."""
+    file = folder / "items.jsonl"
     rows = [{"q": q, "choices": choices, "gold": gold} for q, choices, gold in ITEMS]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = {
+    return {
         "task": "local_choice",
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": str(file)}},
@@ -86,8 +90,12 @@ def test_simple_evaluate_on_a_local_task(workdir, tmp_path):
         "doc_to_target": "{{gold}}",
         "target_delimiter": "",
         "metric_list": [{"metric": "acc"}],
-    }
-    lm = EsolmLM(workdir)
+    } | fields
+
+
+def test_simple_evaluate_on_a_local_task(workdir, tmp_path):
+    """Accuracy is that of the brute-force scores."""
+    lm, task = EsolmLM(workdir), local_task(tmp_path)
     results = lm_eval.simple_evaluate(model=lm, tasks=[task], bootstrap_iters=0)["results"]
     model = esolm_jax.load(workdir)
     best = [
@@ -96,6 +104,38 @@ def test_simple_evaluate_on_a_local_task(workdir, tmp_path):
     ]
     want = np.mean([b == gold for b, (_, _, gold) in zip(best, ITEMS, strict=True)])
     assert results["local_choice"]["acc,none"] == pytest.approx(want)
+
+
+def test_chat_template(tmp_path):
+    """Examples become turns; special tokens that the template spells become these tokens."""
+    lm = EsolmLM(golden_models.workdir("llada_mha"))
+    task = local_task(tmp_path, fewshot_split="test", fewshot_config={"sampler": "first_n"})
+    found = lm_eval.simple_evaluate(
+        model=lm,
+        tasks=[task],
+        num_fewshot=1,
+        apply_chat_template=True,
+        fewshot_as_multiturn=True,
+        bootstrap_iters=0,
+    )
+    ((prompt, choice), *_) = found["samples"]["local_choice"][1]["arguments"]
+    turns = ("user", "to be"), ("assistant", " or not"), ("user", "nobler")
+    chat = [{"role": role, "content": content} for role, content in turns]
+    assert choice == " in" and prompt == lm.apply_chat_template(chat)
+    ids = lm._pair(prompt, choice).ids
+    id_of = lm.model.tokenizer.recognizing().token_to_id
+    assert ids[0] == id_of("<|startoftext|>") and ids.count(id_of("<|eot_id|>")) == 3
+    assert lm.chat_template(True) == lm._chat.source() and lm._chat.end_of_turn() == "<|eot_id|>"
+    until = {"until": [], "max_gen_toks": 4}
+    (text,) = lm.generate_until(requests((prompt, until)))
+    assert "<|eot_id|>" not in text
+
+
+def test_a_model_without_a_chat_template(workdir):
+    lm = EsolmLM(workdir)
+    for call in (lambda: lm.chat_template(True), lambda: lm.apply_chat_template([])):
+        with pytest.raises(UserError, match="apply_chat_template: must be off, because"):
+            call()
 
 
 def test_empty_contexts_and_rolling(workdir):
@@ -141,6 +181,32 @@ def test_generate_until(workdir):
     assert first == again
 
 
+@thorough
+@pytest.mark.parametrize("settings", [{}, {"protocol": "llada", "draws": 32}])
+def test_two_processes_find_the_results_of_one(workdir, settings):
+    settings |= {"batch_size": 4, "mesh.devices": 0}
+    given = [request.args for request in pairs()], ("to be", {"until": [], "max_gen_toks": 8})
+    script = f"""
+    def body(index):
+        import json, types
+        from esolm_jax.harness.adapter import EsolmLM
+        lm = EsolmLM({str(workdir)!r}, **{settings!r})
+        scored, continued = {given!r}
+        of = lambda args: types.SimpleNamespace(args=args)
+        found = lm.loglikelihood([of(args) for args in scored]), lm.generate_until([of(continued)])
+        print(json.dumps(found))
+        lm.loglikelihood([of(scored[index])])
+    main(body)
+    """
+    lm = EsolmLM(workdir, **settings)
+    want = [*lm.loglikelihood(pairs()), *lm.generate_until(requests(given[1]))]
+    for code, out, err in processes.Processes(script).wait():
+        assert code == 2 and "error: requests differs between hosts" in err
+        scores, texts = json.loads(out.splitlines()[-1])
+        np.testing.assert_allclose(scores, want[:-1], rtol=1e-6)
+        assert texts == want[-1:]
+
+
 @pytest.mark.parametrize("protocol", ["llada", "duo_full"])
 def test_monte_carlo_protocols(workdir, protocol):
     """The published sums over the same masks; independent of the batch."""
@@ -152,12 +218,38 @@ def test_monte_carlo_protocols(workdir, protocol):
     assert all(value < 0 for value, _ in found)
 
 
-def test_llada_is_the_published_sum(workdir):
-    lm = EsolmLM(workdir, protocol="llada", draws=64)
-    run, pair = lm._monte_carlo, lm._pair("to be", " or")
-    masks = mc.draw_masks(run.rng(pair), 3, 64, protocols.STRATIFIED)
-    want = mc.llada_score(run.logits_of, pair.prompt, pair.answer, masks, mask_id=run.model.mask_id)
-    assert lm.loglikelihood(requests(("to be", " or")))[0][0] == pytest.approx(want, rel=1e-6)
+@pytest.mark.parametrize("protocol", protocols.MONTE_CARLO)
+def test_monte_carlo_scores_are_the_published_sums(workdir, protocol):
+    """Over the same masks, from logits of one pass after the other; eso_b excludes the mask."""
+    lm = EsolmLM(workdir, protocol=protocol, draws=64)
+    run, pair, model = lm._monte_carlo, lm._pair("to be", " or"), lm.model
+    sizes = len(pair.prompt), len(pair.answer), 64
+
+    def logits_of(ids):
+        hidden = (ids == model.mask_id).any(axis=1)  # eso_b needs a mask
+        found = np.zeros((*ids.shape, model.mask_id + 1))
+        found[hidden] = np.array(model.logits(ids[hidden]), np.float64)
+        found[..., model.mask_id] = -np.inf
+        return found
+
+    if protocol == "llada":
+        masks = mc.draw_masks(run.rng(pair), sizes[1], 64, protocols.STRATIFIED)
+        args = logits_of, pair.prompt, pair.answer, masks
+        want = mc.llada_score(*args, mask_id=model.mask_id)
+    else:
+        sentence = [model.tokenizer.bos_id, *pair.ids, model.tokenizer.eos_id]
+        rng = run.rng(pair)
+        t = EPS + (1 - EPS) * ((rng.random() + np.arange(64)) / 64)
+        masks = rng.random((64, len(sentence))) < (1 - EPS) * t[:, None]
+        if protocol == "duo_full":
+            want = mc.duo_full_score(logits_of, sentence, masks, t, mask_id=model.mask_id)
+        else:
+            prefix = 1 + sizes[0]
+            common = {"prefix": prefix, "mask_id": model.mask_id}
+            want = mc.duo_suffix_score(logits_of, sentence, masks, **common)
+    ((score, _),) = lm.loglikelihood(requests(("to be", " or")))
+    assert score == pytest.approx(want, rel=1e-5, nan_ok=True)
+    assert protocol == "duo_suffix" or not np.isnan(score)
 
 
 @pytest.mark.parametrize(

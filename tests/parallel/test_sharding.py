@@ -111,6 +111,13 @@ def test_data_goes_over_the_slices():
         sharding.make_mesh(mesh_config(data=4, fsdp=3), chips)
 
 
+def test_every_process_has_a_device_of_the_mesh(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)  # the devices are of one
+    with pytest.raises(UserError, match="config.mesh.devices=3: .* 1 of the 2 processes"):
+        make_mesh(data=-1, devices=3)
+    assert sharding.make_mesh(mesh_config(data=-1), jax.devices()).size == 8
+
+
 def test_mesh_is_described():
     assert sharding.describe(make_mesh(data=1, devices=1)) == "1 cpu device"
     said = "8 cpu devices (data=4, tensor=2)"

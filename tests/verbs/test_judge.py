@@ -2,11 +2,14 @@
 
 import json
 import math
+import re
 
 import numpy as np
+import processes
 import pytest
 import tiny_run
 from golden_eval import FOLDER
+from thorough import thorough
 from tiny_run import command, refused_by
 
 import esolm_jax
@@ -111,3 +114,66 @@ def test_a_judge_without_a_tokenizer(refused, tmp_path):
 def test_a_workdir_of_another_family():
     with pytest.raises(UserError, match="objective eso_b: a judge must be ar"):
         judge_source.check(FOLDER.parent / "workdir_947f88e" / "run")
+
+
+IN_PROCESSES = """
+from tiny_run import command
+sys.exit(command(*os.environ["ARGS"].split("|")))
+"""
+
+
+def in_two_processes(*each: list) -> list[tuple]:
+    """(exit code, stdout, stderr) of a verb in two processes of two devices, given its name and
+    arguments in each; without Gloo's lines."""
+    paths, port = f"{processes.ROOT}:{processes.ROOT}/tests/support", processes.free_port()
+    environment = {"PYTHONPATH": paths, "JAX_NUM_CPU_DEVICES": "2"}
+    all_ = [
+        processes.Processes(
+            IN_PROCESSES, indices=[index], port=port, ARGS="|".join(args), **environment
+        )
+        for index, args in enumerate(each)
+    ]
+    ends = [one.wait()[0] for one in all_]
+    return [(code, re.sub(r"\[Gloo\].*\n", "", out), err) for code, out, err in ends]
+
+
+@thorough
+def test_two_processes_find_the_figures_of_one(tmp_path):
+    """Only process 0 prints and writes; other texts on another host are one error."""
+    texts = write(tmp_path / "texts.jsonl", "The lamp is lit", "Two gulls", "", "A letter " * 9)
+    args = ["judge", f"--texts={texts}", f"--judge={JUDGE}", f"--references={texts}"]
+    assert command(*args, "--clusters=2") == 0
+    file = tmp_path / "texts.judge.json"
+    alone = json.loads(file.read_text())
+    file.unlink()
+    args += ["--clusters=2", "--config.mesh.fsdp=2"]
+    (code, out, _), (other_code, other_out, _) = in_two_processes(args, args)
+    assert (code, other_code, other_out) == (0, 0, "") and "generative_perplexity" in out
+    both = json.loads(file.read_text())
+    assert both["devices"] == "4 cpu devices (data=2, fsdp=2) in 2 processes"
+    check_metrics(both["metrics"], alone["metrics"])
+    another = [args[0], f"--texts={write(tmp_path / 'another.jsonl', 'The lamp')}", *args[2:]]
+    for code, out, err in in_two_processes(args, another):
+        assert (code, out) == (2, "") and err.count("\n") == 1
+        assert err.startswith("error: --texts differs between hosts")
+
+
+def check_metrics(found: dict, wanted: dict) -> None:
+    for name, entry in wanted.items():
+        numbers = {key: value for key, value in entry.items() if not isinstance(value, str)}
+        own = {key: found[name][key] for key in numbers}
+        assert own == pytest.approx(numbers, rel=1e-6, nan_ok=True)
+
+
+@thorough
+def test_two_processes_draw_and_judge_the_texts_of_one(workdir):
+    args = ["sample", f"--workdir={workdir}", f"--judge={workdir}", "--config.sample.num_texts=4"]
+    files = workdir / "samples.jsonl", workdir / "samples.judge.json"
+    assert command(*args) == 0
+    alone = [file.read_text() for file in files]
+    args.append("--config.mesh.devices=0")
+    (code, out, err), (other_code, other_out, _) = in_two_processes(args, args)
+    assert (code, other_code, other_out) == (0, 0, "") and "--- sample 3" in out, err
+    both = [file.read_text() for file in files]
+    assert both[0] == alone[0]
+    check_metrics(*(json.loads(text)["metrics"] for text in (both[1], alone[1])))

@@ -529,6 +529,17 @@ def test_local_passes_signals_on(number, env, tmp_path):
         assert (tmp_path / f"{i}.signals").read_text() == f"{int(number)} "
 
 
+def test_the_harness_is_launched_with_its_own_arguments(env):
+    """Its workdir is in --model_args."""
+    args = ["harness", "--model=esolm", "--tasks=a", "--model_args"]
+    done = launch("local", "--dry-run", "2", "1", *args, "workdir=runs/a,step=3", env=env)
+    assert done.returncode == 0 and done.stdout.count("-m esolm_jax.harness") == 2
+    on_pod = ["--dry-run", *POD, "--", *args]
+    assert launch("tpu_pod", *on_pod, "workdir=/mnt/run,step=3", env=env).returncode == 0
+    refused = launch("tpu_pod", *on_pod, "workdir=runs/a,step=3", env=env)
+    assert refused.returncode == 2 and "--workdir=runs/a: must be an absolute" in refused.stderr
+
+
 def test_local_ctrl_c(env, tmp_path):
     """The terminal's Ctrl-C reaches each process once: a second one would end it unsaved."""
     terminal = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"

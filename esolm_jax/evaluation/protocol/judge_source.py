@@ -2,7 +2,6 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -87,18 +86,10 @@ def _of_hub(source: str, mesh: Mesh) -> JudgeModel:
             f"{source}: holds a {found.tokenizer.kind} tokenizer; a judge needs tokenizer.json"
         )
     longest = found.model.max_positions or CONTEXT
-    params = _put(found.params, sharding.parameters(mesh, found.params))
+    where = sharding.parameters(mesh, found.params)
+    params = jax.tree.map(sharding.put, found.params, where)
     mask_id = found.tokenizer.mask_id
     return JudgeModel(found.model, params, found.tokenizer, mask_id, None, min(longest, CONTEXT))
-
-
-def _put(params: dict, shardings: Any) -> dict:
-    """Each process puts its parts of the same arrays."""
-
-    def put(array: np.ndarray, where: Any) -> jax.Array:
-        return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
-
-    return jax.tree.map(put, params, shardings)
 
 
 def _of_workdir(folder: Path, mesh: Mesh) -> JudgeModel:

@@ -17,6 +17,7 @@ from esolm_jax.errors import UserError
 from esolm_jax.family.noise import EPS
 
 LogitsOf = Callable[[np.ndarray], np.ndarray]
+BestOf = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 Ids = Sequence[int]
 
 
@@ -25,6 +26,16 @@ def log_softmax(logits: ArrayLike) -> np.ndarray:
     logits = np.asarray(logits, np.float64)
     shifted = logits - logits.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def best_of(logits_of: LogitsOf) -> BestOf:
+    """ids [B, n] → the most likely token at each position, and its log-probability: [B, n]."""
+
+    def best(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        log_p = log_softmax(logits_of(ids))
+        return log_p.argmax(axis=-1), log_p.max(axis=-1)
+
+    return best
 
 
 # LLaDA.
@@ -69,6 +80,11 @@ def with_guidance(logits_of: LogitsOf, prompt_length: int, mask_id: int, cfg: fl
     return guided
 
 
+def llada_weight(masks: np.ndarray) -> np.ndarray:
+    """N / l at the masked tokens of an answer, 0 elsewhere: float64 [draws, N]."""
+    return masks / masks.mean(axis=1, keepdims=True)
+
+
 def llada_score(
     logits_of: LogitsOf,
     prompt: Ids,
@@ -91,25 +107,37 @@ def llada_score(
     ids[:, start:][masks] = mask_id
     log_p = log_softmax(with_guidance(logits_of, start, mask_id, cfg)(ids))[:, start:]
     nll = -np.take_along_axis(log_p, np.asarray(answer)[None, :, None], axis=-1)[..., 0]
-    return float(-np.mean((nll * masks).sum(axis=1) / masks.mean(axis=1)))
+    return float(-(llada_weight(masks) * nll).sum(axis=1).mean())
 
 
-def llada_greedy_answer(
-    logits_of: LogitsOf, prompt: Ids, length: int, *, mask_id: int, cfg: float = 0.0
-) -> list[int]:
+def llada_greedy_answer(best: BestOf, prompt: Ids, length: int, *, mask_id: int) -> list[int]:
     """The answer of `length` tokens by one token per pass, the most confident one first."""
     start = len(prompt)
-    logits_of = with_guidance(logits_of, start, mask_id, cfg)
     ids = np.array([[*prompt, *[mask_id] * length]], np.int32)
     for _ in range(length):
-        log_p = log_softmax(logits_of(ids))[0, start:]
-        confidence = np.where(ids[0, start:] == mask_id, log_p.max(axis=-1), -np.inf)
+        token, log_p = (found[0, start:] for found in best(ids))
+        confidence = np.where(ids[0, start:] == mask_id, log_p, -np.inf)
         position = int(np.argmax(confidence))
-        ids[0, start + position] = log_p[position].argmax()
+        ids[0, start + position] = token[position]
     return ids[0, start:].tolist()
 
 
 # Duo.
+
+
+def duo_full_weight(masks: np.ndarray, t: ArrayLike) -> np.ndarray:
+    """Weights of masked tokens, whose sum of −log p is a mean over the sentence; 0 elsewhere:
+    float64 [draws, n]."""
+    weight = (1 - EPS) / ((1 - EPS) * np.asarray(t, np.float64))
+    return masks * weight[:, None] / masks.shape[1]
+
+
+def duo_suffix_weight(masks: np.ndarray, prefix: int) -> np.ndarray:
+    """As duo_full_weight, over answer and EOS; NaN in draws that mask nothing."""
+    in_answer = np.arange(masks.shape[1]) >= prefix
+    with np.errstate(divide="ignore", invalid="ignore"):
+        weight = (1 - EPS) / masks.mean(axis=1)[:, None] * (masks & in_answer)
+    return weight / (masks.shape[1] - prefix)
 
 
 def duo_full_score(
@@ -126,8 +154,8 @@ def duo_full_score(
       masks: bool [draws, n] over the whole sentence. t: float [draws]; α_t = 1 − (1 − ε) t.
     """
     masks = np.asarray(masks, bool)
-    weight = (1 - EPS) / ((1 - EPS) * np.asarray(t, np.float64))
-    return float(-(weight[:, None] * _masked_nll(logits_of, sentence, masks, mask_id)).mean())
+    nll = _masked_nll(logits_of, sentence, masks, mask_id)
+    return float(-(duo_full_weight(masks, t) * nll).sum(axis=1).mean())
 
 
 def duo_suffix_score(
@@ -145,9 +173,7 @@ def duo_suffix_score(
     masks = np.asarray(masks, bool)
     in_answer = np.arange(masks.shape[1]) >= prefix
     nll = _masked_nll(logits_of, sentence, masks & in_answer, mask_id)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        loss = (1 - EPS) / masks.mean(axis=1)[:, None] * nll
-    return float(-loss[:, prefix:].mean())
+    return float(-(duo_suffix_weight(masks, prefix) * nll).sum(axis=1).mean())
 
 
 def _masked_nll(
@@ -167,13 +193,11 @@ def duo_ar_score(logits_of: LogitsOf, sentence: Ids, *, prefix: int) -> float:
     return float(np.take_along_axis(log_p, ids[1:, None], axis=-1)[prefix - 1 :].mean())
 
 
-def duo_one_pass_answer(
-    logits_of: LogitsOf, sentence: Ids, *, prefix: int, mask_id: int
-) -> list[int]:
+def duo_one_pass_answer(best: BestOf, sentence: Ids, *, prefix: int, mask_id: int) -> list[int]:
     """The most likely token at each position of the answer, all of them masked; EOS is visible."""
     ids = np.array([sentence], np.int32)
     ids[0, prefix:-1] = mask_id
-    return np.asarray(logits_of(ids))[0, prefix:-1].argmax(axis=-1).tolist()
+    return best(ids)[0][0, prefix:-1].tolist()
 
 
 def encode_pair(

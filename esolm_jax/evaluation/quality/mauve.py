@@ -10,6 +10,7 @@ seed, all of which the figures name. The published tables of Eso-LM use ModernBE
 fork and unpublished references, so theirs cannot be reproduced. Compare figures of one setting.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -29,15 +30,14 @@ def applies(judged: Judged) -> bool:
 
 
 def _features(texts: Texts, judge: Judge, max_length: int) -> np.ndarray:
-    """Unit vectors float64 [n, D] of the texts that are not empty."""
+    """float32 [n, D] of the texts that are not empty."""
     if texts.texts is None:
         raise UserError(f"{texts.name}: MAUVE needs the field text, not only token_ids")
     most = min(max_length, judge.feature_length)
     rows = [row[:most] for row in judge.encode(spelled(texts.texts, judge)) if row]
     if len(rows) < 2:
         raise UserError(f"{texts.name}: MAUVE needs at least 2 texts that are not empty")
-    found = judge.features(rows).astype(np.float64)
-    return found / np.linalg.norm(found, axis=1, keepdims=True)
+    return judge.features(rows)
 
 
 def _divergence(p: np.ndarray, r: np.ndarray) -> float:
@@ -58,20 +58,33 @@ def of_histograms(p: np.ndarray, q: np.ndarray) -> float:
     return float(np.trapezoid(y[::-1], x[::-1]))
 
 
+def of_features(sides: Sequence[np.ndarray], count: int, seed: int) -> float:
+    """MAUVE of two sets of features, float [n, D] each, in `count` clusters."""
+    whole = np.concatenate(sides).astype(np.float64)
+    whole /= np.linalg.norm(whole, axis=1, keepdims=True)
+    points = kmeans.principal_components(whole, EXPLAINED)
+    label = kmeans.clusters(points, count, seed)
+    parts = np.split(label, [len(sides[0])])
+    p, q = (np.bincount(part, minlength=count) / len(part) for part in parts)
+    return of_histograms(p, q)
+
+
+def default_clusters(sizes: Sequence[int]) -> int:
+    """A tenth of the smaller set."""
+    return max(2, round(min(sizes) / 10))
+
+
 def compute(judged: Judged) -> dict[str, Any]:
     s = judged.settings
     assert s.references is not None
     model = s.features or judged.judge
     sides = [_features(texts, model, s.max_length) for texts in (judged.given, s.references)]
     sizes = [len(side) for side in sides]
-    count = s.clusters or max(2, round(min(sizes) / 10))
+    count = s.clusters or default_clusters(sizes)
     if count > sum(sizes):
         raise UserError(f"clusters={count}: must be at most {sum(sizes)}, the number of texts")
-    points = kmeans.principal_components(np.concatenate(sides), EXPLAINED)
-    label = kmeans.clusters(points, count, s.seed)
-    p, q = (np.bincount(part, minlength=count) / len(part) for part in np.split(label, [sizes[0]]))
     return {
-        "mauve": of_histograms(p, q),
+        "mauve": of_features(sides, count, s.seed),
         "approximate": True,
         "num_texts": sizes[0],
         "num_references": sizes[1],

@@ -10,7 +10,7 @@ from esolm_jax.evaluation.protocol import judge_source
 from esolm_jax.evaluation.protocol.judge import Judge
 from esolm_jax.evaluation.quality import metrics, text_file
 from esolm_jax.evaluation.quality.judged import QualitySettings
-from esolm_jax.parallel import sharding
+from esolm_jax.parallel import distributed, sharding
 
 
 def check(folder: str) -> None:
@@ -23,6 +23,7 @@ def judge(config: ConfigDict, folder: str, rows: list[dict[str, Any]], path: pat
     texts = text_file.of_samples(str(path.with_name("samples.jsonl")), rows)
     model = Judge(folder, mesh=sharding.make_mesh(config.mesh))
     figures = metrics.judge(texts, model, QualitySettings())
-    results.write_json(path, {"texts": texts.name, "judge": folder, **figures})
+    if distributed.is_main():  # all processes have the same figures
+        results.write_json(path, {"texts": texts.name, "judge": folder, **figures})
     for line in metrics.table(figures):
         print(line)

@@ -16,10 +16,15 @@ def parameter_mesh(dtype: str, mesh: Mesh) -> Mesh:
     Args:
       dtype: of config.sample.weight_dtype.
 
-    Raises UserError: JAX has no CPU to round on.
+    Raises UserError: JAX has no CPU to round on, or the mesh has devices of other processes.
     """
     if dtype == "auto":
         return mesh
+    if sharding.spans_processes(mesh):
+        raise UserError(
+            f"config.sample.weight_dtype={dtype!r}: must be auto in several processes, because "
+            "weights are rounded on one host"
+        )
     try:
         devices = jax.local_devices(backend="cpu")[:1]
     except RuntimeError as error:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from esolm_jax.model import layers, rope
 from esolm_jax.model import transformer as model_lib
 from esolm_jax.model.model_config import ModelConfig
-from esolm_jax.parallel import sharding, stored_programs
+from esolm_jax.parallel import multihost, sharding, stored_programs
 from esolm_jax.sampling.engine import cpu_kernels
 from esolm_jax.sampling.engine.cache import Entries, Heads, KVCache, Visible
 from esolm_jax.sampling.engine.quantize import Quantized, quantize
@@ -94,7 +94,7 @@ def fold(
     if mesh is None:
         return jax.jit(make)(params)
     where = shardings(jax.eval_shape(make, params), mesh)
-    return jax.jit(make, out_shardings=where)(params)
+    return multihost.together(jax.jit(make, out_shardings=where))(params)
 
 
 def compiled_fold(

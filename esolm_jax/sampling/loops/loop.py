@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from esolm_jax.parallel import sharding, stored_programs
+from esolm_jax.parallel import distributed, multihost, sharding, stored_programs
 from esolm_jax.process import prng
 from esolm_jax.sampling.engine.cache import pad_to
 from esolm_jax.sampling.engine.network import Network
@@ -99,13 +99,17 @@ class Jitted:
         self._by_platform = {
             name: jit(compiler_options=options) for name, options in self.OPTIONS.items()
         }
+        self._together = functools.cache(multihost.together)
 
     def _function(self, network: Network):
         device = next(iter(network.embedding.sharding.device_set))
         return self._by_platform.get(device.platform, self._default)
 
     def __call__(self, network: Network, state, args):
-        return self._function(network)(network, state, args)
+        function = self._function(network)
+        if distributed.is_started():
+            function = self._together(function)
+        return function(network, state, args)
 
     def lower(self, network: Network, state, args):
         return self._function(network).lower(network, state, args)
@@ -177,9 +181,11 @@ class Loop(abc.ABC):
         return state
 
 
-def row_keys(seeds) -> jax.Array:
+def row_keys(seeds, mesh: Mesh | None = None) -> jax.Array:
     """One key per row, which depends on its Seed only."""
     batch, row = (np.array([getattr(s, n) for s in seeds], np.uint32) for n in ("batch", "row"))
+    if sharding.spans_processes(mesh):
+        batch, row = over_rows(mesh, (batch, row))
     return _row_keys(batch, row)
 
 

@@ -227,14 +227,23 @@ def _tables(schedule: Schedule, windows: Windows, mask_id: int) -> DecodePlan:
 
 
 def make_plan(
-    family: Family, schedule: Schedule, *, mask_id: int, start_token: int = 0, block_length: int = 1
+    family: Family,
+    schedule: Schedule,
+    *,
+    mask_id: int,
+    start_token: int = 0,
+    block_length: int = 1,
+    is_padded: bool = False,
 ) -> DecodePlan:
     """The passes of a family for a schedule.
+
+    Args:
+      is_padded: all texts may be shorter than their rows, as a canvas may have them.
 
     Raises:
       UserError: the schedule is invalid, or unsupported by the family.
     """
-    schedule.check()
+    schedule.check(is_padded=is_padded)
     windows = family.windows(schedule, block_length)
     tables = _tables(schedule, windows, mask_id)
     return tables.replace(shift=1, start_token=start_token) if family.is_shifted else tables
@@ -248,4 +257,5 @@ def plan(config, schedule: Schedule, *, mask_id: int, start_token: int) -> Decod
         mask_id=mask_id,
         start_token=start_token,
         block_length=config.block_length,
+        is_padded=True,
     )

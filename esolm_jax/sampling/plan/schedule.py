@@ -80,13 +80,17 @@ class Schedule:
         before = np.concatenate([self.num_known[None], self.first[:-1]])
         return before if len(self.sizes) else before[:0]
 
-    def check(self) -> None:
-        """UserError unless orders are permutations, and sizes add up to the tokens to generate."""
+    def check(self, *, is_padded: bool = False) -> None:
+        """UserError unless orders are permutations, and sizes add up to the tokens to generate.
+
+        Args:
+          is_padded: all texts may be shorter than their rows.
+        """
         length = self.order.shape[1]
         if not (np.sort(self.order, axis=1) == np.arange(length)[None]).all():
             raise UserError(f"order: every row must be a permutation of 0..{length - 1}")
         total, steps = self.length, len(self.sizes)
-        if (total > length).any() or total.max(initial=0) != length:
+        if (total > length).any() or (total.max(initial=0) != length and not is_padded):
             raise UserError(
                 f"step_sizes: must sum to the length {length} with the known tokens; "
                 f"got {steps} steps that sum to {', '.join(map(str, sorted(set(total.tolist()))))}"
