@@ -272,7 +272,7 @@ def default_config(flag: cli.FlagValue) -> str | None:
 def _score_answers(config, workdir: pathlib.Path, file: pathlib.Path) -> None:
     pairs = answers.read(file)
     results.check_can_write(workdir / answers.FILE)
-    config, trained = _load(config, workdir, any_batch_size=False)
+    config, trained = _load(config, workdir, rounds_up=False)
     tokenizer = restore.load_tokenizer(workdir, trained.meta)
     scored = answers.score(config, trained, tokenizer, pairs, flags.FLAGS["draws"].value)
     for row in scored:

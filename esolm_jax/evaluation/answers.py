@@ -21,6 +21,7 @@ from esolm_jax.evaluation.protocol.multiple_choice import encode_pair
 from esolm_jax.family import registry
 from esolm_jax.family.family import whole_text
 from esolm_jax.files import regular_file
+from esolm_jax.parallel import sharding
 from esolm_jax.training.restore import TrainedModel
 
 FILE = "answers.jsonl"
@@ -63,7 +64,9 @@ def score(config, trained: TrainedModel, tokenizer, pairs: list[dict], draws: in
             "because the protocols of LLaDA and Dream mask a text that is read as a whole"
         )
     rows, keeps_mask = config.eval.batch_size, is_pretrained(trained.meta)
-    likelihood = MaskedLikelihood(config, trained.built, trained.params, rows, keeps_mask)
+    shards = sharding.num_row_shards(trained.built.mesh)
+    padded = -(-rows // shards) * shards  # the draws of figures depend on `rows` alone
+    likelihood = MaskedLikelihood(config, trained.built, trained.params, padded, keeps_mask)
     longest, encoded = config.data.seq_len, []
     for n, pair in enumerate(pairs, 1):
         prompt, answer = encode_pair(tokenizer.encode, pair["prompt"], pair["answer"])

@@ -98,12 +98,13 @@ def make_mesh(mesh_config, devices: Sequence | None = None) -> Mesh:
             "number of devices"
         )
     devices = devices[: mesh_config.devices or None]
-    have = len({device.process_index for device in devices})
-    if are_all and have < jax.process_count():
-        raise UserError(
-            f"config.mesh.devices={mesh_config.devices}: must be 0 (all), because these devices "
-            f"belong to {have} of the {jax.process_count()} processes"
-        )
+    if are_all:
+        have = len({device.process_index for device in devices})
+        if have < jax.process_count():
+            raise UserError(
+                f"config.mesh.devices={mesh_config.devices}: must be 0 (all), because these "
+                f"devices belong to {have} of the {jax.process_count()} processes"
+            )
     shape = mesh_shape(mesh_config, len(devices))
     sizes = tuple(shape.values())
     slices = len({getattr(d, "slice_index", 0) for d in devices})

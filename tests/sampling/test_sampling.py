@@ -367,11 +367,11 @@ def test_every_block_has_a_diffusion_phase_of_its_own():
     [
         ([[0, 1, 1, 3]], [4], "order"),
         ([[0, 1, 2, 3], [4, 3, 2, 1]], [4], "order"),
-        ([[0, 1, 2, 3]], [1, 2], "step_sizes"),
+        ([[0, 1, 2, 3]], [1, 2], "num_diffusion"),  # of 4 tokens, in texts of 3
         ([[0, 1, 2, 3]], [4, 1], "step_sizes"),
         ([[0, 1, 2, 3]], [2, 0, 2], "step_sizes"),
         ([[0, 1, 2, 3]], [5, -1], "step_sizes"),
-        ([[0, 1, 2, 3]], [], "step_sizes"),
+        ([[0, 1, 2, 3]], [], "num_diffusion"),
         ([[0, 1, 2, 3]], [1.5, 2.5], "step_sizes"),
         ([[0, 1, 2, 3]], [[4, 4]], "step_sizes"),
         ([0, 1, 2, 3], [4], "order"),
