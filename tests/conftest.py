@@ -20,6 +20,12 @@ compilation.install()
 jax.config.update(compilation.FAST_SETTING, True)  # while modules are imported
 
 
+def pytest_collection_finish():
+    """Modules and tests stay until the end: the garbage collector need not visit them again."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _quiet_libraries():
     """Warnings of Orbax are hidden, as in `cli.run`; tests of flags reset absl's verbosity."""
