@@ -54,3 +54,10 @@ def _compilation(request, compilation_cache):
     with compilation.compiling(fast=is_fast):
         yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def compiled_fast(_compilation):
+    """Compiles fast what one test runs: a variant of what others run as compiled for users."""
+    with compilation.compiling(fast=True):
+        yield

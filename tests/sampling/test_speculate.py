@@ -8,7 +8,6 @@ import loops
 import numpy as np
 import pytest
 import toy
-from compilation import compiling
 from thorough import thorough
 
 from esolm_jax.config import DRAFT_STYLES
@@ -28,13 +27,6 @@ SHARP = network.fold(
 CHOICE = TokenSampler(toy.MASK)
 L = toy.LENGTH
 MANY = 16_000  # texts: enough to see the two faults below
-
-
-@pytest.fixture
-def compiled_fast():
-    """For variants of what other tests run as compiled for users."""
-    with compiling(fast=True):
-        yield
 
 
 def plan(canvas, alpha_0=0.5):
