@@ -28,7 +28,6 @@ LONGEST = (
     "interop/test_export.py",
     "training/test_train.py",
     "parallel/test_distributed.py",
-    "verbs/test_launch.py",
     "sampling/test_golden_sampling.py",
     "sampling/test_sampling.py",
     "sampling/test_speculate.py",
