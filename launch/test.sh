@@ -9,5 +9,5 @@ source launch/install.sh test
 "$bin"/ruff format --check .
 "$bin"/lint-imports
 "$bin"/mypy
-# Files stay on one worker, to share their fixtures, until a worker is idle.
-"$bin"/python -m pytest -n 2 --dist worksteal "$@"
+# A file stays on one worker, to share its fixtures; the order is that of tests/conftest.py.
+"$bin"/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

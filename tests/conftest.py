@@ -2,6 +2,7 @@
 
 import gc
 import os
+import pathlib
 
 flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 os.environ |= {"XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu"}
@@ -19,6 +20,39 @@ jax.config.update("jax_numpy_dtype_promotion", "standard")
 gc.set_threshold(10_000, 10, 10)  # tracing makes many objects and few cycles
 compilation.install()
 jax.config.update(compilation.FAST_SETTING, True)  # while modules are imported
+
+
+# The modules that take longest. Workers take whole modules in this order, then the others by name,
+# so that none begins a long one when the rest is done.
+LONGEST = (
+    "training/test_same_numbers.py",
+    "interop/test_export.py",
+    "training/test_train.py",
+    "parallel/test_distributed.py",
+    "sampling/test_golden_sampling.py",
+    "sampling/test_sampling.py",
+    "sampling/test_speculate.py",
+    "verbs/test_command_line.py",
+    "sampling/test_quantized.py",
+    "sampling/test_network.py",
+    "model/test_model.py",
+    "verbs/test_python_api.py",
+    "aot/test_compile.py",
+    "attention/test_attention.py",
+    "sampling/test_control.py",
+)
+TESTS = pathlib.Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items):
+    rank = {TESTS / name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
+
+
+def pytest_collection_finish():
+    """Modules and tests stay until the end: the garbage collector need not visit them again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -49,3 +83,10 @@ def _compilation(request, compilation_cache):
     with compilation.compiling(fast=is_fast):
         yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def compiled_fast(_compilation):
+    """Compiles fast what one test runs: a variant of what others run as compiled for users."""
+    with compilation.compiling(fast=True):
+        yield

@@ -11,6 +11,8 @@ import toy
 from benchmarks import estimators, estimators_suite
 from esolm_jax.evaluation import likelihood
 
+pytestmark = pytest.mark.fast_compile  # as for users: test_protocol_nelbo.py
+
 LENGTH, WINDOWS, BATCH, SEEDS = 32, 16, 4, 40
 # Logits so far apart that log p of a text varies by 5 to 10 nats over orders.
 SHARP = toy.PARAMS | {"logits": jax.tree.map(lambda a: 10 * a, toy.PARAMS["logits"])}

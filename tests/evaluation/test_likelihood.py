@@ -13,6 +13,8 @@ from esolm_jax.evaluation import likelihood
 from esolm_jax.family import eso_b
 from esolm_jax.model import lm_head as loss
 
+pytestmark = pytest.mark.fast_compile  # as for users: test_protocol_nelbo.py
+
 L = toy.LENGTH
 
 

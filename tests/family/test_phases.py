@@ -6,9 +6,12 @@ import jax
 import numpy as np
 import pytest
 import toy
+from compilation import compiling
 
 from esolm_jax.family import eso_b, noise
 from esolm_jax.family.phase import make_phases
+
+pytestmark = pytest.mark.fast_compile  # as for users: test_golden_training.py
 
 KEY = jax.random.key(0)
 BATCH = 256
@@ -277,7 +280,8 @@ def test_logits_of_real_tokens_do_not_depend_on_what_the_padding_holds(case):
     np.testing.assert_array_equal(labelled.weight, other.weight)
     predicted = labelled.weight > 0
     np.testing.assert_array_equal(labelled.target[predicted], np.asarray(other.target)[predicted])
-    before, after = (np.asarray(toy.logits_of(case.tokens)) for case in (labelled, other))
+    with compiling(fast=False):  # to the last bit, also with optimizations
+        before, after = (np.asarray(toy.logits_of(case.tokens)) for case in (labelled, other))
     np.testing.assert_array_equal(before[:, :LENGTH][predicted], after[:, :LENGTH][predicted])
 
 

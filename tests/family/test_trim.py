@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
+from compilation import compiling
 
 from esolm_jax.family import trim
 from esolm_jax.family.labels import Layout
@@ -18,6 +19,8 @@ from esolm_jax.model import transformer as model
 from esolm_jax.model.lm_head import Head
 from esolm_jax.parallel import sharding
 from esolm_jax.training import phase_loss
+
+pytestmark = pytest.mark.fast_compile  # except for losses and gradients
 
 LENGTH, ROWS, BLOCK, MULTIPLE = 16, 8, 4, 4
 PHASES = [  # objective, α₀, phase, its layout
@@ -187,7 +190,8 @@ def test_trimming_changes_neither_losses_nor_gradients():
             for objective, alpha in (("eso_a", 0.6), ("eso_b", alpha_0))
         )
         fits.append([bool(trim.fits(part, 12)) for part in labelled])
-        wanted, found = run(PARAMS, labelled), run_trimmed(PARAMS, labelled)
+        with compiling(fast=False):
+            wanted, found = run(PARAMS, labelled), run_trimmed(PARAMS, labelled)
         np.testing.assert_allclose(found[0], wanted[0], rtol=2e-6)
         for a, b in zip(*map(jax.tree.leaves, (found[1], wanted[1])), strict=True):
             np.testing.assert_allclose(a, b, rtol=0, atol=5e-6 * np.abs(b).max())

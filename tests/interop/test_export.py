@@ -22,7 +22,7 @@ from tiny_run import command, refused_by
 from esolm_jax.data import wordpieces
 from esolm_jax.data.tokenizer import Bytes
 from esolm_jax.errors import UserError
-from esolm_jax.interop import safetensors_file
+from esolm_jax.interop import memory, safetensors_file
 from esolm_jax.interop.export import (
     exported_sampler,
     onnx_graph,
@@ -70,6 +70,17 @@ FAMILIES = {
         "safetensors,stablehlo,onnx",
     ),
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def shared_programs():
+    """Keeps compiled programs between exports, which drop theirs to save memory.
+
+    Exports in other processes and in test_hub_export.py do drop them.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "clear_jit_caches_and_trim", lambda: None)
+        yield
 
 
 def export(workdir, target, *args) -> dict:
@@ -543,9 +554,10 @@ def _network_of(run):
     return config, found.built.model, found.built.special
 
 
-def test_files_compile_for_a_tpu(run, tmp_path, capsys, one_batch_size):
-    """As they were written, without a device."""
+def test_files_compile_for_a_tpu(tmp_path, capsys, one_batch_size):
+    """As they were written, without a device. The run is that of test_rounded_weights."""
     pytest.importorskip("libtpu")
+    run = make_run(tmp_path / "run", **FAMILIES["eso_b"][0])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stablehlo, "PLATFORMS", ("cpu", "tpu"))
         args = "--formats=stablehlo", "--compile_for=v5e:2x2", "--dtype=bfloat16"

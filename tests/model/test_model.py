@@ -172,6 +172,7 @@ def loss_and_grads(config, batches, mesh=None, dropout_key=None):
     return run, tuple(labelled)
 
 
+@pytest.mark.usefixtures("compiled_fast")
 def test_remat_and_unroll_change_neither_loss_nor_gradients():
     """With dropout, which must draw the same twice."""
     base = dataclasses.replace(LLAMA, dropout=0.2, attention="chunked")

@@ -177,9 +177,11 @@ def test_programs_that_take_unlike_times_to_compile():
         assert compiled == ["f", "f"], compiled
     main(body, barrier_timeout={timeout})
     """
-    for code, _, err in Processes(script.format(timeout=20)).wait():
+    patient, hasty = (Processes(script.format(timeout=timeout)) for timeout in (20, 1))
+    ends = patient.wait(), hasty.wait()  # both at a time: they sleep
+    for code, _, err in ends[0]:
         assert code == 0, err
-    for code, _, err in Processes(script.format(timeout=1)).wait():
+    for code, _, err in ends[1]:
         assert code in (1, 2)  # process 1 comes late to the barrier, if it is not told before
         assert "not all 2 processes reached 'first run of f (0)' within 1.0 s" in err
         assert len([line for line in err.splitlines() if "error" in line]) == 1

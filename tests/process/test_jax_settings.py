@@ -14,6 +14,8 @@ from esolm_jax.errors import UserError
 from esolm_jax.process import jax_settings, prng
 from esolm_jax.training import checkpoint_meta
 
+pytestmark = pytest.mark.fast_compile  # all verbs, once with each set of settings
+
 # Under each of these a seed meant other numbers, or a verb ended with a traceback.
 SETTINGS = {
     "jax_default_prng_impl": "rbg",

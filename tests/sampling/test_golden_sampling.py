@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import loops
 import numpy as np
 import pytest
+from compilation import compiling
 from golden_files import close, model, vectors
 
 from esolm_jax.family import ar, eso_b
@@ -84,9 +85,10 @@ def test_teacher_forced(case):
 
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
 def test_teacher_forced_by_the_kernels_of_a_platform(platform, monkeypatch):
-    """Run in Python."""
+    """Interpreted, which is not what users run."""
     monkeypatch.setitem(caches.KERNELS, "cpu", (platform, True))
-    test_teacher_forced(CASES[1])
+    with compiling(fast=True):
+        test_teacher_forced(CASES[1])
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -96,10 +98,16 @@ def test_greedy(case):
     np.testing.assert_array_equal(text, golden["greedy_samples"])
     close(logits, golden["greedy_logits"], tolerance(case))
     assert len(eso_b_plan(golden).size) == golden["nfe"]
-    public = model(str(golden["weights"])).sample(
-        golden["sort_idx"], golden["schedule"], rng=KEY, temperature=0
-    )
-    np.testing.assert_array_equal(public, golden["greedy_samples"])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_greedy_through_the_public_interface(case):
+    """Of the loop above it leaves out the logits alone: compiled fast."""
+    golden = vectors(case)
+    reference = model(str(golden["weights"]))
+    with compiling(fast=True):
+        found = reference.sample(golden["sort_idx"], golden["schedule"], rng=KEY, temperature=0)
+    np.testing.assert_array_equal(found, golden["greedy_samples"])
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,7 @@ def test_cached_logits_of_every_step_are_those_of_an_uncached_pass(name):
 # Keys
 
 
+@pytest.mark.usefixtures("compiled_fast")
 def test_same_seed_same_text_and_other_rows_and_seeds_differ():
     plan = schedule.left_to_right(Canvas.empty(4, LENGTH))
     text = sample("eso_b", plan)
@@ -152,6 +153,7 @@ def test_same_seed_same_text_and_other_rows_and_seeds_differ():
     assert len(np.unique(text, axis=0)) == 4
 
 
+@pytest.mark.usefixtures("compiled_fast")
 def test_a_row_depends_neither_on_the_batch_size_nor_on_the_other_rows():
     """The same length and the same batch of 4 as above, to compile once."""
     rng = np.random.default_rng(0)
@@ -191,6 +193,7 @@ def draws(choice, logits):
 LOGITS = np.log([0.4, 0.3, 0.2, 0.07, 0.03])  # the mask is id 1
 
 
+@pytest.mark.usefixtures("compiled_fast")
 def test_temperature_zero_is_argmax_without_the_mask():
     plan = schedule.left_to_right(Canvas.empty(3, LENGTH))
     greedy = TokenSampler(toy.MASK, temperature=0)

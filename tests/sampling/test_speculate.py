@@ -68,6 +68,7 @@ def test_the_test_would_see_drafts_that_nobody_verified():
     assert toy.p_of_texts(texts, toy.exact_log_p(0.5)[None]) < 1e-9
 
 
+@pytest.mark.usefixtures("compiled_fast")
 @pytest.mark.parametrize("always", [True, False])
 def test_the_test_would_see_a_wrong_verification(monkeypatch, always):
     """Accept everything; or redraw from p in place of (p − q)₊."""
@@ -105,6 +106,7 @@ def test_filtered_choices_are_followed(style):
     assert p > 1e-3 and many.sum() >= 16  # two tokens at four places
 
 
+@pytest.mark.usefixtures("compiled_fast")
 def test_prompts_are_given_and_the_rest_follows_them_exactly():
     """Infilling: tokens 1 and 3 are known."""
     known = {1: 2, 3: 0}
@@ -125,6 +127,7 @@ def test_prompts_are_given_and_the_rest_follows_them_exactly():
 LENGTH = 24
 
 
+@pytest.mark.usefixtures("compiled_fast")
 @pytest.mark.parametrize(
     ("style", "settings"),
     [
@@ -158,12 +161,16 @@ def test_greedy_is_greedy_however_many_tokens_a_pass(style, settings):
             assert len(passes_of) == length - canvas.num_known[row]
 
 
+@pytest.mark.usefixtures("compiled_fast")
 def test_a_row_depends_on_itself_alone():
     """Adaptive: how far a row reaches is its own affair."""
     rows = [[MASK] * LENGTH, [0, *[MASK] * (LENGTH - 1)], [2, 3, MASK, 0, *[MASK] * 10]]
     seeds = [Seed(0, 0), Seed(5, 0), Seed(5, 2)]
     whole = Canvas.of(rows, seeds, vocab_size=4, mask_id=toy.MASK)
     together, _, _ = run(whole, of=SHARP, k=4, adaptive=True)
-    one = Canvas.of(rows[2:], seeds[2:], vocab_size=4, mask_id=toy.MASK)
-    alone, _, _ = run(one, of=SHARP, k=4, adaptive=True)
-    np.testing.assert_array_equal(alone[0], together[2, : len(rows[2])])
+    # Of the same size, to compile once: sizes of batches are those of test_sampling.py.
+    others = [rows[2], [3] * LENGTH, [MASK, 0, *[MASK] * (LENGTH - 2)]]
+    changed = Canvas.of(others, [seeds[2], Seed(1, 1), Seed(1, 0)], vocab_size=4, mask_id=toy.MASK)
+    again, _, _ = run(changed, of=SHARP, k=4, adaptive=True)
+    np.testing.assert_array_equal(again[0, : len(rows[2])], together[2, : len(rows[2])])
+    assert (again[2] != together[0]).any()

@@ -2,7 +2,9 @@
 
 Numbers are checked on programs compiled as for users: that is the default. The module-level mark
 `fast_compile` is for the others, whose programs finish sooner than they compile; what a module
-computes when it is imported (inputs) is compiled fast, too.
+computes when it is imported (inputs) is compiled fast, too. In other modules, `compiling` is for
+interpreted kernels, which users do not run, for expected values, and for programs that run for less
+time than they compile, if other tests run them as compiled for users.
 Either way no program is compiled twice: one cache on disk serves all tests of a run, its workers
 and the processes that tests start.
 """

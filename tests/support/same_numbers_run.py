@@ -1,4 +1,6 @@
-"""One process of test_same_numbers.py: trains job after job without files, as `train` would.
+"""Trains job after job without files, as `train` would, for test_same_numbers.py.
+
+One of several processes is
 
 python tests/support/same_numbers_run.py JOBS.json, where JOBS.json holds {"steps": steps of each
 job, "jobs": {name: config fields}, "out": file for what process 0 saw, also JSON}. The environment
@@ -53,14 +55,20 @@ def trimming(training: train_step.Trainer):
     return is_trimmed
 
 
+def train_all(jobs: dict[str, dict], steps: int) -> dict[str, dict]:
+    """What train() returns, and the mesh, by name. `jobs`: config fields by name."""
+    found = {}
+    for name, fields in jobs.items():
+        run = train_lib.Run(make_config(fields), pathlib.Path("unused"))
+        found[name] = train(run, steps) | {"mesh": sharding.describe(run.built.mesh)}
+        jax.clear_caches()  # thirty compiled steps are gigabytes
+    return found
+
+
 def main(jobs: dict) -> None:
     with guard():
         distributed.start(init_timeout=60, heartbeat_timeout=60, barrier_timeout=60)
-        found = {}
-        for name, fields in jobs["jobs"].items():
-            run = train_lib.Run(make_config(fields), pathlib.Path("unused"))
-            found[name] = train(run, jobs["steps"]) | {"mesh": sharding.describe(run.built.mesh)}
-            jax.clear_caches()  # thirty compiled steps are gigabytes
+        found = train_all(jobs["jobs"], jobs["steps"])
         if distributed.is_main():
             pathlib.Path(jobs["out"]).write_text(json.dumps(found))
 

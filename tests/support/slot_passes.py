@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from compilation import compiling
 from styles import params_of
 
 from esolm_jax.family.labels import Tokens
@@ -26,10 +27,11 @@ def labels(rows=4):
 
 @functools.cache
 def wanted(config):
-    """Logits of the model [rows, LENGTH, V]."""
+    """Logits of the model [rows, LENGTH, V]. As expected values they are compiled fast."""
     token, position, rank = labels()
     tokens = Tokens(token, position, rank, jnp.ones_like(token, bool))
-    return np.asarray(jax.jit(transformer.bind(config))(params_of(config), tokens))
+    with compiling(fast=True):
+        return np.asarray(jax.jit(transformer.bind(config))(params_of(config), tokens))
 
 
 @functools.partial(jax.jit, static_argnames="width")

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_run
+from thorough import thorough
 from tiny_run import FILE, arguments, command, make_config
 
 from esolm_jax import train as train_lib
@@ -88,7 +89,7 @@ def test_micro_batches_sum_to_the_whole_batch(padded):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * max(1.0, scale))
 
 
-@pytest.mark.parametrize("objective", ["mdlm", "eso_b"])
+@pytest.mark.parametrize("objective", ["mdlm", pytest.param("eso_b", marks=thorough)])
 def test_eight_devices_train_as_one(data, objective):
     """Over fsdp; test_same_numbers.py has the other objectives and meshes."""
     fields = data | {"objective": objective}

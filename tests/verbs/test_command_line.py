@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 import tiny_run
+from random_run import make_run
 from tiny_run import FILE, LENGTH, arguments, command
 
 from esolm_jax.sampling.plan import prompts
@@ -50,12 +51,18 @@ def ar(data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def mdlm(data, tmp_path_factory):
-    return trained(tmp_path_factory.mktemp("mdlm"), data | {"objective": "mdlm"})
+    """Random weights: all that is asked of it is refused."""
+    return make_run(tmp_path_factory.mktemp("mdlm") / "run", **of_text(data, "mdlm"))
 
 
 @pytest.fixture(scope="module")
 def bd3(data, tmp_path_factory):
-    return trained(tmp_path_factory.mktemp("bd3"), data | {"objective": "bd3"})
+    """As mdlm."""
+    return make_run(tmp_path_factory.mktemp("bd3") / "run", **of_text(data, "bd3"))
+
+
+def of_text(data, objective: str) -> dict:
+    return data | {"data.source": "text", "data.seq_len": LENGTH, "objective": objective}
 
 
 @pytest.fixture
