@@ -12,7 +12,6 @@ os.environ.setdefault("PJRT_NPROC", "64")  # for why, see distributed.start
 import compilation  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
-import thorough  # noqa: E402
 from absl import logging  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -73,11 +72,11 @@ def compilation_cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="module")
 def _compilation(request, compilation_cache):
-    """Compiles as for users, or fast with the mark `fast_compile` (not with ESOLM_TEST_ALL=1).
+    """Compiles as for users, or fast with the mark `fast_compile`.
 
     Loaded programs of one module are of no use to the next, and take gigabytes.
     """
-    is_fast = request.node.get_closest_marker("fast_compile") is not None and not thorough.ALL
+    is_fast = request.node.get_closest_marker("fast_compile") is not None
     if not is_fast:
         jax.clear_caches()  # of what was compiled fast when the module was imported
     with compilation.compiling(fast=is_fast):

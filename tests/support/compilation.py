@@ -14,6 +14,7 @@ import os
 import pathlib
 
 import jax
+import thorough
 from jax._src import compiler  # its options of one compilation have no public setting
 
 # XLA's emitters of fusions take most of the time to compile; from jax 0.11 on there are no others.
@@ -58,7 +59,9 @@ def configured(settings: dict):
 
 @contextlib.contextmanager
 def compiling(*, fast: bool):
-    """Compiles fast or as for users, in this process and in the processes that it starts."""
+    """Compiles fast or as for users, in this process and in the processes that it starts. With
+    ESOLM_TEST_ALL=1 all is compiled as for users."""
+    fast = fast and not thorough.ALL
     flags = os.environ["XLA_FLAGS"]  # this process has read them
     os.environ["XLA_FLAGS"] = " ".join([flags, *[FAST_ENVIRONMENT["XLA_FLAGS"]] * fast]).strip()
     try:
