@@ -199,8 +199,10 @@ def abstract(make: Callable, shardings):
 
 
 def spans_processes(mesh: Mesh | None) -> bool:
-    """Whether devices of the mesh belong to other processes."""
-    return mesh is not None and not replicated(mesh).is_fully_addressable
+    """Whether devices of the mesh belong to other processes of this run."""
+    if mesh is None or is_compile_only(mesh):
+        return False
+    return not replicated(mesh).is_fully_addressable
 
 
 def is_compile_only(mesh: Mesh | None) -> bool:
