@@ -163,8 +163,8 @@ def _fused(i: Instruction, module: Module) -> Computation:
 
 def _read(module: Module, inside: Computation, name: str, whole: float) -> float:
     """Bytes that a fused computation, and those fused into it, read of a value of `whole` bytes."""
-    if not whole:
-        return 0.0
+    if not whole or name == inside.root.name:  # a result: whoever fused this reads it
+        return whole
     read = 0.0
     for user in inside.instructions.values():
         if name not in user.operands:

@@ -120,6 +120,29 @@ def test_slices_and_updates_in_a_fusion_of_a_fusion():
     assert hlo_traffic.largest_loop(nested) == hlo_traffic.largest_loop(LOOP)
 
 
+def test_a_view_that_leaves_a_fusion_of_a_fusion():
+    """The compiler for TPUs fuses a bitcast of weights, alone, into the product that reads them."""
+    view = "\n".join(
+        [
+            "%view (table: f32[100,8]) -> f32[800] {",
+            "  %table = f32[100,8]{1,0} parameter(0)",
+            "  ROOT %flat = f32[800]{0} bitcast(%table)",
+            "}",
+            "",
+            "%slice_and_add (table: f32[100,8], at: s32[], h: f32[8]) -> f32[8] {",
+            "  %table = f32[100,8]{1,0} parameter(0)",
+            "  %at = s32[] parameter(1)",
+            "  %h = f32[8]{0} parameter(2)",
+            "  %seen = f32[800]{0} fusion(%table), kind=kLoop, calls=%view",
+            "  ROOT %sum = f32[8]{0} dot(%h, %seen)",
+            "}",
+        ]
+    )
+    start, stop = LOOP.index("%slice_and_add ("), LOOP.index("%put (")
+    found = hlo_traffic.largest_loop(f"{LOOP[:start]}{view}\n\n{LOOP[stop:]}")
+    assert dict(found.by_kernel)["next"] == TABLE + ROW + ROW
+
+
 def test_text_without_a_loop():
     with pytest.raises(ValueError, match="must have a loop"):
         hlo_traffic.largest_loop(LOOP.replace(" while(%start)", " custom-call(%start)"))
