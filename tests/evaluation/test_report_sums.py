@@ -13,7 +13,6 @@ from esolm_jax.evaluation.report import statistics, window_sums
 from esolm_jax.family import noise
 from esolm_jax.process import prng
 
-pytestmark = pytest.mark.fast_compile
 LENGTH, WINDOWS, DRAWS, RARE, PLACE = 16, 15, 2, 3, 5
 X = np.random.default_rng(0).choice((0, 2), (WINDOWS, LENGTH)).astype(np.int32)
 X[:, PLACE] = RARE

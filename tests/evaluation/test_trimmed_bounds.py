@@ -4,14 +4,12 @@ import functools
 
 import jax
 import numpy as np
-import pytest
 import toy
 
 from esolm_jax.evaluation import likelihood
 from esolm_jax.evaluation.report import window_sums
 from esolm_jax.family import eso_b, trim
 
-pytestmark = pytest.mark.fast_compile
 LENGTH, ROWS = 64, 4
 CONFIG = toy.config("eso_b", 0.5, LENGTH)
 BUILT, PARAMS = toy.lookup_model(LENGTH)

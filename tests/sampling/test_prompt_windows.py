@@ -15,8 +15,6 @@ from esolm_jax.sampling.loops.speculative import Speculative
 from esolm_jax.sampling.plan import passes, schedule
 from esolm_jax.sampling.plan.canvas import MASK, Canvas, Seed
 
-pytestmark = pytest.mark.fast_compile
-
 NETWORK = network.fold(toy.CONFIG, toy.PARAMS)
 SAMPLER = TokenSampler(toy.MASK)
 

@@ -13,8 +13,6 @@ from esolm_jax import saved_config
 from esolm_jax.errors import UserError
 from esolm_jax.training import checkpoint, checkpoint_meta, checkpoint_reader, checkpoint_steps
 
-pytestmark = pytest.mark.fast_compile
-
 
 def test_the_last_and_the_best_are_kept(tmp_path):
     write(tmp_path, {1: 5.0, 2: 3.0, 3: 4.0, 4: 4.5, 5: 3.5, 6: 3.9})

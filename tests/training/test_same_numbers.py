@@ -33,7 +33,6 @@ from esolm_jax.evaluation.batches import eval_batches
 from esolm_jax.parallel import launcher, sharding
 from esolm_jax.training import checkpoint_meta, checkpoint_steps, metrics, restore
 
-pytestmark = pytest.mark.fast_compile
 ROOT = pathlib.Path(__file__).parents[2]
 
 OBJECTIVES = ("ar", "mdlm", "bd3", "eso_a", "eso_b")
