@@ -8,6 +8,7 @@ from thorough import thorough
 from esolm_jax.errors import UserError
 from esolm_jax.evaluation.answer_likelihood import AnswerLikelihood, Pair, rolling_windows
 
+pytestmark = pytest.mark.fast_compile
 ALPHA_0 = {"ar": 0.0, "mdlm": 1.0, "bd3": 1.0}
 L = toy.LENGTH
 PAIRS = [Pair([], [0, 2, 3, 0]), Pair([2], [3, 3, 0]), Pair([0, 3], [2, 2]), Pair([3, 2, 0], [3])]

@@ -16,6 +16,7 @@ from esolm_jax.sampling.engine import network
 from esolm_jax.sampling.generate import Generator
 from esolm_jax.sampling.plan.canvas import MASK, Canvas, Seed
 
+pytestmark = pytest.mark.fast_compile
 NETWORK = network.fold(toy.CONFIG, toy.PARAMS)
 L, ALPHA_0 = toy.LENGTH, {"ar": 0.0, "mdlm": 1.0, "bd3": 1.0}
 TEXTS = toy.TEXTS.tolist()

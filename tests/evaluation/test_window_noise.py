@@ -12,6 +12,7 @@ from benchmarks import estimators
 from esolm_jax.evaluation import likelihood, published_bound, window_noise
 from esolm_jax.evaluation.protocol.published_nelbo import BatchNelbo
 
+pytestmark = pytest.mark.fast_compile
 LENGTH, WINDOWS, SEEDS = 16, 40, 30  # windows: one whole group and a part of another
 SHARP = toy.PARAMS | {"logits": jax.tree.map(lambda a: 4 * a, toy.PARAMS["logits"])}
 X = np.random.default_rng(0).choice(toy.REAL, (WINDOWS, LENGTH)).astype(np.int32)

@@ -25,6 +25,8 @@ from esolm_jax.sampling.loops.plain import Plain
 from esolm_jax.sampling.plan import passes, schedule
 from esolm_jax.sampling.plan.canvas import MASK, Canvas, Seed
 
+pytestmark = pytest.mark.fast_compile
+
 NETWORK = network.fold(toy.CONFIG, toy.PARAMS)
 CHOICE, GREEDY = TokenSampler(toy.MASK), TokenSampler(toy.MASK, temperature=0)
 L = toy.LENGTH

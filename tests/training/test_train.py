@@ -25,6 +25,7 @@ from esolm_jax.data.reader import TrainReader
 from esolm_jax.errors import UserError
 from esolm_jax.training import checkpoint_steps, metrics, optimizer, phase_loss
 
+pytestmark = pytest.mark.fast_compile
 ROOT = pathlib.Path(__file__).parents[2]
 
 
