@@ -54,6 +54,7 @@ class Case:
         config = config_files.on_one_device(
             self.file, self.objective, length=self.length, rows=self.texts
         )
+        config.train.batch_size = 2 * self.texts  # not compiled, but checked: rows for each loss
         config.sample.steps = self.steps
         config.sample.weight_dtype = config.sample.cache_dtype = self.dtype
         config_lib.validate(config)
