@@ -125,8 +125,7 @@ def _load(config, workdir: pathlib.Path, *, rounds_up: bool):
     a multiple of the devices that shard rows; else `eval_batches` pads each batch."""
     mesh = sharding.make_mesh(config.mesh)
     if rounds_up:
-        shards = sharding.num_row_shards(mesh)
-        size = -(-config.eval.batch_size // shards) * shards
+        size = sharding.padded_rows(mesh, config.eval.batch_size)
         config = config_lib.overridden(config, {"eval.batch_size": size})
     config_lib.validate_evaluation(config, row_shards=1)
     meta = checkpoint_meta.read_meta(workdir, cli.step_flag())

@@ -64,8 +64,8 @@ def score(config, trained: TrainedModel, tokenizer, pairs: list[dict], draws: in
             "because the protocols of LLaDA and Dream mask a text that is read as a whole"
         )
     rows, keeps_mask = config.eval.batch_size, is_pretrained(trained.meta)
-    shards = sharding.num_row_shards(trained.built.mesh)
-    padded = -(-rows // shards) * shards  # the draws of figures depend on `rows` alone
+    # The draws of figures depend on `rows` alone.
+    padded = sharding.padded_rows(trained.built.mesh, rows)
     likelihood = MaskedLikelihood(config, trained.built, trained.params, padded, keeps_mask)
     longest, encoded = config.data.seq_len, []
     for n, pair in enumerate(pairs, 1):

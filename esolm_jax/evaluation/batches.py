@@ -12,8 +12,8 @@ def eval_batches(config, manifest: Manifest, split: str, max_windows: int, mesh)
 
     If the devices that shard rows do not divide the batch size, rows without a valid token follow.
     """
-    size, shards = config.eval.batch_size, sharding.num_row_shards(mesh)
-    padded = -(-size // shards) * shards
+    size = config.eval.batch_size
+    padded = sharding.padded_rows(mesh, size)
     mine = sharding.local_rows(mesh, padded)
     real = [row for row in mine if row < size]
     for batch in reader.eval_batches(

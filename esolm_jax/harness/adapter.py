@@ -112,8 +112,7 @@ class EsolmLM(LM):
         saved = checkpoint_meta.saved_config(folder, str(s.step))
         config = config_lib.overridden(saved, on_mesh)
         mesh = sharding.make_mesh(config.mesh)
-        shards = sharding.num_row_shards(mesh)
-        size = -(-int(s.batch_size) // shards) * shards
+        size = sharding.padded_rows(mesh, int(s.batch_size))
         trained = restore.load_trained(config, folder, s.weights, mesh, str(s.step))
         built, tokenizer = trained.built, restore.load_tokenizer(folder, trained.meta)
         self.settings = s

@@ -142,6 +142,11 @@ def num_row_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
+def padded_rows(mesh: Mesh, rows: int) -> int:
+    """The number of rows of a batch that holds `rows`: a multiple of its shards."""
+    return rows + -rows % num_row_shards(mesh)
+
+
 def spec(*logical: str | None) -> PartitionSpec:
     """PartitionSpec of an array whose dimensions have these logical axes."""
     return PartitionSpec(*(RULES[name] if name else None for name in logical))
