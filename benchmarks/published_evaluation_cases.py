@@ -6,14 +6,13 @@ are written once, in the formats of the data sets, and read by the published cod
 
 import dataclasses
 import itertools
-import json
 import pathlib
 import shutil
 import zipfile
 
 import numpy as np
-import pyarrow as pa
-from pyarrow import parquet
+
+from benchmarks import zeroshot_files
 
 LENGTH = 64  # tokens of a window
 ROWS = 6  # windows of an evaluation batch
@@ -245,13 +244,10 @@ def write_texts(root: pathlib.Path) -> dict[str, str]:
     files = {}
     for name, (split, columns) in tables.items():
         path = root / name / f"{split}-00000-of-00001.parquet"
-        path.parent.mkdir(parents=True)
-        parquet.write_table(pa.table(columns), path)
+        zeroshot_files.write_parquet(path, columns)
         files[name] = str(path)
     path = root / "lambada" / "lambada_test.jsonl"
-    path.parent.mkdir()
-    lambada = _texts(next(rngs), 20, 25)
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in lambada))
+    zeroshot_files.write_json_lines(path, _texts(next(rngs), 20, 25))
     return files | {LAMBADA: str(path)}
 
 

@@ -18,6 +18,8 @@ import json
 import sys
 import time
 import types
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.nn.attention.flex_attention import create_mask
@@ -230,30 +232,33 @@ class Trainer:
         return loss.item()
 
 
-def main() -> None:
-    answers, sys.stdout = (
-        sys.stdout,
-        sys.stderr,
-    )  # keeps prints of the published code out of the answers
-    request = json.loads(sys.stdin.readline())
-    torch.set_num_threads(request["threads"])
+def begin() -> tuple[dict, Callable[[Any], None]]:
+    """The first request, and a function that writes an answer. What the published code prints is
+    no answer: it goes to stderr."""
+    answers, sys.stdout = sys.stdout, sys.stderr
+
+    def answer(value) -> None:
+        print(json.dumps(value), file=answers, flush=True)
+
     torch.manual_seed(0)
+    return json.loads(sys.stdin.readline()), answer
+
+
+def main() -> None:
+    request, answer = begin()
+    torch.set_num_threads(request["threads"])
     algo = load(sys.argv[1])
     trainers = {
         name: Trainer(algo, request["shapes"], objective, alpha_0)
         for name, (objective, alpha_0) in request["objectives"].items()
     }
-
-    def answer(value) -> None:
-        print(json.dumps(value), file=answers, flush=True)
-
     answer({"torch": torch.__version__, "threads": torch.get_num_threads()})
     for line in sys.stdin:
         burst = json.loads(line)
-        trainer, cpu, begin = trainers[burst["name"]], time.process_time(), time.perf_counter()
+        trainer, cpu, start = trainers[burst["name"]], time.process_time(), time.perf_counter()
         for _ in range(burst["steps"]):
             loss = trainer.step()
-        seconds = time.perf_counter() - begin
+        seconds = time.perf_counter() - start
         answer({"seconds": seconds, "cpu_seconds": time.process_time() - cpu, "loss": loss})
 
 
