@@ -23,8 +23,8 @@ def learning_rate(config) -> optax.Schedule:
 def make(config) -> optax.GradientTransformationExtraArgs:
     """AdamW behind a global-norm clip: update(grads, state, params, *, counts).
 
-    Where `counts`, a bool scalar, is False, updates are zero and the state stays as it is, whatever
-    the gradients are. Scalars and zeros in place of gradients do that: to choose between new and
+    If `counts` (bool scalar) is False, updates are zero and the state does not change, even if
+    gradients are NaN. Scalars and zeros in place of gradients do that: to choose between new and
     old moments, a CPU's program keeps another copy of each.
     """
     o = config.optimizer

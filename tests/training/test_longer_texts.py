@@ -1,4 +1,4 @@
-"""configs/owt_10k.py: training goes on from a workdir of shorter texts."""
+"""configs/owt_10k.py: training starts from a workdir of shorter texts."""
 
 import json
 
