@@ -7,25 +7,21 @@ lower bounds from the model's shape; of `sample`, what one pass launches and mov
 it does not fit.
 """
 
-import itertools
 import math
 import pathlib
-import re
 import sys
 import time
 
 import jax
 from absl import flags
-from tqdm import tqdm
 
 from esolm_jax import cli, results
 from esolm_jax import config as config_lib
-from esolm_jax.aot import decoding, evaluation, topology
+from esolm_jax.aot import decoding, evaluation, sweep, topology
 from esolm_jax.aot import report as report_lib
 from esolm_jax.data.manifest import planned_tokenizer
 from esolm_jax.errors import UserError
 from esolm_jax.model import build
-from esolm_jax.model.model_config import REMAT
 from esolm_jax.parallel import sharding
 from esolm_jax.training.train_step import Trainer
 
@@ -38,7 +34,9 @@ def define_flags() -> None:
     flags.DEFINE_integer("num_slices", 1, "Number of TPU pods, joined by a slow network.", 1)
     flags.DEFINE_enum("program", "train", PROGRAMS, "What to compile.")
     flags.DEFINE_string("out", None, "The JSON file to write; default compile.json.")
-    flags.DEFINE_bool("sweep", False, "Try meshes and remat policies, and print a table.")
+    flags.DEFINE_bool(
+        "sweep", False, "Try meshes and remat policies in the largest micro-batches that fit."
+    )
 
 
 def make_training(config, name: str, num_slices: int = 1) -> Trainer:
@@ -81,6 +79,7 @@ def describe(config, training: Trainer, name: str, num_slices: int) -> dict:
         "mesh": dict(training.built.mesh.shape),
         "attention": training.built.model.attention,
         "remat": config.model.remat,
+        "grad_accumulation": config.train.grad_accumulation,
         "batch_size": config.train.batch_size,
         "seq_len": config.data.seq_len,
         "parameters": sum(
@@ -150,58 +149,10 @@ def show(figures: dict) -> None:
     moved = figures["traffic"]
     print(
         f"{moved['kernels']:,.0f} kernels read and write {moved['bytes'] / 1e9:.1f} GB, "
-        f"{1e3 * moved['seconds']:.1f} ms of the memory's bandwidth"
+        f"{1e3 * moved['seconds']:.1f} ms of the memory's bandwidth; one after another, each as "
+        f"fast as products or memory allow, they take {1e3 * moved['step_seconds']:.1f} ms (MFU at "
+        f"most {moved['mfu']:.0%})"
     )
-
-
-def sweep(config, name: str, num_slices: int) -> list[dict]:
-    """Meshes and remat policies that the config allows on the pod, each compiled; best first."""
-    rows = []
-    tried = list(candidates(config, topology.num_chips(name) * num_slices))
-    for changes in tqdm(tried, desc="sweep", unit="compilation"):
-        changed = config.copy_and_resolve_references()
-        changed.update_from_flattened_dict(changes)
-        try:
-            rows.append(measure(changed, name, num_slices))
-        except UserError as error:
-            tqdm.write(f"left out {changes}: {error}")
-    return sorted(rows, key=lambda f: (not f["hbm"]["fits"], _seconds(f)))
-
-
-def _seconds(figures: dict) -> float:
-    return figures["roofline"]["step_seconds"] if "roofline" in figures else math.inf
-
-
-def candidates(config, chips: int):
-    """Fields to change: fsdp over up to 64 chips, tensor up to 4, every remat policy."""
-    powers = [2**i for i in range(7) if chips % 2**i == 0]
-    for fsdp, tensor, remat in itertools.product(powers[2:], (1, 2, 4), REMAT):
-        heads = config.model.kv_heads or config.model.heads
-        divides = config.model.width % fsdp == 0 and heads % tensor == 0
-        if divides and chips % (fsdp * tensor) == 0:
-            yield {
-                "mesh.data": -1,
-                "mesh.fsdp": fsdp,
-                "mesh.tensor": tensor,
-                "model.remat": remat,
-            }
-
-
-def show_table(rows: list[dict]) -> None:
-    print(f"{'mesh':<32}{'remat':<11}{'HBM GiB':>8}{'FLOPs x':>9}{'sent x':>8}{'ms':>9}{'MFU':>6}")
-    for figures in rows:
-        mesh = ", ".join(f"{k}={v}" for k, v in figures["mesh"].items() if v > 1)
-        row = f"{mesh:<32}{figures['remat']:<11}"
-        if "roofline" not in figures:
-            needed = re.search(r"[\d.]+[GM]", figures["hbm"]["message"])
-            print(f"{row}does not fit ({needed[0] if needed else '?'})")
-            continue
-        line = figures["roofline"]
-        print(
-            f"{row}{figures['hbm']['total'] / GIB:8.2f}{figures['flops']['ratio']:9.2f}"
-            f"{figures['collectives']['ratio']:8.2f}{1e3 * line['step_seconds']:9.1f}"
-            f"{line['mfu']:6.0%}" + ("" if figures["hbm"]["fits"] else "  too much")
-        )
 
 
 def main(config, workdir: pathlib.Path | None) -> None:
@@ -213,8 +164,8 @@ def main(config, workdir: pathlib.Path | None) -> None:
     jax.config.update("jax_platforms", "cpu")  # the compiler is here, not the devices
     out = pathlib.Path(f.out or "compile.json")
     if f.sweep:
-        rows = sweep(config, f.topology, f.num_slices)
-        show_table(rows)
+        rows = sweep.run(config, f.topology, f.num_slices, measure)
+        sweep.show(rows)
         fits = bool(rows) and rows[0]["hbm"]["fits"]
         figures: object = rows
     elif f.program != "train":

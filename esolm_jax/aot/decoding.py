@@ -83,8 +83,8 @@ def measure(config, training: Trainer, chip: Chip) -> dict:
         "bytes_ratio": one_pass.bytes / needed,
         "seconds_per_pass_at_least": needed / chip.hbm_bandwidth,
         "dearest_kernels": [
-            {"name": name, "bytes": size}
-            for name, size in sorted(one_pass.by_kernel, key=lambda pair: -pair[1])[:8]
+            {"name": kernel.name, "bytes": kernel.bytes}
+            for kernel in sorted(one_pass.launches, key=lambda kernel: -kernel.bytes)[:8]
         ],
         "compile_seconds": round(seconds, 1),
         "instructions": sum(text.count(" = ") for text in texts),

@@ -156,9 +156,10 @@ class _Reader:
 
     def events(self, frame: Frame) -> list[Event]:
         """The events of one execution of a computation, calls included."""
-        return [e for i in frame.computation.instructions.values() for e in self._of(i, frame)]
+        return [e for i in frame.computation.instructions.values() for e in self.of(i, frame)]
 
-    def _of(self, i: Instruction, frame: Frame) -> list[Event]:
+    def of(self, i: Instruction, frame: Frame) -> list[Event]:
+        """The events of one execution of an instruction."""
         if i.opcode == "while":
             return self._loop(i, frame)
         if i.opcode == "conditional":
@@ -197,6 +198,12 @@ class _Reader:
         if flops is None:
             flops = first_match(self.kernel_flops, i.name, i.op_name)
         return Kernel(i.name, i.op_name, tuple(operands), i.shapes, flops)
+
+
+def flops_of(i: Instruction, frame: Frame, kernel_flops: Mapping[str, float]) -> float:
+    """FLOPs of one execution of a launched instruction; kernel_flops as those of analyse."""
+    events = _Reader({}, kernel_flops, {}, set()).of(i, frame)
+    return sum(e.flops or 0.0 for e in events if isinstance(e, Product | Kernel))
 
 
 def branch_names(i: Instruction, module: Module) -> list[str]:

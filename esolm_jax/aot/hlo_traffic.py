@@ -2,14 +2,16 @@
 
 Kernels are the instructions that the device launches; bytes are the operands and results of each in
 the device's memory. An operand that is only sliced counts as its slices, and an array that is
-updated in place as its update. Arrays in a TPU's on-chip memory do not count.
+updated in place as its update. Arrays in a TPU's on-chip memory do not count. FLOPs are those of
+hlo.py.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Self
 
-from esolm_jax.aot.hlo import branch_names, first_match
+from esolm_jax.aot.chips import Chip
+from esolm_jax.aot.hlo import branch_names, first_match, flops_of
 from esolm_jax.aot.hlo_loops import Frame, trip_count
 from esolm_jax.aot.hlo_parse import Computation, Instruction, Module, Shape, parse
 
@@ -21,8 +23,27 @@ _MARKS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "Sharding")  # custom 
 _HOST = {"infeed", "outfeed", "send", "recv"}
 _SLICES = {"dynamic-slice", "gather", "slice"}
 _SAME = {"bitcast", "reshape"}  # views
+_PREFETCHES = {"copy-start", "slice-start"}  # run beside the kernels that follow
 
 KernelBytes = Callable[[tuple[Shape, ...]], float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """All executions of one launched instruction.
+
+    Attributes:
+      bytes: read and written in the device's memory. flops: of matrix products.
+      is_prefetch: runs beside the kernels that follow.
+    """
+
+    name: str
+    bytes: float
+    flops: float = 0.0
+    is_prefetch: bool = False
+
+    def times(self, count: float) -> Self:
+        return dataclasses.replace(self, bytes=self.bytes * count, flops=self.flops * count)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,15 +53,27 @@ class Traffic:
     Attributes:
       kernels: launched instructions. conditionals: of any depth, each with its dearest branch.
       host_transfers: instructions that exchange data with the host.
-      bytes: read and written in the device's memory.
-      by_kernel: (name, bytes) of each kernel, in order.
+      launches: each kernel, in order.
     """
 
     kernels: float = 0
     conditionals: float = 0
     host_transfers: float = 0
-    bytes: float = 0.0
-    by_kernel: tuple[tuple[str, float], ...] = ()
+    launches: tuple[Launch, ...] = ()
+
+    @property
+    def bytes(self) -> float:
+        return sum((launch.bytes for launch in self.launches), 0.0)
+
+    def seconds(self, chip: Chip) -> float:
+        """At least, on a device whose kernels run one after another: each takes its FLOPs or its
+        bytes, whichever take longer."""
+        in_order = sum(
+            max(launch.flops / chip.flops, launch.bytes / chip.hbm_bandwidth)
+            for launch in self.launches
+            if not launch.is_prefetch
+        )
+        return max(in_order, self.bytes / chip.hbm_bandwidth)
 
     def __add__(self, other: Self) -> Self:
         mine, others = vars(self), vars(other)
@@ -52,8 +85,7 @@ class Traffic:
             self.kernels * count,
             self.conditionals * count,
             self.host_transfers * count,
-            self.bytes * count,
-            tuple((name, size * count) for name, size in self.by_kernel),
+            tuple(launch.times(count) for launch in self.launches),
         )
 
 
@@ -77,11 +109,16 @@ def largest_loop(text: str, kernel_bytes: Mapping[str, KernelBytes] = {}) -> Tra
 
 
 def program(
-    text: str, *, trip_counts: Mapping[str, float] = {}, branches: Mapping[str, int] = {}
+    text: str,
+    *,
+    trip_counts: Mapping[str, float] = {},
+    kernel_flops: Mapping[str, float] = {},
+    branches: Mapping[str, int] = {},
 ) -> Traffic:
-    """One run of a program; trip_counts and branches as those of hlo.analyse."""
+    """One run of a program; the mappings are those of hlo.analyse."""
     module = parse(text)
-    return _Reader(module, {}, trip_counts, branches).of(Frame(module, module.entry))
+    reader = _Reader(module, {}, trip_counts, kernel_flops, branches)
+    return reader.of(Frame(module, module.entry))
 
 
 def _loops(computation: Computation) -> list[Instruction]:
@@ -93,6 +130,7 @@ class _Reader:
     module: Module
     kernel_bytes: Mapping[str, KernelBytes]
     trip_counts: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    kernel_flops: Mapping[str, float] = dataclasses.field(default_factory=dict)
     branches: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def of(self, frame: Frame) -> Traffic:
@@ -122,9 +160,9 @@ class _Reader:
         if i.opcode in ("call", "async-start"):
             name = (i.names("to_apply") or i.names("called_computation") or i.names("calls"))[0]
             return self.of(frame.enter(i, name))
-        size = self._bytes(i, frame.computation)
-        to_host = i.opcode in _HOST
-        return Traffic(1, 0, int(to_host), size, ((i.name, size),))
+        size, flops = self._bytes(i, frame.computation), flops_of(i, frame, self.kernel_flops)
+        launch = Launch(i.name, size, flops, i.opcode in _PREFETCHES)
+        return Traffic(1, 0, int(i.opcode in _HOST), (launch,))
 
     def _bytes(self, i: Instruction, computation: Computation) -> float:
         if i.opcode == "custom-call":
@@ -146,7 +184,7 @@ class _Reader:
             return 2 * _stored(i.shapes)
         if i.opcode in ("dynamic-update-slice", "scatter"):
             return 2 * _stored(operands[1 if i.opcode[0] == "d" else 2].shapes)
-        if i.opcode in ("copy-start", "slice-start"):  # of a prefetch, one side is on the chip
+        if i.opcode in _PREFETCHES:  # one side is on the chip
             to = i.shapes[0 if i.opcode == "copy-start" else 1]
             ends = [*(s for o in operands for s in o.shapes), to]
             return to.stored_bytes * sum(not end.is_on_chip for end in ends)

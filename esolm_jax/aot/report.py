@@ -111,11 +111,20 @@ def cost(training: Trainer, text: str) -> hlo.Cost:
 
 def traffic(training: Trainer, text: str, chip: Chip) -> dict:
     """What a training step launches on one chip, and reads and writes in its memory: operands and
-    results of every kernel, as if no cache helped."""
-    trips = {"predicted_chunks": _padded(training)}
-    moved = hlo_traffic.program(text, trip_counts=trips, branches=USUAL)
-    seconds = moved.bytes / chip.hbm_bandwidth
-    return {"kernels": moved.kernels, "bytes": moved.bytes, "seconds": seconds}
+    results of every kernel, as if no cache helped. step_seconds: if its kernels run one after
+    another, each as fast as products and memory allow."""
+    moved = hlo_traffic.program(
+        text,
+        trip_counts={"predicted_chunks": _padded(training)},
+        kernel_flops=kernel_flops(training, text),
+        branches=USUAL,
+    )
+    return {
+        "kernels": moved.kernels,
+        "bytes": moved.bytes,
+        "seconds": moved.bytes / chip.hbm_bandwidth,
+        "step_seconds": moved.seconds(chip),
+    }
 
 
 def stray_gathers(training: Trainer, cost_of_step: hlo.Cost) -> list[str]:
@@ -146,7 +155,7 @@ def report(training: Trainer, compiled, chip: Chip) -> dict:
     ideal = lower_bound.collective_bytes(config, built.model, work, built.mesh, params)
     sent, best = sum(cost_of_step.collectives.values()), sum(ideal.values())
     flops = {"compiled": cost_of_step.flops, "lower_bound": sum(needed.values())}
-    hbm = memory(training, compiled, chip)
+    hbm, moved = memory(training, compiled, chip), traffic(training, text, chip)
     return {
         "hbm": hbm,
         "flops": flops
@@ -162,7 +171,7 @@ def report(training: Trainer, compiled, chip: Chip) -> dict:
             "ratio": sent / best if best else 1.0,
             "stray_gathers": stray_gathers(training, cost_of_step),
         },
-        "traffic": traffic(training, text, chip),
+        "traffic": moved | {"mfu": flops["lower_bound"] / chip.flops / moved["step_seconds"]},
         "roofline": roofline(cost_of_step.flops, flops["lower_bound"], sent, hbm, chip),
         "tokens_per_step": config.train.batch_size * config.data.seq_len,
         "full_branch_probability": _full_branch(training),

@@ -2,7 +2,8 @@
 
 import pytest
 
-from esolm_jax.aot import hlo_traffic
+from esolm_jax.aot import chips, hlo_traffic
+from esolm_jax.aot.hlo_traffic import Launch
 
 LOOP = """HloModule jit_loop, is_scheduled=true
 
@@ -62,11 +63,16 @@ ENTRY %main (start: (s32[], f32[100,8], f32[8], f32[100,8])) -> (s32[], f32[100,
 ROW, TABLE, INDEX = 8 * 4, 100 * 8 * 4, 4
 
 
+def sizes_of(text: str, *options) -> dict[str, float]:
+    """Bytes of each kernel of the largest loop."""
+    return {k.name: k.bytes for k in hlo_traffic.largest_loop(text, *options).launches}
+
+
 def test_one_iteration():
     found = hlo_traffic.largest_loop(LOOP)
     assert (found.conditionals, found.host_transfers) == (1, 1)
     assert found.kernels == 3 + 2 + 1  # the dearest branch has two, and the outfeed counts
-    sizes = dict(found.by_kernel)
+    sizes = {kernel.name: kernel.bytes for kernel in found.launches}
     assert sizes["next"] == ROW + INDEX + ROW + ROW  # one row of the table, not the table
     assert sizes["kernel"] == ROW + TABLE + ROW
     assert sizes["written"] == ROW + INDEX + ROW  # in place: only what is written
@@ -78,14 +84,13 @@ def test_bytes_of_a_kernel_that_reads_a_part():
         assert [shape.sizes for shape in operands] == [(8,), (100, 8)]
         return TABLE / 2
 
-    found = hlo_traffic.largest_loop(LOOP, {"attention": half})
-    assert dict(found.by_kernel)["kernel"] == TABLE / 2
+    assert sizes_of(LOOP, {"attention": half})["kernel"] == TABLE / 2
 
 
 def test_tiles_and_on_chip_arrays_of_a_tpu():
     tiled = LOOP.replace("%a = f32[8]{0} copy", "%a = f32[8]{0:T(128)S(1)} copy")
     tiled = tiled.replace("%h = f32[8]{0} get-tuple", "%h = f32[8]{0:T(128)} get-tuple")
-    before, found = (dict(hlo_traffic.largest_loop(t).by_kernel) for t in (LOOP, tiled))
+    before, found = sizes_of(LOOP), sizes_of(tiled)
     assert before["a"] - found["a"] == ROW  # its result stays on the chip
     assert found["next"] - before["next"] == 128 * 4 - ROW  # a padded tile
 
@@ -139,8 +144,28 @@ def test_a_view_that_leaves_a_fusion_of_a_fusion():
         ]
     )
     start, stop = LOOP.index("%slice_and_add ("), LOOP.index("%put (")
-    found = hlo_traffic.largest_loop(f"{LOOP[:start]}{view}\n\n{LOOP[stop:]}")
-    assert dict(found.by_kernel)["next"] == TABLE + ROW + ROW
+    assert sizes_of(f"{LOOP[:start]}{view}\n\n{LOOP[stop:]}")["next"] == TABLE + ROW + ROW
+
+
+def test_seconds_of_kernels_one_after_another():
+    """Each takes its FLOPs or its bytes; a prefetch runs beside the others."""
+    chip = chips.Chip("gpu", 1.0, flops=2.0, hbm_bandwidth=10.0, link_bandwidth=1.0)
+    bound_by_flops = Launch("product", bytes=50.0, flops=20.0)
+    bound_by_bytes = Launch("norm", bytes=30.0)
+    fetched = Launch("copy", bytes=60.0, is_prefetch=True)
+    two = hlo_traffic.Traffic(launches=(bound_by_flops, bound_by_bytes)).times(2)
+    assert two.seconds(chip) == 2 * (10 + 3)
+    assert (two + hlo_traffic.Traffic(launches=(fetched,))).seconds(chip) == 26
+    often = hlo_traffic.Traffic(launches=(fetched,)).times(10)
+    assert (two + often).seconds(chip) == 16 + 60
+
+
+def test_flops_of_kernels():
+    text = LOOP.replace("%sum = f32[8]{0} add(%flat, %h)", "%sum = f32[8]{0} dot(%flat, %h)")
+    text = text.replace('"some_kernel"', '"tpu_custom_call"')
+    found = hlo_traffic.program(text, trip_counts={"loop": 3}, kernel_flops={"kernel": 7.0})
+    flops = {kernel.name: kernel.flops for kernel in found.launches}
+    assert flops["kernel"] == 3 * 7 and flops["next"] == 3 * 2 * 8 and flops["written"] == 0
 
 
 def test_text_without_a_loop():
