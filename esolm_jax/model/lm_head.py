@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from esolm_jax.attention.recompute import pad_to_multiple
+from esolm_jax.model import row_sums
 from esolm_jax.model.linear import ParamSpec
 from esolm_jax.parallel import sharding
 
@@ -81,21 +82,19 @@ class Head:
         """nll [P] and probabilities [P, V'], float32, and is_target, bool [P, V']."""
         z = jnp.dot(h_PD, kernel, preferred_element_type=jnp.float32) + bias[None]
         z = jnp.where((ids == self.mask_id)[None], -jnp.inf, z)
-        top = jnp.max(z, axis=1)
-        if self.spec.splits("tensor"):
-            top = jax.lax.pmax(top, "tensor")
-        e = jnp.exp(z - top[:, None])
         is_target = ids[None] == target_P[:, None]
-        sums = self._row_sums(e, jnp.where(is_target, z, 0))
-        total, target = (self.spec.sum_over(["tensor"], s) for s in sums)
-        return jnp.log(total) + top - target, e / total[:, None], is_target
+        of_target = jnp.where(is_target, z, 0)
+        platform = sharding.platform(self.spec.mesh)
+        own_top, total, target = row_sums.softmax(z, of_target, platform)
+        top = self._max(own_top)
+        total = total * jnp.exp(own_top - top)
+        total, target = (self.spec.sum_over(["tensor"], s) for s in (total, target))
+        p = jnp.exp(z - top[:, None]) / total[:, None]
+        return jnp.log(total) + top - target, p, is_target
 
-    def _row_sums(self, *arrays):
-        """The sums of the rows of each array; on a GPU in one pass over what they depend on."""
-        if sharding.platform(self.spec.mesh) != "gpu":
-            return tuple(jnp.sum(a, axis=1) for a in arrays)
-        add = lambda a, b: tuple(x + y for x, y in zip(a, b, strict=True))  # noqa: E731
-        return jax.lax.reduce(arrays, (np.float32(0),) * len(arrays), add, (1,))
+    def _max(self, own_P):
+        """Over the devices that split the vocabulary."""
+        return jax.lax.pmax(own_P, "tensor") if self.spec.splits("tensor") else own_P
 
 
 def _predicted_first(head: Head, weight_n):
@@ -153,10 +152,9 @@ def _chunk_nll(head: Head, h_PD, gathered, target_P):
 def _chunk_statistics(head: Head, h_PD, gathered, target_P):
     """The fields of TokenStatistics."""
     nll, p, is_target = head.normalize(h_PD, *gathered, target_P)
-    top = jnp.max(p, axis=1)
-    if head.spec.splits("tensor"):
-        top = jax.lax.pmax(top, "tensor")
-    sums = head._row_sums(jnp.where(is_target, p, 0), jax.scipy.special.entr(p))
+    top = head._max(jnp.max(p, axis=1))
+    of_target, entropy = jnp.where(is_target, p, 0), jax.scipy.special.entr(p)
+    sums = row_sums.plain(of_target, entropy, platform=sharding.platform(head.spec.mesh))
     of_target, entropy = (head.spec.sum_over(["tensor"], s) for s in sums)
     return nll, top, (of_target >= top).astype(jnp.float32), entropy
 

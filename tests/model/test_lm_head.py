@@ -207,6 +207,20 @@ def test_a_mesh_computes_what_one_device_does(name):
 
 
 @pytest.mark.parametrize("name", [None, "fsdp_tensor_sequence"])
+def test_as_on_a_gpu(name, monkeypatch):
+    """Its reductions in one pass, and its padded vocabulary, run here."""
+    shape = MESHES.get(name, (1, 1, 1, 1))
+    mesh = Mesh(np.array(jax.devices()[: math.prod(shape)]).reshape(shape), sharding.AXES)
+    args = draw(0.4, sizes=((8, 8), (16, 16)))
+    statistics = jax.jit(lambda *args: token_statistics(head(5, mesh=mesh), *args))(*args)
+    monkeypatch.setattr(sharding, "platform", lambda mesh: "gpu")
+    of_gpu = with_gradients(lambda *args: weighted_nll(head(5, mesh=mesh), *args))
+    assert_close(of_gpu(*args), of_plain()(*args))
+    found = jax.jit(lambda *args: token_statistics(head(5, mesh=mesh), *args))(*args)
+    assert_close(found, statistics)
+
+
+@pytest.mark.parametrize("name", [None, "fsdp_tensor_sequence"])
 def test_statistics_of_the_distributions(name):
     """Of each token with a weight; 0 for the others."""
     shape = MESHES.get(name, (1, 1, 1, 1))
