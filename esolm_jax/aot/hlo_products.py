@@ -1,5 +1,5 @@
 """Floating-point operations of one matrix product in HLO text: a dot, a convolution, a reduce,
-or a call of cuBLAS.
+or a call of cuBLAS; and of the products in a call of cuDNN's attention.
 
 The TPU compiler turns each dot into a convolution. Contracted dimensions become input features;
 batch dimensions become spatial ones, with strides, padding and dilation such that each output reads
@@ -22,6 +22,8 @@ def product_flops(instruction: Instruction, computation: Computation) -> int:
     opcode = instruction.opcode
     if opcode == "reduce":
         return _reduced_product(instruction, computation)
+    if opcode == "custom-call" and 'custom_call_target="__cudnn$fmha' in instruction.attributes:
+        return _attention(instruction, computation)
     is_cublas = (
         opcode == "custom-call" and 'custom_call_target="__cublas$' in instruction.attributes
     )
@@ -53,6 +55,18 @@ def _reduced_product(instruction: Instruction, computation: Computation) -> int:
     while source.opcode in ("convert", "copy", "bitcast"):
         source = computation.instructions[source.operands[0]]
     return 2 * source.shapes[0].elements if source.opcode == "multiply" else 0
+
+
+def _attention(instruction: Instruction, computation: Computation) -> int:
+    """cuDNN's, of q [B, T, H, K] and k [B, S, G, K]: two products, and backward five. Causal: the
+    visible pairs."""
+    q, k = (_shape(name, computation).sizes for name in instruction.operands[:2])
+    rows, queries, heads, width = q
+    pairs = rows * heads * queries * k[1]
+    if '"mask_type": "CAUSAL"' in instruction.attributes:
+        pairs = rows * heads * queries * (queries + 1) // 2
+    products = 5 if "Backward" in instruction.attributes else 2
+    return 2 * products * pairs * width
 
 
 @dataclasses.dataclass(frozen=True)

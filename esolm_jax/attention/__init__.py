@@ -6,5 +6,6 @@ recompute.py  the custom VJP of chunked.py and flash.py, padding, and the mask o
 chunked.py    XLA in chunks, in linear memory, on any device
 kernel_products.py  the matrix product of kernels
 flash.py      block-sparse Pallas kernels for GPUs, for any labels
+cudnn.py      NVIDIA's library, for layouts without query copies
 splash.py     a block-sparse Pallas kernel for TPUs, for labels that follow from a layout
 """

@@ -1,8 +1,9 @@
 """Attention under the rule of labels: every implementation behind one signature.
 
 dense materializes the scores of all pairs: the reference. chunked is XLA in linear memory, for any
-labels on any device. flash are block-sparse GPU kernels for any labels. splash is a block-sparse
-TPU kernel for labels that follow from a layout.
+labels on any device. flash are block-sparse GPU kernels for any labels. cudnn is NVIDIA's library,
+for layouts without query copies. splash is a block-sparse TPU kernel for labels that follow from a
+layout.
 """
 
 import functools
@@ -49,7 +50,8 @@ def attend(
       q_BHTK, k_BGSK, v_BGSK: queries, keys, values; G divides H.
       queries, keys: the labels of the T queries and S keys. All kinds but dense are
         self-attention: `keys` are `queries`.
-      kind: one of KINDS. splash needs `queries.layout`; without one, chunked runs instead.
+      kind: one of KINDS. splash needs `queries.layout`; without one, chunked runs instead. So does
+        flash where cudnn has no mask for the layout.
       mesh: if given, q, k, v are sharded over it by sharding.RULES: rows, heads and tokens; keys
         and values are gathered over `sequence` inside.
 
@@ -78,7 +80,12 @@ def _implementation(kind: str, layout: Layout | None, platform: str, across: str
     interpret = kind.endswith("_interpret")
     # The local indices of a shard of the queries do not follow the layout.
     local_layout = None if across else layout
-    if kind.startswith("flash"):
+    if kind.startswith("cudnn"):
+        from esolm_jax.attention.cudnn import cudnn, has_mask
+
+        if has_mask(local_layout):
+            return functools.partial(cudnn, layout=local_layout, interpret=interpret)
+    if kind.startswith(("flash", "cudnn")):
         from esolm_jax.attention.flash import flash
 
         return functools.partial(flash, layout=local_layout, interpret=interpret)

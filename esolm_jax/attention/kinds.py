@@ -3,6 +3,7 @@
 Imports nothing, so that the config can be read without JAX.
 """
 
-KINDS = ("dense", "chunked", "flash", "splash")
-PLATFORM = {"flash": "gpu", "splash": "tpu"}  # of a kernel
-INTERPRETED = ("flash_interpret", "splash_interpret")  # for tests: on any device, in Python
+KINDS = ("dense", "chunked", "flash", "cudnn", "splash")
+PLATFORM = {"flash": "gpu", "cudnn": "gpu", "splash": "tpu"}  # of a kernel
+INTERPRETED = ("flash_interpret", "cudnn_interpret", "splash_interpret")  # for tests: on any device
+CUDNN_WIDTH = 128  # of a head, at most; Hopper and newer take 256

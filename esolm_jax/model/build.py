@@ -69,7 +69,8 @@ def build_model(config, tokenizer: dict, mesh) -> BuiltModel:
     """The model of `config` with the vocabulary of `tokenizer` (as in a manifest).
 
     Raises:
-      UserError: a size does not divide by the mesh; the attention is for other devices.
+      UserError: a size does not divide by the mesh; the attention is for other devices, or
+        cuDNN's, which does not take the dtype or the heads.
     """
     config_lib.validate_mesh(config, mesh.shape)
     platform = sharding.platform(mesh)
@@ -80,10 +81,25 @@ def build_model(config, tokenizer: dict, mesh) -> BuiltModel:
             f"must be an implementation for {platform.upper()}s, not "
             f"{kinds.PLATFORM[model.attention].upper()}s"
         )
+    if model.attention == "cudnn":
+        _check_cudnn(model)
     start = tokenizer["mask_id" if config.start_token == "mask" else "bos_id"]
     special = SpecialIds(mask=tokenizer["mask_id"], start=start)
     head = Head.of(model, special.mask, mesh, chunk=config.model.loss_chunk)
     return BuiltModel(mesh, model, model_lib.bind(model, mesh), head, special)
+
+
+def _check_cudnn(model: ModelConfig) -> None:
+    if model.dtype != "bfloat16":
+        raise UserError(
+            f"config.model.dtype={model.dtype!r}: must be bfloat16, because "
+            "config.model.attention='cudnn' computes in 16 bits"
+        )
+    if model.head_width > kinds.CUDNN_WIDTH:
+        raise UserError(
+            f"config.model.attention='cudnn': must be another for heads of width "
+            f"{model.head_width}, because cuDNN's are at most {kinds.CUDNN_WIDTH} wide"
+        )
 
 
 def abstract_params(config: ModelConfig, mesh):

@@ -14,13 +14,14 @@ from esolm_jax.attention import recompute
 from esolm_jax.attention.attend import KINDS, attend, resolve
 from esolm_jax.attention.flash import _visible_blocks
 from esolm_jax.attention.splash import _kernel
+from esolm_jax.errors import UserError
 from esolm_jax.family import rule
 from esolm_jax.family.labels import Layout, Tokens
 from esolm_jax.parallel import sharding
 
 # A new kernel goes into all three lists.
 SKIPPING = ["chunked", "flash_interpret", "splash_interpret"]  # of what is invisible
-ALL = ["dense", *SKIPPING]
+ALL = ["dense", *SKIPPING, "cudnn_interpret"]
 ANY_LABELS = ["chunked", "flash_interpret", "splash"]  # splash: falls back to chunked
 dense_mask = jax.jit(rule.dense_mask)
 LAYOUTS = {  # of 144 tokens each: what JAX runs while it traces is compiled once for all
@@ -302,6 +303,45 @@ def test_flash_pads_the_width_of_a_head():
     assert_is_plain(tokens, "flash_interpret", heads=4, groups=2, width=20)
 
 
+@pytest.mark.parametrize("name", ["causal", "mdlm"])
+def test_cudnn_masks(name, monkeypatch):
+    """By its own implementation, not by flash: padded heads, padding, and a mesh of heads."""
+    monkeypatch.setattr("esolm_jax.attention.flash.flash", None)
+    tokens = of_layout(LAYOUTS[name], padding=(0, 7))
+    mesh = mesh_of(2, 2, 2, 1)
+    tokens = jax.tree.map(lambda a: jnp.concatenate([a, a]), tokens)
+    assert_is_plain(tokens, "cudnn_interpret", heads=4, groups=2, width=20, mesh=mesh)
+
+
+def test_cudnn_that_is_not_installed_is_told(monkeypatch):
+    def missing(*args, **kwargs):
+        raise RuntimeError("cuDNN is not detected.")
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", missing)
+    tokens = of_layout(LAYOUTS["causal"])
+    q, k, v, _ = draw(tokens)
+    with pytest.raises(UserError, match="config.model.attention='cudnn': .* not installed"):
+        attend(q, k, v, tokens, tokens, kind="cudnn")
+
+
+def test_cudnn_runs_forward_once_under_remat():
+    """Its residuals have the name that remat keeps."""
+    tokens = of_layout(Layout(32), padding=(0,))
+    q, k, v, grad = draw(tokens)
+
+    def loss(q, k, v, saved):
+        attention = functools.partial(attend, queries=tokens, keys=tokens, kind="cudnn_interpret")
+        policy = jax.checkpoint_policies.save_only_these_names(*saved)
+        return jnp.sum(jax.checkpoint(attention, policy=policy)(q, k, v) * grad)
+
+    def products(*saved):
+        of = functools.partial(loss, saved=saved)
+        text = jax.jit(jax.value_and_grad(of, argnums=(0, 1, 2))).lower(q, k, v).as_text()
+        return text.count("= stablehlo.dot_general")
+
+    assert (products("attention"), products()) == (2 + 4, 2 + 1 + 4)
+
+
 def test_blocks_that_nobody_sees():
     """Two streams are two causal passes and a diagonal, of blocks of 32 as of 64."""
     for block in 32, 64:
@@ -352,7 +392,7 @@ def test_kinds():
     assert [resolve(kind, "tpu", 256) for kind in KINDS] == list(KINDS)
     tokens = of_layout(Layout(4))
     q, k, v, _ = draw(tokens)
-    with pytest.raises(ValueError, match="dense, chunked, flash, splash"):
+    with pytest.raises(ValueError, match="dense, chunked, flash, cudnn, splash"):
         attend(q, k, v, tokens, tokens, kind="sparse")
     with pytest.raises(ValueError, match="S=4: must be 5"):
         wrong = tokens.replace(layout=Layout(5))

@@ -213,12 +213,24 @@ def test_config_that_does_not_divide_by_the_mesh_is_told(fields, mesh, told):
         config_lib.validate_mesh(config, sizes | mesh)
 
 
-@pytest.mark.parametrize(("kind", "home"), [("flash", "GPU"), ("splash", "TPU")])
+@pytest.mark.parametrize(("kind", "home"), [("flash", "GPU"), ("cudnn", "GPU"), ("splash", "TPU")])
 def test_a_kernel_for_other_devices_is_told(kind, home):
     config = default_config()
     config.model.attention = kind
     told = f"config.model.attention='{kind}': must be an implementation for CPUs, not {home}s"
     with pytest.raises(UserError, match=told):
+        build.build_model(config, planned_tokenizer(config), make_mesh(data=-1))
+
+
+def test_what_cudnn_does_not_take_is_told(monkeypatch):
+    monkeypatch.setattr(sharding, "platform", lambda mesh: "gpu")
+    config = default_config()
+    config.model.attention = "cudnn"
+    told = "config.model.dtype='float32': must be bfloat16, because config.model.attention='cudnn'"
+    with pytest.raises(UserError, match=told):
+        build.build_model(config, planned_tokenizer(config), make_mesh(data=-1))
+    config.model.update({"dtype": "bfloat16", "width": 512, "heads": 2})
+    with pytest.raises(UserError, match="must be another for heads of width 256, because cuDNN's"):
         build.build_model(config, planned_tokenizer(config), make_mesh(data=-1))
 
 

@@ -61,7 +61,8 @@ MODEL = {
     "rope_attention_factor": Field(1.0, "Factor of rotated queries and of keys (yarn).",
                                    above(0), before=1.0, **_SIZE),
     "attention": Field("auto", "Implementation: auto = flash on a GPU, splash on a TPU if L > 128, "
-                       "else chunked.", OneOf(("auto", *kinds.KINDS)),
+                       "else chunked. cudnn, in bfloat16, is for ar, mdlm and eso_b's diffusion "
+                       "phase; flash computes the rest.", OneOf(("auto", *kinds.KINDS)),
                        former_values={"lean": {"model.attention": "chunked"}}, **_FREE),
     "remat": Field("none", "What the backward pass recomputes.", OneOf(REMAT), **_FREE),
     "loss_chunk": Field(0, "Tokens that a device projects on the vocabulary at a time; 0 = 512 on "
