@@ -25,7 +25,6 @@ from benchmarks.pod_cost_cases import (
     CHIPS,
     LENGTHS,
     OWN_ROWS,
-    ROOT,
     ROWS,
     SECTIONS,
     Case,
@@ -35,7 +34,7 @@ from esolm_jax import results
 from esolm_jax.model.lm_head import token_nll
 from esolm_jax.training.phase_loss import PhaseLoss
 
-OUT = ROOT / "docs" / "pod_cost"
+OUT = pathlib.Path(__file__).parents[1] / "docs" / "pod_cost"
 COMPILERS = ("libtpu", "jax-cuda12-plugin")
 
 
@@ -82,7 +81,8 @@ def run(names: list[str], match: str, workers: int, path: pathlib.Path) -> dict:
         tasks = {pool.submit(measure, one): (s, one) for s, one in cases}
         for done, task in enumerate(concurrent.futures.as_completed(tasks), 1):
             section, one = tasks[task]
-            found.setdefault(section, {})[one.name] = task.result()
+            commit = {"commit": report_writer.commit()}
+            found.setdefault(section, {})[one.name] = task.result() | commit
             results.write_json(path, found)
             print(f"[{done}/{len(tasks)}] {section}: {one.name}", flush=True)
     for section, cases in SECTIONS.items():  # in order, without obsolete sections
@@ -116,7 +116,9 @@ def table(found: dict) -> str:
         "lower bound (esolm_jax/aot/lower_bound.py: attention at the visible pairs, three times "
     )
     text += "forward, no recomputation). Bytes sent assume ring algorithms; their ratio is to the "
-    text += "ideal of the sharding.\n"
+    text += "ideal of the sharding. `step ms` and `MFU <=` count the slowest of products and bytes "
+    text += "sent. `with memory` is the time of all kernels one after another, each as fast as its "
+    text += "products or the bytes that it reads and writes allow, and the MFU of that.\n"
     parts = {
         "Every config on its pod": _configs,
         "All objectives at one batch (512 x 1024, remat none, v5p:2x2x4)": _work,
@@ -125,13 +127,24 @@ def table(found: dict) -> str:
         "Temporaries against length (owt:0.5 on v5p:2x2x1, remat full; as configured it is "
         f"{OWN_ROWS} rows of 1024 a chip)": _lengths,
     }
-    return text + "".join(f"\n## {name}\n\n{part(found)}" for name, part in parts.items())
+    text += "".join(f"\n## {name}\n\n{part(found)}" for name, part in parts.items())
+    return text + "\n" + _commits(found)
+
+
+def _commits(found: dict) -> str:
+    """At which commits the rows of each section were recorded."""
+    parts = []
+    for section in SECTIONS:
+        rows = found.get(section, {}).values()
+        commits = sorted({f.get("commit", "b79972c or before") for f in rows})
+        parts.append(f"{section} {', '.join(commits)}")
+    return f"Recorded at commits: {'; '.join(parts)}. Times to compile are of two cores.\n"
 
 
 def _configs(found: dict) -> str:
     head = "config", "pod", "mesh", "batch x L", "remat", "HBM GiB", "FLOPs x", "sent x", "step ms"
     rows = [_cells(name, f) for name, f in found.get("configs", {}).items()]
-    return report_writer.table([*head, "MFU <="], rows)
+    return report_writer.table([*head, "MFU <=", "with memory"], rows)
 
 
 def _work(found: dict) -> str:
@@ -163,15 +176,16 @@ def _gpus(found: dict) -> str:
     for name, f in found.get("gpus", {}).items():
         cells = [name.split()[0], f["topology"], _mesh(f), f"{f['batch_size']} x {f['seq_len']}"]
         if "flops" not in f:
-            rows.append([*cells, "does not fit", *[""] * 5])
+            rows.append([*cells, "does not fit", *[""] * 6])
             continue
         line = f["roofline"]
         cells += [f"{f['hbm']['total'] / GIB:.2f} of {f['hbm']['available'] / GIB:.0f}"]
         cells += [f"{f[kind]['ratio']:.3f}" for kind in ("flops", "collectives")]
-        cells += [f"{1e3 * line['step_seconds']:.0f}", f"{line['mfu']:.0%}"]
+        cells += [f"{1e3 * line['step_seconds']:.0f}", f"{line['mfu']:.0%}", _with_memory(f)]
         rows.append([*cells, f"{f['compile_seconds']:.0f}"])
-    head = "config", "GPUs", "mesh", "batch x L", "HBM GiB", "FLOPs x", "sent x", "step ms"
-    return report_writer.table([*head, "MFU <=", "compile s"], rows) + _across_nodes(found)
+    head = ["config", "GPUs", "mesh", "batch x L", "HBM GiB", "FLOPs x", "sent x", "step ms"]
+    table = report_writer.table([*head, "MFU <=", "with memory", "compile s"], rows)
+    return table + _across_nodes(found)
 
 
 def _across_nodes(found: dict) -> str:
@@ -212,7 +226,7 @@ def _cells(name: str, f: dict) -> list:
     cells = [name.split()[0], f["topology"] + slices, _mesh(f)]
     cells += [f"{f['batch_size']} x {f['seq_len']}", f["remat"]]
     if "flops" not in f:
-        return cells + ["does not fit"] + [""] * 4
+        return cells + ["does not fit"] + [""] * 5
     line = f["roofline"]
     return cells + [
         f"{f['hbm']['total'] / GIB:.2f} of {f['hbm']['available'] / GIB:.0f}",
@@ -220,7 +234,13 @@ def _cells(name: str, f: dict) -> list:
         f"{f['collectives']['ratio']:.2f}",
         f"{1e3 * line['step_seconds']:.0f}",
         f"{line['mfu']:.0%}",
+        _with_memory(f),
     ]
+
+
+def _with_memory(f: dict) -> str:
+    moved = f["traffic"]
+    return f"{1e3 * moved['step_seconds']:.0f} ms, {moved['mfu']:.0%}"
 
 
 def _at_length(found: dict, length: int, full: bool, rows: int = ROWS) -> float | None:

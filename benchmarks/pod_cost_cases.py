@@ -35,7 +35,7 @@ def case(file, argument, topology_name, num_slices=1, full_loss=False, **changes
     return Case(file, argument, topology_name, fields, num_slices, full_loss)
 
 
-# Everything recomputed, in one micro-batch: as configs were when these sections were recorded.
+# Everything recomputed, in one micro-batch: `length` and `scaling` compare memory and bytes sent.
 PLAIN = {"model__remat": "full", "train__grad_accumulation": 1}
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
 ROWS = 8  # per chip, in `scaling` and `length`
@@ -71,20 +71,17 @@ SECTIONS = {
         )
         for argument in ("ar", "mdlm", "bd3", "1", "0.5", "0.125", "0")
     ],
-    # Nodes of 8 GPUs: the same batch per GPU on one node and on eight.
+    # Nodes of 8 GPUs: the same batch per GPU on one node and on eight, in one micro-batch.
     "gpus": [
-        case("owt", "0.5", name, train__batch_size=OWN_ROWS * topology.num_chips(name), **PLAIN)
-        for name in NODES
-    ]
-    + [
         case(
-            "2b",
+            file,
             "0.5",
             name,
-            train__batch_size=16 * topology.num_chips(name),
-            mesh__fsdp=8,
-            **PLAIN,
+            train__batch_size=rows * topology.num_chips(name),
+            train__grad_accumulation=1,
+            mesh__fsdp=fsdp,
         )
+        for file, rows, fsdp in (("owt", OWN_ROWS, 1), ("2b", 16, 8))
         for name in NODES
     ],
     # One model at increasing length, with our loss and with a loss that holds all logits.
