@@ -13,7 +13,6 @@ from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from esolm_jax.attention.recompute import pad_to_multiple
 from esolm_jax.model import row_sums
@@ -200,11 +199,22 @@ def _flat(arrays):
     return jnp.concatenate([a.reshape(-1, *a.shape[2:]) for a in arrays])
 
 
+def _starts(arrays) -> list[int]:
+    """Where all batches but the first begin in _flat(arrays)."""
+    sizes = [a.shape[0] * a.shape[1] for a in arrays]
+    return [sum(sizes[:i]) for i in range(1, len(sizes))]
+
+
+def _batch_of_each(arrays):
+    """The index of the batch of each entry of _flat(arrays): int32 [n]. Not jnp.repeat, whose
+    cumulative sum over all tokens XLA computes at compile time, in quadratic time."""
+    index = jnp.arange(sum(a.shape[0] * a.shape[1] for a in arrays))
+    return sum((jnp.int32(index >= start) for start in _starts(arrays)), jnp.zeros_like(index))
+
+
 def _unflat(array, like):
     """The inverse of _flat."""
-    sizes = [a.shape[0] * a.shape[1] for a in like]
-    ends = [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
-    parts = jnp.split(array, ends)
+    parts = jnp.split(array, _starts(like))
     return tuple(p.reshape(*a.shape[:2], *p.shape[1:]) for p, a in zip(parts, like, strict=True))
 
 
@@ -285,9 +295,8 @@ def weighted_nll(head: Head, hs, params, targets, weights):
 
 def _forward(head: Head, hs, params, targets, weights):
     def body(hs, params, targets, weights):
-        batch = jnp.repeat(jnp.arange(len(hs)), np.array([h.shape[0] * h.shape[1] for h in hs]))
         tokens = _Tokens(_flat(hs), _flat(targets), _flat(weights))
-        losses, dh, grads = _loss_and_grads(head, params, tokens, batch, len(hs))
+        losses, dh, grads = _loss_and_grads(head, params, tokens, _batch_of_each(hs), len(hs))
         return losses, _unflat(dh, hs), grads
 
     out_specs = sharding.spec(), sharding.spec("rows", "tokens", None), _specs(params)

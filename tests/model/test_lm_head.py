@@ -302,3 +302,11 @@ def test_chunk_is_no_longer_than_all_there_is():
 def test_chunk_is_sized_to_the_device_and_the_batch(platform, tokens, vocab, chunk, monkeypatch):
     monkeypatch.setattr(sharding, "platform", lambda mesh: platform)
     assert head(0).sized(tokens, vocab).chunk == chunk
+
+
+def test_sums_over_all_tokens_are_those_that_find_the_predicted_ones():
+    """XLA computes cumulative sums of constants at compile time, in quadratic time."""
+    args = draw(sizes=((8, 32), (2, 32)))
+    text = of_head(head(16)).lower(*args).as_text()
+    sums = re.findall(r"window_dimensions = array<i64: (\d+)>", text)
+    assert set(sums) == {"320"} and len(sums) <= 2
