@@ -47,6 +47,7 @@ class Case:
       rows: texts, or rows of a batch.
       goal: ms per pass at most; the share of the matrix products' speed at least; or of the
         bandwidth at least, below 1 for decoding.
+      attention: config.model.attention.
     """
 
     what: str
@@ -55,23 +56,26 @@ class Case:
     length: int
     rows: int
     goal: float
+    attention: str = "auto"
 
     @property
     def in_published(self) -> bool:
         """Whether the published code is measured, too. At 8192 tokens it takes minutes."""
-        return self.file == "owt" and self.length <= 1024
+        return self.file == "owt" and self.length <= 1024 and self.attention == "auto"
 
     @property
     def name(self) -> str:
-        return f"{self.what} {self.file}:{self.objective}, {self.rows} x {self.length}"
+        name = f"{self.what} {self.file}:{self.objective}, {self.rows} x {self.length}"
+        return name + (f", {self.attention}" if self.attention != "auto" else "")
 
     def config(self, dry_run: bool):
         length = min(self.length, 64) if dry_run else self.length
         rows = min(self.rows, 4) if dry_run else self.rows
         config = config_files.on_one_device(self.file, self.objective, length=length, rows=rows)
-        config.model.remat = "matmuls"
-        if dry_run:
-            config.update_from_flattened_dict(TINY)
+        config.model.remat = "operands"
+        config.model.attention = self.attention
+        if dry_run:  # any device has an "auto"
+            config.update_from_flattened_dict(TINY | {"model.attention": "auto"})
         config_lib.validate(config)
         return config
 
@@ -85,6 +89,8 @@ CASES = [
     Case("train", "owt", "0.5", 1024, 32, 0.5),
     Case("train", "owt", "mdlm", 1024, 32, 0.5),
     Case("train", "owt", "ar", 1024, 32, 0.5),
+    Case("train", "owt", "mdlm", 1024, 32, 0.5, "cudnn"),
+    Case("train", "owt", "ar", 1024, 32, 0.5, "cudnn"),
 ]
 
 

@@ -27,15 +27,16 @@ SIZES = tuple(
 
 def model_config(config, tokenizer: dict, platform: str) -> ModelConfig:
     """Sizes of the model: config.model and the tokenizer's vocabulary with the mask token.
-    `platform` ("cpu", "gpu", "tpu") determines what is "auto". Blocks are not unrolled if their
-    parameters are split: the compiler would gather them once, and hold all of them whole."""
+    `platform` ("cpu", "gpu", "tpu") determines what is "auto". Without remat, split parameters are
+    not unrolled: the compiler would gather each once, and hold all of them whole."""
     m = config.model
+    unrolls = platform == "gpu" and (config.mesh.fsdp == 1 or m.remat != "none")
     return ModelConfig(
         vocab_size=num_ids(tokenizer),
         dropout=m.dropout,
         dropout_bits=dropout_bits(m.dropout_bits, platform),
         dtype=m.dtype,
-        unroll=m.unroll or (m.blocks if platform == "gpu" and config.mesh.fsdp == 1 else 1),
+        unroll=m.unroll or (m.blocks if unrolls else 1),
         attention=attention.resolve(m.attention, platform, config.data.seq_len),
         remat=m.remat,
         **{name: m[name] for name in SIZES},

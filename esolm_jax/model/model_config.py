@@ -3,11 +3,14 @@
 import dataclasses
 
 TIME_FREQUENCIES = 256  # sinusoids of the time embedding
+# All products and the statistics of norms: no product is computed again. That of mlp_out is needed
+# for the gradient of its gate.
+_PRODUCTS = ("qkv", "attention", "attention_out", "mlp_in", "mlp_out", "norm")
 REMAT = {  # policy → names of the activations of a block that are kept for the backward pass
     "none": None,  # all of them
-    # All products and the statistics of norms: no product is computed again. That of mlp_out is
-    # needed for the gradient of its gate.
-    "matmuls": ("qkv", "attention", "attention_out", "mlp_in", "mlp_out", "norm"),
+    # What products read, too: no norm and no GELU is computed again.
+    "operands": (*_PRODUCTS, "operand", "residual"),
+    "matmuls": _PRODUCTS,
     "attention": ("attention",),
     "full": (),
 }

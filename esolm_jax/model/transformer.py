@@ -65,7 +65,7 @@ class Block(nnx.Module):
         """Normed, modulated h → rotated queries [B, H, T, K] and keys, and values [B, G, T, K]; of
         each batch."""
         shift, scale, *_ = modulation
-        normed = tuple(self.attention_norm(h, shift, scale) for h in hs)
+        normed = _keep("operand", (self.attention_norm(h, shift, scale) for h in hs))
         return [
             self._heads(qkv, angle) for qkv, angle in zip(self.qkv(normed), angles, strict=True)
         ]
@@ -97,17 +97,23 @@ class Block(nnx.Module):
             h + gate * layers.dropout(self.config, key, out)
             for h, out, (key, _) in zip(hs, outs, keys, strict=True)
         ]
-        normed = tuple(self.mlp_norm(h, mlp_shift, mlp_scale) for h in hs)
+        hs = _keep("residual", hs)
+        normed = _keep("operand", (self.mlp_norm(h, mlp_shift, mlp_scale) for h in hs))
         inner = self.mlp_in(normed)
         active = functools.partial(layers.activate, self.config)
         if self.config.remat == "none":
             # Only its input is kept: the rest costs more to store than to recompute.
             active = jax.checkpoint(active)
-        outs = self.mlp_out(tuple(active(i) for i in inner))
+        outs = self.mlp_out(_keep("operand", (active(i) for i in inner)))
         return tuple(
             h + mlp_gate * layers.dropout(self.config, key, out)
             for h, out, (_, key) in zip(hs, outs, keys, strict=True)
         )
+
+
+def _keep(name: str, arrays) -> tuple:
+    """The arrays, by the name that a policy of REMAT keeps them by."""
+    return tuple(checkpoint_name(a, name) for a in arrays)
 
 
 class Transformer(nnx.Module):

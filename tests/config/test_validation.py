@@ -97,7 +97,7 @@ OUT_OF_RANGE = [
     ("model.rope_high", -1.0, "above 0"),
     ("model.rope_attention_factor", 0.0, "above 0"),
     ("model.attention", "sparse", "one of auto, dense, chunked, flash, cudnn, splash"),
-    ("model.remat", "some", "one of none, matmuls, attention, full"),
+    ("model.remat", "some", "one of none, operands, matmuls, attention, full"),
     ("model.loss_chunk", -1, "at least 0"),
     ("mesh.data", 0, "-1 (the rest of the devices) or at least 1"),
     ("mesh.data", -2, "-1 (the rest of the devices) or at least 1"),

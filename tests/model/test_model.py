@@ -178,7 +178,7 @@ def test_remat_and_unroll_change_neither_loss_nor_gradients():
     base = dataclasses.replace(LLAMA, dropout=0.2, attention="chunked")
     batches, key = (causal(),), jax.random.key(3)
     found = []
-    for change in {}, {"remat": "full"}, {"remat": "matmuls", "unroll": 2}:
+    for change in {}, {"remat": "full"}, {"remat": "operands", "unroll": 2}:
         run, labelled = loss_and_grads(dataclasses.replace(base, **change), batches, None, key)
         found.append(run(params_of(LLAMA), labelled))
     assert np.abs(np.asarray(found[0][0])).min() > 0
@@ -208,7 +208,8 @@ def products_again(config):
 
 
 def test_the_gradient_of_a_gate_needs_no_product_again():
-    assert products_again(DIT)["matmuls"] == 0
+    again = products_again(DIT)
+    assert again["matmuls"] == again["operands"] == 0
 
 
 def test_what_is_kept_is_not_computed_again():
@@ -216,7 +217,7 @@ def test_what_is_kept_is_not_computed_again():
     that each needs."""
     again = products_again(LLAMA)
     # attention: qk, v; kernels: qkv, out, in (that of mlp_out is not needed)
-    assert again == {"none": 0, "matmuls": 0, "attention": 3, "full": 5}
+    assert again == {"none": 0, "operands": 0, "matmuls": 0, "attention": 3, "full": 5}
 
 
 def test_two_batches_at_once_are_each_alone():

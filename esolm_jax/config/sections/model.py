@@ -18,7 +18,7 @@ from esolm_jax.config.field import Field
 STYLES = ("dit", "gpt2", "llama")
 DTYPES = ("float32", "bfloat16")
 ROPE_SCALINGS = ("llama3", "linear", "yarn")  # see model/rope.py
-REMAT = ("none", "matmuls", "attention", "full")  # see model/model_config.py
+REMAT = ("none", "operands", "matmuls", "attention", "full")  # see model/model_config.py
 
 _SIZE = {"fixes_weights": True}
 _FREE = {"may_change_on_resume": True}
@@ -64,9 +64,11 @@ MODEL = {
                        "else chunked. cudnn, in bfloat16, is for ar, mdlm and eso_b's diffusion "
                        "phase; flash computes the rest.", OneOf(("auto", *kinds.KINDS)),
                        former_values={"lean": {"model.attention": "chunked"}}, **_FREE),
-    "remat": Field("none", "What the backward pass recomputes.", OneOf(REMAT), **_FREE),
+    "remat": Field("none", "What the backward pass recomputes. No product: none, operands (fewest "
+                   "bytes on a GPU), matmuls; all but attention; all.",
+                   OneOf(REMAT), **_FREE),
     "loss_chunk": Field(0, "Tokens that a device projects on the vocabulary at a time; 0 = 512 on "
                         "CPUs, elsewhere an eighth of all, as memory allows.", count(0), **_FREE),
-    "unroll": Field(0, "Blocks per iteration of the scan over blocks; 0 = all on GPUs without "
-                    "fsdp.", at_least(0, MAX_UNROLL), **_FREE),
+    "unroll": Field(0, "Blocks per iteration of the scan over blocks; 0 = all on GPUs, unless "
+                    "remat is none and fsdp above 1.", at_least(0, MAX_UNROLL), **_FREE),
 }  # fmt: skip
