@@ -36,7 +36,7 @@ def make_config(**fields):
 
 ESO_B, MDLM = {"objective": "eso_b"}, {"objective": "mdlm", "alpha_0": 1.0}
 STEPS = {
-    "h100:8, eso_b": ("h100:8", ESO_B | {"model__remat": "operands"}),  # unrolled
+    "h100:8, eso_b": ("h100:8", ESO_B | {"model__remat": "operands"}),  # its usual pass is unrolled
     "v5e:4x4, mdlm": (POD, MDLM),
     "v5e:4x4, eso_b": (POD, ESO_B),  # its two phases, trimmed or not, take over a minute
 }
@@ -91,9 +91,7 @@ def test_memory_is_that_of_a_part_of_the_state(step):
     assert split < hbm["parameters"] < 1.05 * split
     assert hbm["ema"] == hbm["parameters"]
     assert 2 * hbm["parameters"] <= hbm["optimizer"] < 2.01 * hbm["parameters"]
-    assert hbm["temporaries"] > 0
-    is_unrolled = step["topology"] == "h100:8"  # then they are temporaries like others
-    assert (hbm["activations"] == 0) == is_unrolled
+    assert hbm["activations"] > 0 and hbm["temporaries"] > 0
     assert hbm["fits"] and hbm["total"] < hbm["available"]
 
 
