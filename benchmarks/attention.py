@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from benchmarks import interleaved_timings, report_writer
 from esolm_jax.attention import attend as attention
+from esolm_jax.attention import cudnn
 from esolm_jax.attention import kinds as kinds_lib
 from esolm_jax.family.labels import Layout, Tokens
 
@@ -36,10 +37,13 @@ def passes(length: int) -> dict[str, Tokens]:
     return found
 
 
-def kinds(tokens: Tokens, platform: str) -> list[str]:
-    """The kinds of the platform; splash needs a layout."""
+def kinds(tokens: Tokens, platform: str, dtype: str, width: int) -> list[str]:
+    """The kinds of the platform that compute these tokens themselves, not by another kind."""
     names = [k for k in kinds_lib.KINDS if kinds_lib.PLATFORM.get(k, platform) == platform]
-    return [k for k in names if k != "splash" or tokens.layout]
+    narrow = dtype == "bfloat16" and width <= kinds_lib.CUDNN_WIDTH
+    without = {"splash"} if tokens.layout is None else set()
+    without |= set() if cudnn.has_mask(tokens.layout) and narrow else {"cudnn"}
+    return [k for k in names if k not in without]
 
 
 @functools.partial(jax.jit, static_argnames="kind")
@@ -64,7 +68,7 @@ def measure(tokens: Tokens, arguments) -> dict[str, dict]:
     tokens = jax.tree.map(lambda a: jnp.broadcast_to(a, (arguments.rows, a.shape[1])), tokens)
     with jax.default_matmul_precision("highest"):
         exact = step(tokens, *(a.astype(jnp.float32) for a in operands), kind="dense")
-    names = kinds(tokens, jax.default_backend())
+    names = kinds(tokens, jax.default_backend(), arguments.dtype, arguments.width)
     errors = {kind: error(step(tokens, *operands, kind=kind), exact) for kind in names}
     calls = [functools.partial(step, tokens, *operands, kind=kind) for kind in names]
     seconds, _ = interleaved_timings.timed(calls, arguments.repeats)

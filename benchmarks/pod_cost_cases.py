@@ -80,6 +80,7 @@ SECTIONS = {
             train__batch_size=rows * topology.num_chips(name),
             train__grad_accumulation=1,
             mesh__fsdp=fsdp,
+            model__remat="operands",
         )
         for file, rows, fsdp in (("owt", OWN_ROWS, 1), ("2b", 16, 8))
         for name in NODES

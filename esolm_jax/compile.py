@@ -35,7 +35,7 @@ def define_flags() -> None:
     flags.DEFINE_enum("program", "train", PROGRAMS, "What to compile.")
     flags.DEFINE_string("out", None, "The JSON file to write; default compile.json.")
     flags.DEFINE_bool(
-        "sweep", False, "Try meshes and remat policies in the largest micro-batches that fit."
+        "sweep", False, "Try meshes and remat policies, each in the fewest micro-batches."
     )
 
 

@@ -156,9 +156,13 @@ class _Reader:
 
     def events(self, frame: Frame) -> list[Event]:
         """The events of one execution of a computation, calls included."""
-        return [e for i in frame.computation.instructions.values() for e in self.of(i, frame)]
+        return [
+            e
+            for i in frame.computation.instructions.values()
+            for e in self.instruction_events(i, frame)
+        ]
 
-    def of(self, i: Instruction, frame: Frame) -> list[Event]:
+    def instruction_events(self, i: Instruction, frame: Frame) -> list[Event]:
         """The events of one execution of an instruction."""
         if i.opcode == "while":
             return self._loop(i, frame)
@@ -202,7 +206,7 @@ class _Reader:
 
 def flops_of(i: Instruction, frame: Frame, kernel_flops: Mapping[str, float]) -> float:
     """FLOPs of one execution of a launched instruction; kernel_flops as those of analyse."""
-    events = _Reader({}, kernel_flops, {}, set()).of(i, frame)
+    events = _Reader({}, kernel_flops, {}, set()).instruction_events(i, frame)
     return sum(e.flops or 0.0 for e in events if isinstance(e, Product | Kernel))
 
 

@@ -58,14 +58,15 @@ def _reduced_product(instruction: Instruction, computation: Computation) -> int:
 
 
 def _attention(instruction: Instruction, computation: Computation) -> int:
-    """cuDNN's, of q [B, T, H, K] and k [B, S, G, K]: two products, and backward five. Causal: the
-    visible pairs."""
+    """FLOPs of cuDNN's attention of q [B, T, H, K] and k [B, S, G, K]: two products forward, five
+    backward, over all pairs, or over the visible ones with a causal mask."""
     q, k = (_shape(name, computation).sizes for name in instruction.operands[:2])
     rows, queries, heads, width = q
     pairs = rows * heads * queries * k[1]
-    if '"mask_type": "CAUSAL"' in instruction.attributes:
+    if re.search(r'"mask_type":\s*"CAUSAL"', instruction.attributes):
         pairs = rows * heads * queries * (queries + 1) // 2
-    products = 5 if "Backward" in instruction.attributes else 2
+    target = instruction.attribute("custom_call_target") or ""
+    products = 5 if "Backward" in target else 2
     return 2 * products * pairs * width
 
 

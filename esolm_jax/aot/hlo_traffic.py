@@ -66,8 +66,8 @@ class Traffic:
         return sum((launch.bytes for launch in self.launches), 0.0)
 
     def seconds(self, chip: Chip) -> float:
-        """At least, on a device whose kernels run one after another: each takes its FLOPs or its
-        bytes, whichever take longer."""
+        """A lower bound of the time, if kernels run one after another, each for the longer of its
+        FLOPs and its bytes; prefetches run beside them."""
         in_order = sum(
             max(launch.flops / chip.flops, launch.bytes / chip.hbm_bandwidth)
             for launch in self.launches

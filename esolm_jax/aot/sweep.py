@@ -1,4 +1,4 @@
-"""Which mesh, remat policy and micro-batches a training step of a config is fastest with."""
+"""Searches meshes, remat policies and micro-batches for the fastest training step of a config."""
 
 import itertools
 import math
@@ -48,14 +48,13 @@ def run(config, name: str, num_slices: int, measure: Measure) -> list[dict]:
 
 
 def candidates(config, chips: int) -> Iterator[dict]:
-    """Fields to change: powers of two of fsdp and tensor, largest meshes first, and every remat
+    """Fields to change: powers of two of fsdp, from the largest, and of tensor, and every remat
     policy."""
-    powers = [2**n for n in range(7) if chips % 2**n == 0]
+    powers = [n for n in (1, 2, 4, 8, 16, 32, MAX_FSDP) if chips % n == 0]
     for fsdp, tensor, remat in itertools.product(reversed(powers), powers, REMAT):
         heads = config.model.kv_heads or config.model.heads
         divides = config.model.width % fsdp == 0 and heads % tensor == 0
-        small = fsdp <= MAX_FSDP and tensor <= MAX_TENSOR
-        if divides and small and chips % (fsdp * tensor) == 0:
+        if divides and tensor <= MAX_TENSOR and chips % (fsdp * tensor) == 0:
             yield {
                 "mesh.data": -1,
                 "mesh.fsdp": fsdp,
@@ -86,7 +85,8 @@ def seconds(figures: dict) -> float:
 
 
 def show(rows: list[dict]) -> None:
-    """Prints a table. MFU: at most, by products alone and by products and memory."""
+    """Prints a table. ms: see seconds(). MFU: at most, of the roofline, and of the sum over kernels
+    ("with memory", without the network)."""
     head = f"{'mesh':<32}{'remat':<11}{'parts':>5}{'HBM GiB':>9}{'FLOPs x':>9}{'sent x':>8}"
     print(f"{head}{'ms':>9}{'MFU':>6}{'MFU with memory':>17}")
     for figures in rows:

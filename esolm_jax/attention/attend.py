@@ -50,8 +50,9 @@ def attend(
       q_BHTK, k_BGSK, v_BGSK: queries, keys, values; G divides H.
       queries, keys: the labels of the T queries and S keys. All kinds but dense are
         self-attention: `keys` are `queries`.
-      kind: one of KINDS. splash needs `queries.layout`; without one, chunked runs instead. So does
-        flash where cudnn has no mask for the layout.
+      kind: one of KINDS. splash needs `queries.layout`; without one, chunked runs instead. Where
+        cudnn has no mask for the layout, the tokens are sharded, or the arrays are float32, flash
+        runs instead.
       mesh: if given, q, k, v are sharded over it by sharding.RULES: rows, heads and tokens; keys
         and values are gathered over `sequence` inside.
 
@@ -66,6 +67,8 @@ def attend(
     if kind == "dense":
         return dense(q_BHTK, k_BGSK, v_BGSK, dense_mask(queries, keys))
     across = None if mesh is None or mesh.shape["sequence"] == 1 else "sequence"
+    if kind == "cudnn" and v_BGSK.dtype.itemsize > 2:  # such as a judge, which computes in float32
+        kind = "flash"
     attention = _implementation(kind, queries.layout, sharding.platform(mesh), across)
     if mesh is not None:
         attention = _on_mesh(attention, mesh, across)

@@ -2,8 +2,8 @@
 
 cuDNN has two of the masks that the rule leads to: tokens that read those before them (ar, and the
 diffusion phase of eso_b, whose tokens are in generation order), and tokens that all read each other
-(mdlm). Any other would take a bias for every pair. Padding comes last in both: no token reads it in
-the first, and a length for each row hides it in the second.
+(mdlm, mdlm_shifted). Any other would take a bias for every pair. Padding comes last in both: no
+token reads it in the first, and a length for each row hides it in the second.
 
 Tests compare the masks with the rule by JAX's own implementation of the same function; the kernels
 themselves run on GPUs only (`python -m benchmarks.attention` prints their errors and times).
@@ -19,7 +19,7 @@ from esolm_jax.attention.recompute import pad_to_multiple
 from esolm_jax.errors import UserError
 from esolm_jax.family.labels import Layout
 
-WIDTHS = 8  # cuDNN takes heads of a multiple of this width
+WIDTH_MULTIPLE = 8  # of the width of a head
 
 
 def has_mask(layout: Layout | None) -> bool:
@@ -61,12 +61,13 @@ def cudnn(
     lengths = None
     if layout.block != 1:
         real = k_rank == layout.labels(jnp.arange(layout.length))[0][None]
-        lengths = jnp.sum(real, axis=1, dtype=jnp.int32)
+        # Rows of padding alone, which nothing reads, see one key.
+        lengths = jnp.maximum(jnp.sum(real, axis=1, dtype=jnp.int32), 1)
     tokens_first = (
-        pad_to_multiple(jnp.moveaxis(a, 2, 1), 3, WIDTHS) for a in (q_BHTK, k_BGSK, v_BGSK)
+        pad_to_multiple(jnp.moveaxis(a, 2, 1), 3, WIDTH_MULTIPLE) for a in (q_BHTK, k_BGSK, v_BGSK)
     )
     try:
-        out_BTHK = _named(run, *tokens_first, lengths)
+        out_BTHK = _attend(run, *tokens_first, lengths)
     except RuntimeError as error:
         if not str(error).startswith("cuDNN"):  # is not detected, or not found
             raise
@@ -78,7 +79,7 @@ def cudnn(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _named(run, q_BTHK, k_BSGK, v_BSGK, lengths):
+def _attend(run, q_BTHK, k_BSGK, v_BSGK, lengths):
     """`run`, whose residuals have a name: under remat, the forward pass is not run twice."""
     return run(q_BTHK, k_BSGK, v_BSGK, key_value_seq_lengths=lengths)
 
@@ -86,8 +87,13 @@ def _named(run, q_BTHK, k_BSGK, v_BSGK, lengths):
 def _forward(run, q_BTHK, k_BSGK, v_BSGK, lengths):
     masked = functools.partial(run, key_value_seq_lengths=lengths)
     out, pull = jax.vjp(masked, q_BTHK, k_BSGK, v_BSGK)
-    pull = jax.tree.map(lambda a: checkpoint_name(a, "attention"), pull)  # for model.REMAT
-    return checkpoint_name(out, "attention"), pull
+    operands = q_BTHK, k_BSGK, v_BSGK  # which other names keep
+
+    def named(residual):  # for model.REMAT
+        is_operand = any(residual is a for a in operands)
+        return residual if is_operand else checkpoint_name(residual, "attention")
+
+    return checkpoint_name(out, "attention"), jax.tree.map(named, pull)
 
 
 def _backward(run, pull, grad_BTHK):
@@ -95,4 +101,4 @@ def _backward(run, pull, grad_BTHK):
     return *pull(grad_BTHK), None
 
 
-_named.defvjp(_forward, _backward)
+_attend.defvjp(_forward, _backward)

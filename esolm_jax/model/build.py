@@ -27,8 +27,8 @@ SIZES = tuple(
 
 def model_config(config, tokenizer: dict, platform: str) -> ModelConfig:
     """Sizes of the model: config.model and the tokenizer's vocabulary with the mask token.
-    `platform` ("cpu", "gpu", "tpu") determines what is "auto". Without remat, split parameters are
-    not unrolled: the compiler would gather each once, and hold all of them whole."""
+    `platform` ("cpu", "gpu", "tpu") determines what is "auto". Without remat, blocks with split
+    parameters stay a scan: the compiler would gather each once, and hold all of them whole."""
     m = config.model
     unrolls = platform == "gpu" and (config.mesh.fsdp == 1 or m.remat != "none")
     return ModelConfig(

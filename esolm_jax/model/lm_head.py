@@ -84,7 +84,7 @@ class Head:
         is_target = ids[None] == target_P[:, None]
         of_target = jnp.where(is_target, z, 0)
         platform = sharding.platform(self.spec.mesh)
-        own_top, total, target = row_sums.softmax(z, of_target, platform)
+        own_top, total, target = row_sums.softmax_statistics(z, of_target, platform)
         top = self._max(own_top)
         total = total * jnp.exp(own_top - top)
         total, target = (self.spec.sum_over(["tensor"], s) for s in (total, target))
@@ -153,7 +153,7 @@ def _chunk_statistics(head: Head, h_PD, gathered, target_P):
     nll, p, is_target = head.normalize(h_PD, *gathered, target_P)
     top = head._max(jnp.max(p, axis=1))
     of_target, entropy = jnp.where(is_target, p, 0), jax.scipy.special.entr(p)
-    sums = row_sums.plain(of_target, entropy, platform=sharding.platform(head.spec.mesh))
+    sums = row_sums.sum_rows(of_target, entropy, platform=sharding.platform(head.spec.mesh))
     of_target, entropy = (head.spec.sum_over(["tensor"], s) for s in sums)
     return nll, top, (of_target >= top).astype(jnp.float32), entropy
 

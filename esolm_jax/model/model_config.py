@@ -8,7 +8,7 @@ TIME_FREQUENCIES = 256  # sinusoids of the time embedding
 _PRODUCTS = ("qkv", "attention", "attention_out", "mlp_in", "mlp_out", "norm")
 REMAT = {  # policy → names of the activations of a block that are kept for the backward pass
     "none": None,  # all of them
-    # What products read, too: no norm and no GELU is computed again.
+    # What products read, too: neither a norm's result nor GELU's is computed again.
     "operands": (*_PRODUCTS, "operand", "residual"),
     "matmuls": _PRODUCTS,
     "attention": ("attention",),

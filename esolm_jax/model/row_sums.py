@@ -11,7 +11,7 @@ import numpy as np
 LOWEST = -1e30  # below every logit; its exponential is 0
 
 
-def plain(*arrays_PV, platform: str):
+def sum_rows(*arrays_PV, platform: str):
     """The sums of the rows of each array: tuple of [P]."""
     if platform != "gpu":
         return tuple(jnp.sum(a, axis=1) for a in arrays_PV)
@@ -19,7 +19,7 @@ def plain(*arrays_PV, platform: str):
     return jax.lax.reduce(arrays_PV, (np.float32(0),) * len(arrays_PV), add, (1,))
 
 
-def softmax(z_PV, other_PV, platform: str):
+def softmax_statistics(z_PV, other_PV, platform: str):
     """The largest value of each row, Σ exp(z − largest), and the sum of the other array: float32
     [P] each. On a GPU, the sum is scaled again whenever a larger value appears (online softmax)."""
     if platform != "gpu":

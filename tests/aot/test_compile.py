@@ -37,6 +37,7 @@ def make_config(**fields):
 ESO_B, MDLM = {"objective": "eso_b"}, {"objective": "mdlm", "alpha_0": 1.0}
 STEPS = {
     "h100:8, eso_b": ("h100:8", ESO_B | {"model__remat": "operands"}),  # its usual pass is unrolled
+    "h100:8, mdlm, cudnn": ("h100:8", MDLM | {"model__attention": "cudnn"}),
     "v5e:4x4, mdlm": (POD, MDLM),
     "v5e:4x4, eso_b": (POD, ESO_B),  # its two phases, trimmed or not, take over a minute
 }
@@ -49,6 +50,8 @@ STEPS = {
 def step(request):
     name, fields = STEPS[request.param]
     pytest.importorskip("jax_cuda12_plugin" if name == "h100:8" else "libtpu")
+    if "cudnn" in request.param:
+        pytest.importorskip("nvidia.cudnn")
     return compile_lib.measure(make_config(**fields), name)
 
 

@@ -365,14 +365,15 @@ def test_cublas_products():
         ("fmhaSoftmaxBackward", "CAUSAL", 5 * 2 * 4 * 12 * 5050 * 64),
     ],
 )
-def test_products_of_cudnn_attention(target, mask, flops):
+@pytest.mark.parametrize("space", ["", " "])
+def test_products_of_cudnn_attention(target, mask, flops, space):
     text = module(
         PARAMETER,
         "%q = bf16[4,100,12,64]{3,2,1,0} parameter(1)",
         "%k = bf16[4,100,6,64]{3,2,1,0} parameter(2)",
         "%a = (bf16[4,12,100,64]{3,1,2,0}, f32[4,12,100]{2,1,0}) custom-call(%q, %k, %k), "
         f'custom_call_target="__cudnn${target}", backend_config='
-        f'{{"cudnn_fmha_backend_config": {{"fmha_scale": 0.125, "mask_type": "{mask}"}}}}',
+        f'{{"cudnn_fmha_backend_config": {{"fmha_scale": 0.125, "mask_type":{space}"{mask}"}}}}',
         "ROOT %r = f32[8]{0} copy(%p)",
     )
     assert hlo.analyse(text).flops == flops

@@ -19,7 +19,8 @@ from esolm_jax.family import rule
 from esolm_jax.family.labels import Layout, Tokens
 from esolm_jax.parallel import sharding
 
-# A new kernel goes into all three lists.
+# A new kernel goes into all three lists; into ALL alone, with tests of its own, if it is for some
+# layouts only.
 SKIPPING = ["chunked", "flash_interpret", "splash_interpret"]  # of what is invisible
 ALL = ["dense", *SKIPPING, "cudnn_interpret"]
 ANY_LABELS = ["chunked", "flash_interpret", "splash"]  # splash: falls back to chunked
@@ -137,9 +138,16 @@ def test_long_sequences(tokens):
     assert_is_plain(tokens, "chunked", heads=2, groups=1, width=8)
 
 
-@pytest.mark.parametrize("kind", ALL)
-def test_bfloat16(kind):
-    tokens = of_layout(LAYOUTS["last_queries"])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        *((kind, "last_queries") for kind in ALL if kind != "cudnn_interpret"),
+        ("cudnn_interpret", "causal"),
+        ("cudnn_interpret", "mdlm"),
+    ],
+)
+def test_bfloat16(kind, name):
+    tokens = of_layout(LAYOUTS[name])
     assert_is_plain(tokens, kind, dtype=jnp.bfloat16, tolerance=4e-2)
     q, k, v, _ = draw(tokens, dtype=jnp.bfloat16)
     run = functools.partial(attend, queries=tokens, keys=tokens, kind=kind)
@@ -148,7 +156,8 @@ def test_bfloat16(kind):
 
 @pytest.mark.parametrize("kind", ALL)
 def test_what_is_invisible_does_not_reach_the_last_bit(kind):
-    tokens = of_layout(Layout(84, queries=60), padding=(0,))
+    layout = Layout(144) if kind == "cudnn_interpret" else Layout(84, queries=60)
+    tokens = of_layout(layout, padding=(0,))
     q, k, v, grad = draw(tokens)
     mask = np.asarray(dense_mask(tokens, tokens)[0])
 
@@ -161,7 +170,7 @@ def test_what_is_invisible_does_not_reach_the_last_bit(kind):
     with compiled_for(kind):
         compiled = run.lower(k, v, grad).compile()
     before = np.asarray(compiled(k, v, grad)[0])
-    for changed in 20, 100:  # a query copy; a token in context
+    for changed in 20, 100:  # a query copy, if there are any; a token in context
         sees = mask[:, changed]
         unseen = np.where(sees[:, None], np.float32(0), grad)
         k_other, v_other = k.copy(), v.copy()
@@ -313,13 +322,22 @@ def test_cudnn_masks(name, monkeypatch):
     assert_is_plain(tokens, "cudnn_interpret", heads=4, groups=2, width=20, mesh=mesh)
 
 
+def test_cudnn_leaves_float32_to_flash(monkeypatch):
+    """A judge computes in float32, whatever it was trained with."""
+    monkeypatch.setattr(jax.nn, "dot_product_attention", None)
+    monkeypatch.setattr("esolm_jax.attention.flash.flash", lambda q, k, v, *labels, **_: q + v)
+    tokens = of_layout(LAYOUTS["causal"])
+    q, k, v, _ = draw(tokens)
+    np.testing.assert_array_equal(attend(q, k, v, tokens, tokens, kind="cudnn"), q + v)
+
+
 def test_cudnn_that_is_not_installed_is_told(monkeypatch):
     def missing(*args, **kwargs):
         raise RuntimeError("cuDNN is not detected.")
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", missing)
     tokens = of_layout(LAYOUTS["causal"])
-    q, k, v, _ = draw(tokens)
+    q, k, v, _ = draw(tokens, dtype=jnp.bfloat16)
     with pytest.raises(UserError, match="config.model.attention='cudnn': .* not installed"):
         attend(q, k, v, tokens, tokens, kind="cudnn")
 
@@ -340,6 +358,17 @@ def test_cudnn_runs_forward_once_under_remat():
         return text.count("= stablehlo.dot_general")
 
     assert (products("attention"), products()) == (2 + 4, 2 + 1 + 4)
+
+
+def test_cudnn_keeps_no_operand_by_the_name_of_the_result(capsys):
+    """Keys and values have names of their own: remat=attention keeps none of them."""
+    tokens = of_layout(Layout(32), padding=(0,))
+    q, k, v, _ = draw(tokens, heads=2, groups=1)
+    attention = functools.partial(attend, queries=tokens, keys=tokens, kind="cudnn_interpret")
+    policy = jax.checkpoint_policies.save_only_these_names("attention")
+    jax.ad_checkpoint.print_saved_residuals(jax.checkpoint(attention, policy=policy), q, k, v)
+    kept = [x for x in capsys.readouterr().out.splitlines() if "named 'attention'" in x]
+    assert kept and not any(x.startswith("f32[1,32,1,16]") for x in kept)
 
 
 def test_blocks_that_nobody_sees():

@@ -61,12 +61,13 @@ MODEL = {
     "rope_attention_factor": Field(1.0, "Factor of rotated queries and of keys (yarn).",
                                    above(0), before=1.0, **_SIZE),
     "attention": Field("auto", "Implementation: auto = flash on a GPU, splash on a TPU if L > 128, "
-                       "else chunked. cudnn, in bfloat16, is for ar, mdlm and eso_b's diffusion "
-                       "phase; flash computes the rest.", OneOf(("auto", *kinds.KINDS)),
+                       "else chunked. cudnn, in bfloat16, is for ar, mdlm, mdlm_shifted and the "
+                       "diffusion phase of eso_b, if mesh.sequence is 1; flash computes the rest.",
+                       OneOf(("auto", *kinds.KINDS)),
                        former_values={"lean": {"model.attention": "chunked"}}, **_FREE),
-    "remat": Field("none", "What the backward pass recomputes. No product: none, operands (fewest "
-                   "bytes on a GPU), matmuls; all but attention; all.",
-                   OneOf(REMAT), **_FREE),
+    "remat": Field("none", "What the backward pass recomputes. none, operands, matmuls: no matrix "
+                   "product (operands moves fewest bytes on a GPU, matmuls keeps less); attention: "
+                   "all but attention; full: all.", OneOf(REMAT), **_FREE),
     "loss_chunk": Field(0, "Tokens that a device projects on the vocabulary at a time; 0 = 512 on "
                         "CPUs, elsewhere an eighth of all, as memory allows.", count(0), **_FREE),
     "unroll": Field(0, "Blocks per iteration of the scan over blocks; 0 = all on GPUs, unless "
