@@ -555,15 +555,17 @@ def test_local_ctrl_c(env, tmp_path):
 
 
 def test_local_killed_outright_leaves_no_process(env, tmp_path):
-    """Whatever ends the script but SIGKILL: here a hang-up."""
-    steps = plan(p0=[("linger", 30)])
+    """Whatever ends the script but SIGKILL: here a hang-up, also where these tests ignore it."""
+    steps = plan(p0=[("linger", 60)])
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup's is inherited
     process = subprocess.Popen(
         [*LOCAL[:2], "1", "1", "train"], env=env | steps, stdout=subprocess.PIPE
     )
+    signal.signal(signal.SIGHUP, before)
     end = time.monotonic() + 20
     while not (tmp_path / "pids").exists():
         assert time.monotonic() < end
         time.sleep(0.02)
     process.send_signal(signal.SIGHUP)
-    process.communicate(timeout=60)
+    process.communicate(timeout=30)
     check_all_gone([int(pid) for pid in (tmp_path / "pids").read_text().split()])
