@@ -251,7 +251,7 @@ def losses(workdir) -> list[float]:
     return [entry["loss"] for entry in entries]
 
 
-@pytest.fixture(scope="module", params=["eso_b", *(["ar"] if ALL else [])])
+@pytest.fixture(scope="module", params=["mdlm", *(["eso_b", "ar"] if ALL else [])])
 def objective(request):
     return request.param
 
