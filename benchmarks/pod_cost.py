@@ -147,7 +147,20 @@ def _commits(found: dict) -> str:
 def _configs(found: dict) -> str:
     head = "config", "pod", "mesh", "batch x L", "remat", "HBM GiB", "FLOPs x", "sent x", "step ms"
     rows = [_cells(name, f) for name, f in found.get("configs", {}).items()]
-    return report_writer.table([*head, "MFU <=", "with memory"], rows)
+    return report_writer.table([*head, "MFU <=", "with memory"], rows) + _changed(found)
+
+
+def _changed(found: dict) -> str:
+    """Which rows were recorded with another remat policy than the config has now."""
+    configs, changed = found.get("configs", {}), {}
+    for one in SECTIONS["configs"]:
+        remat = one.config().model.remat
+        if one.name in configs and configs[one.name]["remat"] != remat:
+            changed.setdefault(remat, set()).add(f"{one.file}:{one.argument}")
+    parts = [f"{', '.join(sorted(names))} (now {remat})" for remat, names in changed.items()]
+    if not parts:
+        return ""
+    return f"\nOlder than their configs are rows of {'; '.join(parts)}: see training_cost.md.\n"
 
 
 def _work(found: dict) -> str:
