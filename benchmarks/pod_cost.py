@@ -140,8 +140,8 @@ def _commits(found: dict) -> str:
     for section in SECTIONS:
         rows = found.get(section, {}).values()
         commits = sorted({f.get("commit", "b79972c or before") for f in rows})
-        parts.append(f"{section} {', '.join(commits)}")
-    return f"Recorded at commits: {'; '.join(parts)}. Times to compile are of two cores.\n"
+        parts.append(f"{section} at {', '.join(f'commit {name}' for name in commits)}")
+    return f"Recorded: {'; '.join(parts)}. Times to compile are of two cores.\n"
 
 
 def _configs(found: dict) -> str:
