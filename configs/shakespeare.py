@@ -3,7 +3,7 @@
     bash launch/quickstart.sh
 
 Hardware: a laptop, 2 CPU cores: about 5 minutes. Expected: perplexity (NELBO, alpha_0 = 0.5) 67 to
-73 on the test split, where a unigram model has 297, and 65 to 71 on the validation split.
+75 on the test split, where a unigram model has 297, and 65 to 71 on the validation split.
 """
 
 from esolm_jax.config import default_config

@@ -23,7 +23,7 @@ _MARKS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "Sharding")  # custom 
 _HOST = {"infeed", "outfeed", "send", "recv"}
 _SLICES = {"dynamic-slice", "gather", "slice"}
 _SAME = {"bitcast", "reshape"}  # views
-_PREFETCHES = {"copy-start", "slice-start"}  # run beside the kernels that follow
+_PREFETCHES = {"copy-start", "slice-start"}  # asynchronous copies: they overlap with kernels
 
 KernelBytes = Callable[[tuple[Shape, ...]], float]
 
@@ -34,7 +34,7 @@ class Launch:
 
     Attributes:
       bytes: read and written in the device's memory. flops: of matrix products.
-      is_prefetch: runs beside the kernels that follow.
+      is_prefetch: an asynchronous copy, which overlaps with kernels.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Traffic:
 
     def seconds(self, chip: Chip) -> float:
         """A lower bound of the time, if kernels run one after another, each for the longer of its
-        FLOPs and its bytes; prefetches run beside them."""
+        FLOPs and its bytes; asynchronous copies overlap with them."""
         in_order = sum(
             max(launch.flops / chip.flops, launch.bytes / chip.hbm_bandwidth)
             for launch in self.launches

@@ -148,7 +148,7 @@ def test_a_view_that_leaves_a_fusion_of_a_fusion():
 
 
 def test_seconds_of_kernels_one_after_another():
-    """Each takes its FLOPs or its bytes; a prefetch runs beside the others."""
+    """Each takes the longer of its FLOPs and bytes; an asynchronous copy overlaps with others."""
     chip = chips.Chip("gpu", 1.0, flops=2.0, hbm_bandwidth=10.0, link_bandwidth=1.0)
     bound_by_flops = Launch("product", bytes=50.0, flops=20.0)
     bound_by_bytes = Launch("norm", bytes=30.0)

@@ -555,7 +555,7 @@ def test_local_ctrl_c(env, tmp_path):
 
 
 def test_local_killed_outright_leaves_no_process(env, tmp_path):
-    """Whatever ends the script but SIGKILL: here a hang-up, also where these tests ignore it."""
+    """Any signal but SIGKILL ends them: here SIGHUP, even if the tests ignore it (nohup)."""
     steps = plan(p0=[("linger", 60)])
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup's is inherited
     process = subprocess.Popen(
