@@ -40,10 +40,12 @@ def passes(length: int) -> dict[str, Tokens]:
 def kinds(tokens: Tokens, platform: str, dtype: str, width: int) -> list[str]:
     """The kinds of the platform that compute these tokens themselves, not by another kind."""
     names = [k for k in kinds_lib.KINDS if kinds_lib.PLATFORM.get(k, platform) == platform]
-    narrow = dtype == "bfloat16" and width <= kinds_lib.CUDNN_WIDTH
-    without = {"splash"} if tokens.layout is None else set()
-    without |= set() if cudnn.has_mask(tokens.layout) and narrow else {"cudnn"}
-    return [k for k in names if k not in without]
+    fits_cudnn = dtype == "bfloat16" and width <= kinds_lib.CUDNN_WIDTH
+    computes = {
+        "splash": tokens.layout is not None,
+        "cudnn": fits_cudnn and cudnn.has_mask(tokens.layout),
+    }
+    return [k for k in names if computes.get(k, True)]
 
 
 @functools.partial(jax.jit, static_argnames="kind")

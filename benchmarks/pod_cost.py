@@ -31,6 +31,7 @@ from benchmarks.pod_cost_cases import (
 )
 from esolm_jax import compile as compile_lib
 from esolm_jax import results
+from esolm_jax.aot.chips import GIB
 from esolm_jax.model.lm_head import token_nll
 from esolm_jax.training.phase_loss import PhaseLoss
 
@@ -96,9 +97,6 @@ def temporaries(figures: dict) -> float | None:
     if "hbm" in figures and "total" in figures["hbm"]:
         return figures["hbm"]["activations"] + figures["hbm"]["temporaries"]
     return figures.get("temporaries")
-
-
-GIB = 2.0**30
 
 
 def table(found: dict) -> str:

@@ -19,13 +19,13 @@ from esolm_jax import cli, results
 from esolm_jax import config as config_lib
 from esolm_jax.aot import decoding, evaluation, sweep, topology
 from esolm_jax.aot import report as report_lib
+from esolm_jax.aot.chips import GIB
 from esolm_jax.data.manifest import planned_tokenizer
 from esolm_jax.errors import UserError
 from esolm_jax.model import build
 from esolm_jax.parallel import sharding
 from esolm_jax.training.train_step import Trainer
 
-GIB = 2.0**30
 PROGRAMS = ("train", "evaluate", "sample")
 
 

@@ -98,27 +98,20 @@ def memory(training: Trainer, compiled, chip: Chip) -> dict:
     }
 
 
-def cost(training: Trainer, text: str) -> hlo.Cost:
-    """The cost of a compiled training step; the usual branch is the trimmed one."""
-    return hlo.analyse(
-        text,
-        trip_counts={"predicted_chunks": _padded(training)},
-        kernel_flops=kernel_flops(training, text),
-        branches=USUAL,
-        kinds=KINDS,
-    )
+def _unknown(training: Trainer, text: str) -> dict:
+    """What the text of a compiled training step does not tell, as options of hlo.analyse and
+    hlo_traffic.program; the usual branch is the trimmed one."""
+    return {
+        "trip_counts": {"predicted_chunks": _padded(training)},
+        "kernel_flops": kernel_flops(training, text),
+        "branches": USUAL,
+    }
 
 
-def traffic(training: Trainer, text: str, chip: Chip) -> dict:
+def traffic(moved: hlo_traffic.Traffic, chip: Chip) -> dict:
     """What a training step launches on one chip, and reads and writes in its memory: operands and
     results of every kernel, as if no cache helped. step_seconds: if its kernels run one after
     another, each as fast as products and memory allow."""
-    moved = hlo_traffic.program(
-        text,
-        trip_counts={"predicted_chunks": _padded(training)},
-        kernel_flops=kernel_flops(training, text),
-        branches=USUAL,
-    )
     return {
         "kernels": moved.kernels,
         "bytes": moved.bytes,
@@ -147,7 +140,8 @@ def report(training: Trainer, compiled, chip: Chip) -> dict:
     """All figures of a compiled training step, as JSON-able numbers per chip and step."""
     config, built = training.config, training.built
     text = compiled.as_text()
-    cost_of_step = cost(training, text)
+    unknown = _unknown(training, text)
+    cost_of_step = hlo.analyse(text, **unknown, kinds=KINDS)
     work = lower_bound.step(config, training.phases)
     params = training.abstract_state().params
     chips = built.mesh.size
@@ -155,7 +149,8 @@ def report(training: Trainer, compiled, chip: Chip) -> dict:
     ideal = lower_bound.collective_bytes(config, built.model, work, built.mesh, params)
     sent, best = sum(cost_of_step.collectives.values()), sum(ideal.values())
     flops = {"compiled": cost_of_step.flops, "lower_bound": sum(needed.values())}
-    hbm, moved = memory(training, compiled, chip), traffic(training, text, chip)
+    hbm = memory(training, compiled, chip)
+    moved = traffic(hlo_traffic.program(text, **unknown), chip)
     return {
         "hbm": hbm,
         "flops": flops

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 from tqdm import tqdm
 
 from esolm_jax.aot import topology
+from esolm_jax.aot.chips import GIB
 from esolm_jax.errors import UserError
 from esolm_jax.model.model_config import REMAT
 
-GIB = 2.0**30
-MAX_FSDP, MAX_TENSOR = 64, 4
+FSDP, TENSOR = (64, 32, 16, 8, 4, 2, 1), (1, 2, 4)  # sizes that are tried
 STATE_BYTES = 16  # of a parameter in float32, its EMA and both moments of AdamW
 
 Measure = Callable[..., dict]
@@ -48,13 +48,11 @@ def run(config, name: str, num_slices: int, measure: Measure) -> list[dict]:
 
 
 def candidates(config, chips: int) -> Iterator[dict]:
-    """Fields to change: powers of two of fsdp, from the largest, and of tensor, and every remat
-    policy."""
-    powers = [n for n in (1, 2, 4, 8, 16, 32, MAX_FSDP) if chips % n == 0]
-    for fsdp, tensor, remat in itertools.product(reversed(powers), powers, REMAT):
+    """Fields to change: fsdp, from the largest, tensor, and every remat policy."""
+    for fsdp, tensor, remat in itertools.product(FSDP, TENSOR, REMAT):
         heads = config.model.kv_heads or config.model.heads
         divides = config.model.width % fsdp == 0 and heads % tensor == 0
-        if divides and tensor <= MAX_TENSOR and chips % (fsdp * tensor) == 0:
+        if divides and chips % (fsdp * tensor) == 0:
             yield {
                 "mesh.data": -1,
                 "mesh.fsdp": fsdp,

@@ -29,28 +29,17 @@ def has_mask(layout: Layout | None) -> bool:
     return layout.block == 1 or layout.block >= layout.length
 
 
-def cudnn(
-    q_BHTK,
-    k_BGSK,
-    v_BGSK,
-    q_rank,
-    q_in_context,
-    k_rank,
-    k_in_context,
-    *,
-    layout: Layout,
-    interpret: bool = False,
-):
+def cudnn(q_BHTK, k_BGSK, v_BGSK, *labels, layout: Layout, interpret: bool = False):
     """Attention over labels of this layout, [B, H, T, K] in the dtype of v; see `attend`.
 
     Args:
       q_BHTK, k_BGSK, v_BGSK: bfloat16 or float16, all tokens of the layout; K <= kinds.CUDNN_WIDTH.
+      labels: q_rank, q_in_context [B, T], k_rank, k_in_context [B, S].
       layout: one that `has_mask`.
       interpret: compute the same by XLA, on any device and in any dtype.
 
     Raises UserError if cuDNN is not installed.
     """
-    del q_rank, q_in_context, k_in_context  # as the layout says, but for padding
     width = q_BHTK.shape[-1]
     run = functools.partial(
         jax.nn.dot_product_attention,
@@ -60,6 +49,7 @@ def cudnn(
     )
     lengths = None
     if layout.block != 1:
+        k_rank = labels[2]  # the layout's, except for padding
         real = k_rank == layout.labels(jnp.arange(layout.length))[0][None]
         # Rows of padding alone, which nothing reads, see one key.
         lengths = jnp.maximum(jnp.sum(real, axis=1, dtype=jnp.int32), 1)

@@ -84,7 +84,7 @@ class Block(nnx.Module):
             q = q * self.config.rope_attention_factor**2
         if self.q_norm is not None:
             return q, k, v
-        return tuple(checkpoint_name(part, "qkv") for part in (q, k, v))
+        return _keep("qkv", (q, k, v))
 
     def combine(self, hs, attended, modulation, keys):
         """Residual of the attention [B, H, T, K], then of the MLP; of each batch."""

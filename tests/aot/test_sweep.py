@@ -63,10 +63,7 @@ def test_fewest_micro_batches_and_the_fastest_first(capsys):
 
 
 def test_what_never_fits_comes_last_and_meshes_without_room_for_the_state_are_left_out():
-    compiled = []
-
     def measure(config, name, num_slices):
-        compiled.append(config.mesh.fsdp)
         if config.train.grad_accumulation > 4:
             raise UserError("train.batch_size=4: must be a multiple")
         memory = 40 if config.model.remat == "full" else 400

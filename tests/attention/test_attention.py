@@ -323,7 +323,7 @@ def test_cudnn_masks(name, monkeypatch):
 
 
 def test_cudnn_leaves_float32_to_flash(monkeypatch):
-    """A judge computes in float32, whatever it was trained with."""
+    """A judge computes in float32, even if its config says cudnn."""
     monkeypatch.setattr(jax.nn, "dot_product_attention", None)
     monkeypatch.setattr("esolm_jax.attention.flash.flash", lambda q, k, v, *labels, **_: q + v)
     tokens = of_layout(LAYOUTS["causal"])
