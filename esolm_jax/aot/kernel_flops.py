@@ -1,19 +1,20 @@
 """FLOPs of the attention kernels (splash on TPUs, flash on GPUs) in a compiled step.
 
-Counts the blocks that a kernel computes: those with a visible pair.
+Counts the blocks that a kernel computes: those that one of its programs sees.
 """
 
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from esolm_jax.aot import hlo
-from esolm_jax.attention import recompute
-from esolm_jax.attention.flash import BLOCK_BYTES
+from esolm_jax.attention import flash, flash_kernels, recompute
 from esolm_jax.attention.splash import Tiling, tiling
 from esolm_jax.family import trim
 from esolm_jax.family.labels import Layout, Tokens
+from esolm_jax.parallel import sharding
 from esolm_jax.process import prng
 from esolm_jax.training.train_step import Trainer
 
@@ -110,27 +111,31 @@ def _flash(training: Trainer, labels: list[tuple]):
     With the sequence sharded, every shard is assumed to compute its share of the blocks.
     """
     parts = training.built.mesh.shape["sequence"]
-    block = BLOCK_BYTES // jnp.dtype(training.built.model.dtype).itemsize
-    by_size: dict[int, int] = {}
+    block = flash.BLOCK_BYTES // jnp.dtype(training.built.model.dtype).itemsize
+    capability = flash.capability(sharding.device(training.built.mesh))
+    by_size = {}
     for phase, queries, tokens in labels:
         for kept in {None, queries} if phase.can_trim_queries else {None}:
-            blocks, num_k = _visible_blocks(training, phase, tokens.layout, kept, block)
-            by_size.setdefault(num_k, blocks)
+            table = _visible_blocks(training, phase, tokens.layout, kept, block)
+            by_size.setdefault(table.shape[1] * block, table)
 
     def count(kernel: hlo.Kernel, products: int) -> float | None:
         """Operands: indices of blocks, their numbers, q [B, T, G, R, K], k [B, S, G, K], …"""
         rows, _, groups, heads, width = kernel.operands[2].sizes
-        blocks = by_size.get(kernel.operands[3].sizes[1])
-        if blocks is None:
+        table = by_size.get(kernel.operands[3].sizes[1])
+        if table is None:
             return None
+        name = next(name for name in _PRODUCTS if name in f"{kernel.name} {kernel.op_name}")
+        run = getattr(flash_kernels, name.removeprefix("flash_"))
+        blocks = flash.computed_blocks(run, width, table, capability)
         return products * 2 * block**2 * width * rows * groups * heads * blocks / parts
 
     return count
 
 
-def _visible_blocks(training: Trainer, phase, layout, queries, block: int) -> tuple[int, int]:
-    """(blocks with a visible pair, padded number of keys) of a pass with `queries` query copies;
-    None: all.
+def _visible_blocks(training: Trainer, phase, layout, queries, block: int) -> np.ndarray:
+    """bool [T / block, S / block], blocks with a visible pair, of a pass with `queries` query
+    copies; None: all.
 
     Without a layout, the kernel computes the blocks that any of its rows sees; those of
     DRAWN_ROWS random rows are assumed.
@@ -145,4 +150,4 @@ def _visible_blocks(training: Trainer, phase, layout, queries, block: int) -> tu
         tokens: Tokens = (labelled if queries is None else trim.trim(labelled, queries)).tokens
         labels = recompute.pad_labels((tokens.rank, tokens.in_context) * 2, block)
         table = recompute.block_mask(None, labels, block)
-    return int(table.sum()), table.shape[1] * block
+    return np.asarray(table)

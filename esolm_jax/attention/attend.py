@@ -69,7 +69,7 @@ def attend(
     across = None if mesh is None or mesh.shape["sequence"] == 1 else "sequence"
     if kind == "cudnn" and v_BGSK.dtype.itemsize > 2:  # such as a judge, which computes in float32
         kind = "flash"
-    attention = _implementation(kind, queries.layout, sharding.platform(mesh), across)
+    attention = _implementation(kind, queries.layout, sharding.device(mesh), across)
     if mesh is not None:
         attention = _on_mesh(attention, mesh, across)
     labels = queries.rank, queries.in_context, keys.rank, keys.in_context
@@ -77,7 +77,7 @@ def attend(
         return attention(q_BHTK, k_BGSK, v_BGSK, *labels)
 
 
-def _implementation(kind: str, layout: Layout | None, platform: str, across: str | None):
+def _implementation(kind: str, layout: Layout | None, device: jax.Device, across: str | None):
     """The function (q, k, v, *labels) → [B, H, T, K] of a kind. Kernels are imported on first use:
     importing Pallas takes a second."""
     interpret = kind.endswith("_interpret")
@@ -89,9 +89,10 @@ def _implementation(kind: str, layout: Layout | None, platform: str, across: str
         if has_mask(local_layout):
             return functools.partial(cudnn, layout=local_layout, interpret=interpret)
     if kind.startswith(("flash", "cudnn")):
-        from esolm_jax.attention.flash import flash
+        from esolm_jax.attention.flash import capability, flash
 
-        return functools.partial(flash, layout=local_layout, interpret=interpret)
+        options = {"capability": capability(device), "interpret": interpret}
+        return functools.partial(flash, layout=local_layout, **options)
     if kind.startswith("splash") and layout is not None:
         from esolm_jax.attention.splash import splash
 
@@ -99,7 +100,7 @@ def _implementation(kind: str, layout: Layout | None, platform: str, across: str
     if kind == "chunked" or kind.startswith("splash"):
         from esolm_jax.attention.chunked import chunked
 
-        return functools.partial(chunked, layout=local_layout, platform=platform)
+        return functools.partial(chunked, layout=local_layout, platform=device.platform)
     raise NotImplementedError(f"attention kind {kind!r}: has no branch in attend.py")
 
 

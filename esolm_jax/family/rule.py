@@ -22,6 +22,19 @@ def visible(q_rank, q_in_context, k_rank, k_in_context):
     return (k_in_context & reads_context) | (~k_in_context & reads_query_copy)
 
 
+def comparisons(q_rank, q_in_context, k_rank, k_in_context):
+    """The labels as int32 (q_reads, q_copy, k_context, k_copy), for kernels: a query sees a key if
+    k_context <= q_reads or k_copy == q_copy."""
+    none = jnp.iinfo(jnp.int32).max
+    labels = (
+        q_rank - jnp.where(q_in_context, 0, 1),
+        jnp.where(q_in_context, -1, q_rank),
+        jnp.where(k_in_context, k_rank, none),
+        jnp.where(k_in_context, -2, k_rank),
+    )
+    return tuple(label.astype(jnp.int32) for label in labels)
+
+
 def dense_mask(q: Tokens, k: Tokens) -> jax.Array:
     """The rule for all pairs: bool [B, Tq, Tk]. Uses ranks and contexts."""
     return visible(

@@ -122,10 +122,16 @@ def make_mesh(mesh_config, devices: Sequence | None = None) -> Mesh:
     return Mesh(grid, AXES)
 
 
+def device(mesh: Mesh | None) -> jax.Device:
+    """The first device of a mesh (None: the default device). Its programs run there, even if they
+    are compiled elsewhere."""
+    return mesh.devices.flat[0] if mesh else jax.devices()[0]
+
+
 def platform(mesh: Mesh | None) -> str:
-    """The platform of the devices of a mesh (None: of the default device): "cpu", "gpu" or "tpu".
-    Its programs run there, even if they are compiled elsewhere."""
-    return mesh.devices.flat[0].platform if mesh else jax.default_backend()
+    """The platform of the devices of a mesh (None: of the default device): "cpu", "gpu" or
+    "tpu"."""
+    return device(mesh).platform
 
 
 def describe(mesh: Mesh) -> str:

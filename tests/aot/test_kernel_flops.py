@@ -54,12 +54,16 @@ def computed_blocks(trainer, kernel, products, tokens):
 @pytest.mark.parametrize(("kernel", "products"), [("forward", 2), ("queries", 3), ("keys", 4)])
 def test_causal_attention_computes_a_triangle_of_blocks(kernel, products):
     blocks = computed_blocks(training("ar", 0.0, cond_width=0), kernel, products, LENGTH)
-    assert blocks == 4 * 5 / 2
+    of_programs = 2 * 2 + 2 * 4  # each with two adjacent blocks of queries
+    assert blocks == (4 * 5 / 2 if kernel == "keys" else of_programs)
 
 
 def test_query_copies_see_themselves_and_earlier_tokens():
-    """α₀ = 0, no trimming: 4 blocks of copies on a diagonal, then twice a triangle."""
-    assert computed_blocks(training("eso_b", 0.0), "forward", 2, 2 * LENGTH) == 4 + 2 * 10
+    """α₀ = 0, no trimming: 4 blocks of copies on a diagonal, then twice a triangle. A program has
+    two blocks of queries, or one of keys."""
+    trainer = training("eso_b", 0.0)
+    assert computed_blocks(trainer, "keys", 4, 2 * LENGTH) == 4 + 2 * 10
+    assert computed_blocks(trainer, "forward", 2, 2 * LENGTH) == 2 * (2 + 2) + 2 * 12
 
 
 def test_labels_without_a_layout_are_drawn():
