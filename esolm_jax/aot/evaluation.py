@@ -9,6 +9,7 @@ from esolm_jax.aot import hlo, report, topology
 from esolm_jax.aot.chips import Chip
 from esolm_jax.aot.kernel_flops import USUAL, kernel_flops
 from esolm_jax.evaluation import likelihood
+from esolm_jax.family import trim
 from esolm_jax.parallel import sharding
 from esolm_jax.process import prng
 from esolm_jax.training.train_step import Trainer
@@ -37,9 +38,9 @@ def measure(config, training: Trainer, chip: Chip) -> dict:
     mesh, model = training.built.mesh, training.built.model
     tokens = config.eval.batch_size * config.data.seq_len // sharding.num_row_shards(mesh)
     head = training.built.head.sized(tokens, model.vocab_size // mesh.shape["tensor"])
-    shape = config.eval.batch_size, config.data.seq_len
+    rows, length = config.eval.batch_size, config.data.seq_len
     phases = likelihood.bound_phases(config, training.built.special)
-    queries = [likelihood.kept_queries(phase, *shape, mesh) for phase in phases]
+    queries = [trim.kept_queries(phase, length, rows, mesh) for phase in phases]
     cost = hlo.analyse(
         compiled.as_text(),
         trip_counts={"predicted_chunks": tokens / head.chunk},

@@ -94,16 +94,10 @@ def bound_phases(config, special: SpecialIds) -> tuple[Phase, ...]:
     return tuple(dataclasses.replace(phase, can_trim_queries=False) for phase in phases)
 
 
-def kept_queries(phase: Phase, rows: int, length: int, mesh) -> int | None:
-    """The query copies of a row of a phase in a batch, as trim.kept_queries; mesh: None = one
-    device."""
-    multiple = math.lcm(8, mesh.shape["sequence"] if mesh else 1)
-    return trim.kept_queries(phase, length, rows, multiple)
-
-
 def on_kept_queries(run, phase: Phase, labelled: LabelledBatch, mesh):
     """run(labelled), without the query copies that reach no loss; mesh: None = one device."""
-    queries = kept_queries(phase, *labelled.target.shape, mesh)
+    rows, length = labelled.target.shape
+    queries = trim.kept_queries(phase, length, rows, mesh)
     return trim.trimmed_if_fits(run, labelled, queries)
 
 

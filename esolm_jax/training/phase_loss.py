@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -124,14 +123,14 @@ def make_objective(config, built, phases: Sequence[Phase]) -> PhaseLoss:
     """The objective of a training run: `built` is a build.BuiltModel."""
     rows = config.train.batch_size // config.train.grad_accumulation
     length = config.data.seq_len
-    multiple = math.lcm(8, built.mesh.shape["sequence"])
     padded = config.data.packing == "pad"  # padding comes after the predicted tokens
-    kept = tuple(
-        None if padded else trim.kept_queries(phase, length, round(phase.fraction * rows), multiple)
-        for phase in phases
-    )
+
+    def kept(phase: Phase) -> int | None:
+        return trim.kept_queries(phase, length, round(phase.fraction * rows), built.mesh)
+
+    queries = tuple(None if padded else kept(phase) for phase in phases)
     accumulation = config.train.grad_accumulation
     rare = None
     if not config.model.unroll and built.model.unroll > 1:  # a scan is quicker to compile
         rare = transformer.bind(dataclasses.replace(built.model, unroll=1), built.mesh)
-    return PhaseLoss(built.apply, built.head, kept, accumulation, built.mesh, rare)
+    return PhaseLoss(built.apply, built.head, queries, accumulation, built.mesh, rare)

@@ -32,7 +32,7 @@ def labelled(num_real):
 
 def test_trimming_changes_no_bound_and_no_sum_of_a_report():
     """Of a batch that fits the trimmed pass, and of one with padding, which does not."""
-    queries = likelihood.kept_queries(sequential(), ROWS, LENGTH, None)
+    queries = trim.kept_queries(sequential(), LENGTH, ROWS, None)
     assert LENGTH / 2 < queries < LENGTH
     batches = [labelled(LENGTH), labelled(20)]
     assert [bool(trim.fits(one, queries)) for one in batches] == [True, False]
@@ -54,4 +54,4 @@ def test_trimming_changes_no_bound_and_no_sum_of_a_report():
 def test_padded_windows_are_not_trimmed():
     config = toy.config("eso_b", 0.5, LENGTH)
     config.data.packing = "pad"
-    assert likelihood.kept_queries(sequential(config), ROWS, LENGTH, None) is None
+    assert trim.kept_queries(sequential(config), LENGTH, ROWS, None) is None

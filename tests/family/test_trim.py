@@ -131,6 +131,16 @@ def test_all_are_kept_where_all_are_predicted(rows, masked_fraction):
     assert trim.num_queries(128, masked_fraction, rows) == 128
 
 
+def test_on_a_gpu_whole_blocks_of_attention_are_kept(monkeypatch):
+    """64 tokens of 1024 are not dear; of 128 they are."""
+    phase = types.SimpleNamespace(can_trim_queries=True, masked_fraction=0.5)
+    kept = functools.partial(trim.kept_queries, phase, rows=16, mesh=None)
+    anywhere = kept(1024), kept(128), kept(1000)
+    monkeypatch.setattr(sharding, "platform", lambda mesh: "gpu")
+    assert (kept(1024), kept(128), kept(1000)) == (576, *anywhere[1:])
+    assert anywhere == (560, 80, 552) and kept(64) == trim.num_queries(64, 0.5, 16)
+
+
 def test_how_often_a_batch_does_not_fit():
     draws = np.random.default_rng(0).binomial(64, 0.4, (40_000, 8)).max(axis=1)
     for bound in (26, 32, 38):
