@@ -43,7 +43,7 @@ def generator(config, built: BuiltModel) -> Generator:
 def measure(config, training: Trainer, chip: Chip) -> dict:
     """Compiles the programs of the loop. Figures of one chip; those of a pass are of the program
     whose loop moves most bytes. FLOPs and bytes sent are of one pass and what precedes the loop;
-    attention kernels are not counted."""
+    our kernels are not counted."""
     generates = generator(config, training.built)
     network = abstract_network(training, config.sample.weight_dtype)
     with tempfile.TemporaryDirectory() as dump, topology.compiling_for(training.built.mesh):
@@ -185,7 +185,7 @@ def show(figures: dict) -> None:
             if "graphs_per_pass" in figures
             else ""
         )
-        + f"  {'GFLOPs':<20}{figures['flops'] / 1e9:10.2f}, without attention kernels\n"
+        + f"  {'GFLOPs':<20}{figures['flops'] / 1e9:10.2f}, without those of our kernels\n"
         f"  {'MB sent':<20}{sum(figures['collectives'].values()) / 1e6:10.2f}\n"
         f"  {'MB moved':<20}{figures['bytes_per_pass'] / 1e6:10.1f}\n"
         f"  {'MB necessary':<20}{figures['necessary_bytes_per_pass'] / 1e6:10.1f}  "

@@ -102,9 +102,12 @@ def dropout(config: ModelConfig, key, h):
 
 def activate(config: ModelConfig, parts_BTPF):
     """GELU, or SwiGLU of two parts: [B, T, gates, F] → [B, T, F]."""
-    if config.style == "llama":
-        return jax.nn.silu(parts_BTPF[:, :, 0]) * parts_BTPF[:, :, 1]
-    return gelu(parts_BTPF[:, :, 0])
+    return activate_parts(config, [parts_BTPF[:, :, i] for i in range(parts_BTPF.shape[2])])
+
+
+def activate_parts(config: ModelConfig, parts):
+    """`activate` of a list of parts, in any shape."""
+    return jax.nn.silu(parts[0]) * parts[1] if config.style == "llama" else gelu(parts[0])
 
 
 def gelu(x):

@@ -8,6 +8,7 @@ import pytest
 import toy
 
 from esolm_jax.interop.export import exported_sampler
+from esolm_jax.sampling.engine import choose
 from esolm_jax.sampling.engine.choose import TokenSampler, argmax, at_temperature, gumbel, keys_of
 
 KEY = jax.random.key(0)
@@ -92,3 +93,17 @@ def test_ordinary_temperatures_divide_and_nothing_else():
         np.testing.assert_array_equal(at_temperature(logits, temperature), want)
         given = jnp.float32(temperature)
         np.testing.assert_array_equal(at_temperature(logits, given), logits / given)
+
+
+@pytest.mark.parametrize("mask_id", [0, 4])
+def test_the_largest_by_one_reduction_is_that_by_two(mask_id):
+    """With ties and infinities, without the mask; never the mask, even if all are NaN."""
+    rng = np.random.default_rng(0)
+    x = rng.choice([-np.inf, -1.0, 0.0, 2.0, np.inf], (40, 5, 5)).astype(np.float32)
+    x[0], x[1] = -np.inf, 1.0
+    x[..., mask_id] = -np.inf
+    ways = choose._argmax, choose._argmax_at_once
+    in_turn, at_once = (way(x, mask_id) for way in ways)
+    np.testing.assert_array_equal(at_once, in_turn)
+    nothing = jnp.full((1, 1, 5), jnp.nan)
+    assert mask_id not in [int(way(nothing, mask_id)[0, 0]) for way in ways]

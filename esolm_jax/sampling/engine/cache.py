@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from esolm_jax.family.rule import visible
 from esolm_jax.model import layers, rope
 from esolm_jax.model.model_config import ModelConfig
+from esolm_jax.sampling.engine.project import Projection
 
 KeyValue = tuple[jax.Array, jax.Array]
 
@@ -107,6 +108,10 @@ class Entries:
 
 class KVCache(Protocol):
     """The interface of a cache for a decoding loop and its network."""
+
+    @property
+    def projection(self) -> Projection:
+        """How the linear layers behind a norm are computed where this cache is used."""
 
     def attend(self, block: int, heads: Heads, visible: Visible) -> tuple[jax.Array, KeyValue]:
         """(attention of a window to itself and to the filled slots of a block [B, W, G, R, K], the

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from esolm_jax.model.lm_head import exclude_mask_token
 
@@ -124,11 +125,32 @@ def log_uniform(keys_BP):
 
 def argmax(x_BPV, mask_id: int):
     """int32 [B, P]: the first index of the maximum, excluding the mask also among non-finite
-    numbers; jnp.argmax is slow on CPUs."""
+    numbers."""
+    in_turn, at_once = (functools.partial(f, mask_id=mask_id) for f in (_argmax, _argmax_at_once))
+    return jax.lax.platform_dependent(x_BPV, cuda=at_once, default=in_turn)
+
+
+def _argmax(x_BPV, mask_id: int):
+    """Two reductions; one of pairs is slow on CPUs."""
     top, last = x_BPV.max(axis=-1, keepdims=True), x_BPV.shape[-1] - 1
     place = jax.lax.broadcasted_iota(jnp.int32, x_BPV.shape, x_BPV.ndim - 1)
     is_top = (x_BPV == top) & (place != mask_id)
     return jnp.where(is_top, place, last - (mask_id == last)).min(axis=-1)
+
+
+def _argmax_at_once(x_BPV, mask_id: int):
+    """One reduction of pairs: on a GPU half the kernels."""
+    last = x_BPV.shape[-1] - 1
+    last = np.int32(last - (mask_id == last))
+    place = jax.lax.broadcasted_iota(jnp.int32, x_BPV.shape, x_BPV.ndim - 1)
+    is_mask = place == mask_id
+    pairs = jnp.where(is_mask, -jnp.inf, x_BPV), jnp.where(is_mask, last, place)
+
+    def larger(a, b):
+        is_second = (b[0] > a[0]) | ((b[0] == a[0]) & (b[1] < a[1]))
+        return tuple(jnp.where(is_second, y, x) for x, y in zip(a, b, strict=True))
+
+    return jax.lax.reduce(pairs, (np.float32(-np.inf), last), larger, (x_BPV.ndim - 1,))[1]
 
 
 def at_temperature(logits_BPV, temperature):

@@ -21,6 +21,7 @@ from esolm_jax.sampling.engine.cache import (
     Visible,
     entries_of,
 )
+from esolm_jax.sampling.engine.project import Projection
 from esolm_jax.sampling.engine.quantize import Quantized, Slots
 
 QUANTIZED_SLOTS = 128  # their number is a multiple: a TPU reads tiles of so many scales
@@ -51,7 +52,7 @@ def _attend_with(platform: str, heads: Heads, visible: Visible, past, block: int
 
 @flax.struct.dataclass
 class _Kernels:
-    """Attention by kernels.
+    """Attention and products by kernels.
 
     Attributes:
       mesh: None = one device.
@@ -62,6 +63,10 @@ class _Kernels:
     mesh: Mesh | None = flax.struct.field(pytree_node=False, default=None)
     platform: str = flax.struct.field(pytree_node=False, default="gpu")
     interpret: bool = flax.struct.field(pytree_node=False, default=False)
+
+    @property
+    def projection(self) -> Projection:
+        return Projection(self.mesh, self.platform, self.interpret)
 
     def run(self, block: int, heads: Heads, visible: Visible, past=None):
         """The kernel, on each device's rows and groups."""

@@ -14,13 +14,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from esolm_jax.model import layers, rope
+from esolm_jax.model import rope
 from esolm_jax.model import transformer as model_lib
 from esolm_jax.model.model_config import ModelConfig
 from esolm_jax.parallel import multihost, sharding, stored_programs
 from esolm_jax.sampling.engine import cpu_kernels
 from esolm_jax.sampling.engine.cache import Entries, Heads, KVCache, Visible
 from esolm_jax.sampling.engine.quantize import Quantized, quantize
+from esolm_jax.sampling.engine.residual import Layer, Residual, normed
 
 
 @flax.struct.dataclass
@@ -220,19 +221,19 @@ def forward(network: Network, window: Window, cache: KVCache) -> tuple[jax.Array
        the entries of the window, for cache.write.)
     """
     config = network.config
-    h = _embed(network, window)
+    residual = Residual(_embed(network, window))
     angles = rope.rope_angles(window.position, config)
     visible = Visible(window.rank, window.in_context, window.filled)
     pairs = []
     for i, block in enumerate(network.blocks):
-        heads = _heads(config, block, h, angles)
+        heads, h = _heads(config, cache.projection, block, residual, angles)
         a_BWGRK, pair = cache.attend(i, heads, visible)
-        h = _behind_attention(config, block, h, a_BWGRK)
+        residual = _behind_attention(config, cache.projection, block, h, a_BWGRK)
         pairs.append(pair)
     if window.pick.shape[1] == 0:  # the attention of the last block is not computed
         return None, cache.pending(pairs, pairs[-1][0][:, 0, 0])
-    h = jnp.take_along_axis(h, window.pick[..., None], axis=1)
-    logits = cpu_kernels.matmul(_norm(config, h), network.logits, jnp.float32)
+    h = jnp.take_along_axis(residual.sum(), window.pick[..., None], axis=1)
+    logits = cpu_kernels.matmul(normed(config, h), network.logits, jnp.float32)
     if network.logits_bias is not None:
         logits = logits + network.logits_bias[None, None]
     return logits, cache.pending(pairs, h)
@@ -246,31 +247,21 @@ def _embed(network, window):
     return h + network.positions.at[window.position].get(mode="clip")
 
 
-def _norm(config, h_BWD):
-    """The model's, whose scale and bias are in the weights."""
-    return layers.normalize(config, h_BWD).astype(config.dtype)
-
-
-def _linear(block, name, h_BWD):
-    y = cpu_kernels.matmul(h_BWD, block[name])
-    bias = block.get(f"{name}_bias")
-    return y if bias is None else y + bias.astype(y.dtype).reshape(1, 1, *bias.shape)
-
-
 # Blocks have one shape, so JAX traces these once; the programs are the same.
-@functools.partial(jax.jit, static_argnums=0, inline=True)
-def _heads(config, block, h_BWD, angles) -> Heads:
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _heads(config, project, block, residual, angles) -> tuple[Heads, jax.Array]:
+    """(heads, the residual)"""
     cos, sin = (None, None) if angles is None else (part[:, 0] for part in angles)
-    products = cpu_kernels.matmul(_norm(config, h_BWD), block["qkv"])
-    return Heads(
-        products, block.get("qkv_bias"), block.get("qk_norm_scale"), cos, sin, config=config
-    )
+    products, h = project(residual, Layer(block["qkv"], None, False, config))
+    bias, scale = block.get("qkv_bias"), block.get("qk_norm_scale")
+    return Heads(products, bias, scale, cos, sin, config=config), h
 
 
-@functools.partial(jax.jit, static_argnums=0, inline=True)
-def _behind_attention(config, block, h_BWD, a_BWGRK):
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _behind_attention(config, project, block, h_BWD, a_BWGRK) -> Residual:
     """The rest of a block, from its attention on."""
     attended = a_BWGRK.reshape(*h_BWD.shape[:2], -1).astype(h_BWD.dtype)
-    h = h_BWD + _linear(block, "attention_out", attended)
-    inner = _linear(block, "mlp_in", _norm(config, h))
-    return h + _linear(block, "mlp_out", layers.activate(config, inner))
+    out = cpu_kernels.matmul(attended, block["attention_out"])
+    residual = Residual(h_BWD, out, block.get("attention_out_bias"))
+    inner, h = project(residual, Layer(block["mlp_in"], block.get("mlp_in_bias"), True, config))
+    return Residual(h, cpu_kernels.matmul(inner, block["mlp_out"]), block.get("mlp_out_bias"))

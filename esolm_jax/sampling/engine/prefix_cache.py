@@ -24,6 +24,7 @@ from esolm_jax.sampling.engine.cache import (
     Visible,
     entries_of,
 )
+from esolm_jax.sampling.engine.project import Projection
 from esolm_jax.sampling.engine.quantize import Quantized, Slots
 
 AXES = ("rows", "heads")  # logical axes of all arrays of a cache
@@ -35,6 +36,10 @@ QUERY_CHUNK = 256  # tokens of a window that attend at a time: bounds the memory
 @flax.struct.dataclass
 class NoCache(KeepsNothing):
     """See cache.no_cache."""
+
+    @property
+    def projection(self) -> Projection:
+        return Projection()
 
     def attend(self, block: int, heads: Heads, visible: Visible):
         del block
@@ -54,6 +59,10 @@ class PrefixCache:
     keys: tuple[Slots, ...]
     values: tuple[Slots, ...]
     aligned: bool = flax.struct.field(pytree_node=False, default=False)
+
+    @property
+    def projection(self) -> Projection:
+        return Projection()
 
     @property
     def prefixes(self) -> list[int]:

@@ -1,0 +1,63 @@
+"""Linear layers behind a norm in a decoding pass: a kernel on GPUs, XLA's products elsewhere."""
+
+import dataclasses
+import functools
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+
+from esolm_jax.model import layers
+from esolm_jax.parallel import sharding
+from esolm_jax.sampling.engine import cpu_kernels
+from esolm_jax.sampling.engine.quantize import Quantized
+from esolm_jax.sampling.engine.residual import Layer, Residual, biased, normed
+
+
+@dataclasses.dataclass(frozen=True)
+class Projection:
+    """How a platform projects: (residual, layer) → (the layer's result for the normed residual, the
+    residual as one array). Hashable.
+
+    Attributes:
+      mesh: None = one device.
+      platform: "gpu" for its kernel, else XLA's products.
+      interpret: run the kernel in Python, on any device.
+    """
+
+    mesh: Mesh | None = None
+    platform: str = ""
+    interpret: bool = False
+
+    def __call__(self, residual: Residual, layer: Layer) -> tuple[jax.Array, jax.Array]:
+        if self.platform == "gpu":
+            from esolm_jax.sampling.engine import project_gpu  # importing Pallas takes a second
+
+            if project_gpu.fits(residual, self.mesh, self.interpret):
+                run = functools.partial(project_gpu.project, interpret=self.interpret)
+                return self._on_mesh(run)(residual, layer)
+        h = residual.sum()
+        y = biased(cpu_kernels.matmul(normed(layer.config, h), layer.kernel), layer.bias)
+        return layers.activate(layer.config, y) if layer.activates else y, h
+
+    def _on_mesh(self, run):
+        """`run` on each device's rows and columns."""
+        if self.mesh is None:
+            return run
+
+        def on_mesh(residual: Residual, layer: Layer):
+            rows = sharding.spec("rows")
+            columns = (None, "mlp") if layer.activates else ("heads",)
+            kernel, bias = sharding.spec(None, *columns), sharding.spec(*columns)
+            if isinstance(layer.kernel, Quantized):
+                kernel = Quantized(kernel, bias)
+            of_layer = layer.replace(kernel=kernel, bias=bias)
+            of_result = sharding.spec("rows", None, columns[-1])
+            return jax.shard_map(
+                run,
+                mesh=self.mesh,
+                in_specs=(Residual(rows, rows, PartitionSpec()), of_layer),
+                out_specs=(of_result, rows),
+                check_vma=False,  # kernels do not declare over which axes their results vary
+            )(residual, layer)
+
+        return on_mesh

@@ -1,0 +1,193 @@
+"""A residual sum, the norm behind it, a matrix product and its activation as one GPU kernel
+(Pallas, by way of Triton), for few tokens.
+
+A decoding pass of few tokens is as long as its kernels are many. A program computes some columns of
+the product for all tokens, and the statistics of the norm beside it. The norm is applied to the
+product: with x of mean m and deviation s, ((x − m) / s) · W = (x · W − m · 1 · W) / s, so that the
+first weights need not wait for the statistics.
+
+Shapes: T tokens, rounded up to what Triton multiplies; J of the D terms at a time; F columns.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+from jax.sharding import Mesh
+
+from esolm_jax.attention.kernel_products import dot
+from esolm_jax.model import layers
+from esolm_jax.model.model_config import ModelConfig
+from esolm_jax.parallel import sharding
+from esolm_jax.sampling.engine.quantize import split
+from esolm_jax.sampling.engine.residual import Layer, Residual
+
+MOST_TOKENS = 64  # of a pass, B · W; beyond, matrix products are large enough
+MIN_TILE = 16  # Triton multiplies powers of two from this one
+COLUMNS = 32  # of a program: 64 bytes of a row of weights in bfloat16
+TILE = 2048  # entries of a tile of tokens
+AHEAD = 88 * 1024  # bytes that a program loads ahead, which fit every GPU's shared memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Sizes of one call: T tokens, D terms, F columns of each of `gates` products."""
+
+    tokens: int
+    terms: int
+    gates: int
+    columns: int
+    activates: bool
+    config: ModelConfig
+
+    @property
+    def rows(self) -> int:
+        return max(MIN_TILE, pl.next_power_of_2(self.tokens))
+
+    @property
+    def step(self) -> int:
+        """Terms at a time, J."""
+        return max(MIN_TILE, min(pl.next_power_of_2(self.terms), TILE // self.rows))
+
+    def stages(self, itemsize: int) -> int:
+        """Of Triton's loop: one computes, the others load."""
+        of_tokens = 2 * self.rows * self.step * jnp.dtype(self.config.dtype).itemsize
+        tile = self.gates * self.step * COLUMNS * itemsize + of_tokens
+        return 1 + min(max(1, AHEAD // tile), -(-self.terms // self.step))
+
+
+def fits(residual: Residual, mesh: Mesh | None, interpret: bool) -> bool:
+    """Whether `project` takes these: few tokens a device, of 16 bits; in tests, of any."""
+    shards = 1 if mesh is None else sharding.num_row_shards(mesh)
+    tokens = math.prod(residual.h.shape[:2]) // shards
+    return tokens <= MOST_TOKENS and (residual.h.dtype.itemsize == 2 or interpret)
+
+
+def project(
+    residual: Residual, layer: Layer, *, interpret: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """See project.Projection. `interpret`: run the kernel in Python, on any device."""
+    h, config = residual.h, layer.config
+    codes, scale = split(layer.kernel)
+    gates = codes.shape[1] if layer.activates else 1
+    terms, tokens = len(codes), math.prod(h.shape[:2])
+    sizes = Sizes(tokens, terms, gates, codes.size // (terms * gates), layer.activates, config)
+    given = {
+        "h": (h, (tokens, terms)),
+        "added": (residual.added, (tokens, terms)),
+        "added_bias": (residual.bias, -1),
+        "weights": (codes, (terms, -1)),
+        "scale": (scale, -1),
+        "bias": (layer.bias, -1),
+    }
+    named = {name: a.reshape(shape) for name, (a, shape) in given.items() if a is not None}
+    shapes = [jax.ShapeDtypeStruct((tokens, sizes.columns), h.dtype)]
+    if residual.added is not None:
+        shapes.append(jax.ShapeDtypeStruct((tokens, terms), h.dtype))
+    y, *sums = pl.pallas_call(
+        functools.partial(project_kernel, sizes, tuple(named)),
+        grid=(-(-sizes.columns // COLUMNS),),
+        out_shape=shapes,
+        compiler_params=triton.CompilerParams(
+            num_warps=4, num_stages=sizes.stages(codes.dtype.itemsize)
+        ),
+        interpret=interpret,
+        name="decode_project",
+    )(*named.values())
+    features = codes.shape[2:] if layer.activates else codes.shape[1:]
+    return y.reshape(*h.shape[:2], *features), sums[0].reshape(h.shape) if sums else h
+
+
+def project_kernel(sizes: Sizes, names: tuple[str, ...], *refs):
+    """COLUMNS columns for all tokens; the first program also stores the residual."""
+    named, (out, *sums) = dict(zip(names, refs, strict=False)), refs[len(names) :]
+    token = jnp.arange(sizes.rows)
+    program = pl.program_id(0)
+    column = program * COLUMNS + jnp.arange(COLUMNS)
+    exists = column < sizes.columns
+    ones = jnp.ones((sizes.rows, sizes.step), named["h"].dtype)
+
+    def step(i, carry):
+        products, sums_of_weights, total, squares = carry
+        term = i * sizes.step + jnp.arange(sizes.step)
+        is_term = term < sizes.terms
+        there = (token < sizes.tokens)[:, None] & is_term[None]
+        x_TJ = _residual(named, token, term, there, is_term)
+        if sums:
+            stores = there & (program == 0)
+            triton.store(sums[0].at[token[:, None], term[None]], x_TJ, mask=stores)
+        weights = [
+            triton.load(
+                named["weights"].at[term[:, None], (gate * sizes.columns + column)[None]],
+                mask=is_term[:, None] & exists[None],
+                other=0,
+            ).astype(x_TJ.dtype)
+            for gate in range(sizes.gates)
+        ]
+        wide_TJ = x_TJ.astype(jnp.float32)
+        return (
+            [y + dot(x_TJ, w, 1, 0) for y, w in zip(products, weights, strict=True)],
+            [y + dot(ones, w, 1, 0) for y, w in zip(sums_of_weights, weights, strict=True)],
+            total + wide_TJ,
+            squares + wide_TJ * wide_TJ,
+        )
+
+    nothing_TF = [jnp.zeros((sizes.rows, COLUMNS), jnp.float32)] * sizes.gates
+    nothing_TJ = jnp.zeros((sizes.rows, sizes.step), jnp.float32)
+    steps = -(-sizes.terms // sizes.step)
+    start = nothing_TF, nothing_TF, nothing_TJ, nothing_TJ
+    products, sums_of_weights, total, squares = jax.lax.fori_loop(0, steps, step, start)
+    mean, rate = _statistics(sizes, total, squares)
+    parts = [
+        _finished(sizes, named, gate, column, exists, (y - mean * w) * rate)
+        for gate, (y, w) in enumerate(zip(products, sums_of_weights, strict=True))
+    ]
+    y_TF = parts[0]
+    if sizes.activates:
+        y_TF = layers.activate_parts(sizes.config, [y.astype(jnp.float32) for y in parts])
+    mask = (token < sizes.tokens)[:, None] & exists[None]
+    triton.store(out.at[token[:, None], column[None]], y_TF.astype(out.dtype), mask=mask)
+
+
+def _residual(named, token, term, there, is_term):
+    """The sum of the residual, [T, J], each part rounded as XLA rounds it; 0 for terms that do not
+    exist."""
+    index = token[:, None], term[None]
+    h = triton.load(named["h"].at[index], mask=there, other=0)
+    if "added" not in named:
+        return h
+    added = triton.load(named["added"].at[index], mask=there, other=0)
+    if "added_bias" in named:
+        bias = triton.load(named["added_bias"].at[term], mask=is_term, other=0)
+        added = _add(added, jnp.broadcast_to(bias.astype(h.dtype)[None], h.shape))
+    return _add(h, added)
+
+
+def _add(a, b):
+    return (a.astype(jnp.float32) + b.astype(jnp.float32)).astype(a.dtype)
+
+
+def _statistics(sizes: Sizes, total, squares):
+    """(mean, 1 / deviation) of each token, [T, 1]; of a model with RMSNorm the mean counts as 0."""
+    mean = total.sum(axis=1) / sizes.terms
+    variance = squares.sum(axis=1) / sizes.terms
+    if sizes.config.style == "llama":
+        mean = jnp.zeros_like(mean)
+    variance = jnp.maximum(variance - mean * mean, 0)
+    return mean[:, None], jax.lax.rsqrt(variance + sizes.config.norm_eps)[:, None]
+
+
+def _finished(sizes: Sizes, named, gate: int, column, exists, y_TF):
+    """With scale and bias, rounded as XLA rounds them."""
+    at, dtype = gate * sizes.columns + column, named["h"].dtype
+    if "scale" in named:
+        y_TF = y_TF * triton.load(named["scale"].at[at], mask=exists, other=0)[None]
+    y_TF = y_TF.astype(dtype)
+    if "bias" not in named:
+        return y_TF
+    bias = triton.load(named["bias"].at[at], mask=exists, other=0).astype(dtype)
+    return _add(y_TF, jnp.broadcast_to(bias[None], y_TF.shape))

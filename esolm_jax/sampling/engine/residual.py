@@ -1,0 +1,53 @@
+"""The residual stream of a decoding pass, and the layers that read it behind a norm."""
+
+import flax.struct
+import jax
+
+from esolm_jax.model import layers
+from esolm_jax.model.model_config import ModelConfig
+from esolm_jax.sampling.engine.quantize import Quantized
+
+
+@flax.struct.dataclass
+class Residual:
+    """The residual stream [B, W, D], as a sum.
+
+    Attributes:
+      h: the first part.
+      added: the second, in the dtype of h, and `bias`, float32 [D]; None = nothing.
+    """
+
+    h: jax.Array
+    added: jax.Array | None = None
+    bias: jax.Array | None = None
+
+    def sum(self) -> jax.Array:
+        if self.added is None:
+            return self.h
+        return self.h + biased(self.added, self.bias)
+
+
+@flax.struct.dataclass
+class Layer:
+    """A linear layer of a folded network, behind a norm.
+
+    Attributes:
+      kernel: [D, …]. bias: float32 […], or None.
+      activates: whether the activation of the MLP follows: of [D, gates, F], [B, W, F].
+      config: of the trained model.
+    """
+
+    kernel: jax.Array | Quantized
+    bias: jax.Array | None
+    activates: bool = flax.struct.field(pytree_node=False)
+    config: ModelConfig = flax.struct.field(pytree_node=False)
+
+
+def normed(config: ModelConfig, h_BWD):
+    """By the model's norm, whose scale and bias are in the weights."""
+    return layers.normalize(config, h_BWD).astype(config.dtype)
+
+
+def biased(y_BW, bias):
+    """The products [B, W, …] with their bias […], which may be None."""
+    return y_BW if bias is None else y_BW + bias.astype(y_BW.dtype).reshape(1, 1, *bias.shape)

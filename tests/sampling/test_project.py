@@ -1,0 +1,89 @@
+"""The GPU's kernel for a residual sum, a norm and the product behind it, against XLA's products."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from styles import DIT, LLAMA
+
+from esolm_jax.sampling.engine import project_gpu
+from esolm_jax.sampling.engine.project import Projection
+from esolm_jax.sampling.engine.quantize import quantize
+from esolm_jax.sampling.engine.residual import Layer, Residual
+
+pytestmark = pytest.mark.fast_compile  # interpreted kernels are not what users run
+
+
+def draw(config, *, tokens, terms, features, activates, dtype, mean=0.0, added=True):
+    rng = np.random.default_rng(0)
+
+    def normal(*shape, dtype=dtype):
+        return jnp.asarray(rng.normal(size=shape), dtype)
+
+    h = normal(1, tokens, terms) + jnp.asarray(mean, dtype)
+    residual = Residual(h)
+    if added:
+        residual = Residual(h, normal(1, tokens, terms), normal(terms, dtype=jnp.float32))
+    bias = normal(*features, dtype=jnp.float32) if activates else None
+    kernel = (normal(terms, *features) / terms**0.5).astype(dtype)
+    return residual, Layer(kernel, bias, activates, dataclasses.replace(config, dtype=dtype))
+
+
+def both(residual, layer):
+    """(the kernel's results, XLA's), float32."""
+    results = [
+        jax.jit(run)(residual, layer)
+        for run in (Projection(None, "gpu", interpret=True), Projection())
+    ]
+    return jax.tree.map(lambda a: np.asarray(a, np.float32), results)
+
+
+@pytest.mark.parametrize("added", [True, False])
+@pytest.mark.parametrize(
+    ("config", "features", "activates"),
+    [
+        (DIT, (3, 4, 16), False),
+        (DIT, (1, 200), True),
+        (LLAMA, (2, 4, 8), False),
+        (LLAMA, (2, 72), True),
+    ],
+)
+def test_float32_is_exact(config, features, activates, added):
+    """More terms than a program takes at a time, not all columns of the last program exist."""
+    sizes = {"tokens": 3, "terms": 300, "features": features, "activates": activates}
+    (y, h), (want_y, want_h) = both(*draw(config, **sizes, dtype="float32", added=added))
+    np.testing.assert_allclose(y, want_y, atol=2e-5)
+    np.testing.assert_array_equal(h, want_h)
+
+
+@pytest.mark.parametrize("mean", [0.0, 30.0])
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_bfloat16_is_as_exact_as_xla(tokens, mean):
+    """The norm is applied to the product: the mean of a token far from 0 costs no accuracy."""
+    sizes = {"tokens": tokens, "terms": 96, "features": (1, 64), "activates": True}
+    residual, layer = draw(DIT, **sizes, dtype="bfloat16", mean=mean)
+    found, plain = both(residual, layer)
+    wide = jax.tree.map(lambda a: a.astype(jnp.float32), layer.kernel)
+    exact = layer.replace(kernel=wide, config=dataclasses.replace(layer.config, dtype="float32"))
+    h = residual.sum()
+    want, _ = Projection()(Residual(h.astype(jnp.float32)), exact)
+    np.testing.assert_array_equal(found[1], plain[1])
+    errors = [np.abs(y - np.asarray(want)).max() for y in (found[0], plain[0])]
+    assert errors[0] < 1.5 * errors[1] + 1e-3
+
+
+def test_quantized_weights():
+    sizes = {"tokens": 2, "terms": 64, "features": (2, 40), "activates": True}
+    residual, layer = draw(LLAMA, **sizes, dtype="float32")
+    (y, _), (want, _) = both(residual, layer.replace(kernel=quantize(layer.kernel, 0, "int8")))
+    np.testing.assert_allclose(y, want, atol=5e-5)
+
+
+def test_few_tokens_of_16_bits_alone_take_the_kernel():
+    def fits(tokens, dtype):
+        return project_gpu.fits(Residual(jnp.zeros((2, tokens, 8), dtype)), None, interpret=False)
+
+    assert fits(1, jnp.bfloat16) and fits(32, jnp.bfloat16)
+    assert not fits(33, jnp.bfloat16) and not fits(1, jnp.float32)
