@@ -1,13 +1,13 @@
 """Attention as block-sparse GPU kernels (Pallas, by way of Triton), for any labels.
 
-A program loops over the blocks of keys that are visible to one block of queries of one head; for
-the gradients of keys and values, over the blocks of queries that see one block of keys. The mask of
-visible blocks is known at trace time if the labels follow a layout, and computed before the kernel
-otherwise.
+A program loops over the blocks of keys that are visible to its own one or two blocks of queries of
+a head; for the gradients of keys and values, over the blocks of queries that see its blocks of
+keys. The mask of visible blocks is known at trace time if the labels follow a layout, and computed
+before the kernel otherwise.
 
 Tests compare the kernels with the rule in interpret mode and compile them with the GPU's compiler.
 On one H200 (4 x 12 x 1024 x 64, bfloat16, forward and backward) earlier ones took between a half
-and a fourth of the time of chunked and dense; docs/attention_kernels.md has what changed since.
+and a fourth of the time of chunked and dense; docs/kernel_code.md has what changed since.
 Shapes as in recompute.py.
 """
 
@@ -168,17 +168,18 @@ class Shape(NamedTuple):
 
 def shape(kernel, width: int, blocks: int, capability: str | None) -> Shape:
     """The shape of a kernel's programs, over `blocks` of its own in all. Two blocks read the other
-    side half as often. By the compiler's report (docs/attention_kernels.md): shapes whose registers
+    side half as often. By the compiler's report (docs/kernel_code.md): shapes whose registers
     suffice, so that products do not wait for each other.
 
     Args:
       capability: the GPU's compute capability, such as "9.0"; None: that of H100.
     """
+    together, is_wide = capability in WARPGROUPS, width > WIDE
     if width > 2 * WIDE:
-        own, warps, stages = 1, 8, 2
-    elif capability not in WARPGROUPS:  # at most 100 KB of shared memory, which all GPUs have
-        own, warps, stages = 1, 4 if width <= WIDE else 8, 3
-    elif width > WIDE:
+        own, warps, stages = 1, 4 if together and kernel is not keys_kernel else 8, 2
+    elif not together:  # at most 100 KB of shared memory, which all GPUs have
+        own, warps, stages = 1, 8 if is_wide else 4, 3
+    elif is_wide:
         own, warps, stages = 2, 8, 5
     else:
         own, warps, stages = 2 if kernel is forward_kernel else 1, 4, 5

@@ -1,0 +1,180 @@
+"""The code that a GPU's compiler makes of our kernels: docs/kernel_code.{json,md}.
+
+    JAX_PLATFORMS=cpu python -m benchmarks.kernel_code [--nvdisasm=PATH] [--out=docs/kernel_code]
+
+Registers, spilled bytes, whether products wait for each other, and the instructions of the main
+loop. Needs no GPU: pip install 'esolm_jax[gpu-compiler]', and nvidia-cuda-nvdisasm for the
+instructions. Half a minute.
+"""
+
+import argparse
+import collections
+import dataclasses
+import functools
+import importlib.util
+import pathlib
+import re
+import subprocess
+import tempfile
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from benchmarks import report_writer
+from benchmarks.attention import passes
+from esolm_jax.aot import topology
+from esolm_jax.attention.attend import attend
+from esolm_jax.parallel import sharding
+
+ARCHITECTURES = {"a100": "sm_80", "h100": "sm_90a"}
+OPERATIONS = {"MUFU": "special", "HGMMA": "matrix", "HMMA": "matrix"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Forward and backward pass of flash attention over causal labels, 1024 tokens."""
+
+    gpu: str
+    width: int
+    dtype: str = "bfloat16"
+
+    @property
+    def name(self) -> str:
+        return f"{self.gpu}, heads {self.width} wide, {self.dtype}"
+
+
+CASES = [
+    Case("h100", 64),
+    Case("h100", 128),
+    Case("h100", 256),
+    Case("h100", 64, "float32"),
+    Case("a100", 64),
+    Case("a100", 128),
+]
+
+
+@dataclasses.dataclass
+class Code:
+    """What the compiler says of one kernel.
+
+    Attributes:
+      spilled: bytes stored to memory because registers did not suffice.
+      waits: whether the products of a warpgroup run one by one.
+      loop: instructions of the largest loop of each kind; {} without nvdisasm.
+    """
+
+    registers: int
+    spilled: int
+    waits: bool
+    loop: dict[str, int]
+
+
+def compile_into(folder: str, case: Case) -> None:
+    """Writes the PTX of the kernels of a case."""
+    devices = np.array(topology.devices(f"{case.gpu}:1"))
+    mesh = Mesh(devices.reshape(1, 1, 1, 1), sharding.AXES)
+    everywhere = sharding.replicated(mesh)
+    tokens = passes(1024)["ar, eso_b diffusion"]
+    tokens = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct((8, a.shape[1]), a.dtype, sharding=everywhere), tokens
+    )
+    q = jax.ShapeDtypeStruct((8, 12, 1024, case.width), case.dtype, sharding=everywhere)
+
+    def gradients(tokens, q, k, v, grad):
+        run = functools.partial(attend, queries=tokens, keys=tokens, kind="flash", mesh=mesh)
+        return jax.vjp(run, q, k, v)[1](grad)
+
+    with topology.compiling_for(mesh):
+        lowered = jax.jit(gradients).lower(tokens, q, q, q, q)
+        lowered.compile(compiler_options={"xla_dump_to": folder})
+
+
+def tool() -> str:
+    """NVIDIA's assembler, of the package that XLA uses."""
+    found = importlib.util.find_spec("nvidia.cuda_nvcc")
+    if found is None:
+        raise SystemExit("needs the GPU compiler: pip install 'esolm_jax[gpu-compiler]'")
+    return str(pathlib.Path(next(iter(found.submodule_search_locations))) / "bin" / "ptxas")
+
+
+def codes(case: Case, nvdisasm: str = "") -> dict[str, Code]:
+    """The code of each kernel of a case."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        compile_into(folder, case)
+        for path in sorted(pathlib.Path(folder).glob("*.ptx")):
+            if name := re.search(r"\.entry (flash_\w+)", path.read_text()):
+                found[name[1]] = assembled(path, ARCHITECTURES[case.gpu], nvdisasm)
+    return found
+
+
+def assembled(path: pathlib.Path, architecture: str, nvdisasm: str) -> Code:
+    binary = path.with_suffix(".cubin")
+    command = [tool(), "-v", f"-arch={architecture}", str(path), "-o", str(binary)]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spilled, registers = (
+        int(re.search(pattern, report)[1])
+        for pattern in (r"(\d+) bytes spill stores", r"Used (\d+) registers")
+    )
+    loop = main_loop(binary, nvdisasm) if nvdisasm else {}
+    return Code(registers, spilled, "instructions are serialized" in report, loop)
+
+
+def main_loop(binary: pathlib.Path, nvdisasm: str) -> dict[str, int]:
+    """Instructions of the largest loop."""
+    command = [nvdisasm, "-c", str(binary)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    labels, instructions, loops = {}, [], [[]]
+    for line in text.splitlines():
+        if label := re.match(r"(\.L_\w+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(.*?) *;", line):
+            instructions.append(instruction[1])
+            target = re.match(r"BRA .*?(\.L_\w+)", instruction[1])
+            if target and target[1] in labels:  # it goes back
+                loops.append(instructions[labels[target[1]] :])
+    kinds = [re.split(r"[ .]", instruction)[0] for instruction in max(loops, key=len)]
+    return {"all": len(kinds)} | collections.Counter(
+        OPERATIONS[kind] for kind in kinds if kind in OPERATIONS
+    )
+
+
+def page(found: dict[str, dict[str, Code]]) -> str:
+    head = ["kernel", "registers", "bytes spilled", "products wait"]
+    head += ["instructions of the loop", "special functions", "matrix products"]
+    text = ""
+    for name, kernels in found.items():
+        rows = [
+            [kernel, code.registers, code.spilled, "yes" if code.waits else "no"]
+            + [code.loop.get(kind, "") for kind in ("all", "special", "matrix")]
+            for kernel, code in kernels.items()
+        ]
+        text += f"\n## {name}\n\n{report_writer.table(head, rows)}"
+    return f"""# The code of the GPU kernels of attention
+
+Made by `python -m benchmarks.kernel_code` (jax {jax.__version__}) with NVIDIA's assembler, without a GPU. A kernel is as
+fast as it issues instructions, unless registers are spilled to memory or, on an H100, the products of a warpgroup wait
+for each other. A loop computes one block of 64 keys (of queries, in the keys kernel) for the program's own one or two
+blocks of 64; its instructions are those of one warp of four or, with heads wider than 64, of eight. They include the
+evaluation of the rule, about a fifth, which is skipped in blocks where all is visible. None of it is a measured time.
+{text}"""  # noqa: E501
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--nvdisasm", default="", help="NVIDIA's disassembler, a path")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("docs/kernel_code"))
+    args = parser.parse_args()
+    found = {case.name: codes(case, args.nvdisasm) for case in CASES}
+    figures = {
+        name: {kernel: dataclasses.asdict(code) for kernel, code in kernels.items()}
+        for name, kernels in found.items()
+    }
+    report_writer.write(args.out, figures, page(found))
+
+
+if __name__ == "__main__":
+    main()
