@@ -57,9 +57,9 @@ def normalize(config: ModelConfig, h):
 
 
 def normalize_in_one_pass(config: ModelConfig, h):
-    """`normalize`; below float32 with both statistics of LayerNorm in one pass over h, of which the
-    error is far below that of 16 bits: E[h²] − E[h]². Where h is stored in any case, that saves reading it; where it
-    is not, as in decoding, a GPU's compiler makes one kernel of `normalize`."""
+    """`normalize`, but below float32 both statistics of LayerNorm in one pass: E[h²] − E[h]²,
+    with an error far below that of 16 bits. For an h that is stored; where it is not, as in
+    decoding, a GPU's compiler makes one kernel of `normalize`."""
     if config.style == "llama" or config.dtype == "float32":
         return normalize(config, h)
     h = h.astype(jnp.float32)
