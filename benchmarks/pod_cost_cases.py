@@ -47,12 +47,12 @@ SECTIONS = {
     "configs": [
         case("lm1b_wrap", "0.5", "v5e:4x4"),
         case("owt", "0.5", "v5e:4x4"),
-        case("owt", "0.5", "v5e:4x4", data__seq_len=10240, train__batch_size=64),
+        case("owt", "0.5", "v5e:4x4", data__seq_len=10240, train__batch_size=64),  # owt_10k
         case("medium", "0.5", "v5e:8x8"),
         case("2b", "0.5", "v5e:16x16"),
         case("2b", "0.5", "v5e:16x16", num_slices=2, train__batch_size=1024),
         case("7b", "0.5", "v5p:8x8x8"),
-        case("7b", "0.5", "v5p:8x8x8", data__seq_len=10240),
+        case("7b", "0.5", "v5p:8x8x8", data__seq_len=10240, model__remat="attention"),
     ],
     # The same batch per chip on more chips.
     "scaling": [

@@ -87,12 +87,16 @@ def _tokens(*features: str | None) -> PartitionSpec:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def matmul(spec: ParamSpec, hs, kernel):
-    """h [B, T, D_in] · kernel [D_in, …] → [B, T, …] in the out dtype, for each h of a tuple."""
-    return _matmul_forward(spec, hs, kernel)[0]
+def matmul(spec: ParamSpec, hs, kernel, cast=None):
+    """h [B, T, D_in] · kernel [D_in, …] → [B, T, …] in the out dtype, for each h of a tuple.
+
+    `cast`: the kernel in the compute dtype, if it is at hand; the gradient is that of `kernel`.
+    """
+    return _matmul_forward(spec, hs, kernel, cast)[0]
 
 
-def _matmul_forward(spec: ParamSpec, hs, kernel):
+def _matmul_forward(spec: ParamSpec, hs, kernel, cast=None):
+    kernel = kernel if cast is None else cast
     d_in, *d_out = spec.gathered
     row_parallel = ["tensor"] if d_in else []  # sharded contraction: partial sums
     out = spec.out_dtype or spec.dtype
@@ -134,7 +138,7 @@ def _matmul_backward(spec: ParamSpec, saved, gs):
         return tuple(dhs), spec.scatter(dk.reshape(gathered.shape))
 
     specs = _tokens(d_in), sharding.spec(*spec.axes)
-    return spec.run(body, (*specs, _tokens(*d_out)), specs, hs, kernel, gs)
+    return *spec.run(body, (*specs, _tokens(*d_out)), specs, hs, kernel, gs), None
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)
@@ -203,8 +207,9 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(init(rngs.params(), (d_in, *d_out), jnp.float32))
         self.bias = bias_init and nnx.Param(bias_init(rngs.params(), d_out, jnp.float32))
 
-    def __call__(self, hs):
-        ys = matmul(self.spec, hs, self.kernel[...])
+    def __call__(self, hs, cast=None):
+        """`cast`: see `matmul`."""
+        ys = matmul(self.spec, hs, self.kernel[...], cast)
         if self.name:
             ys = tuple(checkpoint_name(y, self.name) for y in ys)
         if self.bias is None:

@@ -61,13 +61,14 @@ class Block(nnx.Module):
         self.q_norm = layers.rms_norm(c.head_width, c, rngs) if c.qk_norm else None
         self.k_norm = layers.rms_norm(c.head_width, c, rngs) if c.qk_norm else None
 
-    def project(self, hs, modulation, angles):
+    def project(self, hs, modulation, angles, cast):
         """Normed, modulated h → rotated queries [B, H, T, K] and keys, and values [B, G, T, K]; of
-        each batch."""
+        each batch. `cast`: kernels in the compute dtype by name, or {}."""
         shift, scale, *_ = modulation
         normed = _keep("operand", (self.attention_norm(h, shift, scale) for h in hs))
         return [
-            self._heads(qkv, angle) for qkv, angle in zip(self.qkv(normed), angles, strict=True)
+            self._heads(qkv, angle)
+            for qkv, angle in zip(self.qkv(normed, cast.get("qkv")), angles, strict=True)
         ]
 
     def _heads(self, qkv_BTGRK, angles):
@@ -86,25 +87,26 @@ class Block(nnx.Module):
             return q, k, v
         return _keep("qkv", (q, k, v))
 
-    def combine(self, hs, attended, modulation, keys):
-        """Residual of the attention [B, H, T, K], then of the MLP; of each batch."""
+    def combine(self, hs, attended, modulation, keys, cast):
+        """Residual of the attention [B, H, T, K], then of the MLP; of each batch. `cast`: as in
+        `project`."""
         _, _, gate, mlp_shift, mlp_scale, mlp_gate = modulation
         keys = [(None, None) if key is None else jax.random.split(key) for key in keys]
         flat = [jnp.moveaxis(a, 1, 2) for a in attended]
         flat = [a.reshape(*a.shape[:2], -1) for a in flat]
-        outs = self.attention_out(tuple(flat))
+        outs = self.attention_out(tuple(flat), cast.get("attention_out"))
         hs = [
             h + gate * layers.dropout(self.config, key, out)
             for h, out, (key, _) in zip(hs, outs, keys, strict=True)
         ]
         hs = _keep("residual", hs)
         normed = _keep("operand", (self.mlp_norm(h, mlp_shift, mlp_scale) for h in hs))
-        inner = self.mlp_in(normed)
+        inner = self.mlp_in(normed, cast.get("mlp_in"))
         active = functools.partial(layers.activate, self.config)
         if self.config.remat == "none":
             # Only its input is kept: the rest costs more to store than to recompute.
             active = jax.checkpoint(active)
-        outs = self.mlp_out(_keep("operand", (active(i) for i in inner)))
+        outs = self.mlp_out(_keep("operand", (active(i) for i in inner)), cast.get("mlp_out"))
         return tuple(
             h + mlp_gate * layers.dropout(self.config, key, out)
             for h, out, (_, key) in zip(hs, outs, keys, strict=True)
@@ -190,28 +192,39 @@ class Transformer(nnx.Module):
         if dropout_key is not None:
             seeds = jax.random.split(dropout_key, (config.blocks, len(batches)))
 
+        is_unrolled = config.unroll >= config.blocks
+        cast = self._cast_kernels() if is_unrolled and config.dtype != "float32" else {}
+
         def block_step(hs, layer):
-            weights, seeds = layer
+            weights, seeds, cast = layer
             block = nnx.merge(graphdef, weights)
             modulation = block.modulation(cond_BC)
             attended = [
                 attend(q, k, v, tokens, tokens, kind=config.attention, mesh=self.mesh)
                 for tokens, (q, k, v) in zip(
-                    batches, block.project(hs, modulation, angles), strict=True
+                    batches, block.project(hs, modulation, angles, cast), strict=True
                 )
             ]
             seeds = [None] * len(batches) if seeds is None else seeds
-            return block.combine(hs, attended, modulation, seeds), None
+            return block.combine(hs, attended, modulation, seeds, cast), None
 
         if REMAT[config.remat] is not None:
             keep = jax.checkpoint_policies.save_only_these_names(*REMAT[config.remat])
             # Outside of a loop, the compiler could keep what it should compute again.
-            all_unrolled = config.unroll >= config.blocks
-            block_step = jax.checkpoint(block_step, policy=keep, prevent_cse=all_unrolled)
+            block_step = jax.checkpoint(block_step, policy=keep, prevent_cse=is_unrolled)
         hs = self._embed(batches)
         with jax.named_scope("blocks"):  # aot/report.py finds their products by this name
-            hs, _ = jax.lax.scan(block_step, hs, (stacked, seeds), unroll=config.unroll)
+            hs, _ = jax.lax.scan(block_step, hs, (stacked, seeds, cast), unroll=config.unroll)
         return hs
+
+    def _cast_kernels(self) -> dict[str, jax.Array]:
+        """The kernels of the blocks in the compute dtype. Unrolled blocks whose activations are
+        computed again would cast theirs again."""
+        linears = {n: m for n, m in vars(self.blocks).items() if isinstance(m, Linear)}
+        return {
+            name: jax.lax.stop_gradient(linear.kernel[...].astype(self.config.dtype))
+            for name, linear in linears.items()
+        }
 
     def _embed(self, batches):
         hs = self.embedding(tuple(b.token for b in batches))

@@ -186,6 +186,24 @@ def test_remat_and_unroll_change_neither_loss_nor_gradients():
         assert_close(other, found[0], 2e-6)
 
 
+@pytest.mark.usefixtures("compiled_fast")
+def test_unrolled_blocks_cast_their_kernels_once():
+    """In bfloat16; the gradients are those of the float32 kernels, as in a scan."""
+    base = dataclasses.replace(DIT, dtype="bfloat16", attention="chunked", remat="operands")
+    found, casts = [], []
+    for unroll in 1, DIT.blocks:
+        run, labelled = loss_and_grads(dataclasses.replace(base, unroll=unroll), (causal(),))
+        found.append(run(params_of(DIT), labelled))
+        stack = "x".join(map(str, params_of(DIT)["blocks"]["mlp_in"]["kernel"].shape))
+        text = run.lower(params_of(DIT), labelled).as_text()
+        casts.append(len(re.findall(rf"convert .*tensor<{stack}xf32>\) -> .*bf16", text)))
+    assert casts == [0, 1]
+    scanned, unrolled = found
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(unrolled[1])}
+    assert dtypes == {jnp.dtype("float32")}
+    assert_close(unrolled, scanned, 1e-2)
+
+
 @pytest.mark.parametrize("kind", ["chunked", "splash"])
 def test_policies_keep_activations_that_have_these_names(kind):
     config = dataclasses.replace(LLAMA, attention=kind, remat="full")
