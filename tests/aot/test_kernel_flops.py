@@ -54,13 +54,13 @@ def computed_blocks(trainer, kernel, products, tokens):
 @pytest.mark.parametrize(("kernel", "products"), [("forward", 2), ("queries", 3), ("keys", 4)])
 def test_causal_attention_computes_a_triangle_of_blocks(kernel, products):
     blocks = computed_blocks(training("ar", 0.0, cond_width=0), kernel, products, LENGTH)
-    of_programs = 2 * 2 + 2 * 4  # each with two adjacent blocks of queries
-    assert blocks == (4 * 5 / 2 if kernel == "keys" else of_programs)
+    of_pairs = 2 * 2 + 2 * 4  # each program of two adjacent blocks of queries
+    assert blocks == (of_pairs if kernel == "forward" else 4 * 5 / 2)
 
 
 def test_query_copies_see_themselves_and_earlier_tokens():
-    """α₀ = 0, no trimming: 4 blocks of copies on a diagonal, then twice a triangle. A program has
-    two blocks of queries, or one of keys."""
+    """α₀ = 0, no trimming: 4 blocks of copies on a diagonal, then twice a triangle. A program of
+    the forward kernel has two blocks of queries, one of the keys' kernel one of keys."""
     trainer = training("eso_b", 0.0)
     assert computed_blocks(trainer, "keys", 4, 2 * LENGTH) == 4 + 2 * 10
     assert computed_blocks(trainer, "forward", 2, 2 * LENGTH) == 2 * (2 + 2) + 2 * 12

@@ -201,7 +201,7 @@ def test_unrolled_blocks_cast_their_kernels_once():
     scanned, unrolled = found
     dtypes = {leaf.dtype for leaf in jax.tree.leaves(unrolled[1])}
     assert dtypes == {jnp.dtype("float32")}
-    assert_close(unrolled, scanned, 1e-2)
+    assert_close(unrolled, scanned, 3e-2)
 
 
 @pytest.mark.parametrize("kind", ["chunked", "splash"])
