@@ -32,7 +32,7 @@ from esolm_jax.data.manifest import planned_tokenizer
 from esolm_jax.model import build
 from esolm_jax.parallel import sharding
 from esolm_jax.sampling.engine import network as network_lib
-from esolm_jax.sampling.engine import project_gpu
+from esolm_jax.sampling.engine import project
 from esolm_jax.training.train_step import Trainer
 
 ROUNDS = 3
@@ -180,8 +180,8 @@ def decode(case: Case, limits: dict, dry_run: bool) -> dict:
         config.sample.temperature = temperature
         generator = decoding.generator(config, built)
         begin = time.perf_counter()
-        most = 0 if case.by_xla else project_gpu.MOST_TOKENS
-        with mock.patch.object(project_gpu, "MOST_TOKENS", most):
+        most = 0 if case.by_xla else project.MOST_TOKENS
+        with mock.patch.object(project, "MOST_TOKENS", most):
             generate = generator.compile(network)
         compiled = time.perf_counter() - begin
         passes = generator.plan.nfe

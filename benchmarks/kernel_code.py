@@ -24,10 +24,11 @@ from jax.sharding import Mesh
 from benchmarks import report_writer
 from benchmarks.attention import passes
 from esolm_jax.aot import topology
+from esolm_jax.attention import flash, flash_kernels
 from esolm_jax.attention.attend import attend
 from esolm_jax.parallel import sharding
 
-ARCHITECTURES = {"a100": "sm_80", "h100": "sm_90a"}
+GPUS = {"a100": ("sm_80", "8.0"), "h100": ("sm_90a", "9.0")}  # as ptxas and JAX name them
 OPERATIONS = {"MUFU": "special", "HGMMA": "matrix", "HMMA": "matrix"}
 
 
@@ -59,11 +60,15 @@ class Code:
     """What the compiler says of one kernel.
 
     Attributes:
+      own, warps, stages: of its programs, see flash.Shape.
       spilled: bytes stored to memory because registers did not suffice.
       waits: whether the products of a warpgroup run one by one.
       loop: instructions of the largest loop of each kind; {} without nvdisasm.
     """
 
+    own: int
+    warps: int
+    stages: int
     registers: int
     spilled: int
     waits: bool
@@ -92,7 +97,8 @@ def compile_into(folder: str, case: Case) -> None:
 
 def tool() -> str:
     """NVIDIA's assembler, of the package that XLA uses."""
-    found = importlib.util.find_spec("nvidia.cuda_nvcc")
+    nvidia = importlib.util.find_spec("nvidia")
+    found = nvidia and importlib.util.find_spec("nvidia.cuda_nvcc")
     if found is None:
         raise SystemExit("needs the GPU compiler: pip install 'esolm_jax[gpu-compiler]'")
     return str(pathlib.Path(next(iter(found.submodule_search_locations))) / "bin" / "ptxas")
@@ -104,12 +110,16 @@ def codes(case: Case, nvdisasm: str = "") -> dict[str, Code]:
     with tempfile.TemporaryDirectory() as folder:
         compile_into(folder, case)
         for path in sorted(pathlib.Path(folder).glob("*.ptx")):
-            if name := re.search(r"\.entry (flash_\w+)", path.read_text()):
-                found[name[1]] = assembled(path, ARCHITECTURES[case.gpu], nvdisasm)
+            if name := re.search(r"\.entry flash_(\w+)", path.read_text()):
+                architecture, capability = GPUS[case.gpu]
+                kernel = getattr(flash_kernels, name[1])
+                shape = flash.shape(kernel, case.width, 16, capability)
+                found[name[1]] = Code(*shape, *assembled(path, architecture, nvdisasm))
     return found
 
 
-def assembled(path: pathlib.Path, architecture: str, nvdisasm: str) -> Code:
+def assembled(path: pathlib.Path, architecture: str, nvdisasm: str) -> tuple:
+    """The last four attributes of Code."""
     binary = path.with_suffix(".cubin")
     command = [tool(), "-v", f"-arch={architecture}", str(path), "-o", str(binary)]
     report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
@@ -118,7 +128,7 @@ def assembled(path: pathlib.Path, architecture: str, nvdisasm: str) -> Code:
         for pattern in (r"(\d+) bytes spill stores", r"Used (\d+) registers")
     )
     loop = main_loop(binary, nvdisasm) if nvdisasm else {}
-    return Code(registers, spilled, "instructions are serialized" in report, loop)
+    return registers, spilled, "instructions are serialized" in report, loop
 
 
 def main_loop(binary: pathlib.Path, nvdisasm: str) -> dict[str, int]:
@@ -141,23 +151,27 @@ def main_loop(binary: pathlib.Path, nvdisasm: str) -> dict[str, int]:
 
 
 def page(found: dict[str, dict[str, Code]]) -> str:
-    head = ["kernel", "registers", "bytes spilled", "products wait"]
-    head += ["instructions of the loop", "special functions", "matrix products"]
+    head = ["kernel", "blocks", "warps", "stages", "registers", "bytes spilled", "products wait"]
+    counts = {"all": "instructions of the loop", "special": "of them special functions"}
+    counts["matrix"] = "matrix products"
+    has_counts = any(code.loop for kernels in found.values() for code in kernels.values())
+    head += counts.values() if has_counts else []
     text = ""
     for name, kernels in found.items():
-        rows = [
-            [kernel, code.registers, code.spilled, "yes" if code.waits else "no"]
-            + [code.loop.get(kind, "") for kind in ("all", "special", "matrix")]
-            for kernel, code in kernels.items()
-        ]
+        rows = []
+        for kernel, code in kernels.items():
+            cells = [kernel, code.own, code.warps, code.stages, code.registers, code.spilled]
+            cells += ["yes" if code.waits else "no"]
+            rows.append([*cells, *(code.loop.get(n, 0) for n in counts if has_counts)])
         text += f"\n## {name}\n\n{report_writer.table(head, rows)}"
     return f"""# The code of the GPU kernels of attention
 
-Made by `python -m benchmarks.kernel_code` (jax {jax.__version__}) with NVIDIA's assembler, without a GPU. A kernel is as
-fast as it issues instructions, unless registers are spilled to memory or, on an H100, the products of a warpgroup wait
-for each other. A loop computes one block of 64 keys (of queries, in the keys kernel) for the program's own one or two
-blocks of 64; its instructions are those of one warp of four or, with heads wider than 64, of eight. They include the
-evaluation of the rule, about a fifth, which is skipped in blocks where all is visible. None of it is a measured time.
+Made by `python -m benchmarks.kernel_code --nvdisasm=PATH` (jax {jax.__version__}) with NVIDIA's assembler and disassembler,
+without a GPU. A kernel is as fast as it issues instructions, unless registers are spilled to memory or, on an H100, the
+products of a warpgroup wait for each other. A loop computes one block of keys (of queries, in the keys kernel) for the
+blocks of a program; its instructions are those of one warp. Blocks are 64 tokens in bfloat16, 32 in float32. The
+instructions include the evaluation of the rule, about a fourth, which is skipped where all is visible. None of it is a
+measured time.
 {text}"""  # noqa: E501
 
 

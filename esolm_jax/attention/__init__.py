@@ -5,7 +5,7 @@ dense.py      reference implementation that materializes the scores of all pairs
 recompute.py  the custom VJP of chunked.py and flash.py, padding, and the mask of skipped blocks
 chunked.py    XLA in chunks, in linear memory, on any device
 kernel_products.py  the matrix product of kernels
-flash.py      block-sparse Pallas kernels for GPUs, for any labels
+flash.py      block-sparse Pallas kernels for GPUs, for any labels; flash_kernels.py: their programs
 cudnn.py      NVIDIA's library, for layouts without query copies
 splash.py     a block-sparse Pallas kernel for TPUs, for labels that follow from a layout
 """

@@ -6,9 +6,9 @@ keys. The mask of visible blocks is known at trace time if the labels follow a l
 before the kernel otherwise.
 
 Tests compare the kernels with the rule in interpret mode and compile them with the GPU's compiler.
-On one H200 (4 x 12 x 1024 x 64, bfloat16, forward and backward) earlier ones took between a half
-and a fourth of the time of chunked and dense; docs/kernel_code.md has what changed since.
-Shapes as in recompute.py.
+On one H200 (4 x 12 x 1024 x 64, bfloat16, forward and backward) the kernels before 14323df took
+between a half and a fourth of the time of chunked and dense; not measured since. Shapes as in
+recompute.py.
 """
 
 import functools
@@ -35,7 +35,7 @@ from esolm_jax.family.rule import comparisons
 
 BLOCK_BYTES = 128  # size of a column of q or k in a block: 64 tokens in bfloat16, 32 in float32
 MIN_WIDTH = 16  # of a head width; Triton multiplies powers of two from this one
-WIDE = 64  # width of a head; beyond it, four warps run out of registers
+WIDE = 64  # width of a head; beyond it, registers and shared memory are short
 # Compute capabilities (H100, B200, B300; None: not known) where four warps together multiply
 # matrices that lie in shared memory.
 WARPGROUPS = ("9.0", "10.0", "10.3", None)
@@ -176,8 +176,9 @@ def shape(kernel, width: int, blocks: int, capability: str | None) -> Shape:
     """
     together, is_wide = capability in WARPGROUPS, width > WIDE
     if width > 2 * WIDE:
-        own, warps, stages = 1, 4 if together and kernel is not keys_kernel else 8, 2
-    elif not together:  # at most 100 KB of shared memory, which all GPUs have
+        few = together and kernel is not keys_kernel
+        own, warps, stages = (1, 4, 2) if few else (1, 8, 1)
+    elif not together:  # at most 100 KB of shared memory, as graphics cards have
         own, warps, stages = 1, 8 if is_wide else 4, 3
     elif is_wide:
         own, warps, stages = 2, 8, 5

@@ -24,13 +24,14 @@ def visible(q_rank, q_in_context, k_rank, k_in_context):
 
 def comparisons(q_rank, q_in_context, k_rank, k_in_context):
     """The labels as int32 (q_reads, q_copy, k_context, k_copy), for kernels: a query sees a key if
-    k_context <= q_reads or k_copy == q_copy."""
-    none = jnp.iinfo(jnp.int32).max
+    k_context <= q_reads or k_copy == q_copy. Ranks are above the two least integers; a query of the
+    largest one, which is padding, sees all query copies."""
+    least, largest = jnp.iinfo(jnp.int32).min, jnp.iinfo(jnp.int32).max
     labels = (
         q_rank - jnp.where(q_in_context, 0, 1),
-        jnp.where(q_in_context, -1, q_rank),
-        jnp.where(k_in_context, k_rank, none),
-        jnp.where(k_in_context, -2, k_rank),
+        jnp.where(q_in_context, least + 1, q_rank),
+        jnp.where(k_in_context, k_rank, largest),
+        jnp.where(k_in_context, least, k_rank),
     )
     return tuple(label.astype(jnp.int32) for label in labels)
 

@@ -30,10 +30,10 @@ def kept_queries(phase: Phase, length: int, rows: int, mesh: Mesh | None) -> int
     not dear. mesh: None = one device."""
     if not phase.can_trim_queries:
         return None
-    multiple = math.lcm(8, mesh.shape["sequence"] if mesh else 1)
+    parts = mesh.shape["sequence"] if mesh else 1
     counts = length, phase.masked_fraction, rows
-    kept = num_queries(*counts, multiple)
-    block = math.lcm(multiple, BLOCK.get(sharding.platform(mesh), 1))
+    kept = num_queries(*counts, math.lcm(8, parts))
+    block = math.lcm(8, parts * BLOCK.get(sharding.platform(mesh), 1))
     if length % block == 0:
         whole = num_queries(*counts, block)
         padded = PADDING * (length + expected_queries(*counts, kept))

@@ -58,8 +58,8 @@ def normalize(config: ModelConfig, h):
 
 def normalize_in_one_pass(config: ModelConfig, h):
     """`normalize`, but below float32 both statistics of LayerNorm in one pass: E[h²] − E[h]²,
-    with an error far below that of 16 bits. For an h that is stored; where it is not, as in
-    decoding, a GPU's compiler makes one kernel of `normalize`."""
+    with an error below that of 16 bits while |E[h]| is below a hundred deviations. For an h that is
+    stored; where it is not, as in decoding, a GPU's compiler makes one kernel of `normalize`."""
     if config.style == "llama" or config.dtype == "float32":
         return normalize(config, h)
     h = h.astype(jnp.float32)

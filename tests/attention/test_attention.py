@@ -10,7 +10,7 @@ import pytest
 from compilation import compiling
 from jax.sharding import AbstractMesh, Mesh
 
-from esolm_jax.attention import recompute
+from esolm_jax.attention import flash, flash_kernels, recompute
 from esolm_jax.attention.attend import KINDS, attend, resolve
 from esolm_jax.attention.flash import _visible_blocks
 from esolm_jax.attention.splash import _kernel
@@ -307,9 +307,19 @@ def test_splash_compiles_for_a_tpu(monkeypatch):
     assert compiled.memory_analysis().temp_size_in_bytes < 2 * 6 * 762 * 1524  # no scores
 
 
-def test_flash_pads_the_width_of_a_head():
+@pytest.mark.parametrize("capability", [None, "8.0"])
+@pytest.mark.parametrize("width", [20, 80, 130])
+def test_flash_pads_the_width_of_a_head(width, capability, monkeypatch):
+    """By programs of one and of two blocks, of which the last ones overlap: 144 tokens are five
+    blocks of 32."""
+    monkeypatch.setattr("esolm_jax.attention.flash.capability", lambda device: capability)
+    owns = {
+        flash.shape(kernel, width, 5, capability).own
+        for kernel in (flash_kernels.forward_kernel, flash_kernels.keys_kernel)
+    }
+    assert owns == {(20, None): {1, 2}, (80, None): {2}}.get((width, capability), {1})
     tokens = of_layout(LAYOUTS["last_queries"])
-    assert_is_plain(tokens, "flash_interpret", heads=4, groups=2, width=20)
+    assert_is_plain(tokens, "flash_interpret", heads=4, groups=2, width=width)
 
 
 @pytest.mark.parametrize("name", ["causal", "mdlm"])

@@ -13,7 +13,7 @@ from esolm_jax.family import bd3 as bd3_family
 from esolm_jax.family import eso_a, eso_b
 from esolm_jax.family import mdlm as mdlm_family
 from esolm_jax.family.labels import Tokens
-from esolm_jax.family.rule import dense_mask
+from esolm_jax.family.rule import comparisons, dense_mask, visible
 
 LENGTH = 9
 BLOCK = 3
@@ -195,3 +195,17 @@ def test_a_token_reads_itself_whatever_its_labels():
     for in_context in (True, False):
         q = Tokens(rank, rank, rank, jnp.full(rank.shape, in_context))
         assert np.diagonal(np.asarray(dense_mask(q, q))[0]).all()
+
+
+def test_comparisons_are_the_rule():
+    """Of all ranks but the two least integers, also negative ones and, for keys, the largest."""
+    largest = np.iinfo(np.int32).max
+    ranks = np.array([2 - 2**31, -2, -1, 0, 1, 7, largest - 1, largest])
+    labels = [(r, c) for r in ranks for c in (True, False)]
+    q_rank, q_in_context = (np.array(a)[:, None] for a in zip(*labels[:-2], strict=True))
+    k_rank, k_in_context = (np.array(a)[None] for a in zip(*labels, strict=True))
+    q_rank, k_rank = q_rank.astype(np.int32), k_rank.astype(np.int32)
+    reads, q_copy, context, k_copy = comparisons(q_rank, q_in_context, k_rank, k_in_context)
+    wanted = visible(q_rank, q_in_context, k_rank, k_in_context)
+    np.testing.assert_array_equal((context <= reads) | (k_copy == q_copy), wanted)
+    assert 0 < np.asarray(wanted).mean() < 1

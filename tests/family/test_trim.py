@@ -139,6 +139,8 @@ def test_on_a_gpu_whole_blocks_of_attention_are_kept(monkeypatch):
     monkeypatch.setattr(sharding, "platform", lambda mesh: "gpu")
     assert (kept(1024), kept(128), kept(1000)) == (576, *anywhere[1:])
     assert anywhere == (560, 80, 552) and kept(64) == trim.num_queries(64, 0.5, 16)
+    halves = types.SimpleNamespace(shape={"sequence": 2})
+    assert trim.kept_queries(phase, 2048, 16, halves) % 128 == 0  # each device has whole blocks
 
 
 def test_how_often_a_batch_does_not_fit():

@@ -12,6 +12,7 @@ from styles import DIT, GPT2, LENGTH, LLAMA, VOCAB, params_of
 
 from esolm_jax.config import default_config
 from esolm_jax.family.labels import LabelledBatch, Layout, Tokens
+from esolm_jax.model import layers
 from esolm_jax.model import transformer as model
 from esolm_jax.model.lm_head import Head
 from esolm_jax.model.model_config import REMAT
@@ -310,3 +311,18 @@ def test_a_mesh_computes_the_loss_and_gradients_of_one_device(axes, config):
     where = sharding.parameters(mesh, params)
     losses, grads = run(jax.device_put(params, where), labelled)
     assert_close((losses, grads), wanted, 5e-6)
+
+
+@pytest.mark.parametrize("mean", [0.0, 30.0])
+def test_a_norm_in_one_pass_is_that_in_two(mean):
+    """Values and gradients, for means as far from 0 as thirty deviations."""
+    config = dataclasses.replace(DIT, dtype="bfloat16")
+    rng = np.random.default_rng(0)
+    h = jnp.asarray(rng.normal(size=(4, 96)) + mean, jnp.bfloat16)
+    grad = jnp.asarray(rng.normal(size=(4, 96)), jnp.float32)
+    results = []
+    for normalize in layers.normalize, layers.normalize_in_one_pass:
+        y, pull = jax.vjp(lambda h: normalize(config, h), h.astype(jnp.float32))  # noqa: B023
+        results.append((y, *pull(grad)))
+    for two, one in zip(*results, strict=True):
+        assert np.abs(one - two).max() < 1e-3 * np.abs(two).max()  # 16 bits: 4e-3

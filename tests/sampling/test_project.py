@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from styles import DIT, LLAMA
 
-from esolm_jax.sampling.engine import project_gpu
+from esolm_jax.config import default_config
+from esolm_jax.parallel import sharding
 from esolm_jax.sampling.engine.project import Projection
 from esolm_jax.sampling.engine.quantize import quantize
 from esolm_jax.sampling.engine.residual import Layer, Residual
@@ -82,8 +83,31 @@ def test_quantized_weights():
 
 
 def test_few_tokens_of_16_bits_alone_take_the_kernel():
-    def fits(tokens, dtype):
-        return project_gpu.fits(Residual(jnp.zeros((2, tokens, 8), dtype)), None, interpret=False)
+    def takes(tokens, dtype, **fields):
+        return Projection(None, "gpu", **fields).takes(Residual(jnp.zeros((2, tokens, 8), dtype)))
 
-    assert fits(1, jnp.bfloat16) and fits(32, jnp.bfloat16)
-    assert not fits(33, jnp.bfloat16) and not fits(1, jnp.float32)
+    assert takes(1, jnp.bfloat16) and takes(32, jnp.bfloat16)
+    assert not takes(33, jnp.bfloat16) and not takes(1, jnp.float32)
+    assert not takes(1, jnp.bfloat16, most_tokens=0)
+    assert not Projection().takes(Residual(jnp.zeros((1, 1, 8), jnp.bfloat16)))
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize(
+    ("features", "activates"), [((2, 4, 8), False), ((2, 72), True)], ids=["heads", "mlp"]
+)
+def test_on_a_mesh(features, activates, quantized):
+    """Rows over data and fsdp, columns over tensor."""
+    settings = default_config().mesh
+    settings.update({"data": 2, "fsdp": 2, "tensor": 2, "sequence": 1})
+    mesh = sharding.make_mesh(settings)
+    sizes = {"tokens": 8, "terms": 64, "features": features, "activates": activates}
+    residual, layer = draw(LLAMA, **sizes, dtype="float32")
+    if quantized:
+        layer = layer.replace(kernel=quantize(layer.kernel, 0, "int8"))
+    rows = {name: getattr(residual, name).reshape(4, 2, -1) for name in ("h", "added")}
+    residual = residual.replace(**rows)
+    y, h = jax.jit(Projection(mesh, "gpu", interpret=True))(residual, layer)
+    want, want_h = jax.jit(Projection())(residual, layer)
+    np.testing.assert_allclose(y, want, atol=5e-5)
+    np.testing.assert_array_equal(h, want_h)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from esolm_jax.model.model_config import ModelConfig
 from esolm_jax.parallel import sharding
-from esolm_jax.sampling.engine import prefix_cache, quantize
+from esolm_jax.sampling.engine import prefix_cache, project, quantize
 from esolm_jax.sampling.engine.cache import (
     Entries,
     Heads,
@@ -66,7 +66,7 @@ class _Kernels:
 
     @property
     def projection(self) -> Projection:
-        return Projection(self.mesh, self.platform, self.interpret)
+        return Projection(self.mesh, self.platform, self.interpret, project.MOST_TOKENS)
 
     def run(self, block: int, heads: Heads, visible: Visible, past=None):
         """The kernel, on each device's rows and groups."""

@@ -6,7 +6,8 @@ the product for all tokens, and the statistics of the norm beside it. The norm i
 product: with x of mean m and deviation s, ((x − m) / s) · W = (x · W − m · 1 · W) / s, so that the
 first weights need not wait for the statistics.
 
-Shapes: T tokens, rounded up to what Triton multiplies; J of the D terms at a time; F columns.
+Arrays of a program are [tokens, columns] or [tokens, terms]: all tokens, rounded up to what Triton
+multiplies, and some of the D terms at a time.
 """
 
 import dataclasses
@@ -17,16 +18,13 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
-from jax.sharding import Mesh
 
 from esolm_jax.attention.kernel_products import dot
 from esolm_jax.model import layers
 from esolm_jax.model.model_config import ModelConfig
-from esolm_jax.parallel import sharding
 from esolm_jax.sampling.engine.quantize import split
 from esolm_jax.sampling.engine.residual import Layer, Residual
 
-MOST_TOKENS = 64  # of a pass, B · W; beyond, matrix products are large enough
 MIN_TILE = 16  # Triton multiplies powers of two from this one
 COLUMNS = 32  # of a program: 64 bytes of a row of weights in bfloat16
 TILE = 2048  # entries of a tile of tokens
@@ -35,7 +33,7 @@ AHEAD = 88 * 1024  # bytes that a program loads ahead, which fit every GPU's sha
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Sizes of one call: T tokens, D terms, F columns of each of `gates` products."""
+    """Sizes of one call: B · W tokens, D terms, columns of each of `gates` products."""
 
     tokens: int
     terms: int
@@ -50,7 +48,7 @@ class Sizes:
 
     @property
     def step(self) -> int:
-        """Terms at a time, J."""
+        """Terms at a time."""
         return max(MIN_TILE, min(pl.next_power_of_2(self.terms), TILE // self.rows))
 
     def stages(self, itemsize: int) -> int:
@@ -58,13 +56,6 @@ class Sizes:
         of_tokens = 2 * self.rows * self.step * jnp.dtype(self.config.dtype).itemsize
         tile = self.gates * self.step * COLUMNS * itemsize + of_tokens
         return 1 + min(max(1, AHEAD // tile), -(-self.terms // self.step))
-
-
-def fits(residual: Residual, mesh: Mesh | None, interpret: bool) -> bool:
-    """Whether `project` takes these: few tokens a device, of 16 bits; in tests, of any."""
-    shards = 1 if mesh is None else sharding.num_row_shards(mesh)
-    tokens = math.prod(residual.h.shape[:2]) // shards
-    return tokens <= MOST_TOKENS and (residual.h.dtype.itemsize == 2 or interpret)
 
 
 def project(
@@ -110,52 +101,57 @@ def project_kernel(sizes: Sizes, names: tuple[str, ...], *refs):
     column = program * COLUMNS + jnp.arange(COLUMNS)
     exists = column < sizes.columns
     ones = jnp.ones((sizes.rows, sizes.step), named["h"].dtype)
+    has_mean = sizes.config.style != "llama"  # which norms by the root of the mean square
 
     def step(i, carry):
-        products, sums_of_weights, total, squares = carry
+        products, squares, of_mean = carry
         term = i * sizes.step + jnp.arange(sizes.step)
         is_term = term < sizes.terms
         there = (token < sizes.tokens)[:, None] & is_term[None]
-        x_TJ = _residual(named, token, term, there, is_term)
+        x = _residual(named, token, term, there, is_term)
         if sums:
             stores = there & (program == 0)
-            triton.store(sums[0].at[token[:, None], term[None]], x_TJ, mask=stores)
+            triton.store(sums[0].at[token[:, None], term[None]], x, mask=stores)
         weights = [
             triton.load(
                 named["weights"].at[term[:, None], (gate * sizes.columns + column)[None]],
                 mask=is_term[:, None] & exists[None],
-                other=0,
-            ).astype(x_TJ.dtype)
+                other=0.0,  # the integer would not compile for float8
+            ).astype(x.dtype)
             for gate in range(sizes.gates)
         ]
-        wide_TJ = x_TJ.astype(jnp.float32)
-        return (
-            [y + dot(x_TJ, w, 1, 0) for y, w in zip(products, weights, strict=True)],
-            [y + dot(ones, w, 1, 0) for y, w in zip(sums_of_weights, weights, strict=True)],
-            total + wide_TJ,
-            squares + wide_TJ * wide_TJ,
-        )
+        wide = x.astype(jnp.float32)
+        if has_mean:
+            total, *of_weights = of_mean
+            ones_by = [y + dot(ones, w, 1, 0) for y, w in zip(of_weights, weights, strict=True)]
+            of_mean = [total + wide, *ones_by]
+        products = [y + dot(x, w, 1, 0) for y, w in zip(products, weights, strict=True)]
+        return products, squares + wide * wide, of_mean
 
-    nothing_TF = [jnp.zeros((sizes.rows, COLUMNS), jnp.float32)] * sizes.gates
-    nothing_TJ = jnp.zeros((sizes.rows, sizes.step), jnp.float32)
+    nothing = [jnp.zeros((sizes.rows, COLUMNS), jnp.float32)] * sizes.gates
+    no_terms = jnp.zeros((sizes.rows, sizes.step), jnp.float32)
+    start = nothing, no_terms, [no_terms, *nothing] if has_mean else []
     steps = -(-sizes.terms // sizes.step)
-    start = nothing_TF, nothing_TF, nothing_TJ, nothing_TJ
-    products, sums_of_weights, total, squares = jax.lax.fori_loop(0, steps, step, start)
-    mean, rate = _statistics(sizes, total, squares)
+    products, squares, of_mean = jax.lax.fori_loop(0, steps, step, start)
+    variance = (squares.sum(axis=1) / sizes.terms)[:, None]
+    if has_mean:
+        mean = (of_mean[0].sum(axis=1) / sizes.terms)[:, None]
+        variance = jnp.maximum(variance - mean * mean, 0)
+        products = [y - mean * w for y, w in zip(products, of_mean[1:], strict=True)]
+    rate = jax.lax.rsqrt(variance + sizes.config.norm_eps)
     parts = [
-        _finished(sizes, named, gate, column, exists, (y - mean * w) * rate)
-        for gate, (y, w) in enumerate(zip(products, sums_of_weights, strict=True))
+        _finished(sizes, named, gate, column, exists, y * rate) for gate, y in enumerate(products)
     ]
-    y_TF = parts[0]
+    y = parts[0]
     if sizes.activates:
-        y_TF = layers.activate_parts(sizes.config, [y.astype(jnp.float32) for y in parts])
+        y = layers.activate_parts(sizes.config, [y.astype(jnp.float32) for y in parts])
     mask = (token < sizes.tokens)[:, None] & exists[None]
-    triton.store(out.at[token[:, None], column[None]], y_TF.astype(out.dtype), mask=mask)
+    triton.store(out.at[token[:, None], column[None]], y.astype(out.dtype), mask=mask)
 
 
 def _residual(named, token, term, there, is_term):
-    """The sum of the residual, [T, J], each part rounded as XLA rounds it; 0 for terms that do not
-    exist."""
+    """The sum of the residual at these terms, each part rounded as XLA rounds it; 0 for terms that
+    do not exist."""
     index = token[:, None], term[None]
     h = triton.load(named["h"].at[index], mask=there, other=0)
     if "added" not in named:
@@ -171,23 +167,13 @@ def _add(a, b):
     return (a.astype(jnp.float32) + b.astype(jnp.float32)).astype(a.dtype)
 
 
-def _statistics(sizes: Sizes, total, squares):
-    """(mean, 1 / deviation) of each token, [T, 1]; of a model with RMSNorm the mean counts as 0."""
-    mean = total.sum(axis=1) / sizes.terms
-    variance = squares.sum(axis=1) / sizes.terms
-    if sizes.config.style == "llama":
-        mean = jnp.zeros_like(mean)
-    variance = jnp.maximum(variance - mean * mean, 0)
-    return mean[:, None], jax.lax.rsqrt(variance + sizes.config.norm_eps)[:, None]
-
-
-def _finished(sizes: Sizes, named, gate: int, column, exists, y_TF):
+def _finished(sizes: Sizes, named, gate: int, column, exists, y):
     """With scale and bias, rounded as XLA rounds them."""
     at, dtype = gate * sizes.columns + column, named["h"].dtype
     if "scale" in named:
-        y_TF = y_TF * triton.load(named["scale"].at[at], mask=exists, other=0)[None]
-    y_TF = y_TF.astype(dtype)
+        y = y * triton.load(named["scale"].at[at], mask=exists, other=0)[None]
+    y = y.astype(dtype)
     if "bias" not in named:
-        return y_TF
+        return y
     bias = triton.load(named["bias"].at[at], mask=exists, other=0).astype(dtype)
-    return _add(y_TF, jnp.broadcast_to(bias[None], y_TF.shape))
+    return _add(y, jnp.broadcast_to(bias[None], y.shape))

@@ -48,6 +48,6 @@ def normed(config: ModelConfig, h_BWD):
     return layers.normalize(config, h_BWD).astype(config.dtype)
 
 
-def biased(y_BW, bias):
+def biased(y, bias):
     """The products [B, W, …] with their bias […], which may be None."""
-    return y_BW if bias is None else y_BW + bias.astype(y_BW.dtype).reshape(1, 1, *bias.shape)
+    return y if bias is None else y + bias.astype(y.dtype).reshape(1, 1, *bias.shape)
