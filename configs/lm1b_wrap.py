@@ -13,7 +13,7 @@ lm1b of TFDS; for files of your own add --config.data.source=text, --config.data
 As published, sentences are detokenized and separated by [CLS], a window is [CLS], 126 tokens and
 [CLS], and the test split is scored. The perplexities cannot be compared with those of lm1b_pad.py.
 
-Hardware: 16 chips of v5e; as compiled for v5e:4x4, 4.5 of 16 GiB a chip, a step of 17 ms or more
+Hardware: 16 chips of v5e; as compiled for v5e:4x4, 4.7 of 16 GiB a chip, a step of 17 ms or more
 (MFU 92 % at most). Published test perplexities (NELBO; exact or importance-weighted in brackets):
 
     eso_b, alpha_0 = 1  36.12 (31.65)      ar      (22.83)

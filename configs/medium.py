@@ -7,7 +7,7 @@
 
 GPT2 and the split of the files are as in owt.py.
 
-Hardware: 64 chips of v5e; as compiled for v5e:8x8, 12.7 of 16 GiB a chip and a step of 0.12 s or
+Hardware: 64 chips of v5e; as compiled for v5e:8x8, 12.6 of 16 GiB a chip and a step of 0.12 s or
 more (MFU 92 % at most). Expected: below owt.py's
 perplexities; no published figure, none measured here.
 """

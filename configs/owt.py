@@ -11,11 +11,11 @@ of huggingface.co/openai-community/gpt2. The files are `openwebtext` of the Hugg
 documents of your own in any form that `prepare` reads; the last 100,000 documents are held out and
 scored, as published. EOS ends every document, and windows have no special tokens around them.
 
-Hardware: 16 chips of v5e; as compiled for v5e:4x4, 10.0 of 16 GiB a chip and a step of 0.16 s or
+Hardware: 16 chips of v5e; as compiled for v5e:4x4, 9.9 of 16 GiB a chip and a step of 0.16 s or
 more (MFU 91 % at most), in two micro-batches; one would need 17.5 GiB. With more than 128 chips,
 set --config.train.grad_accumulation=1. On GPUs, set --config.mesh.fsdp=1
 --config.model.remat=operands --config.train.grad_accumulation=1: as compiled for one H100, 32 rows
-of 0.5 take 19.4 of 79 GiB and 0.057 s or more (docs/training_cost.md). owt_10k.py is for texts of
+of 0.5 take 19.4 of 79 GiB and 0.054 s or more (docs/training_cost.md). owt_10k.py is for texts of
 L = 10240.
 
 Published test perplexities (NELBO; exact or importance-weighted in brackets):

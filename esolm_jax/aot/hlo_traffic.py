@@ -229,11 +229,11 @@ def _written(
     while root.opcode in _SAME:
         root = inside.instructions[root.operands[0]]
     if root.opcode == "tuple":
-        parts = [inside.instructions[name] for name in root.operands]
-        return sum(
-            _written(module, inside, part, (shape,))
-            for part, shape in zip(parts, shapes, strict=True)
-        )
+        parts, written = [inside.instructions[name] for name in root.operands], 0.0
+        for part in parts:  # which may have several results of its own
+            own, shapes = shapes[: len(part.shapes)], shapes[len(part.shapes) :]
+            written += _written(module, inside, part, own)
+        return written
     if root.opcode == "fusion":
         inner = _fused(root, module)
         return _written(module, inner, inner.root, shapes)

@@ -171,3 +171,31 @@ def test_flops_of_kernels():
 def test_text_without_a_loop():
     with pytest.raises(ValueError, match="must have a loop"):
         hlo_traffic.largest_loop(LOOP.replace(" while(%start)", " custom-call(%start)"))
+
+
+def test_several_reductions_in_a_tuple_of_results():
+    """A reduction of pairs beside another result: nested tuples, whose shapes come in one list."""
+    text = """HloModule jit_f, is_scheduled=true
+
+%pairs (a: f32[], b: f32[], c: f32[], d: f32[]) -> (f32[], f32[]) {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  %c = f32[] parameter(2)
+  %d = f32[] parameter(3)
+  ROOT %r = (f32[], f32[]) tuple(%a, %b)
+}
+
+%fused (x: f32[64,32]) -> ((f32[64], f32[64]), f32[64,32]) {
+  %x = f32[64,32]{1,0} parameter(0)
+  %zero = f32[] constant(0)
+  %twice = f32[64,32]{1,0} add(%x, %x)
+  %both = (f32[64]{0}, f32[64]{0}) reduce(%x, %twice, %zero, %zero), dimensions={1}, to_apply=%pairs
+  ROOT %out = ((f32[64]{0}, f32[64]{0}), f32[64,32]{1,0}) tuple(%both, %twice)
+}
+
+ENTRY %main (x: f32[64,32]) -> ((f32[64], f32[64]), f32[64,32]) {
+  %x = f32[64,32]{1,0} parameter(0)
+  ROOT %f = ((f32[64]{0}, f32[64]{0}), f32[64,32]{1,0}) fusion(%x), kind=kInput, calls=%fused
+}
+"""
+    assert hlo_traffic.program(text).bytes == 4 * (64 * 32 + 2 * 64 + 64 * 32)
