@@ -14,7 +14,8 @@ As published, sentences are detokenized and separated by [CLS], a window is [CLS
 [CLS], and the test split is scored. The perplexities cannot be compared with those of lm1b_pad.py.
 
 Hardware: 16 chips of v5e; as compiled for v5e:4x4, 4.7 of 16 GiB a chip, a step of 17 ms or more
-(MFU 92 % at most). Published test perplexities (NELBO; exact or importance-weighted in brackets):
+(MFU 92 % at most). On GPUs, set --config.mesh.fsdp=1: as compiled for h100:8, 9.4 of 79 GiB and 18
+ms or more. Published test perplexities (NELBO; exact or importance-weighted in brackets):
 
     eso_b, alpha_0 = 1  36.12 (31.65)      ar      (22.83)
                   0.5   32.53 (28.07)      mdlm  31.78 (26.82)
