@@ -8,11 +8,9 @@
 GPT2 and the split of the files are as in owt.py.
 
 Hardware: 256 chips of v5e; as compiled for v5e:16x16, 7.6 of 16 GiB a chip and a step of 0.14 s
-or more (MFU 94 % at most). Two such slices take a batch
-of 1024. On H100s, set --config.mesh.fsdp=8
---config.model.remat=operands: as compiled for h100:8, 16 rows a GPU take 57.2 of 79 GiB and 0.30 s
-or more.
-Expected: below medium.py's perplexities; not trained here.
+or more (MFU 94 % at most). Two such slices take a batch of 1024. On H100s, set
+--config.mesh.fsdp=8 --config.model.remat=operands: as compiled for h100:8, 16 rows a GPU take 57.2
+of 79 GiB and 0.30 s or more. Expected: below medium.py's perplexities; not trained here.
 """
 
 from configs import owt
