@@ -28,13 +28,13 @@ from esolm_jax.attention import flash, flash_kernels
 from esolm_jax.attention.attend import attend
 from esolm_jax.parallel import sharding
 
-GPUS = {"a100": ("sm_80", "8.0"), "h100": ("sm_90a", "9.0")}  # as ptxas and JAX name them
+LENGTH = 1024  # tokens
 OPERATIONS = {"MUFU": "special", "HGMMA": "matrix", "HMMA": "matrix"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Forward and backward pass of flash attention over causal labels, 1024 tokens."""
+    """Forward and backward pass of flash attention over causal labels."""
 
     gpu: str
     width: int
@@ -75,16 +75,15 @@ class Code:
     loop: dict[str, int]
 
 
-def compile_into(folder: str, case: Case) -> None:
+def compile_into(folder: str, case: Case, device) -> None:
     """Writes the PTX of the kernels of a case."""
-    devices = np.array(topology.devices(f"{case.gpu}:1"))
-    mesh = Mesh(devices.reshape(1, 1, 1, 1), sharding.AXES)
+    mesh = Mesh(np.array(device).reshape(1, 1, 1, 1), sharding.AXES)
     everywhere = sharding.replicated(mesh)
-    tokens = passes(1024)["ar, eso_b diffusion"]
+    tokens = passes(LENGTH)["ar, eso_b diffusion"]
     tokens = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct((8, a.shape[1]), a.dtype, sharding=everywhere), tokens
     )
-    q = jax.ShapeDtypeStruct((8, 12, 1024, case.width), case.dtype, sharding=everywhere)
+    q = jax.ShapeDtypeStruct((8, 12, LENGTH, case.width), case.dtype, sharding=everywhere)
 
     def gradients(tokens, q, k, v, grad):
         run = functools.partial(attend, queries=tokens, keys=tokens, kind="flash", mesh=mesh)
@@ -107,20 +106,22 @@ def tool() -> str:
 def codes(case: Case, nvdisasm: str = "") -> dict[str, Code]:
     """The code of each kernel of a case."""
     found = {}
+    (device,) = topology.devices(f"{case.gpu}:1")
+    blocks = LENGTH * np.dtype(case.dtype).itemsize // flash.BLOCK_BYTES
     with tempfile.TemporaryDirectory() as folder:
-        compile_into(folder, case)
+        compile_into(folder, case, device)
         for path in sorted(pathlib.Path(folder).glob("*.ptx")):
             if name := re.search(r"\.entry flash_(\w+)", path.read_text()):
-                architecture, capability = GPUS[case.gpu]
                 kernel = getattr(flash_kernels, name[1])
-                shape = flash.shape(kernel, case.width, 16, capability)
-                found[name[1]] = Code(*shape, *assembled(path, architecture, nvdisasm))
+                shape = flash.shape(kernel, case.width, blocks, flash.capability(device))
+                found[name[1]] = Code(*shape, *assembled(path, nvdisasm))
     return found
 
 
-def assembled(path: pathlib.Path, architecture: str, nvdisasm: str) -> tuple:
+def assembled(path: pathlib.Path, nvdisasm: str) -> tuple:
     """The last four attributes of Code."""
     binary = path.with_suffix(".cubin")
+    architecture = re.search(r"\.target (\w+)", path.read_text())[1]
     command = [tool(), "-v", f"-arch={architecture}", str(path), "-o", str(binary)]
     report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     spilled, registers = (

@@ -42,34 +42,36 @@ def kernel_flops(
     queries: query copies of a trimmed pass of each phase; None: those of a training step.
     """
     kernels = hlo.analyse(text, trip_counts={"": 1}, branches=USUAL).kernels
-    named = [(kernel, _products(kernel)) for kernel in kernels]
-    is_flash = any("flash" in k.op_name for k, products in named if products)
+    named = [(kernel, name) for kernel in kernels if (name := _name(kernel))]
+    is_flash = any(name.startswith("flash") for _, name in named)
     labels = _labels(training, training.objective.queries if queries is None else queries)
     count = _flash(training, labels) if is_flash else _splash(training, labels)
-    flops = {k.name: count(k, products) for k, products in named if products}
+    flops = {kernel.name: count(kernel, name) for kernel, name in named}
     return {name: value for name, value in flops.items() if value is not None}
 
 
-def _products(kernel: hlo.Kernel) -> int | None:
+def _name(kernel: hlo.Kernel) -> str | None:
+    """Which of ours it is."""
     names = f"{kernel.name} {kernel.op_name}"
-    return next((n for name, n in _PRODUCTS.items() if name in names), None)
+    return next((name for name in _PRODUCTS if name in names), None)
 
 
 def _splash(training: Trainer, labels: list[tuple]):
-    """(kernel, products) → FLOPs; None if no layout has the kernel's number of keys."""
+    """(kernel, name in _PRODUCTS) → FLOPs; None if no layout has the kernel's number of keys."""
     model, parts = training.built.model, training.built.mesh.shape["sequence"]
     by_size: dict[int, Tiling] = {}
     for layout in _layouts(training, labels):
         tiles = tiling(layout, parts)
         by_size.setdefault(tiles.num_k, tiles)
 
-    def count(kernel: hlo.Kernel, products: int) -> float | None:
+    def count(kernel: hlo.Kernel, name: str) -> float | None:
         """Operands: …, q [B, H, T, K], k [B, G, S, K], …; with one row, [H, T, K] and [G, S, K]."""
         rank = max(len(s.sizes) for s in kernel.operands)
         shapes = [s.sizes for s in kernel.operands if len(s.sizes) == rank]
         tiles = by_size.get(max(shape[-2] for shape in shapes))
         if tiles is None:
             return None
+        products = _PRODUCTS[name]
         if tiles.fused and "dkv" in kernel.name:
             products += 1  # and the gradient of q
         heads = max(shape[-3] for shape in shapes)
@@ -106,7 +108,7 @@ def _labels(training: Trainer, kept: Sequence[int | None]) -> list[tuple]:
 
 
 def _flash(training: Trainer, labels: list[tuple]):
-    """(kernel, products) → FLOPs; None if no pass has the kernel's number of keys.
+    """(kernel, name in _PRODUCTS) → FLOPs; None if no pass has the kernel's number of keys.
 
     With the sequence sharded, every shard is assumed to compute its share of the blocks.
     """
@@ -119,16 +121,15 @@ def _flash(training: Trainer, labels: list[tuple]):
             table = _visible_blocks(training, phase, tokens.layout, kept, block)
             by_size.setdefault(table.shape[1] * block, table)
 
-    def count(kernel: hlo.Kernel, products: int) -> float | None:
+    def count(kernel: hlo.Kernel, name: str) -> float | None:
         """Operands: indices of blocks, their numbers, q [B, T, G, R, K], k [B, S, G, K], …"""
         rows, _, groups, heads, width = kernel.operands[2].sizes
         table = by_size.get(kernel.operands[3].sizes[1])
         if table is None:
             return None
-        name = next(name for name in _PRODUCTS if name in f"{kernel.name} {kernel.op_name}")
         run = getattr(flash_kernels, name.removeprefix("flash_"))
         blocks = flash.computed_blocks(run, width, table, capability)
-        return products * 2 * block**2 * width * rows * groups * heads * blocks / parts
+        return _PRODUCTS[name] * 2 * block**2 * width * rows * groups * heads * blocks / parts
 
     return count
 

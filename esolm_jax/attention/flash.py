@@ -30,11 +30,11 @@ from esolm_jax.attention.flash_kernels import (
     keys_kernel,
     queries_kernel,
 )
+from esolm_jax.attention.kernel_products import padded
 from esolm_jax.family.labels import Layout
 from esolm_jax.family.rule import comparisons
 
 BLOCK_BYTES = 128  # size of a column of q or k in a block: 64 tokens in bfloat16, 32 in float32
-MIN_WIDTH = 16  # of a head width; Triton multiplies powers of two from this one
 WIDE = 64  # width of a head; beyond it, registers and shared memory are short
 # Compute capabilities (H100, B200, B300; None: not known) where four warps together multiply
 # matrices that lie in shared memory.
@@ -70,9 +70,8 @@ def flash(
     `interpret` runs the kernels in Python, on any device.
     """
     width = q_BHTK.shape[-1]
-    wide = max(MIN_WIDTH, pl.next_power_of_2(width))
     q_BHTK, k_BGSK, v_BGSK = (
-        recompute.pad_to_multiple(a, 3, wide) for a in (q_BHTK, k_BGSK, v_BGSK)
+        recompute.pad_to_multiple(a, 3, padded(width)) for a in (q_BHTK, k_BGSK, v_BGSK)
     )
     impl = _impl(Options(width**-0.5, capability, interpret))
     return recompute.attend(impl, layout, q_BHTK, k_BGSK, v_BGSK, labels)[..., :width]

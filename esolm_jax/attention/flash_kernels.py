@@ -23,7 +23,8 @@ from esolm_jax.attention.dense import MASKED
 from esolm_jax.attention.kernel_products import dot
 
 LOG2_E = 1 / math.log(2)
-# Below any score, above MASKED times any scale: an invisible score is 0 below it, whatever rounds.
+# Where the running maximum starts: below every real score, and so far above a scaled MASKED that
+# exp2 of the difference is exactly 0.
 LOWEST = -1e20
 
 

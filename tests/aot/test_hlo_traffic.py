@@ -174,7 +174,7 @@ def test_text_without_a_loop():
 
 
 def test_several_reductions_in_a_tuple_of_results():
-    """A reduction of pairs beside another result: nested tuples, whose shapes come in one list."""
+    """A fusion may return a tuple inside a tuple; the parser lists the shapes of both in order."""
     text = """HloModule jit_f, is_scheduled=true
 
 %pairs (a: f32[], b: f32[], c: f32[], d: f32[]) -> (f32[], f32[]) {

@@ -12,6 +12,7 @@ import pytest
 import toy
 from compilation import compiling
 
+from esolm_jax.attention import flash
 from esolm_jax.family import trim
 from esolm_jax.family.labels import Layout
 from esolm_jax.family.phase import make_phases
@@ -139,6 +140,7 @@ def test_on_a_gpu_whole_blocks_of_attention_are_kept(monkeypatch):
     monkeypatch.setattr(sharding, "platform", lambda mesh: "gpu")
     assert (kept(1024), kept(128), kept(1000)) == (576, *anywhere[1:])
     assert anywhere == (560, 80, 552) and kept(64) == trim.num_queries(64, 0.5, 16)
+    assert trim.BLOCK["gpu"] == flash.BLOCK_BYTES // jnp.dtype("bfloat16").itemsize
     halves = types.SimpleNamespace(shape={"sequence": 2})
     assert trim.kept_queries(phase, 2048, 16, halves) % 128 == 0  # each device has whole blocks
 

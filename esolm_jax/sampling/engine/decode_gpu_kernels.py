@@ -13,12 +13,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from esolm_jax.attention.dense import MASKED
-from esolm_jax.attention.kernel_products import dot
+from esolm_jax.attention.kernel_products import dot, padded
 from esolm_jax.family.rule import visible as rule
 from esolm_jax.sampling.engine.cache import Heads
 
 TILE = 64  # slots that a program reads at a time; and the most queries of a program
-MIN_TILE = 16  # Triton multiplies powers of two from this one
 PROGRAMS = 264  # to keep a large GPU busy: two for each of 132 cores
 MIN_PART = 128  # slots of the cache for each program that shares them, at least
 
@@ -44,7 +43,7 @@ class Sizes:
     @property
     def queries(self) -> int:
         """Queries of a program: R · W, rounded up, or a tile of them."""
-        return min(TILE, max(MIN_TILE, pl.next_power_of_2(self.heads * self.window)))
+        return min(TILE, padded(self.heads * self.window))
 
     @property
     def tiles(self) -> int:
@@ -61,12 +60,12 @@ class Sizes:
     @property
     def half(self) -> int:
         """K / 2, rounded up to what Triton multiplies: rotation pairs the halves of K."""
-        return max(MIN_TILE, pl.next_power_of_2(self.width // 2))
+        return padded(self.width // 2)
 
     @property
     def columns(self) -> int:
         """K, rounded up."""
-        return max(MIN_TILE, pl.next_power_of_2(self.width))
+        return padded(self.width)
 
 
 def attention_kernel(sizes: Sizes, names: tuple[str, ...], *refs):
@@ -95,7 +94,7 @@ def attention_kernel(sizes: Sizes, names: tuple[str, ...], *refs):
 
 def _over_window(sizes: Sizes, named, q, q_labels, part, tile, pair, carry):
     """The step of the online softmax over the window; stores its keys and values."""
-    tokens = min(TILE, max(MIN_TILE, pl.next_power_of_2(sizes.window)))
+    tokens = min(TILE, padded(sizes.window))
     q_rank, q_in_context = (label[:, None] for label in q_labels)
     stores = (part == 0) & (tile == 0)
 

@@ -221,14 +221,14 @@ def forward(network: Network, window: Window, cache: KVCache) -> tuple[jax.Array
        the entries of the window, for cache.write.)
     """
     config = network.config
-    residual = Residual(_embed(network, window))
+    project, residual = cache.projection, Residual(_embed(network, window))
     angles = rope.rope_angles(window.position, config)
     visible = Visible(window.rank, window.in_context, window.filled)
     pairs = []
     for i, block in enumerate(network.blocks):
-        heads, h = _heads(config, cache.projection, block, residual, angles)
+        heads, h = _heads(config, project, block, residual, angles)
         a_BWGRK, pair = cache.attend(i, heads, visible)
-        residual = _behind_attention(config, cache.projection, block, h, a_BWGRK)
+        residual = _behind_attention(config, project, block, h, a_BWGRK)
         pairs.append(pair)
     if window.pick.shape[1] == 0:  # the attention of the last block is not computed
         return None, cache.pending(pairs, pairs[-1][0][:, 0, 0])

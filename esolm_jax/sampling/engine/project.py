@@ -38,7 +38,9 @@ class Projection:
             from esolm_jax.sampling.engine import project_gpu  # importing Pallas takes a second
 
             run = functools.partial(project_gpu.project, interpret=self.interpret)
-            return self._on_mesh(run)(residual, layer)
+            if self.mesh is not None:
+                run = self._on_mesh(run, layer)
+            return run(residual, layer)
         h = residual.sum()
         y = biased(cpu_kernels.matmul(normed(layer.config, h), layer.kernel), layer.bias)
         return layers.activate(layer.config, y) if layer.activates else y, h
@@ -50,25 +52,20 @@ class Projection:
         is_narrow = residual.h.dtype.itemsize == 2 or self.interpret
         return self.platform == "gpu" and is_few and is_narrow
 
-    def _on_mesh(self, run):
-        """`run` on each device's rows and columns."""
-        if self.mesh is None:
-            return run
-
-        def on_mesh(residual: Residual, layer: Layer):
-            rows = sharding.spec("rows")
-            columns = (None, "mlp") if layer.activates else ("heads",)
-            kernel, bias = sharding.spec(None, *columns), sharding.spec(*columns)
-            if isinstance(layer.kernel, Quantized):
-                kernel = Quantized(kernel, bias)
-            of_layer = layer.replace(kernel=kernel, bias=bias)
-            of_result = sharding.spec("rows", None, columns[-1])
-            return jax.shard_map(
-                run,
-                mesh=self.mesh,
-                in_specs=(Residual(rows, rows, PartitionSpec()), of_layer),
-                out_specs=(of_result, rows),
-                check_vma=False,  # kernels do not declare over which axes their results vary
-            )(residual, layer)
-
-        return on_mesh
+    def _on_mesh(self, run, layer: Layer):
+        """`run` on each device's rows, and its columns of this layer."""
+        rows = sharding.spec("rows")
+        columns = (None, "mlp") if layer.activates else ("heads",)
+        kernel, bias = sharding.spec(None, *columns), sharding.spec(*columns)
+        if isinstance(layer.kernel, Quantized):
+            kernel = Quantized(kernel, bias)
+        return jax.shard_map(
+            run,
+            mesh=self.mesh,
+            in_specs=(
+                Residual(rows, rows, PartitionSpec()),
+                layer.replace(kernel=kernel, bias=bias),
+            ),
+            out_specs=(sharding.spec("rows", None, columns[-1]), rows),
+            check_vma=False,  # kernels do not declare over which axes their results vary
+        )

@@ -1,10 +1,10 @@
 """A residual sum, the norm behind it, a matrix product and its activation as one GPU kernel
 (Pallas, by way of Triton), for few tokens.
 
-A decoding pass of few tokens is as long as its kernels are many. A program computes some columns of
-the product for all tokens, and the statistics of the norm beside it. The norm is applied to the
-product: with x of mean m and deviation s, ((x − m) / s) · W = (x · W − m · 1 · W) / s, so that the
-first weights need not wait for the statistics.
+A decoding pass of few tokens is as long as its kernels are many. Each program computes some columns
+of the product for all tokens. In the same loop it adds up what the norm needs, and in the end it
+norms the product, not its input: with x of mean m and deviation s, ((x − m) / s) · W =
+(x · W − m · 1 · W) / s. So the weights are loaded before mean and deviation are known.
 
 Arrays of a program are [tokens, columns] or [tokens, terms]: all tokens, rounded up to what Triton
 multiplies, and some of the D terms at a time.
@@ -19,13 +19,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from esolm_jax.attention.kernel_products import dot
+from esolm_jax.attention.kernel_products import dot, padded
 from esolm_jax.model import layers
 from esolm_jax.model.model_config import ModelConfig
 from esolm_jax.sampling.engine.quantize import split
 from esolm_jax.sampling.engine.residual import Layer, Residual
 
-MIN_TILE = 16  # Triton multiplies powers of two from this one
 COLUMNS = 32  # of a program: 64 bytes of a row of weights in bfloat16
 TILE = 2048  # entries of a tile of tokens
 AHEAD = 88 * 1024  # bytes that a program loads ahead, which fit every GPU's shared memory
@@ -44,12 +43,12 @@ class Sizes:
 
     @property
     def rows(self) -> int:
-        return max(MIN_TILE, pl.next_power_of_2(self.tokens))
+        return padded(self.tokens)
 
     @property
     def step(self) -> int:
         """Terms at a time."""
-        return max(MIN_TILE, min(pl.next_power_of_2(self.terms), TILE // self.rows))
+        return min(padded(self.terms), TILE // self.rows)
 
     def stages(self, itemsize: int) -> int:
         """Of Triton's loop: one computes, the others load."""
