@@ -16,8 +16,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from esolm_jax.sampling.engine.cache import Heads, KeyValue, Visible
-from esolm_jax.sampling.engine.decode_gpu_kernels import Sizes, attention_kernel, merge_kernel
+from esolm_jax.sampling.engine.decode_gpu_kernels import (
+    TILE,
+    Sizes,
+    attention_kernel,
+    merge_kernel,
+)
 from esolm_jax.sampling.engine.quantize import split
+
+AHEAD = 64 * 1024  # bytes of slots that a program loads ahead
 
 
 def attend(
@@ -55,13 +62,21 @@ def attend(
         in_specs=in_specs,
         out_specs=[*specs, *pair_specs],
         out_shape=[*shapes, *pair],
-        compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=_stages(sizes, past)),
         interpret=interpret,
         name="decode_attention",
     )(*named.values())
     if parts > 1:
         found = [_merge(sizes, interpret, found, out)]
     return found[0], (keys, values)
+
+
+def _stages(sizes: Sizes, past) -> int:
+    """Of the kernel's loops: with three, the slots of two tiles are on their way while a third is
+    computed. As far as they fit the shared memory of every GPU; a window of several tiles takes as
+    much."""
+    tile = 0 if past is None else 2 * TILE * sizes.width * split(past[0])[0].dtype.itemsize
+    return 3 if sizes.window <= TILE and 2 * tile <= AHEAD else 2
 
 
 def _operands(sizes: Sizes, heads: Heads, visible: Visible, past, block: int):

@@ -6,6 +6,7 @@ KernelCache.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,11 @@ class Sizes:
         return min(TILE, padded(self.heads * self.window))
 
     @property
+    def window_tile(self) -> int:
+        """Keys of the window at a time."""
+        return min(TILE, padded(self.window))
+
+    @property
     def tiles(self) -> int:
         """Tiles of queries."""
         return -(-self.heads * self.window // self.queries)
@@ -69,21 +75,31 @@ class Sizes:
 
 
 def attention_kernel(sizes: Sizes, names: tuple[str, ...], *refs):
-    """One tile of queries over one part of the slots; the first part also over the window."""
+    """One tile of queries over one part of the slots; the first part also over the window.
+
+    What can be loaded is loaded first: no load passes a barrier of the threads, and a program alone
+    on its core would wait for each load in turn.
+    """
     named, (*out, keys, values) = dict(zip(names, refs, strict=False)), refs[len(names) :]
     part = jax.lax.rem(pl.program_id(0), sizes.parts)
     tile = jax.lax.div(pl.program_id(0), sizes.parts)
+    count = named["filled"][0]
     token, head = _places(sizes, tile)
-    q = _heads_of(sizes, named, token, head)
-    labels = _labels(sizes, named, token)
+
+    def load():
+        heads, labels = _load_heads(sizes, named, token, head), _labels(sizes, named, token)
+        return heads, labels, _load_window(sizes, named, 0)
+
+    loaded, labels, first = _together(load)
+    q = _heads_of(sizes, loaded)
     carry = (
         jnp.zeros((sizes.queries, sizes.columns), jnp.float32),
         jnp.zeros(sizes.queries, jnp.float32),
         jnp.full(sizes.queries, MASKED, jnp.float32),
     )
-    carry = _over_window(sizes, named, q, labels, part, tile, (keys, values), carry)
+    carry = _over_window(sizes, named, first, q, labels, part, tile, (keys, values), carry)
     if "keys" in named:
-        carry = _over_cache(sizes, named, q, part, carry)
+        carry = _over_cache(sizes, named, q, part, count, carry)
     out_TK, total, top = carry
     if sizes.parts == 1:
         _store(sizes, tile, out[0], out_TK / total[:, None])
@@ -92,19 +108,26 @@ def attention_kernel(sizes: Sizes, names: tuple[str, ...], *refs):
             ref[...] = array
 
 
-def _over_window(sizes: Sizes, named, q, q_labels, part, tile, pair, carry):
-    """The step of the online softmax over the window; stores its keys and values."""
-    tokens = min(TILE, padded(sizes.window))
+def _together(load: Callable):
+    """The results of load(), whose loads wait for memory at the same time. Outside of a branch,
+    Triton puts the conversion of each to the layout of a product, and with it a barrier, right
+    behind its load."""
+    nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(load))
+    always = sum(pl.program_id(axis) for axis in range(3)) < 2**30  # but no compiler knows that
+    return jax.lax.cond(always, load, lambda: nothing)
+
+
+def _over_window(sizes: Sizes, named, first, q, q_labels, part, tile, pair, carry):
+    """The steps of the online softmax over the window; stores its keys and values. `first`: what
+    the first step loads."""
     q_rank, q_in_context = (label[:, None] for label in q_labels)
     stores = (part == 0) & (tile == 0)
 
     def step(i, carry):
-        at = i * tokens + jnp.arange(tokens)
+        at, loaded, loaded_values, labels = first if steps == 1 else _load_window(sizes, named, i)
         there = at < sizes.window
-        head = jnp.full_like(at, sizes.heads)
-        k = _heads_of(sizes, named, at, head)
-        v_SK = _summed(sizes, named, at, head + 1, *_columns(sizes))
-        k_rank, k_in_context = (label[None] for label in _labels(sizes, named, at))
+        k, v_SK = _heads_of(sizes, loaded), _sum(*loaded_values)
+        k_rank, k_in_context = (label[None] for label in labels)
         mask = rule(q_rank, q_in_context != 0, k_rank, k_in_context != 0) & there[None]
         keys, values = pair
         for low, half in zip((0, sizes.width // 2), k, strict=True):
@@ -116,13 +139,21 @@ def _over_window(sizes: Sizes, named, q, q_labels, part, tile, pair, carry):
         triton.store(values.at[at[:, None], column[None]], v_SK, mask=exists)
         return _softmax_step(carry, q, k, v_SK, mask)
 
+    steps = -(-sizes.window // sizes.window_tile)
     of_first = 1 - jnp.minimum(part, 1)  # Triton takes no boolean as a bound
-    return jax.lax.fori_loop(0, -(-sizes.window // tokens) * of_first, step, carry)
+    return jax.lax.fori_loop(0, steps * of_first, step, carry)
 
 
-def _over_cache(sizes: Sizes, named, q, part, carry):
-    """The steps of the online softmax over this part of the filled slots."""
-    count = named["filled"][0]
+def _load_window(sizes: Sizes, named, i):
+    """The i-th tile of the window: its tokens; keys, values and labels, as loaded."""
+    at = i * sizes.window_tile + jnp.arange(sizes.window_tile)
+    head = jnp.full_like(at, sizes.heads)
+    values = _load_products(sizes, named, at, head + 1, *_columns(sizes))
+    return at, _load_heads(sizes, named, at, head), values, _labels(sizes, named, at)
+
+
+def _over_cache(sizes: Sizes, named, q, part, count, carry):
+    """The steps of the online softmax over this part of the filled slots, `count` in all."""
     each = jax.lax.div(count + sizes.parts * TILE - 1, sizes.parts * TILE) * TILE
     low = jnp.minimum(part * each, count)
     high = jnp.minimum(low + each, count)
@@ -188,43 +219,52 @@ def _labels(sizes: Sizes, named, token):
     ]
 
 
-def _summed(sizes: Sizes, named, token, head, column, exists):
-    """Products with biases at these columns, in the dtype of the products; 0 for padding."""
+def _load_products(sizes: Sizes, named, token, head, column, exists):
+    """[products, and their bias where the model has one] at these columns; 0 for padding."""
     mask = (token < sizes.window)[:, None] & exists[None]
     index = token[:, None], head[:, None], column[None]
-    products = triton.load(named["products"].at[index], mask=mask, other=0)
-    if "bias" not in named:
+    at = {"products": index, "bias": index[1:]}
+    return [triton.load(named[n].at[at[n]], mask=mask, other=0) for n in at if n in named]
+
+
+def _sum(products, bias=None):
+    """In the dtype of the products."""
+    if bias is None:
         return products
-    bias = triton.load(named["bias"].at[index[1:]], mask=mask, other=0)
     summed = products.astype(jnp.float32) + bias.astype(products.dtype).astype(jnp.float32)
     return summed.astype(products.dtype)
 
 
-def _heads_of(sizes: Sizes, named, token, head):
-    """Both halves of queries or keys, ready to attend; [tokens, half] each."""
+def _load_heads(sizes: Sizes, named, token, head):
+    """Queries or keys as loaded: (products of both halves; scales of both; cosine and sine)."""
     column, width = jnp.arange(sizes.half), sizes.width // 2
-    exists = column < width
-    places = (column, width + column)
-    halves = [_summed(sizes, named, token, head, place, exists) for place in places]
-    dtype = halves[0].dtype
+    exists, places = column < width, (column, width + column)
     mask = (token < sizes.window)[:, None] & exists[None]
-    low, high = (half.astype(jnp.float32) for half in halves)
-    if "scale" in named:
+
+    def load(name, row, place):
+        return triton.load(named[name].at[row[:, None], place[None]], mask=mask, other=0)
+
+    halves = [_load_products(sizes, named, token, head, place, exists) for place in places]
+    scales = [load("scale", head, place) for place in places if "scale" in named]
+    # Of the second half: the sine of the first is negative.
+    angles = [load(name, token, places[1]) for name in ("cos", "sin") if name in named]
+    return halves, scales, angles
+
+
+def _heads_of(sizes: Sizes, loaded):
+    """Both halves of queries or keys, ready to attend; [tokens, half] each."""
+    halves, scales, angles = loaded
+    dtype = halves[0][0].dtype
+    low, high = (_sum(*half).astype(jnp.float32) for half in halves)
+    if scales:
         squares = (low * low).sum(axis=1) + (high * high).sum(axis=1)
         factor = jax.lax.rsqrt(squares / sizes.width + sizes.norm_eps)[:, None]
-        scales = (
-            triton.load(named["scale"].at[head[:, None], place[None]], mask=mask, other=0)
-            for place in places
-        )
         low, high = (
             (half * factor * scale).astype(dtype).astype(jnp.float32)
             for half, scale in zip((low, high), scales, strict=True)
         )
-    if "cos" in named:
-        cos, sin = (  # of the second half: the sine of the first is negative
-            triton.load(named[name].at[token[:, None], places[1][None]], mask=mask, other=0)
-            for name in ("cos", "sin")
-        )
+    if angles:
+        cos, sin = angles
         low, high = low * cos - high * sin, high * cos + low * sin
     return low.astype(dtype), high.astype(dtype)
 
@@ -239,8 +279,7 @@ def _store(sizes: Sizes, tile, ref, out_TK) -> None:
 
 def merge_kernel(sizes: Sizes, out, total, top, merged):
     """Adds up the parts of one tile of queries."""
-    top_PT = top[...][:, :, 0]
+    out_PTK, total_PT, top_PT = out[...], total[...][:, :, 0], top[...][:, :, 0]
     keep = jnp.exp(top_PT - top_PT.max(axis=0)[None])
-    out_TK = (out[...] * keep[:, :, None]).sum(axis=0)
-    total_T = (total[...][:, :, 0] * keep).sum(axis=0)
-    _store(sizes, pl.program_id(0), merged, out_TK / total_T[:, None])
+    out_TK = (out_PTK * keep[:, :, None]).sum(axis=0)
+    _store(sizes, pl.program_id(0), merged, out_TK / (total_PT * keep).sum(axis=0)[:, None])
