@@ -60,7 +60,7 @@ def test_float32_is_exact(config, features, activates, added):
 
 
 @pytest.mark.parametrize("mean", [0.0, 30.0])
-@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("tokens", [1, 4])
 def test_bfloat16_is_as_exact_as_xla(tokens, mean):
     """The norm is applied to the product: the mean of a token far from 0 costs no accuracy."""
     sizes = {"tokens": tokens, "terms": 96, "features": (1, 64), "activates": True}
@@ -82,14 +82,34 @@ def test_quantized_weights():
     np.testing.assert_allclose(y, want, atol=5e-5)
 
 
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize(("terms", "parts"), [(300, 1), (2100, 2)])
+def test_product(terms, parts, quantized):
+    """Of many terms, the parts of its sum. The next projection adds them to the residual."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(1, 3, terms)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(terms, 96)) / terms**0.5, jnp.float32)
+    kernel = quantize(kernel, 0, "int8") if quantized else kernel
+    found = jax.jit(Projection(None, "gpu", interpret=True).product)(x, kernel)
+    want = jax.jit(Projection().product)(x, kernel)
+    assert found.shape == (parts, 1, 3, 96)
+    np.testing.assert_allclose(found.sum(axis=0), want, atol=2e-5)
+    sizes = {"tokens": 3, "terms": 96, "features": (1, 64), "activates": True}
+    residual, layer = draw(DIT, **sizes, dtype="float32")
+    (y, h), (want_y, want_h) = both(residual.replace(added=found), layer)
+    np.testing.assert_allclose(y, want_y, atol=2e-5)
+    np.testing.assert_allclose(h, want_h, atol=1e-6)
+    np.testing.assert_allclose(h, residual.replace(added=want).sum(), atol=2e-5)
+
+
 def test_few_tokens_of_16_bits_alone_take_the_kernel():
     def takes(tokens, dtype, **fields):
-        return Projection(None, "gpu", **fields).takes(Residual(jnp.zeros((2, tokens, 8), dtype)))
+        return Projection(None, "gpu", **fields).takes(jnp.zeros((2, tokens, 8), dtype))
 
-    assert takes(1, jnp.bfloat16) and takes(32, jnp.bfloat16)
-    assert not takes(33, jnp.bfloat16) and not takes(1, jnp.float32)
+    assert takes(1, jnp.bfloat16) and takes(2, jnp.bfloat16)
+    assert not takes(3, jnp.bfloat16) and not takes(1, jnp.float32)
     assert not takes(1, jnp.bfloat16, most_tokens=0)
-    assert not Projection().takes(Residual(jnp.zeros((1, 1, 8), jnp.bfloat16)))
+    assert not Projection().takes(jnp.zeros((1, 1, 8), jnp.bfloat16))
 
 
 @pytest.mark.parametrize("quantized", [False, True])
@@ -111,3 +131,18 @@ def test_on_a_mesh(features, activates, quantized):
     want, want_h = jax.jit(Projection())(residual, layer)
     np.testing.assert_allclose(y, want, atol=5e-5)
     np.testing.assert_array_equal(h, want_h)
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_product_on_a_mesh(tensor):
+    """Rows over data and fsdp; terms that are split over tensor are XLA's."""
+    settings = default_config().mesh
+    settings.update({"data": 4 // tensor, "fsdp": 2, "tensor": tensor, "sequence": 1})
+    mesh = sharding.make_mesh(settings)
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(8, 1, 2100)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(2100, 40)) / 46, jnp.float32)
+    found = jax.jit(Projection(mesh, "gpu", interpret=True).product)(x, kernel)
+    assert found.ndim == (4 if tensor == 1 else 3)
+    total = found.sum(axis=0) if tensor == 1 else found
+    np.testing.assert_allclose(total, Projection().product(x, kernel), atol=2e-5)

@@ -8,20 +8,22 @@ costs as much as using them.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from esolm_jax.attention.recompute import pad_to_multiple
 from esolm_jax.model import rope
 from esolm_jax.model import transformer as model_lib
+from esolm_jax.model.lm_head import LANES
 from esolm_jax.model.model_config import ModelConfig
 from esolm_jax.parallel import multihost, sharding, stored_programs
-from esolm_jax.sampling.engine import cpu_kernels
 from esolm_jax.sampling.engine.cache import Entries, Heads, KVCache, Visible
 from esolm_jax.sampling.engine.quantize import Quantized, quantize
-from esolm_jax.sampling.engine.residual import Layer, Residual, normed
+from esolm_jax.sampling.engine.residual import Layer, Residual
 
 
 @flax.struct.dataclass
@@ -35,7 +37,8 @@ class Network:
         1/√K, then its key and value), `attention_out` [H·K, D], `mlp_in` [D, gates, F],
         `mlp_out` [F, D], their biases `…_bias`, and, if queries and keys are normed,
         `qk_norm_scale` [R + 1, K]: of the queries, by 1/√K too, and the key.
-      logits, logits_bias: [D, V], [V].
+      logits, logits_bias: [D, V], [V]. On a GPU V is rounded up: loads of several weights at once
+        need rows of a multiple of 16 bytes.
         Matrices may be quantized.
       config: sizes of the trained model.
     """
@@ -91,7 +94,7 @@ def fold(
     Raises:
       AssertionError: the model has parameters that this network does not know; it names them.
     """
-    make = functools.partial(_fold, config, dtype)
+    make = folding(config, mesh, dtype)
     if mesh is None:
         return jax.jit(make)(params)
     where = shardings(jax.eval_shape(make, params), mesh)
@@ -105,14 +108,20 @@ def compiled_fold(
     or from the user's folder."""
 
     def lower(params: dict) -> jax.stages.Lowered:
-        make = functools.partial(_fold, config, dtype)
+        make = folding(config, mesh, dtype)
         where = shardings(jax.eval_shape(make, params), mesh)
         return jax.jit(make, out_shardings=where).lower(params)
 
     return stored_programs.compile_or_load(f"fold {config} {dtype}", lower, (params,))
 
 
-def _fold(config: ModelConfig, dtype: str, params: dict) -> Network:
+def folding(config: ModelConfig, mesh: Mesh | None, dtype: str) -> Callable[[dict], Network]:
+    """`fold` as a function of the parameters."""
+    is_gpu = mesh is not None and sharding.platform(mesh) == "gpu"
+    return functools.partial(_fold, config, dtype, LANES if is_gpu else 1)
+
+
+def _fold(config: ModelConfig, dtype: str, lanes: int, params: dict) -> Network:
     of_blocks, of_head = model_lib.modulations(config, params)
     left = jax.tree.map(lambda leaf: leaf, params)  # a copy; folded parameters are removed from it
     stacked = left.pop("blocks")
@@ -133,6 +142,8 @@ def _fold(config: ModelConfig, dtype: str, params: dict) -> Network:
         _check_all_taken({"blocks": weights})
         blocks.append({name: put(name, array) for name, array in folded.items()})
     kernel, bias = _behind_norm(left["final_norm"], left["logits"], *of_head)
+    kernel = pad_to_multiple(kernel, 1, lanes)
+    bias = None if bias is None else pad_to_multiple(bias, 0, lanes)
     embedding = left["embedding"].pop("embedding")
     positions = left["positions"].pop("embedding") if config.max_positions else None
     _check_all_taken(left)
@@ -232,11 +243,9 @@ def forward(network: Network, window: Window, cache: KVCache) -> tuple[jax.Array
         pairs.append(pair)
     if window.pick.shape[1] == 0:  # the attention of the last block is not computed
         return None, cache.pending(pairs, pairs[-1][0][:, 0, 0])
-    h = jnp.take_along_axis(residual.sum(), window.pick[..., None], axis=1)
-    logits = cpu_kernels.matmul(normed(config, h), network.logits, jnp.float32)
-    if network.logits_bias is not None:
-        logits = logits + network.logits_bias[None, None]
-    return logits, cache.pending(pairs, h)
+    head = Layer(network.logits, network.logits_bias, False, config)
+    logits, h = project(residual.at(window.pick), head, jnp.float32)
+    return logits[..., : config.vocab_size], cache.pending(pairs, h)
 
 
 def _embed(network, window):
@@ -261,7 +270,7 @@ def _heads(config, project, block, residual, angles) -> tuple[Heads, jax.Array]:
 def _behind_attention(config, project, block, h_BWD, a_BWGRK) -> Residual:
     """The rest of a block, from its attention on."""
     attended = a_BWGRK.reshape(*h_BWD.shape[:2], -1).astype(h_BWD.dtype)
-    out = cpu_kernels.matmul(attended, block["attention_out"])
+    out = project.product(attended, block["attention_out"])
     residual = Residual(h_BWD, out, block.get("attention_out_bias"))
     inner, h = project(residual, Layer(block["mlp_in"], block.get("mlp_in_bias"), True, config))
-    return Residual(h, cpu_kernels.matmul(inner, block["mlp_out"]), block.get("mlp_out_bias"))
+    return Residual(h, project.product(inner, block["mlp_out"]), block.get("mlp_out_bias"))

@@ -2,6 +2,7 @@
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 
 from esolm_jax.model import layers
 from esolm_jax.model.model_config import ModelConfig
@@ -14,7 +15,8 @@ class Residual:
 
     Attributes:
       h: the first part.
-      added: the second, in the dtype of h, and `bias`, float32 [D]; None = nothing.
+      added: the second, in the dtype of h, or the parts of its sum, [parts, B, W, D]; None =
+        nothing. bias: float32 [D], for it.
     """
 
     h: jax.Array
@@ -24,7 +26,19 @@ class Residual:
     def sum(self) -> jax.Array:
         if self.added is None:
             return self.h
-        return self.h + biased(self.added, self.bias)
+        added = self.added
+        if added.ndim > self.h.ndim:
+            added = added.sum(axis=0).astype(self.h.dtype)
+        return self.h + biased(added, self.bias)
+
+    def at(self, tokens_BP) -> "Residual":
+        """Of these tokens of each row, indices in W: [B, P, D]."""
+
+        def take(array):
+            index = tokens_BP[..., None].reshape((1,) * (array.ndim - 3) + (*tokens_BP.shape, 1))
+            return jnp.take_along_axis(array, index, axis=-2)
+
+        return self.replace(h=take(self.h), added=jax.tree.map(take, self.added))
 
 
 @flax.struct.dataclass
