@@ -1,0 +1,258 @@
+"""Runs the programs of a kernel: all lanes (threads) at once, in NumPy.
+
+Lanes at the same instruction run together, those at the first instruction first. A barrier is
+passed when no lane can run otherwise.
+"""
+
+import re
+
+import numpy as np
+
+from ptx import matrix, scalar
+from ptx.memory import Fault, Memory, Shared
+from ptx.program import Instruction, parse
+
+WARP = 32
+NOTHING = ("fence", "griddepcontrol")  # without effect here
+
+
+def execute(text: str, name: str, grid, shared_bytes: int, operands, results, *, late_copies: bool):
+    """Runs a kernel over a grid of programs.
+
+    Args:
+      text: PTX. grid: of three axes.
+      operands, results: arrays; of results, shapes and dtypes count.
+      late_copies: asynchronous copies to shared memory are done when the kernel waits for them, and
+        else at once. A kernel must be right either way.
+
+    Returns:
+      (results, races; see Memory).
+
+    Raises:
+      Fault: see memory.py. NotImplementedError: an instruction is not known.
+    """
+    memory = Memory(operands, results)
+    machine = _Machine(parse(text, name), grid, shared_bytes, memory, late_copies)
+    for first in range(0, int(np.prod(grid)), 16):  # programs at a time; as many as fit caches
+        machine.run(np.arange(first, min(first + 16, int(np.prod(grid)))))
+    return memory.results(), +memory.races
+
+
+class _Machine:
+    """Attributes:
+    program_of, local: of each lane, its program and the index of that among those that run.
+    lanes: those that execute the instruction. registers: by name, an array of all lanes.
+    """
+
+    def __init__(self, program, grid, shared_bytes: int, memory: Memory, late_copies: bool):
+        self.program, self.grid, self.shared_bytes = program, grid, shared_bytes
+        self.memory, self.late_copies = memory, late_copies
+
+    def run(self, programs) -> None:
+        threads = self.program.threads
+        self.program_of = np.repeat(programs.astype(np.int32), threads)
+        self.local = np.repeat(np.arange(len(programs)), threads)
+        self.shared = Shared(len(programs), self.shared_bytes)
+        self.registers = self._special(threads)
+        self.copies: list[tuple] = []  # (lanes, group of each, to, from, size, bytes to read)
+        self.groups = np.zeros(self.local.size, int)  # of copies, that a lane has closed
+        running, waiting = {0: np.ones(self.local.size, bool)}, {}
+        while running or waiting:
+            if running:
+                self._step(running, waiting)
+            else:
+                self._pass_barrier(running, waiting)
+
+    def _special(self, threads: int) -> dict:
+        x, y, _ = self.grid
+        ids = self.program_of % x, self.program_of // x % y, self.program_of // (x * y)
+        special = {f"%ctaid.{a}": i.astype(np.uint32) for a, i in zip("xyz", ids, strict=True)}
+        thread = np.tile(np.arange(threads, dtype=np.uint32), len(self.local) // threads)
+        return special | {"%tid.x": thread}
+
+    def _pass_barrier(self, running, waiting) -> None:
+        at = min(waiting)
+        lanes = waiting.pop(at)
+        for others in waiting.values():
+            if np.intersect1d(self.local[lanes], self.local[others]).size:
+                raise Fault("threads of a program wait at different barriers")
+        running[at + 1] = lanes
+
+    def _step(self, running, waiting) -> None:
+        at = min(running)
+        here = running.pop(at)
+        instruction = self.program.instructions[at]
+        opcode, lanes = instruction.name[0], here
+        if instruction.guard:
+            name, negated = instruction.guard
+            lanes = here & (self.get(name, "pred") != negated)
+
+        def go(where: int, who) -> None:
+            if who.any():
+                running[where] = running[where] | who if where in running else who
+
+        if opcode == "bar":
+            waiting[at] = waiting[at] | here if at in waiting else here
+        elif opcode == "bra":
+            go(self.program.labels[instruction.operands[0]], lanes)
+            go(at + 1, here & ~lanes)
+        elif opcode == "ret":
+            go(at + 1, here & ~lanes)
+        else:
+            if lanes.any():
+                self.lanes = lanes
+                self._execute(instruction)
+            go(at + 1, here)
+
+    def _execute(self, instruction: Instruction) -> None:
+        name, operands = instruction.name, instruction.operands
+        own = {"ld": self._ld, "st": self._st, "cp": self._cp, "shfl": self._shfl, "mov": self._mov}
+        try:
+            if name[0] in own:
+                own[name[0]](name, operands)
+            elif name[0] in matrix.INSTRUCTIONS:
+                matrix.INSTRUCTIONS[name[0]](self, name, operands)
+            elif name[0] not in NOTHING:
+                y = scalar.compute(name, lambda i, kind: self.get(operands[i + 1], kind))
+                if y is None:
+                    raise NotImplementedError("unknown instruction")
+                self.put(operands[0], y)
+        except Exception as error:
+            error.add_note(instruction.text)
+            raise
+
+    # Operands
+
+    def get(self, operand: str, kind: str):
+        """As an array of a type: of all lanes, or of one element for a constant."""
+        dtype = np.dtype(scalar.TYPES[kind])
+        if operand.startswith("0f"):
+            return np.array([int(operand[2:], 16)], np.uint32).view(dtype)
+        if re.match(r"-?\d", operand):
+            value = int(operand.rstrip("U"), 0)
+            if kind == "pred":
+                return np.array([value != 0])
+            mask = 2 ** (8 * dtype.itemsize) - 1
+            return np.array([value & mask], f"u{dtype.itemsize}").view(dtype)
+        if operand == "global_smem":
+            return np.zeros(1, dtype)
+        return scalar.bits(self._register(operand), dtype.itemsize).view(dtype)
+
+    def put(self, operand: str, value) -> None:
+        """To the lanes that execute; `_` is nowhere. A signed number keeps its sign in a wider
+        register."""
+        if operand == "_":
+            return
+        old = self._register(operand)
+        if value.dtype.kind == "i":
+            value = value.astype(f"i{old.dtype.itemsize}")
+        value = scalar.bits(value, old.dtype.itemsize)
+        self.registers[operand] = np.where(self.lanes, value, old)
+
+    def _register(self, name: str):
+        if name not in self.registers:
+            kind = self.program.types[name if "@" in name else name.rstrip("0123456789")]
+            size = np.dtype(scalar.TYPES[kind]).itemsize
+            dtype = bool if kind == "pred" else f"u{size}"
+            self.registers[name] = np.zeros(self.local.size, dtype)
+        return self.registers[name]
+
+    def every(self, operand: str, kind: str):
+        """`get`, of all lanes."""
+        return np.broadcast_to(self.get(operand, kind), self.local.shape)
+
+    def address(self, operand: str):
+        """Of all lanes; `[a + 4]`."""
+        base, offset = re.fullmatch(r"\[\s*([^\s+]+)\s*(?:\+\s*(-?\w+))?\s*\]", operand).groups()
+        return self.every(base, "b64").astype(np.int64) + int(offset or "0", 0)
+
+    def _mov(self, name, operands) -> None:
+        """Also from or to a vector: the parts of a register, the lowest bits first."""
+        to, of = map(names, operands)
+        size = np.dtype(scalar.TYPES[name[-1]]).itemsize // max(len(to), len(of))
+        if len(of) > 1:
+            parts = [scalar.bits(self.every(part, f"b{8 * size}"), size) for part in of]
+            self.put(to[0], np.stack(parts, axis=1).view(f"u{size * len(of)}")[:, 0])
+        elif len(to) > 1:
+            parts = np.ascontiguousarray(self.every(of[0], name[-1]))[:, None].view(f"u{size}")
+            for i, part in enumerate(to):
+                self.put(part, parts[:, i])
+        else:
+            self.put(to[0], self.get(of[0], name[-1]))
+
+    # Memory
+
+    def _ld(self, name, operands) -> None:
+        if name[1] == "param":
+            at = self.memory.bases[self.program.parameters.index(operands[1].strip("[ ]"))]
+            return self.put(operands[0], np.full(self.local.size, at))
+        targets, size = names(operands[0]), int(name[-1][1:]) // 8
+        place, owner = self._space(name)
+        data = place.load(self.address(operands[1])[self.lanes], size * len(targets), owner)
+        for i, target in enumerate(targets):
+            value = np.zeros(self.local.size, f"u{size}")
+            value[self.lanes] = _view(data[:, i * size : (i + 1) * size], value.dtype)
+            self.put(target, value)
+        return None
+
+    def _st(self, name, operands) -> None:
+        values = [self.every(value, name[-1])[self.lanes] for value in names(operands[1])]
+        place, owner = self._space(name)
+        data = np.stack(values, axis=1).view(np.uint8)
+        place.store(self.address(operands[0])[self.lanes], data, owner)
+
+    def _space(self, name):
+        if "shared" in name:
+            return self.shared, self.local[self.lanes]
+        return self.memory, self.program_of[self.lanes]
+
+    def _cp(self, name, operands) -> None:
+        if name[2] == "commit_group":
+            self.groups[self.lanes] += 1
+        elif name[2] == "wait_group":
+            self._finish_copies(int(operands[0]))
+        else:
+            lanes, size = np.flatnonzero(self.lanes), int(operands[2], 0)
+            sizes = np.full(lanes.size, size)
+            read = self.every(operands[3], "u32")[lanes] if operands[3:] else sizes
+            to, of = (self.address(operand)[lanes] for operand in operands[:2])
+            self.shared.forget(to, size, self.local[lanes])
+            self.copies.append((lanes, self.groups[lanes], to, of, sizes, read))
+            if not self.late_copies:
+                self._finish_copies(-1)
+
+    def _finish_copies(self, keep: int) -> None:
+        """All but the last `keep` groups of each lane."""
+        left = []
+        for copy in self.copies:
+            lanes, group, to, of, sizes, read = copy
+            done = self.lanes[lanes] & (group < self.groups[lanes] - keep)
+            data = np.zeros((int(done.sum()), sizes[0]), np.uint8)
+            some = done & (read > 0)
+            loaded = self.memory.load(of[some], sizes[0], self.program_of[lanes[some]])
+            data[read[done] > 0] = loaded
+            self.shared.store(to[done], data, self.local[lanes[done]])
+            left += [] if done.all() else [tuple(part[~done] for part in copy)]
+        self.copies = left
+
+    # Warps
+
+    def warps(self, operand: str, kind: str = "b32"):
+        """[warps, 32]"""
+        return self.every(operand, kind).reshape(-1, WARP)
+
+    def _shfl(self, name, operands) -> None:
+        lane, by = np.arange(WARP), self.warps(operands[2]).astype(int)
+        other = {"bfly": lane ^ by, "down": lane + by, "idx": by}[name[2]]
+        other = np.where(other < WARP, other, lane)
+        value = np.take_along_axis(self.warps(operands[1]), other, 1)
+        self.put(operands[0], value.reshape(-1))
+
+
+def names(vector: str) -> list[str]:
+    """Of `{a, b}`, or of one register."""
+    return [name.strip() for name in vector.strip("{} ").split(",")]
+
+
+def _view(data, dtype):
+    return np.ascontiguousarray(data).view(dtype)[:, 0]
