@@ -75,7 +75,8 @@ class Sizes:
 
 
 def attention_kernel(sizes: Sizes, names: tuple[str, ...], *refs):
-    """One tile of queries over one part of the slots; the first part also over the window.
+    """One tile of queries over one part of the slots; the last part, which has the fewest filled
+    ones, also over the window.
 
     What can be loaded is loaded first: no load passes a barrier of the threads, and a program alone
     on its core would wait for each load in turn.
@@ -121,7 +122,8 @@ def _over_window(sizes: Sizes, named, first, q, q_labels, part, tile, pair, carr
     """The steps of the online softmax over the window; stores its keys and values. `first`: what
     the first step loads."""
     q_rank, q_in_context = (label[:, None] for label in q_labels)
-    stores = (part == 0) & (tile == 0)
+    others = sizes.parts - 1 - part
+    stores = (others == 0) & (tile == 0)
 
     def step(i, carry):
         at, loaded, loaded_values, labels = first if steps == 1 else _load_window(sizes, named, i)
@@ -140,8 +142,8 @@ def _over_window(sizes: Sizes, named, first, q, q_labels, part, tile, pair, carr
         return _softmax_step(carry, q, k, v_SK, mask)
 
     steps = -(-sizes.window // sizes.window_tile)
-    of_first = 1 - jnp.minimum(part, 1)  # Triton takes no boolean as a bound
-    return jax.lax.fori_loop(0, steps * of_first, step, carry)
+    of_last = 1 - jnp.minimum(others, 1)  # Triton takes no boolean as a bound
+    return jax.lax.fori_loop(0, steps * of_last, step, carry)
 
 
 def _load_window(sizes: Sizes, named, i):
