@@ -195,7 +195,7 @@ def test_races_are_noticed(value, races):
     """Two programs write to the same numbers: the same, or not."""
     result = np.zeros(32, np.int32)
     text = RACE.replace("{VALUE}", value)
-    _, found = ptx.machine.execute(
+    _, found, _ = ptx.machine.execute(
         text, "race", (2, 1, 1), 0, [result], [result], late_copies=False
     )
     assert dict(found) == races

@@ -15,6 +15,8 @@ from jax.sharding import Mesh
 from esolm_jax.aot import topology
 from esolm_jax.parallel import sharding
 
+CONFLICTS = 2  # times as long as shared memory takes without conflicts, at most
+
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
@@ -88,7 +90,7 @@ def check(gpu: str, run, arguments, prefix: str, tolerance: float) -> int:
         call = next(c for c in calls if kernel.name.startswith(c.name))
         calls.remove(call)
         for late_copies in (False, True):
-            found, races = ptx.machine.execute(
+            found, races, conflicts = ptx.machine.execute(
                 kernel.text,
                 kernel.name,
                 kernel.grid,
@@ -98,6 +100,7 @@ def check(gpu: str, run, arguments, prefix: str, tolerance: float) -> int:
                 late_copies=late_copies,
             )
             assert not races, (kernel.name, races)
+            assert conflicts < CONFLICTS, (kernel.name, conflicts)
             for a, b in zip(found, call.results, strict=True):
                 a, b = (np.asarray(x, np.float32) for x in (a, b))
                 np.testing.assert_allclose(a, b, atol=tolerance * np.abs(b).max(), rtol=0)

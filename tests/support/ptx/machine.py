@@ -26,16 +26,19 @@ def execute(text: str, name: str, grid, shared_bytes: int, operands, results, *,
         else at once. A kernel must be right either way.
 
     Returns:
-      (results, races; see Memory).
+      (results; races, see Memory; how many times as long shared memory takes as without conflicts.)
 
     Raises:
       Fault: see memory.py. NotImplementedError: an instruction is not known.
     """
     memory = Memory(operands, results)
     machine = _Machine(parse(text, name), grid, shared_bytes, memory, late_copies)
+    cycles = cycles_at_least = 1
     for first in range(0, int(np.prod(grid)), 16):  # programs at a time; as many as fit caches
         machine.run(np.arange(first, min(first + 16, int(np.prod(grid)))))
-    return memory.results(), +memory.races
+        cycles += machine.shared.cycles
+        cycles_at_least += machine.shared.cycles_at_least
+    return memory.results(), +memory.races, cycles / cycles_at_least
 
 
 class _Machine:
@@ -188,7 +191,9 @@ class _Machine:
             return self.put(operands[0], np.full(self.local.size, at))
         targets, size = names(operands[0]), int(name[-1][1:]) // 8
         place, owner = self._space(name)
-        data = place.load(self.address(operands[1])[self.lanes], size * len(targets), owner)
+        address = self.address(operands[1])[self.lanes]
+        self._count(place, address, size * len(targets))
+        data = place.load(address, size * len(targets), owner)
         for i, target in enumerate(targets):
             value = np.zeros(self.local.size, f"u{size}")
             value[self.lanes] = _view(data[:, i * size : (i + 1) * size], value.dtype)
@@ -199,7 +204,13 @@ class _Machine:
         values = [self.every(value, name[-1])[self.lanes] for value in names(operands[1])]
         place, owner = self._space(name)
         data = np.stack(values, axis=1).view(np.uint8)
-        place.store(self.address(operands[0])[self.lanes], data, owner)
+        address = self.address(operands[0])[self.lanes]
+        self._count(place, address, data.shape[1])
+        place.store(address, data, owner)
+
+    def _count(self, place, address, size: int) -> None:
+        if place is self.shared:
+            place.count(address, size, np.flatnonzero(self.lanes) // WARP)
 
     def _space(self, name):
         if "shared" in name:
@@ -217,6 +228,7 @@ class _Machine:
             read = self.every(operands[3], "u32")[lanes] if operands[3:] else sizes
             to, of = (self.address(operand)[lanes] for operand in operands[:2])
             self.shared.forget(to, size, self.local[lanes])
+            self._count(self.shared, to, size)
             self.copies.append((lanes, self.groups[lanes], to, of, sizes, read))
             if not self.late_copies:
                 self._finish_copies(-1)

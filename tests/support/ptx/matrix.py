@@ -130,6 +130,8 @@ def _rows_of_tiles(machine, name, address: str):
     active = active[:, 0]
     rows = machine.address(address).reshape(-1, 4, 8)[active, :tiles].swapaxes(0, 1)
     local = machine.local.reshape(-1, 32)[active, :1].repeat(8, axis=1).reshape(-1)
+    for of_tile in rows:
+        machine.shared.count(of_tile.reshape(-1), 16, np.arange(of_tile.size) // 8)
     return rows, local, active
 
 

@@ -79,11 +79,27 @@ class Memory:
 
 
 class Shared:
-    """The shared memory of some programs."""
+    """The shared memory of some programs: 32 banks of 4 bytes.
+
+    Attributes:
+      cycles: how long the accesses of warps take, of 128 bytes a cycle at most, since addresses of
+        one bank wait for each other. cycles_at_least: without such conflicts.
+    """
 
     def __init__(self, programs: int, size: int):
         self.bytes = np.full((programs, size), GARBAGE, np.uint8)
         self.is_set = np.zeros((programs, size), bool)
+        self.cycles = self.cycles_at_least = 0
+
+    def count(self, address, size: int, warp) -> None:
+        """Counts an access by lanes of these warps."""
+        for first in np.split(address, np.flatnonzero(np.diff(warp)) + 1):
+            together = max(1, min(32, 128 // size))
+            for start in range(0, len(first), together):
+                words = first[start : start + together, None] // 4 + np.arange(-(-size // 4))
+                words = np.unique(words)
+                self.cycles += int(np.bincount(words % 32).max())
+                self.cycles_at_least += -(-len(words) // 32)
 
     def load(self, address, size: int, program):
         """uint8 [lanes, size]; `program`: its index."""
