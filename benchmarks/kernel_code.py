@@ -75,6 +75,11 @@ class Code:
     loop: dict[str, int]
 
 
+def dump_to(folder: str) -> dict[str, str]:
+    """Compiler options that write the PTX of all kernels to a folder."""
+    return {"xla_dump_to": folder, "xla_dump_emitter_re": ".*"}
+
+
 def compile_into(folder: str, case: Case, device) -> None:
     """Writes the PTX of the kernels of a case."""
     mesh = Mesh(np.array(device).reshape(1, 1, 1, 1), sharding.AXES)
@@ -91,7 +96,7 @@ def compile_into(folder: str, case: Case, device) -> None:
 
     with topology.compiling_for(mesh):
         lowered = jax.jit(gradients).lower(tokens, q, q, q, q)
-        lowered.compile(compiler_options={"xla_dump_to": folder})
+        lowered.compile(compiler_options=dump_to(folder))
 
 
 def tool() -> str:

@@ -114,7 +114,7 @@ def _programs(config, built: build.BuiltModel, generator: Generator, on: Mesh):
     no weights."""
     params = build.abstract_params(built.model, on)
     dtype = config.sample.weight_dtype
-    fold = network_lib.compiled_fold(built.model, params, on, dtype=dtype)
+    fold = network_lib.compiled_fold(built.model, params, on, runs_on=built.mesh, dtype=dtype)
     network = host_weights.abstract(fold.out_info, built.mesh)
     return fold, generator.compile(network)
 

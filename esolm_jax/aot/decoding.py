@@ -30,8 +30,7 @@ def abstract_network(training: Trainer, dtype: str) -> Network:
     """The decoding network of the trainer's model, as shapes on its mesh. `dtype`: of
     config.sample.weight_dtype."""
     built, params = training.built, training.abstract_state().params
-    make = functools.partial(jax.jit(network_lib.folding(built.model, built.mesh, dtype)), params)
-    return sharding.abstract(make, network_lib.shardings(jax.eval_shape(make), built.mesh))
+    return network_lib.abstract_fold(built.model, params, built.mesh, dtype=dtype)
 
 
 def generator(config, built: BuiltModel) -> Generator:
@@ -96,7 +95,7 @@ def _product_flops(kernel: hlo.Kernel) -> float:
     """Of a pass, of project_gpu.py: each token times all weights, its largest operand."""
     if not re.search("decode_pro(ject|duct)", f"{kernel.name} {kernel.op_name}"):
         return 0.0
-    tokens = kernel.operands[0].sizes[0]
+    tokens = kernel.operands[0].sizes[0] * kernel.executions
     return 2.0 * tokens * max(operand.elements for operand in kernel.operands)
 
 
@@ -118,9 +117,9 @@ def necessary_bytes(network: Network, generates: Generator) -> float:
         shape = array.sharding.shard_shape(array.shape)
         return math.prod(shape) * array.dtype.itemsize
 
-    weights = sum(
-        map(local, jax.tree.leaves((network.blocks, network.logits, network.logits_bias)))
-    )
+    of_head = sum(map(local, jax.tree.leaves((network.logits, network.logits_bias))))
+    of_head *= network.config.vocab_size / network.logits.shape[1]  # without padding
+    weights = sum(map(local, jax.tree.leaves(network.blocks))) + of_head
     model, mesh, plan = network.config, network.embedding.sharding.mesh, generates.plan
     rows = plan.order.shape[0] / sharding.num_row_shards(mesh)
     itemsize = jax.numpy.dtype(model.dtype).itemsize

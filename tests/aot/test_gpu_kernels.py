@@ -7,6 +7,7 @@ programs that race, since it runs them one by one.
 
 import dataclasses
 import functools
+import re
 
 import gpu_kernels
 import jax.numpy as jnp
@@ -114,6 +115,7 @@ def test_decoding_attention(name, gpu):
 
 PROJECTIONS = {  # model, tokens, terms, features, activates, parts of the residual, weights
     "heads": (DIT, 2, 768, (2, 3, 64), False, 0, "bfloat16"),
+    "many columns": (DIT, 1, 300, (1, 2100), True, 1, "bfloat16"),
     "MLP": (DIT, 3, 300, (1, 200), True, 2, "bfloat16"),
     "SwiGLU": (LLAMA, 4, 1100, (2, 72), True, 1, "bfloat16"),
     "int8": (LLAMA, 2, 128, (2, 72), True, 1, "int8"),
@@ -130,7 +132,8 @@ def test_projections(name, gpu):
     h = normal(1, tokens, terms, dtype="bfloat16")
     residual = Residual(h)
     if parts:
-        residual = Residual(h, normal(parts, 1, tokens, terms), normal(terms))
+        of_parts = normal(parts, 1, tokens, terms, dtype="bfloat16" if parts == 1 else "float32")
+        residual = Residual(h, of_parts, normal(terms))
     kernel = normal(terms, *features) / terms**0.5
     kernel = kernel.astype(weights) if weights == "bfloat16" else quantize(kernel, 0, weights)
     model = dataclasses.replace(model, dtype="bfloat16")
@@ -140,17 +143,26 @@ def test_projections(name, gpu):
 
 
 @pytest.mark.parametrize("gpu", CAPABILITY)
-@pytest.mark.parametrize("sizes", [(4, 700, 96), (2, 3000, 100)])
+@pytest.mark.parametrize(
+    "sizes", [(4, 700, 96, "bfloat16"), (2, 3000, 100, "bfloat16"), (1, 2100, 64, "int8")]
+)
 def test_products(sizes, gpu):
-    tokens, terms, columns = sizes
-    x = normal(1, tokens, terms, dtype="bfloat16")
-    kernel = normal(terms, columns, dtype="bfloat16")
+    tokens, terms, columns, dtype = sizes
+    x, kernel = normal(1, tokens, terms, dtype="bfloat16"), normal(terms, columns)
+    kernel = quantize(kernel, 0, dtype) if dtype == "int8" else kernel.astype(dtype)
     run = project_gpu.product
     assert gpu_kernels.check(gpu, run, (x, kernel), "decode_product", TOLERANCE) == 1
 
 
-def test_copies_that_nothing_waits_for_are_noticed():
-    """Faults of a kernel, to test the machine."""
+FAULTS = {  # what is left out of a kernel
+    "waiting for copies": (r"cp\.async\.wait_group", "nothing has written"),
+    "barriers": (r"bar\.sync", "another warp"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_are_noticed(name):
+    """The machine would else be no test."""
     q, k = normal(1, 1, 1, 128, 64, dtype="bfloat16"), normal(1, 1, 128, 64, dtype="bfloat16")
     labels = (jnp.arange(128)[None], jnp.ones((1, 128), bool)) * 2
 
@@ -162,8 +174,9 @@ def test_copies_that_nothing_waits_for_are_noticed():
     (kernel,) = gpu_kernels.compile_for(
         "h100", lambda *a: run(*a, interpret=False), (q, k, labels), "flash_"
     )
-    text = kernel.text.replace("cp.async.wait_group", "fence")
-    with pytest.raises(Fault, match="nothing has written"):
+    pattern, message = FAULTS[name]
+    text = re.sub(pattern, "fence", kernel.text)
+    with pytest.raises(Fault, match=message):
         ptx.machine.execute(
             text, kernel.name, kernel.grid, kernel.shared_bytes, call.operands, call.results,
             late_copies=True,

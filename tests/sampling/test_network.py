@@ -14,7 +14,15 @@ from esolm_jax.config import default_config
 from esolm_jax.family.labels import Tokens
 from esolm_jax.model import transformer as model
 from esolm_jax.parallel import sharding
-from esolm_jax.sampling.engine import caches, cpu_kernels, decode_tpu, network, prefix_cache
+from esolm_jax.sampling.engine import (
+    caches,
+    cpu_kernels,
+    decode_tpu,
+    network,
+    prefix_cache,
+    project,
+    project_gpu,
+)
 from esolm_jax.sampling.engine.cache import entries_of
 
 change = dataclasses.replace
@@ -59,8 +67,15 @@ def test_logits_with_keys_that_are_not_interleaved(name, monkeypatch):
 @pytest.mark.parametrize("name", ["dit, all parts", "gpt2", "llama, all parts"])
 def test_logits_by_the_kernels_of_a_platform(name, platform, monkeypatch):
     monkeypatch.setitem(caches.KERNELS, "cpu", (platform, True))
+    monkeypatch.setattr(project, "MOST_TOKENS", 8)  # 4 rows of 2
+    used, real = [], project_gpu.project
+    monkeypatch.setattr(
+        project_gpu, "project", lambda *args, **kwargs: used.append(1) or real(*args, **kwargs)
+    )
     with compiling(fast=True):  # interpreted kernels are not what users run
         check_passes(name)
+        check_passes(name, uncached=False, width=2)
+    assert bool(used) == (platform == "gpu")
 
 
 def test_logits_of_windows_too_wide_for_the_tpu_kernel(monkeypatch):
@@ -70,7 +85,17 @@ def test_logits_of_windows_too_wide_for_the_tpu_kernel(monkeypatch):
         check_passes("llama, all parts")
 
 
-def check_passes(name, *, uncached=True):
+@pytest.mark.parametrize("has_mesh", [False, True])
+def test_logits_of_a_padded_vocabulary(has_mesh, monkeypatch):
+    """As on GPUs."""
+    monkeypatch.setattr(network, "columns_multiple", lambda mesh: 128)
+    config = MODELS["dit, all parts"]
+    net = on_a_mesh(config)[1] if has_mesh else network.fold(config, params_of(config))
+    assert net.logits.shape[1] == 128 > config.vocab_size
+    assert_near(run(net, prefix_cache.NoCache(), 0, LENGTH)[0], np.asarray(wanted(config)))
+
+
+def check_passes(name, *, uncached=True, width=None):
     config = MODELS[name]
     net = network.fold(config, params_of(config))
     want = np.asarray(wanted(config))
@@ -81,7 +106,10 @@ def check_passes(name, *, uncached=True):
     cache = caches._zeros.__wrapped__(config, *sizes, caches.KERNELS.get("cpu"), config.dtype)
     # Pieces of unlike sizes for some models; for the others of one size, to compile once.
     unlike = name in DEEP
-    for low, width in ((0, 5), (5, 5), (10, 2)) if unlike else ((0, 4), (4, 4), (8, 4)):
+    pieces = ((0, 5), (5, 5), (10, 2)) if unlike else ((0, 4), (4, 4), (8, 4))
+    if width:
+        pieces = [(low, width) for low in range(0, LENGTH, width)]
+    for low, width in pieces:
         logits, cache = run(net, cache, low, width)
         assert_near(logits, want[:, low : low + width])
 

@@ -12,6 +12,7 @@ import ptx.machine
 from jax.experimental import pallas as pl
 from jax.sharding import Mesh
 
+from benchmarks import kernel_code
 from esolm_jax.aot import topology
 from esolm_jax.parallel import sharding
 
@@ -45,7 +46,7 @@ def compile_for(gpu: str, run, arguments, prefix: str) -> list[Compiled]:
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), arguments
     )
     with tempfile.TemporaryDirectory() as folder, topology.compiling_for(mesh):
-        jax.jit(run).lower(*shapes).compile(compiler_options={"xla_dump_to": folder})
+        jax.jit(run).lower(*shapes).compile(compiler_options=kernel_code.dump_to(folder))
         texts = [path.read_text() for path in pathlib.Path(folder).glob("*.ptx")]
         (launches,) = pathlib.Path(folder).glob("*.thunk_sequence.txt")
         launched = re.findall(

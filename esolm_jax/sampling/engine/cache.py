@@ -111,7 +111,7 @@ class KVCache(Protocol):
 
     @property
     def projection(self) -> Projection:
-        """How the linear layers behind a norm are computed where this cache is used."""
+        """How matrix products are computed where this cache is used."""
 
     def attend(self, block: int, heads: Heads, visible: Visible) -> tuple[jax.Array, KeyValue]:
         """(attention of a window to itself and to the filled slots of a block [B, W, G, R, K], the

@@ -8,7 +8,6 @@ costs as much as using them.
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import flax.struct
 import jax
@@ -94,7 +93,7 @@ def fold(
     Raises:
       AssertionError: the model has parameters that this network does not know; it names them.
     """
-    make = folding(config, mesh, dtype)
+    make = functools.partial(_fold, config, dtype, columns_multiple(mesh))
     if mesh is None:
         return jax.jit(make)(params)
     where = shardings(jax.eval_shape(make, params), mesh)
@@ -102,26 +101,36 @@ def fold(
 
 
 def compiled_fold(
-    config: ModelConfig, params: dict, mesh: Mesh, *, dtype: str = "auto"
+    config: ModelConfig, params: dict, mesh: Mesh, *, runs_on: Mesh, dtype: str = "auto"
 ) -> jax.stages.Compiled:
     """`fold` as a function of parameters like `params` (ShapeDtypeStructs, on the mesh), compiled
-    or from the user's folder."""
+    or from the user's folder. `runs_on`: the mesh to which the network is moved then."""
+    multiple = columns_multiple(runs_on)
 
     def lower(params: dict) -> jax.stages.Lowered:
-        make = folding(config, mesh, dtype)
+        make = functools.partial(_fold, config, dtype, multiple)
         where = shardings(jax.eval_shape(make, params), mesh)
         return jax.jit(make, out_shardings=where).lower(params)
 
-    return stored_programs.compile_or_load(f"fold {config} {dtype}", lower, (params,))
+    return stored_programs.compile_or_load(f"fold {config} {dtype} {multiple}", lower, (params,))
 
 
-def folding(config: ModelConfig, mesh: Mesh | None, dtype: str) -> Callable[[dict], Network]:
-    """`fold` as a function of the parameters."""
-    is_gpu = mesh is not None and sharding.platform(mesh) == "gpu"
-    return functools.partial(_fold, config, dtype, LANES if is_gpu else 1)
+def abstract_fold(config: ModelConfig, params: dict, mesh: Mesh, *, dtype: str) -> Network:
+    """The network of `fold`, as shapes on the mesh."""
+    make = functools.partial(_fold, config, dtype, columns_multiple(mesh))
+    make = functools.partial(jax.jit(make), params)
+    return sharding.abstract(make, shardings(jax.eval_shape(make), mesh))
 
 
-def _fold(config: ModelConfig, dtype: str, lanes: int, params: dict) -> Network:
+def columns_multiple(mesh: Mesh | None) -> int:
+    """Of what the logits of a network on this mesh have a multiple: of LANES in each shard, if it
+    is of GPUs."""
+    if mesh is None or sharding.platform(mesh) != "gpu":
+        return 1
+    return LANES * mesh.shape["tensor"]
+
+
+def _fold(config: ModelConfig, dtype: str, multiple: int, params: dict) -> Network:
     of_blocks, of_head = model_lib.modulations(config, params)
     left = jax.tree.map(lambda leaf: leaf, params)  # a copy; folded parameters are removed from it
     stacked = left.pop("blocks")
@@ -142,8 +151,8 @@ def _fold(config: ModelConfig, dtype: str, lanes: int, params: dict) -> Network:
         _check_all_taken({"blocks": weights})
         blocks.append({name: put(name, array) for name, array in folded.items()})
     kernel, bias = _behind_norm(left["final_norm"], left["logits"], *of_head)
-    kernel = pad_to_multiple(kernel, 1, lanes)
-    bias = None if bias is None else pad_to_multiple(bias, 0, lanes)
+    kernel = pad_to_multiple(kernel, 1, multiple)
+    bias = None if bias is None else pad_to_multiple(bias, 0, multiple)
     embedding = left["embedding"].pop("embedding")
     positions = left["positions"].pop("embedding") if config.max_positions else None
     _check_all_taken(left)

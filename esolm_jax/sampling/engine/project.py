@@ -1,4 +1,5 @@
-"""Linear layers behind a norm in a decoding pass: a kernel on GPUs, XLA's products elsewhere."""
+"""Matrix products of a decoding pass, with the norm before them: a kernel on GPUs for few tokens,
+XLA's products elsewhere."""
 
 import dataclasses
 import functools
@@ -18,8 +19,8 @@ MOST_TOKENS = 4  # beyond, matrix products
 
 @dataclasses.dataclass(frozen=True)
 class Projection:
-    """How a platform projects: (residual, layer) → (the layer's result for the normed residual, the
-    residual as one array). Hashable.
+    """How a platform computes products. Hashable. A call: (residual, layer) → (the layer's result
+    for the normed residual, the residual as one array).
 
     Attributes:
       mesh: None = one device.
@@ -49,7 +50,7 @@ class Projection:
 
     def product(self, x, kernel: jax.Array | Quantized) -> jax.Array:
         """The product of x [B, W, D] and a kernel [D, F], without a norm: [B, W, F], or the parts
-        of its sum, [parts, B, W, F]."""
+        of its sum, [parts, B, W, F]: float32 if they are several. For Residual.added."""
         splits_terms = self.mesh is not None and self.mesh.shape["tensor"] > 1
         if splits_terms or not self.takes(x):
             return cpu_kernels.matmul(x, kernel)

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from esolm_jax.model.model_config import ModelConfig
 from esolm_jax.sampling.engine.project_gpu_kernels import STEP, Sizes, project_kernel
 from esolm_jax.sampling.engine.quantize import Quantized, split
 from esolm_jax.sampling.engine.residual import Layer, Residual
@@ -28,7 +27,8 @@ def project(
     residual: Residual, layer: Layer, *, dtype=None, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array]:
     """See project.Projection. `interpret`: run the kernel in Python, on any device."""
-    y, *sums = _run(residual, layer, layer.config, dtype or residual.h.dtype, interpret)
+    dtype = dtype or residual.h.dtype
+    y, *sums = _run(residual, layer.kernel, layer.bias, layer, dtype, interpret)
     codes, _ = split(layer.kernel)
     features = codes.shape[2:] if layer.activates else codes.shape[1:]
     y = y.reshape(*residual.h.shape[:2], *features)
@@ -37,25 +37,29 @@ def project(
 
 def product(x, kernel: jax.Array | Quantized, *, interpret: bool = False) -> jax.Array:
     """The parts of the product, see project.Projection.product."""
-    (y,) = _run(Residual(x), Layer(kernel, None, False, None), None, x.dtype, interpret)
+    (y,) = _run(Residual(x), kernel, None, None, x.dtype, interpret)
     return y.reshape(len(y), *x.shape[:2], -1)
 
 
-def _run(residual: Residual, layer: Layer, norm: ModelConfig | None, dtype, interpret: bool):
-    """[the product [parts, tokens, columns]; the residual [tokens, D], if it is a sum]"""
+def _run(residual: Residual, kernel, bias, behind_norm: Layer | None, dtype, interpret: bool):
+    """[the product [parts, tokens, columns]; the residual [tokens, D], if it is a sum].
+    `behind_norm`: the layer, if the residual is normed."""
     h = residual.h
-    codes, scale = split(layer.kernel)
-    gates = codes.shape[1] if layer.activates else 1
+    codes, scale = split(kernel)
+    activates, norm = False, None
+    if behind_norm is not None:
+        activates, norm = behind_norm.activates, behind_norm.config
+    gates = codes.shape[1] if activates else 1
     terms, tokens = len(codes), math.prod(h.shape[:2])
     columns = codes.size // (terms * gates)
-    sizes = Sizes(tokens, terms, gates, columns, codes.dtype.itemsize, layer.activates, norm)
+    sizes = Sizes(tokens, terms, gates, columns, codes.dtype.itemsize, activates, norm)
     given = {
         "h": (h, (tokens, terms)),
         "added": (residual.added, (-1, tokens, terms)),
         "added_bias": (residual.bias, -1),
         "weights": (codes, (terms, -1)),
         "scale": (scale, -1),
-        "bias": (layer.bias, -1),
+        "bias": (bias, -1),
     }
     named = {name: a.reshape(shape) for name, (a, shape) in given.items() if a is not None}
     dtype = dtype if sizes.parts == 1 else jnp.float32

@@ -15,8 +15,8 @@ class Residual:
 
     Attributes:
       h: the first part.
-      added: the second, in the dtype of h, or the parts of its sum, [parts, B, W, D]; None =
-        nothing. bias: float32 [D], for it.
+      added: the second, in the dtype of h, or the parts of its sum, [parts, B, W, D], as
+        Projection.product has them; None = nothing. bias: float32 [D], for it.
     """
 
     h: jax.Array

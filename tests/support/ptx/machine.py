@@ -9,11 +9,17 @@ import re
 import numpy as np
 
 from ptx import matrix, scalar
-from ptx.memory import Fault, Memory, Shared
-from ptx.program import Instruction, parse
+from ptx.memory import GARBAGE, Fault, Memory, Shared
+from ptx.program import Instruction, names, parse
 
 WARP = 32
-NOTHING = ("fence", "griddepcontrol")  # without effect here
+NOTHING = ("bar", "fence", "griddepcontrol")  # without effect here; bar.warp
+# What an instruction's name may have beside its opcode, types, comparisons and sizes.
+MODIFIERS = set(
+    """aligned approx async bfly ca cg col commit_group down fence ftz full global hi idx lo
+    mma_async nc param param::entry proxy rm rn rna row sat shared shared::cta sync tf32 to trans
+    uni wait wait_group warp wide""".split()
+)
 
 
 def execute(text: str, name: str, grid, shared_bytes: int, operands, results, *, late_copies: bool):
@@ -79,6 +85,7 @@ class _Machine:
         for others in waiting.values():
             if np.intersect1d(self.local[lanes], self.local[others]).size:
                 raise Fault("threads of a program wait at different barriers")
+        self.shared.age[np.unique(self.local[lanes])] += 1
         running[at + 1] = lanes
 
     def _step(self, running, waiting) -> None:
@@ -94,7 +101,7 @@ class _Machine:
             if who.any():
                 running[where] = running[where] | who if where in running else who
 
-        if opcode == "bar":
+        if opcode == "bar" and instruction.name[1] == "sync":
             waiting[at] = waiting[at] | here if at in waiting else here
         elif opcode == "bra":
             go(self.program.labels[instruction.operands[0]], lanes)
@@ -109,6 +116,7 @@ class _Machine:
 
     def _execute(self, instruction: Instruction) -> None:
         name, operands = instruction.name, instruction.operands
+        self._check(name)
         own = {"ld": self._ld, "st": self._st, "cp": self._cp, "shfl": self._shfl, "mov": self._mov}
         try:
             if name[0] in own:
@@ -123,6 +131,19 @@ class _Machine:
         except Exception as error:
             error.add_note(instruction.text)
             raise
+
+    def _check(self, name) -> None:
+        known = {*MODIFIERS, *scalar.TYPES, *scalar.PAIRS, *scalar.COMPARE}
+        for part in name[1:]:
+            if part not in known and not re.fullmatch(r"[vx]\d|m\d+n\d+(k\d+)?", part):
+                raise NotImplementedError(f"unknown modifier {part}")
+
+    def whole_warps(self, size: int = WARP):
+        """bool [warps], or of other groups of lanes, which of them execute the instruction."""
+        active = self.lanes.reshape(-1, size)
+        if (active.any(axis=1) != active.all(axis=1)).any():
+            raise Fault("a part of a warp executes what warps execute together")
+        return active[:, 0]
 
     # Operands
 
@@ -156,8 +177,10 @@ class _Machine:
         if name not in self.registers:
             kind = self.program.types[name if "@" in name else name.rstrip("0123456789")]
             size = np.dtype(scalar.TYPES[kind]).itemsize
-            dtype = bool if kind == "pred" else f"u{size}"
-            self.registers[name] = np.zeros(self.local.size, dtype)
+            garbage = np.full((self.local.size, size), GARBAGE, np.uint8)
+            self.registers[name] = (
+                garbage[:, 0] > 0 if kind == "pred" else _view(garbage, f"u{size}")
+            )
         return self.registers[name]
 
     def every(self, operand: str, kind: str):
@@ -186,27 +209,27 @@ class _Machine:
     # Memory
 
     def _ld(self, name, operands) -> None:
-        if name[1] == "param":
+        if name[1].startswith("param"):
             at = self.memory.bases[self.program.parameters.index(operands[1].strip("[ ]"))]
             return self.put(operands[0], np.full(self.local.size, at))
         targets, size = names(operands[0]), int(name[-1][1:]) // 8
-        place, owner = self._space(name)
+        place, owners = self._space(name)
         address = self.address(operands[1])[self.lanes]
         self._count(place, address, size * len(targets))
-        data = place.load(address, size * len(targets), owner)
+        data = place.load(address, size * len(targets), *owners)
         for i, target in enumerate(targets):
-            value = np.zeros(self.local.size, f"u{size}")
+            value = np.zeros(self.local.size, f"{'i' if name[-1][0] == 's' else 'u'}{size}")
             value[self.lanes] = _view(data[:, i * size : (i + 1) * size], value.dtype)
             self.put(target, value)
         return None
 
     def _st(self, name, operands) -> None:
         values = [self.every(value, name[-1])[self.lanes] for value in names(operands[1])]
-        place, owner = self._space(name)
+        place, owners = self._space(name)
         data = np.stack(values, axis=1).view(np.uint8)
         address = self.address(operands[0])[self.lanes]
         self._count(place, address, data.shape[1])
-        place.store(address, data, owner)
+        place.store(address, data, *owners)
 
     def _count(self, place, address, size: int) -> None:
         if place is self.shared:
@@ -214,8 +237,8 @@ class _Machine:
 
     def _space(self, name):
         if "shared" in name:
-            return self.shared, self.local[self.lanes]
-        return self.memory, self.program_of[self.lanes]
+            return self.shared, (self.local[self.lanes], np.flatnonzero(self.lanes) // WARP)
+        return self.memory, (self.program_of[self.lanes],)
 
     def _cp(self, name, operands) -> None:
         if name[2] == "commit_group":
@@ -226,6 +249,7 @@ class _Machine:
             lanes, size = np.flatnonzero(self.lanes), int(operands[2], 0)
             sizes = np.full(lanes.size, size)
             read = self.every(operands[3], "u32")[lanes] if operands[3:] else sizes
+            assert ((read == 0) | (read == size)).all(), "a copy of some bytes, and zeros"
             to, of = (self.address(operand)[lanes] for operand in operands[:2])
             self.shared.forget(to, size, self.local[lanes])
             self._count(self.shared, to, size)
@@ -243,7 +267,7 @@ class _Machine:
             some = done & (read > 0)
             loaded = self.memory.load(of[some], sizes[0], self.program_of[lanes[some]])
             data[read[done] > 0] = loaded
-            self.shared.store(to[done], data, self.local[lanes[done]])
+            self.shared.store(to[done], data, self.local[lanes[done]], lanes[done] // WARP)
             left += [] if done.all() else [tuple(part[~done] for part in copy)]
         self.copies = left
 
@@ -254,16 +278,13 @@ class _Machine:
         return self.every(operand, kind).reshape(-1, WARP)
 
     def _shfl(self, name, operands) -> None:
+        self.whole_warps()
+        assert operands[3] == "31", "lanes in groups smaller than a warp"
         lane, by = np.arange(WARP), self.warps(operands[2]).astype(int)
-        other = {"bfly": lane ^ by, "down": lane + by, "idx": by}[name[2]]
+        other = {"bfly": lane ^ by, "down": lane + by, "idx": by % WARP}[name[2]]
         other = np.where(other < WARP, other, lane)
         value = np.take_along_axis(self.warps(operands[1]), other, 1)
         self.put(operands[0], value.reshape(-1))
-
-
-def names(vector: str) -> list[str]:
-    """Of `{a, b}`, or of one register."""
-    return [name.strip() for name in vector.strip("{} ").split(",")]
 
 
 def _view(data, dtype):

@@ -6,14 +6,13 @@ A fragment is how the lanes of a warp hold a matrix: lane / 4 names a row, lane 
 import ml_dtypes
 import numpy as np
 
+from ptx.memory import EVERY
+from ptx.program import names
+
 LANE = np.arange(32)
 ROW, PAIR = LANE // 4, 2 * (LANE % 4)
 TF32 = np.uint32(0xFFFFE000)  # the bits of float32 that it has
 SWIZZLES = {1: (128, 7), 2: (64, 3), 3: (32, 1)}  # mode: bytes of a row, bits of its address
-
-
-def _names(vector: str) -> list[str]:
-    return [name.strip() for name in vector.strip("{} ").split(",")]
 
 
 def _numbers(words, kind: str):
@@ -32,7 +31,7 @@ def _kind(name: list[str]) -> str:
 def _left(machine, vector: str, kind: str):
     """The left matrix of a product, in registers: [warps, 16, terms]. Register 1 has rows 8 to 15,
     registers 2 and 3 the second half of the terms."""
-    words = [machine.warps(name) for name in _names(vector)]
+    words = [machine.warps(name) for name in names(vector)]
     half = 4 if kind == "tf32" else 8
     matrix = np.zeros((len(words[0]), 16, 2 * half), np.float32)
     for i, word in enumerate(words):
@@ -45,7 +44,7 @@ def _left(machine, vector: str, kind: str):
 
 def _put_result(machine, vector: str, product, old) -> None:
     """product [warps, 16, columns] + old: of each 8 columns, registers 0 and 1 have rows 0 to 7."""
-    for i, name in enumerate(_names(vector)):
+    for i, name in enumerate(names(vector)):
         value = product[:, ROW + 8 * (i // 2 % 2), 8 * (i // 4) + PAIR + i % 2]
         machine.put(name, (value + old[i]).astype(np.float32).reshape(-1))
 
@@ -54,15 +53,16 @@ def mma(machine, name, operands) -> None:
     """D = A · B + C of each warp, [16, terms] · [terms, 8]."""
     result, left, right, old = operands
     kind = _kind(name)
+    machine.whole_warps()
     a = _left(machine, left, kind)
-    words = [machine.warps(name) for name in _names(right)]
+    words = [machine.warps(name) for name in names(right)]
     b = np.zeros((len(a), a.shape[2], 8), np.float32)
     for i, word in enumerate(words):
         numbers = _numbers(word, kind)
         for j in range(numbers.shape[-1]):
             term = (LANE % 4 if kind == "tf32" else PAIR) + j + a.shape[2] // 2 * i
             b[:, term, ROW] = numbers[..., j]
-    _put_result(machine, result, a @ b, [machine.warps(name, "f32") for name in _names(old)])
+    _put_result(machine, result, a @ b, [machine.warps(name, "f32") for name in names(old)])
 
 
 def wgmma(machine, name, operands) -> None:
@@ -80,7 +80,7 @@ def wgmma(machine, name, operands) -> None:
     b = _described(machine, right, columns, terms, kind, transposed[-1:] == ["1"])
     product = (a @ b.swapaxes(1, 2)).reshape(-1, 16, columns)
     adds = machine.warps(adds, "pred")
-    old = [np.where(adds, machine.warps(name, "f32"), 0) for name in _names(result)]
+    old = [np.where(adds, machine.warps(name, "f32"), 0) for name in names(result)]
     _put_result(machine, result, product, old)
 
 
@@ -95,9 +95,7 @@ def _described(machine, operand: str, rows: int, terms: int, kind: str, transpos
         (described >> np.uint64(bit) & np.uint64(0x3FFF)).astype(int)[:, None, None] * 16
         for bit in (0, 16, 32)
     )
-    active = machine.lanes.reshape(-1, 128)
-    assert (active.any(axis=1) == active.all(axis=1)).all(), "some lanes of a warp do not multiply"
-    active = active[:, 0]
+    active = machine.whole_warps(128)
     (mode,) = set((described[active] >> np.uint64(62)).tolist())
     span, mask = SWIZZLES[mode]
     size = 4 if kind == "tf32" else 2
@@ -111,7 +109,7 @@ def _described(machine, operand: str, rows: int, terms: int, kind: str, transpos
     address ^= (address >> 7 & mask) << 4
     local = machine.local.reshape(-1, 128)[active, 0]
     local = np.broadcast_to(local[:, None, None], address.shape).reshape(-1)
-    data = machine.shared.load(address.reshape(-1), size, local)
+    data = machine.shared.load(address.reshape(-1), size, local, np.full(local.size, EVERY))
     found = np.zeros((len(active), rows, terms), np.float32)
     if kind == "tf32":
         numbers = (data.view(np.uint32) & TF32).view(np.float32)
@@ -122,24 +120,23 @@ def _described(machine, operand: str, rows: int, terms: int, kind: str, transpos
 
 
 def _rows_of_tiles(machine, name, address: str):
-    """(address of each row of each 8 x 8 tile [tiles, warps that load, 8], their programs, which
-    warps load)"""
+    """(address of each row of each 8 x 8 tile [tiles, warps that load, 8]; program and warp of
+    each; which warps load)"""
     tiles = int(next(part for part in name if part in ("x1", "x2", "x4"))[1:])
-    active = machine.lanes.reshape(-1, 32)
-    assert (active.any(axis=1) == active.all(axis=1)).all(), "some lanes of a warp do not load"
-    active = active[:, 0]
+    active = machine.whole_warps()
     rows = machine.address(address).reshape(-1, 4, 8)[active, :tiles].swapaxes(0, 1)
-    local = machine.local.reshape(-1, 32)[active, :1].repeat(8, axis=1).reshape(-1)
+    local = machine.local.reshape(-1, 32)[active, 0].repeat(8)
+    warp = np.flatnonzero(active).repeat(8)
     for of_tile in rows:
         machine.shared.count(of_tile.reshape(-1), 16, np.arange(of_tile.size) // 8)
-    return rows, local, active
+    return rows, (local, warp), active
 
 
 def ldmatrix(machine, name, operands) -> None:
     """Tiles of 8 x 8 numbers of 16 bits: lanes give the addresses of rows, and get two numbers."""
-    rows, local, active = _rows_of_tiles(machine, name, operands[1])
-    for target, of_tile in zip(_names(operands[0]), rows, strict=True):
-        data = machine.shared.load(of_tile.reshape(-1), 16, local)
+    rows, owners, active = _rows_of_tiles(machine, name, operands[1])
+    for target, of_tile in zip(names(operands[0]), rows, strict=True):
+        data = machine.shared.load(of_tile.reshape(-1), 16, *owners)
         tiles = data.view(np.uint16).reshape(-1, 8, 8)
         tiles = tiles.swapaxes(1, 2) if "trans" in name else tiles
         value = np.zeros((len(active), 32), np.uint32)
@@ -149,12 +146,12 @@ def ldmatrix(machine, name, operands) -> None:
 
 def stmatrix(machine, name, operands) -> None:
     """The reverse of ldmatrix."""
-    rows, local, active = _rows_of_tiles(machine, name, operands[0])
-    for source, of_tile in zip(_names(operands[1]), rows, strict=True):
+    rows, owners, active = _rows_of_tiles(machine, name, operands[0])
+    for source, of_tile in zip(names(operands[1]), rows, strict=True):
         words = np.ascontiguousarray(machine.warps(source)[active])
         tiles = words.view(np.uint16).reshape(-1, 8, 8)
         tiles = np.ascontiguousarray(tiles.swapaxes(1, 2) if "trans" in name else tiles)
-        machine.shared.store(of_tile.reshape(-1), tiles.view(np.uint8).reshape(-1, 16), local)
+        machine.shared.store(of_tile.reshape(-1), tiles.view(np.uint8).reshape(-1, 16), *owners)
 
 
 INSTRUCTIONS = {"mma": mma, "wgmma": wgmma, "ldmatrix": ldmatrix, "stmatrix": stmatrix}

@@ -6,6 +6,7 @@ import numpy as np
 
 GAP = 2**20  # bytes between arrays
 GARBAGE = 0xAB
+EVERY = -2  # of warps
 
 
 class Fault(Exception):
@@ -81,7 +82,11 @@ class Memory:
 class Shared:
     """The shared memory of some programs: 32 banks of 4 bytes.
 
+    Warps run in any order between two barriers of their program, so there they must not read what
+    another warp writes, nor write what it reads or writes.
+
     Attributes:
+      age: of each program, the barriers that it has passed.
       cycles: how long the accesses of warps take, of 128 bytes a cycle at most, since addresses of
         one bank wait for each other. cycles_at_least: without such conflicts.
     """
@@ -89,29 +94,44 @@ class Shared:
     def __init__(self, programs: int, size: int):
         self.bytes = np.full((programs, size), GARBAGE, np.uint8)
         self.is_set = np.zeros((programs, size), bool)
+        self.age = np.zeros(programs, int)
+        self.writer, self.reader = (np.full((programs, size), -1, np.int32) for _ in range(2))
+        self.written, self.read = (np.full((programs, size), -1) for _ in range(2))  # at this age
         self.cycles = self.cycles_at_least = 0
 
     def count(self, address, size: int, warp) -> None:
         """Counts an access by lanes of these warps."""
-        for first in np.split(address, np.flatnonzero(np.diff(warp)) + 1):
+        for of_warp in np.split(address, np.flatnonzero(np.diff(warp)) + 1):
             together = max(1, min(32, 128 // size))
-            for start in range(0, len(first), together):
-                words = first[start : start + together, None] // 4 + np.arange(-(-size // 4))
+            for start in range(0, len(of_warp), together):
+                words = of_warp[start : start + together, None] // 4 + np.arange(-(-size // 4))
                 words = np.unique(words)
                 self.cycles += int(np.bincount(words % 32).max())
                 self.cycles_at_least += -(-len(words) // 32)
 
-    def load(self, address, size: int, program):
-        """uint8 [lanes, size]; `program`: its index."""
+    def load(self, address, size: int, program, warp):
+        """uint8 [lanes, size]; `program`: its index; `warp`: of each lane, EVERY = all of them."""
         where = program[:, None], self._inside(_bytes(address, size))
         if not self.is_set[where].all():
             raise Fault("load of shared memory that nothing has written")
+        age, warp = self.age[program][:, None], np.asarray(warp)[:, None]
+        if ((self.written[where] == age) & (self.writer[where] != warp)).any():
+            raise Fault("load of what another warp writes, without a barrier between")
+        is_shared = (self.read[where] == age) & (self.reader[where] != warp)
+        self.reader[where] = np.where(is_shared, EVERY, warp)
+        self.read[where] = age
         return self.bytes[where]
 
-    def store(self, address, data, program) -> None:
+    def store(self, address, data, program, warp) -> None:
         where = program[:, None], self._inside(_bytes(address, data.shape[1]))
+        age, warp = self.age[program][:, None], np.asarray(warp)[:, None]
+        is_read = (self.read[where] == age) & (self.reader[where] != warp)
+        is_written = (self.written[where] == age) & (self.writer[where] != warp)
+        if (is_read | (is_written & (self.bytes[where] != data))).any():
+            raise Fault("store to what another warp reads or writes, without a barrier between")
         self.bytes[where] = data
         self.is_set[where] = True
+        self.writer[where], self.written[where] = warp, age
 
     def forget(self, address, size: int, program) -> None:
         """A copy to these bytes is on its way."""

@@ -94,3 +94,8 @@ class _Reader:
         guard = (found[2], bool(found[1])) if found[2] else None
         operands = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^\s,{}\[\]][^,]*", found[4])
         return Instruction(guard, found[3].split("."), [o.strip() for o in operands], text)
+
+
+def names(vector: str) -> list[str]:
+    """Of `{a, b}`, or of one register."""
+    return [name.strip() for name in vector.strip("{} ").split(",")]

@@ -17,8 +17,8 @@ PAIRS = {  # two numbers in 32 bits → type of each; float8 in 16 bits
     "f16x2": np.float16,
     "e4m3x2": ml_dtypes.float8_e4m3fn,
 }
-COMPARE = {
-    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal,
+COMPARE = {  # False for NaN
+    "eq": np.equal, "ne": lambda a, b: (a < b) | (a > b), "lt": np.less, "le": np.less_equal,
     "gt": np.greater, "ge": np.greater_equal,
 }  # fmt: skip
 SMALLEST = np.float32(2.0**-126)  # below it, .ftz gives 0
@@ -56,7 +56,7 @@ def shift(a, by, left: bool):
 
 def extract(a, at, length):
     width = 8 * a.dtype.itemsize
-    at, length = int(at[0]), int(length[0])
+    (at,), (length,) = set(at.tolist()), set(length.tolist())
     return (a << a.dtype.type(width - at - length)) >> a.dtype.type(width - length)
 
 
@@ -164,7 +164,7 @@ def _of_pairs(name: list[str], get):
 def convert(name: list[str], get):
     kinds = [part for part in name[1:] if part in TYPES or part in PAIRS or part == "tf32"]
     to, of = kinds
-    if to == "tf32":  # rounded to 10 bits behind the point
+    if to == "tf32":  # of finite numbers, rounded to 10 bits behind the point
         return (get(0, "b32") + np.uint32(0x1000)) & np.uint32(0xFFFFE000)
     if of in PAIRS:
         low, high = (get(0, "b16") >> np.uint16(8 * i) & np.uint16(255) for i in (0, 1))
