@@ -77,7 +77,7 @@ class Code:
 
 def dump_to(folder: str) -> dict[str, str]:
     """Compiler options that write the PTX of all kernels to a folder."""
-    return {"xla_dump_to": folder, "xla_dump_emitter_re": ".*"}
+    return {"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"}
 
 
 def compile_into(folder: str, case: Case, device) -> None:

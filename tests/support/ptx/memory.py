@@ -6,7 +6,7 @@ import numpy as np
 
 GAP = 2**20  # bytes between arrays
 GARBAGE = 0xAB
-EVERY = -2  # of warps
+EVERY = 63  # warps of a program
 
 
 class Fault(Exception):
@@ -86,6 +86,8 @@ class Shared:
     another warp writes, nor write what it reads or writes.
 
     Attributes:
+      bytes: [programs, size].
+      written, read: for each of them a stamp: age · 64 + warp of the last access, or -1.
       age: of each program, the barriers that it has passed.
       cycles: how long the accesses of warps take, of 128 bytes a cycle at most, since addresses of
         one bank wait for each other. cycles_at_least: without such conflicts.
@@ -93,10 +95,8 @@ class Shared:
 
     def __init__(self, programs: int, size: int):
         self.bytes = np.full((programs, size), GARBAGE, np.uint8)
-        self.is_set = np.zeros((programs, size), bool)
-        self.age = np.zeros(programs, int)
-        self.writer, self.reader = (np.full((programs, size), -1, np.int32) for _ in range(2))
-        self.written, self.read = (np.full((programs, size), -1) for _ in range(2))  # at this age
+        self.written, self.read = (np.full(self.bytes.shape, -1, np.int32) for _ in range(2))
+        self.age = np.zeros(programs, np.int32)
         self.cycles = self.cycles_at_least = 0
 
     def count(self, address, size: int, warp) -> None:
@@ -110,37 +110,41 @@ class Shared:
                 self.cycles_at_least += -(-len(words) // 32)
 
     def load(self, address, size: int, program, warp):
-        """uint8 [lanes, size]; `program`: its index; `warp`: of each lane, EVERY = all of them."""
-        where = program[:, None], self._inside(_bytes(address, size))
-        if not self.is_set[where].all():
+        """uint8 [lanes, size]. `program`, `warp`: of each lane, indices; EVERY = all warps."""
+        where, stamp = self._places(address, size, program), self._stamps(program, warp)
+        written, read = self.written[where], self.read[where]
+        if (written < 0).any():
             raise Fault("load of shared memory that nothing has written")
-        age, warp = self.age[program][:, None], np.asarray(warp)[:, None]
-        if ((self.written[where] == age) & (self.writer[where] != warp)).any():
+        if _by_another(written, stamp).any():
             raise Fault("load of what another warp writes, without a barrier between")
-        is_shared = (self.read[where] == age) & (self.reader[where] != warp)
-        self.reader[where] = np.where(is_shared, EVERY, warp)
-        self.read[where] = age
+        self.read[where] = np.where(_by_another(read, stamp), stamp | EVERY, stamp)
         return self.bytes[where]
 
     def store(self, address, data, program, warp) -> None:
-        where = program[:, None], self._inside(_bytes(address, data.shape[1]))
-        age, warp = self.age[program][:, None], np.asarray(warp)[:, None]
-        is_read = (self.read[where] == age) & (self.reader[where] != warp)
-        is_written = (self.written[where] == age) & (self.writer[where] != warp)
-        if (is_read | (is_written & (self.bytes[where] != data))).any():
+        where = self._places(address, data.shape[1], program)
+        stamp = self._stamps(program, warp)
+        differs = _by_another(self.written[where], stamp) & (self.bytes[where] != data)
+        if (_by_another(self.read[where], stamp) | differs).any():
             raise Fault("store to what another warp reads or writes, without a barrier between")
-        self.bytes[where] = data
-        self.is_set[where] = True
-        self.writer[where], self.written[where] = warp, age
+        self.bytes[where], self.written[where] = data, stamp
 
     def forget(self, address, size: int, program) -> None:
         """A copy to these bytes is on its way."""
-        self.is_set[program[:, None], self._inside(_bytes(address, size))] = False
+        self.written[self._places(address, size, program)] = -1
 
-    def _inside(self, where):
+    def _places(self, address, size: int, program):
+        where = _bytes(address, size)
         if where.size and (where.min() < 0 or where.max() >= self.bytes.shape[1]):
             raise Fault("outside of shared memory")
-        return where
+        return program[:, None], where
+
+    def _stamps(self, program, warp):
+        return (self.age[program] * 64 + np.where(warp == EVERY, EVERY, warp % 32))[:, None]
+
+
+def _by_another(stamps, own):
+    """Whether an access is of the same age, by another warp."""
+    return (stamps >> 6 == own >> 6) & (stamps != own)
 
 
 def _bytes(address, size: int):
