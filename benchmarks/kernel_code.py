@@ -19,7 +19,6 @@ import tempfile
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from benchmarks import report_writer
 from benchmarks.attention import passes
@@ -82,7 +81,7 @@ def dump_to(folder: str) -> dict[str, str]:
 
 def compile_into(folder: str, case: Case, device) -> None:
     """Writes the PTX of the kernels of a case."""
-    mesh = Mesh(np.array(device).reshape(1, 1, 1, 1), sharding.AXES)
+    mesh = sharding.mesh_of(device)
     everywhere = sharding.replicated(mesh)
     tokens = passes(LENGTH)["ar, eso_b diffusion"]
     tokens = jax.tree.map(

@@ -19,6 +19,7 @@ from esolm_jax.aot.chips import Chip
 from esolm_jax.aot.hlo_parse import Shape
 from esolm_jax.model.build import BuiltModel
 from esolm_jax.parallel import sharding
+from esolm_jax.sampling.engine import host_weights
 from esolm_jax.sampling.engine import network as network_lib
 from esolm_jax.sampling.engine.network import Network
 from esolm_jax.sampling.generate import Generator
@@ -30,7 +31,8 @@ def abstract_network(training: Trainer, dtype: str) -> Network:
     """The decoding network of the trainer's model, as shapes on its mesh. `dtype`: of
     config.sample.weight_dtype."""
     built, params = training.built, training.abstract_state().params
-    return network_lib.abstract_fold(built.model, params, built.mesh, dtype=dtype)
+    fold = functools.partial(network_lib.fold, built.model, runs_on=built.mesh, dtype=dtype)
+    return host_weights.abstract(jax.eval_shape(fold, params), built.mesh)
 
 
 def generator(config, built: BuiltModel) -> Generator:

@@ -1,4 +1,4 @@
-"""The matrix product of kernels, and the sizes that Triton multiplies."""
+"""The matrix product and the sum of kernels, and the sizes that Triton multiplies."""
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,11 @@ def dot(a, b, contract_a: int, contract_b: int, precision=None):
     return jax.lax.dot_general(
         a, b, dimensions, precision=precision, preferred_element_type=jnp.float32
     )
+
+
+def add(a, b):
+    """a + b by way of float32, in the dtype of a; b may be of another."""
+    return (a.astype(jnp.float32) + b.astype(a.dtype).astype(jnp.float32)).astype(a.dtype)
 
 
 def padded(size: int) -> int:

@@ -122,6 +122,11 @@ def make_mesh(mesh_config, devices: Sequence | None = None) -> Mesh:
     return Mesh(grid, AXES)
 
 
+def mesh_of(device: jax.Device) -> Mesh:
+    """The mesh of one device."""
+    return Mesh(np.array(device).reshape([1] * len(AXES)), AXES)
+
+
 def device(mesh: Mesh | None) -> jax.Device:
     """The first device of a mesh (None: the default device). Its programs run there, even if they
     are compiled elsewhere."""

@@ -5,10 +5,8 @@ import json
 import os
 
 import jax
-import numpy as np
 import pytest
 import tiny_run
-from jax.sharding import Mesh
 
 from esolm_jax import compile as compile_lib
 from esolm_jax import config as config_lib
@@ -137,7 +135,7 @@ VARIANTS = {  # batch, window, groups, heads of a group, head width, slots, dtyp
 def test_kernels_compile(variant, name):
     pytest.importorskip(DEVICES[name])
     batch, window, groups, per_group, width, slots, dtype, normed, rotated = VARIANTS[variant]
-    mesh = Mesh(np.array(topology.devices(name)[:1]).reshape(1, 1, 1, 1), sharding.AXES)
+    mesh = sharding.mesh_of(topology.devices(name)[0])
 
     def shape(*sizes, of="float32"):
         return jax.ShapeDtypeStruct(sizes, of, sharding=sharding.replicated(mesh))
@@ -183,7 +181,7 @@ def test_projections_compile(variant, name):
     if variant == "float8" and name == "a100:1":
         pytest.skip("an A100 has no float8")
     tokens, terms, features, activates, added, style, dtype = PROJECTIONS[variant]
-    mesh = Mesh(np.array(topology.devices(name)).reshape(1, 1, 1, 1), sharding.AXES)
+    mesh = sharding.mesh_of(*topology.devices(name))
 
     def shape(*sizes, of="float32"):
         return jax.ShapeDtypeStruct(sizes, of, sharding=sharding.replicated(mesh))
@@ -208,7 +206,7 @@ def test_projections_compile(variant, name):
 def test_products_compile(sizes, name):
     pytest.importorskip("jax_cuda12_plugin")
     tokens, terms, columns = sizes
-    mesh = Mesh(np.array(topology.devices(name)).reshape(1, 1, 1, 1), sharding.AXES)
+    mesh = sharding.mesh_of(*topology.devices(name))
     x, kernel = (
         jax.ShapeDtypeStruct(of, "bfloat16", sharding=sharding.replicated(mesh))
         for of in ((1, tokens, terms), (terms, columns))

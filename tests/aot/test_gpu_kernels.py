@@ -18,6 +18,7 @@ from ptx.memory import Fault
 from styles import DIT, LLAMA
 
 from benchmarks.attention import passes
+from esolm_jax.aot import topology
 from esolm_jax.attention import flash
 from esolm_jax.sampling.engine import decode_gpu, project_gpu
 from esolm_jax.sampling.engine.cache import Heads, Visible
@@ -27,7 +28,11 @@ from esolm_jax.sampling.engine.residual import Layer, Residual
 pytest.importorskip("jax_cuda12_plugin")
 
 TOLERANCE = 3e-3  # of bfloat16; and of float32, whose products are of TF32
-CAPABILITY = {"h100": "9.0", "a100": "8.0"}
+GPUS = ["h100", "a100"]
+
+
+def capability(gpu):
+    return flash.capability(topology.devices(f"{gpu}:1")[0])
 
 
 def normal(*shape, dtype="float32", seed=0):
@@ -54,7 +59,7 @@ def test_attention(gpu, objective, width, heads, dtype):
     k, v = (normal(1, 2, length, width, dtype=dtype, seed=seed) for seed in (2, 3))
 
     def run(q, k, v, grad, labels, *, interpret):
-        impl = flash._impl(flash.Options(width**-0.5, CAPABILITY[gpu], interpret))
+        impl = flash._impl(flash.Options(width**-0.5, capability(gpu), interpret))
         out, lse = impl.forward(tokens.layout, q, k, v, labels)
         delta = (out.astype(jnp.float32) * grad.astype(jnp.float32)).sum(axis=-1)
         return out, impl.backward(tokens.layout, q, k, v, labels, grad, lse, delta)
@@ -74,7 +79,7 @@ DECODING = {  # batch, window, groups, heads of a group, width, slots, filled, d
 }
 
 
-@pytest.mark.parametrize("gpu", CAPABILITY)
+@pytest.mark.parametrize("gpu", GPUS)
 @pytest.mark.parametrize("name", DECODING)
 def test_decoding_attention(name, gpu):
     """Slots that are not filled are NaN, where the cache can hold it."""
@@ -123,7 +128,7 @@ PROJECTIONS = {  # model, tokens, terms, features, activates, parts of the resid
 }
 
 
-@pytest.mark.parametrize("gpu", CAPABILITY)
+@pytest.mark.parametrize("gpu", GPUS)
 @pytest.mark.parametrize("name", PROJECTIONS)
 def test_projections(name, gpu):
     if name == "float8" and gpu == "a100":
@@ -142,7 +147,7 @@ def test_projections(name, gpu):
     assert gpu_kernels.check(gpu, run, (residual, layer), "decode_project", TOLERANCE) == 1
 
 
-@pytest.mark.parametrize("gpu", CAPABILITY)
+@pytest.mark.parametrize("gpu", GPUS)
 @pytest.mark.parametrize(
     "sizes", [(4, 700, 96, "bfloat16"), (2, 3000, 100, "bfloat16"), (1, 2100, 64, "int8")]
 )
@@ -167,7 +172,7 @@ def test_faults_are_noticed(name):
     labels = (jnp.arange(128)[None], jnp.ones((1, 128), bool)) * 2
 
     def run(q, k, labels, *, interpret):
-        impl = flash._impl(flash.Options(1.0, "9.0", interpret))
+        impl = flash._impl(flash.Options(1.0, capability("h100"), interpret))
         return impl.forward(None, q, k, k, labels)
 
     (call,) = gpu_kernels.interpret(lambda *a: run(*a, interpret=True), (q, k, labels))
@@ -175,12 +180,9 @@ def test_faults_are_noticed(name):
         "h100", lambda *a: run(*a, interpret=False), (q, k, labels), "flash_"
     )
     pattern, message = FAULTS[name]
-    text = re.sub(pattern, "fence", kernel.text)
+    faulty = dataclasses.replace(kernel, text=re.sub(pattern, "fence", kernel.text))
     with pytest.raises(Fault, match=message):
-        ptx.machine.execute(
-            text, kernel.name, kernel.grid, kernel.shared_bytes, call.operands, call.results,
-            late_copies=True,
-        )  # fmt: skip
+        faulty.execute(call, late_copies=True)
 
 
 RACE = """

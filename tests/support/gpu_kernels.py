@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import ptx.machine
 from jax.experimental import pallas as pl
-from jax.sharding import Mesh
 
 from benchmarks import kernel_code
 from esolm_jax.aot import topology
@@ -28,6 +27,18 @@ class Compiled:
     grid: tuple[int, int, int]
     shared_bytes: int
 
+    def execute(self, call: "Call", late_copies: bool):
+        """See ptx.machine.execute."""
+        return ptx.machine.execute(
+            self.text,
+            self.name,
+            self.grid,
+            self.shared_bytes,
+            call.operands,
+            call.results,
+            late_copies=late_copies,
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Call:
@@ -40,7 +51,7 @@ class Call:
 
 def compile_for(gpu: str, run, arguments, prefix: str) -> list[Compiled]:
     """The kernels with this prefix of run(*arguments), in order. `gpu`: such as "h100"."""
-    mesh = Mesh(np.array(topology.devices(f"{gpu}:1")).reshape(1, 1, 1, 1), sharding.AXES)
+    mesh = sharding.mesh_of(*topology.devices(f"{gpu}:1"))
     everywhere = sharding.replicated(mesh)
     shapes = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), arguments
@@ -91,15 +102,7 @@ def check(gpu: str, run, arguments, prefix: str, tolerance: float) -> int:
         call = next(c for c in calls if kernel.name.startswith(c.name))
         calls.remove(call)
         for late_copies in (False, True):
-            found, races, conflicts = ptx.machine.execute(
-                kernel.text,
-                kernel.name,
-                kernel.grid,
-                kernel.shared_bytes,
-                call.operands,
-                call.results,
-                late_copies=late_copies,
-            )
+            found, races, conflicts = kernel.execute(call, late_copies)
             assert not races, (kernel.name, races)
             assert conflicts < CONFLICTS, (kernel.name, conflicts)
             for a, b in zip(found, call.results, strict=True):

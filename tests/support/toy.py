@@ -19,7 +19,7 @@ from esolm_jax.model import transformer as model
 from esolm_jax.model.build import BuiltModel
 from esolm_jax.model.lm_head import Head
 from esolm_jax.model.model_config import ModelConfig
-from esolm_jax.parallel.sharding import AXES
+from esolm_jax.parallel import sharding
 
 MASK = 1  # not the last id
 START = 0
@@ -52,7 +52,7 @@ def _random_params():
 PARAMS = _random_params()
 apply = model.bind(CONFIG)
 BUILT = BuiltModel(
-    mesh=Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), AXES),
+    mesh=sharding.mesh_of(jax.devices()[0]),
     model=CONFIG,
     apply=apply,
     head=Head.of(CONFIG, MASK, chunk=16),

@@ -4,7 +4,6 @@ import dataclasses
 from pathlib import Path
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from esolm_jax.data.hub_tokenizer import HubTokenizer
@@ -42,7 +41,7 @@ class JudgeModel:
 
 def one_device() -> Mesh:
     """A mesh of the first device."""
-    return Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), sharding.AXES)
+    return sharding.mesh_of(jax.devices()[0])
 
 
 def read(source: str | Path, mesh: Mesh) -> JudgeModel:

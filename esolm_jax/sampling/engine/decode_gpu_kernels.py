@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from esolm_jax.attention.dense import MASKED
-from esolm_jax.attention.kernel_products import dot, padded
+from esolm_jax.attention.kernel_products import add, dot, padded
 from esolm_jax.family.rule import visible as rule
 from esolm_jax.sampling.engine.cache import Heads
 
@@ -231,10 +231,7 @@ def _load_products(sizes: Sizes, named, token, head, column, exists):
 
 def _sum(products, bias=None):
     """In the dtype of the products."""
-    if bias is None:
-        return products
-    summed = products.astype(jnp.float32) + bias.astype(products.dtype).astype(jnp.float32)
-    return summed.astype(products.dtype)
+    return products if bias is None else add(products, bias)
 
 
 def _load_heads(sizes: Sizes, named, token, head):

@@ -1,7 +1,6 @@
 """Weights that are rounded to 8 bits on the host, so that a device only ever holds the codes."""
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from esolm_jax.errors import UserError
@@ -26,13 +25,13 @@ def parameter_mesh(dtype: str, mesh: Mesh) -> Mesh:
             "weights are rounded on one host"
         )
     try:
-        devices = jax.local_devices(backend="cpu")[:1]
+        device = jax.local_devices(backend="cpu")[0]
     except RuntimeError as error:
         raise UserError(
             f"config.sample.weight_dtype={dtype!r}: needs the CPU to round weights; add it to "
             f"JAX_PLATFORMS: {sharding.platform(mesh)},cpu"
         ) from error
-    return Mesh(np.array(devices).reshape([1] * len(mesh.axis_names)), mesh.axis_names)
+    return sharding.mesh_of(device)
 
 
 def abstract(network, mesh: Mesh) -> Network:

@@ -80,7 +80,12 @@ def shardings(network: Network, mesh: Mesh) -> Network:
 
 
 def fold(
-    config: ModelConfig, params: dict, mesh: Mesh | None = None, *, dtype: str = "auto"
+    config: ModelConfig,
+    params: dict,
+    mesh: Mesh | None = None,
+    *,
+    runs_on: Mesh | None = None,
+    dtype: str = "auto",
 ) -> Network:
     """Folds the norms' scales and biases, adaLN at σ = 0 and the scale of the scores into the
     weights.
@@ -88,12 +93,13 @@ def fold(
     Args:
       params: as of model.init, on the mesh as sharding.parameters says.
       mesh: None = one device; else see shardings().
+      runs_on: the mesh to which the network is moved then; None = `mesh`.
       dtype: of the matrices but the embedding: of config.sample.weight_dtype.
 
     Raises:
       AssertionError: the model has parameters that this network does not know; it names them.
     """
-    make = functools.partial(_fold, config, dtype, columns_multiple(mesh))
+    make = functools.partial(_fold, config, dtype, columns_multiple(runs_on or mesh))
     if mesh is None:
         return jax.jit(make)(params)
     where = shardings(jax.eval_shape(make, params), mesh)
@@ -104,7 +110,7 @@ def compiled_fold(
     config: ModelConfig, params: dict, mesh: Mesh, *, runs_on: Mesh, dtype: str = "auto"
 ) -> jax.stages.Compiled:
     """`fold` as a function of parameters like `params` (ShapeDtypeStructs, on the mesh), compiled
-    or from the user's folder. `runs_on`: the mesh to which the network is moved then."""
+    or from the user's folder."""
     multiple = columns_multiple(runs_on)
 
     def lower(params: dict) -> jax.stages.Lowered:
@@ -115,16 +121,8 @@ def compiled_fold(
     return stored_programs.compile_or_load(f"fold {config} {dtype} {multiple}", lower, (params,))
 
 
-def abstract_fold(config: ModelConfig, params: dict, mesh: Mesh, *, dtype: str) -> Network:
-    """The network of `fold`, as shapes on the mesh."""
-    make = functools.partial(_fold, config, dtype, columns_multiple(mesh))
-    make = functools.partial(jax.jit(make), params)
-    return sharding.abstract(make, shardings(jax.eval_shape(make), mesh))
-
-
 def columns_multiple(mesh: Mesh | None) -> int:
-    """Of what the logits of a network on this mesh have a multiple: of LANES in each shard, if it
-    is of GPUs."""
+    """The number of logits of a network on this mesh is a multiple: on GPUs, of LANES a shard."""
     if mesh is None or sharding.platform(mesh) != "gpu":
         return 1
     return LANES * mesh.shape["tensor"]

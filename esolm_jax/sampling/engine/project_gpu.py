@@ -27,8 +27,7 @@ def project(
     residual: Residual, layer: Layer, *, dtype=None, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array]:
     """See project.Projection. `interpret`: run the kernel in Python, on any device."""
-    dtype = dtype or residual.h.dtype
-    y, *sums = _run(residual, layer.kernel, layer.bias, layer, dtype, interpret)
+    y, *sums = _run(residual, layer, dtype or residual.h.dtype, interpret)
     codes, _ = split(layer.kernel)
     features = codes.shape[2:] if layer.activates else codes.shape[1:]
     y = y.reshape(*residual.h.shape[:2], *features)
@@ -37,18 +36,14 @@ def project(
 
 def product(x, kernel: jax.Array | Quantized, *, interpret: bool = False) -> jax.Array:
     """The parts of the product, see project.Projection.product."""
-    (y,) = _run(Residual(x), kernel, None, None, x.dtype, interpret)
+    (y,) = _run(Residual(x), Layer(kernel, None, False, None), x.dtype, interpret)
     return y.reshape(len(y), *x.shape[:2], -1)
 
 
-def _run(residual: Residual, kernel, bias, behind_norm: Layer | None, dtype, interpret: bool):
-    """[the product [parts, tokens, columns]; the residual [tokens, D], if it is a sum].
-    `behind_norm`: the layer, if the residual is normed."""
-    h = residual.h
-    codes, scale = split(kernel)
-    activates, norm = False, None
-    if behind_norm is not None:
-        activates, norm = behind_norm.activates, behind_norm.config
+def _run(residual: Residual, layer: Layer, dtype, interpret: bool):
+    """[the product [parts, tokens, columns]; the residual [tokens, D], if it is a sum]"""
+    h, activates, norm = residual.h, layer.activates, layer.config
+    codes, scale = split(layer.kernel)
     gates = codes.shape[1] if activates else 1
     terms, tokens = len(codes), math.prod(h.shape[:2])
     columns = codes.size // (terms * gates)
@@ -59,7 +54,7 @@ def _run(residual: Residual, kernel, bias, behind_norm: Layer | None, dtype, int
         "added_bias": (residual.bias, -1),
         "weights": (codes, (terms, -1)),
         "scale": (scale, -1),
-        "bias": (bias, -1),
+        "bias": (layer.bias, -1),
     }
     named = {name: a.reshape(shape) for name, (a, shape) in given.items() if a is not None}
     dtype = dtype if sizes.parts == 1 else jnp.float32

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from esolm_jax.attention.kernel_products import add
 from esolm_jax.model import layers
 from esolm_jax.model.model_config import ModelConfig
 
@@ -145,15 +146,12 @@ def project_kernel(sizes: Sizes, names: tuple[str, ...], interpret: bool, *refs)
         return sums
 
     groups = -(-sizes.steps // sizes.together)
-    sums = jax.tree.map(lambda a: a.sum(axis=0), _loop(groups, steps, Sums.empty(sizes)))
+    sums = jax.lax.fori_loop(0, groups, steps, Sums.empty(sizes))
+    sums = jax.tree.map(lambda a: a.sum(axis=0), sums)
     for token in range(sizes.tokens):
         ys = _normed(sizes, sums, token) if sizes.norm else sums.products[token]
         y = _finished(sizes, ys, ends, out.dtype)
         triton.store(out.at[part, token, column], y, mask=column < sizes.columns)
-
-
-def _loop(times: int, step, carry):
-    return step(0, carry) if times == 1 else jax.lax.fori_loop(0, times, step, carry)
 
 
 def _load_weights(sizes: Sizes, named, term, exists, gate: int, column):
@@ -184,11 +182,7 @@ def _residual(h, added, bias):
     if not added:
         return h
     added = sum(added[1:], added[0]).astype(h.dtype)
-    return _add(h, added if bias is None else _add(added, bias.astype(h.dtype)))
-
-
-def _add(a, b):
-    return (a.astype(jnp.float32) + b.astype(jnp.float32)).astype(a.dtype)
+    return add(h, added if bias is None else add(added, bias))
 
 
 def _normed(sizes: Sizes, sums: Sums, token: int):
@@ -217,7 +211,7 @@ def _finished(sizes: Sizes, products, ends, dtype):
     ys = []
     for y, of_gate in zip(products, ends, strict=True):
         y = (y * of_gate["scale"] if "scale" in of_gate else y).astype(dtype)
-        ys.append(_add(y, of_gate["bias"].astype(dtype)) if "bias" in of_gate else y)
+        ys.append(add(y, of_gate["bias"]) if "bias" in of_gate else y)
     if not sizes.activates:
         return ys[0]
     return layers.activate_parts(sizes.norm, [y.astype(jnp.float32) for y in ys]).astype(dtype)

@@ -43,18 +43,18 @@ class Residual:
 
 @flax.struct.dataclass
 class Layer:
-    """A linear layer of a folded network, behind a norm.
+    """A linear layer of a folded network.
 
     Attributes:
       kernel: [D, …]. bias: float32 […], or None.
       activates: whether the activation of the MLP follows: of [D, gates, F], [B, W, F].
-      config: of the trained model.
+      config: of the trained model, whose norm is before the layer; None = no norm.
     """
 
     kernel: jax.Array | Quantized
     bias: jax.Array | None
     activates: bool = flax.struct.field(pytree_node=False)
-    config: ModelConfig = flax.struct.field(pytree_node=False)
+    config: ModelConfig | None = flax.struct.field(pytree_node=False)
 
 
 def normed(config: ModelConfig, h_BWD):

@@ -14,8 +14,8 @@ from ptx.program import Instruction, names, parse
 
 WARP = 32
 NOTHING = ("bar", "fence", "griddepcontrol")  # without effect here; bar.warp
-# What an instruction's name may have beside its opcode, types, comparisons and sizes.
-MODIFIERS = set(
+# The parts of an instruction's name that the machine knows, besides opcodes and sizes.
+KNOWN = {*scalar.TYPES, *scalar.PAIRS, *scalar.COMPARE}.union(
     """aligned approx async bfly ca cg col commit_group down fence ftz full global hi idx lo
     mma_async nc param param::entry proxy rm rn rna row sat shared shared::cta sync tf32 to trans
     uni wait wait_group warp wide""".split()
@@ -56,6 +56,8 @@ class _Machine:
     def __init__(self, program, grid, shared_bytes: int, memory: Memory, late_copies: bool):
         self.program, self.grid, self.shared_bytes = program, grid, shared_bytes
         self.memory, self.late_copies = memory, late_copies
+        for instruction in program.instructions:
+            _check(instruction)
 
     def run(self, programs) -> None:
         threads = self.program.threads
@@ -116,7 +118,6 @@ class _Machine:
 
     def _execute(self, instruction: Instruction) -> None:
         name, operands = instruction.name, instruction.operands
-        self._check(name)
         own = {"ld": self._ld, "st": self._st, "cp": self._cp, "shfl": self._shfl, "mov": self._mov}
         try:
             if name[0] in own:
@@ -131,12 +132,6 @@ class _Machine:
         except Exception as error:
             error.add_note(instruction.text)
             raise
-
-    def _check(self, name) -> None:
-        known = {*MODIFIERS, *scalar.TYPES, *scalar.PAIRS, *scalar.COMPARE}
-        for part in name[1:]:
-            if part not in known and not re.fullmatch(r"[vx]\d|m\d+n\d+(k\d+)?", part):
-                raise NotImplementedError(f"unknown modifier {part}")
 
     def whole_warps(self, size: int = WARP):
         """bool [warps], or of other groups of lanes, which of them execute the instruction."""
@@ -211,7 +206,8 @@ class _Machine:
     def _ld(self, name, operands) -> None:
         if name[1].startswith("param"):
             at = self.memory.bases[self.program.parameters.index(operands[1].strip("[ ]"))]
-            return self.put(operands[0], np.full(self.local.size, at))
+            self.put(operands[0], np.full(self.local.size, at))
+            return
         targets, size = names(operands[0]), int(name[-1][1:]) // 8
         place, owners = self._space(name)
         address = self.address(operands[1])[self.lanes]
@@ -221,7 +217,6 @@ class _Machine:
             value = np.zeros(self.local.size, f"{'i' if name[-1][0] == 's' else 'u'}{size}")
             value[self.lanes] = _view(data[:, i * size : (i + 1) * size], value.dtype)
             self.put(target, value)
-        return None
 
     def _st(self, name, operands) -> None:
         values = [self.every(value, name[-1])[self.lanes] for value in names(operands[1])]
@@ -285,6 +280,12 @@ class _Machine:
         other = np.where(other < WARP, other, lane)
         value = np.take_along_axis(self.warps(operands[1]), other, 1)
         self.put(operands[0], value.reshape(-1))
+
+
+def _check(instruction: Instruction) -> None:
+    for part in instruction.name[1:]:
+        if part not in KNOWN and not re.fullmatch(r"[vx]\d|m\d+n\d+(k\d+)?", part):
+            raise NotImplementedError(f"unknown modifier {part}: {instruction.text}")
 
 
 def _view(data, dtype):

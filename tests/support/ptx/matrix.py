@@ -28,17 +28,17 @@ def _kind(name: list[str]) -> str:
     return kind
 
 
-def _left(machine, vector: str, kind: str):
-    """The left matrix of a product, in registers: [warps, 16, terms]. Register 1 has rows 8 to 15,
-    registers 2 and 3 the second half of the terms."""
+def _operand(machine, vector: str, kind: str, tiles: int = 2):
+    """A matrix in registers, of this many tiles of 8 rows: [warps, rows, terms]. The first
+    registers, one for each tile, have the first half of the terms."""
     words = [machine.warps(name) for name in names(vector)]
     half = 4 if kind == "tf32" else 8
-    matrix = np.zeros((len(words[0]), 16, 2 * half), np.float32)
+    matrix = np.zeros((len(words[0]), 8 * tiles, 2 * half), np.float32)
     for i, word in enumerate(words):
         numbers = _numbers(word, kind)
         for j in range(numbers.shape[-1]):
-            term = (LANE % 4 if kind == "tf32" else PAIR) + j + half * (i // 2)
-            matrix[:, ROW + 8 * (i % 2), term] = numbers[..., j]
+            term = (LANE % 4 if kind == "tf32" else PAIR) + j + half * (i // tiles)
+            matrix[:, ROW + 8 * (i % tiles), term] = numbers[..., j]
     return matrix
 
 
@@ -54,15 +54,9 @@ def mma(machine, name, operands) -> None:
     result, left, right, old = operands
     kind = _kind(name)
     machine.whole_warps()
-    a = _left(machine, left, kind)
-    words = [machine.warps(name) for name in names(right)]
-    b = np.zeros((len(a), a.shape[2], 8), np.float32)
-    for i, word in enumerate(words):
-        numbers = _numbers(word, kind)
-        for j in range(numbers.shape[-1]):
-            term = (LANE % 4 if kind == "tf32" else PAIR) + j + a.shape[2] // 2 * i
-            b[:, term, ROW] = numbers[..., j]
-    _put_result(machine, result, a @ b, [machine.warps(name, "f32") for name in names(old)])
+    a, b = _operand(machine, left, kind), _operand(machine, right, kind, tiles=1)
+    product = a @ b.swapaxes(1, 2)
+    _put_result(machine, result, product, [machine.warps(name, "f32") for name in names(old)])
 
 
 def wgmma(machine, name, operands) -> None:
@@ -74,7 +68,7 @@ def wgmma(machine, name, operands) -> None:
     result, left, right, adds, sign_a, sign_b, *transposed = operands
     assert sign_a == sign_b == "1"
     if left.startswith("{"):
-        a = _left(machine, left, kind).reshape(-1, 64, terms)
+        a = _operand(machine, left, kind).reshape(-1, 64, terms)
     else:
         a = _described(machine, left, 64, terms, kind, transposed[0] == "1")
     b = _described(machine, right, columns, terms, kind, transposed[-1:] == ["1"])
